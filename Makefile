@@ -1,0 +1,26 @@
+# make serve · test · compare · notebooks · lint: each does its own set-up. PYTHON=python3.12 make serve picks another.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: serve test bench lint
+
+serve: $(VENV)/serve
+	$(BIN)/uvicorn server:app
+
+test: $(VENV)/dev
+	$(BIN)/pytest
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/serve: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/dev: requirements-dev.txt $(VENV)/serve
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,172 @@
+"""What HTTP says: reads a request into a query, or refuses it with a sentence; gives every error its status and form."""
+
+import json
+import re
+import uuid
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from workers.loop import Late, ModelFailed, Refused
+from workers.metrics import Metrics
+from workers.model import CannotAnswer, Query
+from workers.offload import log
+from workers.settings import Settings
+
+# What curl -d sends is called a form; nobody means one.
+TEXT_TYPES = ("", "text/plain", "application/x-www-form-urlencoded", "application/octet-stream")
+SENTENCES = {
+    404: "there is nothing here; POST a text to /",
+    405: "this method is not allowed here; see the Allow header",
+}
+MAX_HEADER_BYTES = 65_536  # httptools itself would take megabytes
+CLIENT_GONE = 499  # nginx's name for it; never sent, only counted
+
+
+def parse(body: bytes, headers: Headers, settings: Settings) -> Query:
+    """Return what the body asks. Raises HTTPException 400 or 415 with a sentence that says what to send."""
+    media_type, _, parameters = headers.get("content-type", "").partition(";")
+    media_type = media_type.strip().lower()
+    charset = re.search(r'charset="?([^";\s]+)', parameters, re.IGNORECASE)
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
+    if charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
+        raise HTTPException(415, f"the body is said to be {charset[1]}; send UTF-8")
+    if media_type == "application/json":
+        query = parse_json(body, settings)
+    elif media_type in TEXT_TYPES:
+        try:
+            query = Query(body.decode())
+        except UnicodeDecodeError as exc:
+            raise HTTPException(400, f"byte {exc.start} of the text is not UTF-8; send UTF-8") from None
+    else:
+        raise HTTPException(415, f"{media_type} is not understood; send text/plain or application/json")
+    if not query.text.strip():
+        raise HTTPException(400, "the text is empty; send one")
+    return query
+
+
+def parse_json(body: bytes, settings: Settings) -> Query:
+    """Read the Hugging Face inference convention: {"inputs": "...", "parameters": {"top_k": 5, "targets": ["..."]}}."""
+    try:
+        content = json.loads(body)
+        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is JSON but not text
+    except (ValueError, RecursionError) as exc:
+        raise HTTPException(
+            400, f"the JSON can't be read ({exc}); send {{'inputs': 'a text'}}".replace("'", '"')
+        ) from None
+    if not isinstance(content, dict) or not isinstance(content.get("inputs"), str):
+        raise HTTPException(400, '"inputs" must be one text: {"inputs": "a text"}')
+    parameters = content.get("parameters") or {}
+    known = {"top_k", "targets"} if settings.TASK == "fill-mask" else set()
+    if not isinstance(parameters, dict):
+        raise HTTPException(400, '"parameters" must be an object, such as {"top_k": 3}')
+    if unknown := sorted((content.keys() - {"inputs", "parameters"}) | (parameters.keys() - known)):
+        raise HTTPException(400, f'"{unknown[0]}" is not a known field; leave it out')
+    top_k, targets = parameters.get("top_k"), parameters.get("targets")
+    top_k = Query._field_defaults["top_k"] if top_k is None else top_k
+    if type(top_k) is not int or not 1 <= top_k <= settings.MAX_TOP_K:
+        raise HTTPException(400, f'"top_k" must be a whole number from 1 to {settings.MAX_TOP_K}')
+    targets = [targets] if isinstance(targets, str) else targets
+    if targets is not None and not is_list_of_words(targets, settings.MAX_TOP_K):
+        raise HTTPException(400, f'"targets" must be a list of 1 to {settings.MAX_TOP_K} words')
+    return Query(content["inputs"], top_k, tuple(targets or ()))
+
+
+def is_list_of_words(value: Any, most: int) -> bool:
+    """Whether `value` is a list of 1 to `most` texts, none of them blank."""
+    return (
+        isinstance(value, list)
+        and 1 <= len(value) <= most
+        and all(isinstance(w, str) and w.strip() for w in value)
+    )
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Return the whole body. Raises HTTPException 413 as soon as it is known to be too large.
+
+    Starlette's own `max_body_size` answers in plain text where Content-Length tells, past every handler.
+    """
+    too_large = HTTPException(
+        413, f"the body is too large; send at most {max_bytes} bytes", {"Connection": "close"}
+    )
+    declared = request.headers.get("content-length", "0")
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise too_large
+    return bytes(body)
+
+
+def client_budget_s(headers: Headers, default_s: float) -> float:
+    """Return the seconds that `Prefer: wait=SECONDS` (RFC 7240) allows; it shortens the default, never lengthens it."""
+    wait = re.search(
+        r'(?:^|[,\s])wait\s*=\s*"?(\d{1,9})\b', ",".join(headers.getlist("prefer")), re.IGNORECASE
+    )
+    return min(float(wait[1]), default_s) if wait else default_s
+
+
+async def error_reply(request: Request, exc: Exception) -> JSONResponse:
+    """Every error in one form: {"error": "one sentence that says what to do"}."""
+    headers: dict[str, str] = {}
+    match exc:
+        case HTTPException():
+            status, sentence = exc.status_code, SENTENCES.get(exc.status_code, exc.detail)
+            headers = dict(exc.headers or {})
+        case CannotAnswer():
+            status, sentence = 422, str(exc)
+        case Refused():
+            status, sentence = 503, str(exc)
+            headers["Retry-After"] = str(exc.retry_after_s)
+        case Late():
+            status, sentence = 504, str(exc)
+        case _:
+            status, sentence = (
+                500,
+                "the model failed on this request; report it with the X-Request-ID of this reply",
+            )
+            log.error("request %s failed", request.scope.get("request_id"), exc_info=exc)
+    return JSONResponse({"error": sentence}, status, headers)
+
+
+ERROR_HANDLERS: dict[Any, Any] = {
+    kind: error_reply for kind in (HTTPException, CannotAnswer, Refused, Late, ModelFailed, Exception)
+}
+
+
+class Envelope:
+    """Around every request: refuses what a proxy might read otherwise, gives it an id, counts the model's by status."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        request_id = scope["request_id"] = (
+            given if re.fullmatch(r"[\w.-]{1,128}", given) else uuid.uuid4().hex
+        )
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                if scope["path"] == "/":
+                    self.metrics.requests.labels(message["status"]).inc()
+            await send(message)
+
+        app: ASGIApp = self.app
+        close = {"Connection": "close"}
+        if "transfer-encoding" in headers and "content-length" in headers:
+            app = JSONResponse({"error": "send Content-Length or Transfer-Encoding, not both"}, 400, close)
+        elif sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+            app = JSONResponse({"error": f"send at most {MAX_HEADER_BYTES} bytes of headers"}, 431, close)
+        await app(scope, receive, send_with_id)

@@ -1,0 +1,56 @@
+"""What is counted, in Prometheus' terms. Rates, means and utilisation follow from these by PromQL."""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Metrics:
+    """The counters of one model loop, in a registry of their own, so that two loops can't mix their counts."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "model_requests", "Requests to the model by HTTP status", ["status"], registry=registry
+        )
+        self.queue_wait = Histogram(
+            "model_queue_wait_seconds",
+            "Time from admission to the model call",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.call = Histogram(
+            "model_call_seconds", "Duration of a model call", buckets=SECONDS, registry=registry
+        )
+        self.batch_size = Histogram(
+            "model_batch_size", "Queries in a model call", buckets=SIZES, registry=registry
+        )
+        self.batches = Counter(
+            "model_batches", "Model calls by why the batch closed", ["closed_by"], registry=registry
+        )
+        self.dropped = Counter("model_abandoned", "Jobs dropped: nobody waited for them", registry=registry)
+        self.restarts = Counter("model_process_restarts", "Model processes replaced", registry=registry)
+
+    def watch(self, depth: Callable[[], float], running: Callable[[], float]) -> None:
+        """Read the queue depth and the number of running jobs from these functions at every scrape."""
+        Gauge("model_queue_depth", "Jobs that wait for the model", registry=self.registry).set_function(depth)
+        Gauge("model_running", "Jobs that the model works on", registry=self.registry).set_function(running)
+
+    def batch(self, size: int, closed_by: str, model_s: float, waits_s: list[float]) -> None:
+        """Count one model call."""
+        self.batches.labels(closed_by).inc()
+        self.batch_size.observe(size)
+        self.call.observe(model_s)
+        for wait_s in waits_s:
+            self.queue_wait.observe(wait_s)
+
+    def abandoned(self) -> None:
+        """Count a job whose client left before the answer."""
+        self.dropped.inc()
+
+    def text(self) -> bytes:
+        """Return all of it in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,227 @@
+"""Where inference runs: on the event loop, in a thread, in a process. Each is `start()`, `run(queries)`, `stop()`."""
+
+import asyncio
+import logging
+import multiprocessing
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+from workers.loop import ModelDied, ModelFailed
+from workers.metrics import Metrics
+from workers.model import Model, Query
+from workers.settings import Settings
+
+log = logging.getLogger("uvicorn.error")
+
+
+class CannotLoad(RuntimeError):
+    """The model can't be loaded: the message says why."""
+
+
+class Offload(Protocol):
+    """One copy of the model, somewhere."""
+
+    async def start(self) -> str:
+        """Load the model; return what was loaded, in one line. Raises CannotLoad."""
+
+    async def run(self, queries: list[Query]) -> list[Any]:
+        """Answer the queries, one call at a time. Raises ModelFailed whatever the model raised."""
+
+    def stop(self) -> None:
+        """Let go of it, without waiting for a call in progress."""
+
+
+class Inline:
+    """On the event loop, which is blocked meanwhile: nothing else is answered. Here to be measured against."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self.load = load
+
+    async def start(self) -> str:
+        self.model = attempt_load(self.load)
+        return self.model.description
+
+    async def run(self, queries: list[Query]) -> list[Any]:
+        try:
+            return self.model(queries)
+        except BaseException as exc:
+            raise ModelFailed(repr(exc)) from exc
+
+    def stop(self) -> None:
+        pass
+
+
+class Thread:
+    """In a dedicated thread, so that calls can't overlap. A daemon: a hung call can't hold the interpreter at exit."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self.load = load
+        self.todo: queue.SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None] = (
+            queue.SimpleQueue()
+        )
+
+    async def start(self) -> str:
+        threading.Thread(target=self._work, name="model", daemon=True).start()
+        self.model = await self._call(lambda: attempt_load(self.load))
+        return self.model.description
+
+    async def run(self, queries: list[Query]) -> list[Any]:
+        return await self._call(lambda: self.model(queries))
+
+    def stop(self) -> None:
+        self.todo.put(None)
+
+    async def _call(self, call: Callable[[], Any]) -> Any:
+        future = asyncio.get_running_loop().create_future()
+        self.todo.put((future, call))
+        result, exc = await future
+        if isinstance(exc, CannotLoad):
+            raise exc
+        if exc is not None:
+            raise ModelFailed(repr(exc)) from exc
+        return result
+
+    def _work(self) -> None:
+        while item := self.todo.get():
+            future, call = item
+            outcome: tuple[Any, BaseException | None]
+            try:
+                outcome = call(), None
+            except BaseException as exc:  # StopIteration set on a future would never arrive: hand over a pair
+                outcome = None, exc
+            try:
+                future.get_loop().call_soon_threadsafe(settle, future, outcome)
+            except RuntimeError:
+                return  # the event loop is closed: the server has stopped without us
+
+
+class Process:
+    """In a spawned process that loads the model itself (a fork after torch has run hangs at its first op).
+
+    A crash or a hang costs its own batch; the process is killed, replaced, and the reason logged.
+    """
+
+    def __init__(self, load: Callable[[], Any], hang_s: float, metrics: Metrics) -> None:
+        self.load, self.hang_s, self.metrics = load, hang_s, metrics
+        self.ready: asyncio.Task[str] | None = None
+        self.idle = False
+
+    async def start(self) -> str:
+        self.ready = asyncio.create_task(self._spawn())
+        return await asyncio.shield(self.ready)
+
+    async def run(self, queries: list[Query]) -> list[Any]:
+        assert self.ready
+        await asyncio.shield(self.ready)  # a replacement may still be loading
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.pipe.fileno())
+        try:
+            self.pipe.send(queries)
+            answers, error = await self._receive(self.hang_s)
+        except TimeoutError:
+            reason = f"did not return within {self.hang_s:g} s"
+        except (EOFError, OSError):
+            self.process.join(1)
+            reason = f"ended with exit code {self.process.exitcode}"
+        except asyncio.CancelledError:
+            self.stop()
+            raise
+        else:
+            loop.add_reader(self.pipe.fileno(), self._died_idle)
+            if error is not None:
+                raise ModelFailed(error)
+            return answers
+        self._replace(reason)
+        raise ModelDied(f"the model process {reason}")
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.pipe.close()
+
+    async def _spawn(self) -> str:
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=serve_pipe, args=(theirs, self.load), name="model", daemon=True)
+        self.process.start()
+        theirs.close()  # or its death would not close the pipe
+        try:
+            description, error = await self._receive(None)
+        except (EOFError, OSError):
+            self.process.join(1)
+            raise CannotLoad(f"the model process ended with exit code {self.process.exitcode}") from None
+        if error is not None:
+            raise CannotLoad(error)
+        asyncio.get_running_loop().add_reader(self.pipe.fileno(), self._died_idle)
+        return f"{description}, process {self.process.pid}"
+
+    def _died_idle(self) -> None:
+        """Nothing was asked, yet the pipe has something to read: its end."""
+        self.process.join(1)
+        self._replace(f"ended with exit code {self.process.exitcode}")
+
+    def _replace(self, reason: str) -> None:
+        log.error("model process %s %s; starting another", self.process.pid, reason)
+        self.metrics.restarts.inc()
+        asyncio.get_running_loop().remove_reader(self.pipe.fileno())
+        self.stop()
+        self.ready = asyncio.create_task(self._spawn())
+
+    async def _receive(self, timeout_s: float | None) -> tuple[Any, str | None]:
+        loop = asyncio.get_running_loop()
+        readable = loop.create_future()
+        loop.add_reader(self.pipe.fileno(), settle, readable, None)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await readable
+        finally:
+            loop.remove_reader(self.pipe.fileno())
+        return self.pipe.recv()
+
+
+def serve_pipe(pipe: Connection, load: Callable[[], Any]) -> None:
+    """The model process: answer lists of queries from the pipe until the parent is gone."""
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal us too; the parent decides
+        signal.signal(stop, signal.SIG_IGN)
+    try:
+        model = attempt_load(load)
+        pipe.send((model.description, None))
+        while True:
+            queries = pipe.recv()
+            reply: tuple[Any, str | None]
+            try:
+                reply = model(queries), None
+            except BaseException as exc:
+                reply = None, repr(exc)
+            pipe.send(reply)
+    except CannotLoad as exc:
+        pipe.send((None, str(exc)))
+    except (EOFError, BrokenPipeError):
+        pass
+
+
+def attempt_load(load: Callable[[], Any]) -> Any:
+    """Load; raises CannotLoad with one line, whatever the library raised."""
+    try:
+        return load()
+    except BaseException as exc:
+        lines = str(exc).strip().splitlines() or [repr(exc)]
+        raise CannotLoad(f"{type(exc).__name__}: {lines[0]}") from exc
+
+
+def settle(future: asyncio.Future[Any], outcome: Any) -> None:
+    """Give a future its result unless it was cancelled meanwhile."""
+    if not future.done():
+        future.set_result(outcome)
+
+
+def make(settings: Settings, metrics: Metrics) -> list[Offload]:
+    """Return the `INSTANCES` places where `OFFLOAD` says that inference runs."""
+    loaders = [partial(Model, settings, i) for i in range(settings.INSTANCES)]
+    if settings.OFFLOAD == "process":
+        return [Process(load, settings.HANG_S, metrics) for load in loaders]
+    return [(Inline if settings.OFFLOAD == "inline" else Thread)(load) for load in loaders]

@@ -1,0 +1,130 @@
+"""The model behind the app: loads it while liveness answers, serves it, stops it within the grace time."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from types import FrameType
+
+from workers import offload
+from workers.loop import ModelLoop, Refused
+from workers.metrics import Metrics
+from workers.model import InputCheck
+from workers.settings import Settings
+
+log = logging.getLogger("uvicorn.error")
+
+
+class Service:
+    """One model, its loop and its life. Made inside a running event loop."""
+
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
+        self.settings, self.metrics = settings, metrics
+        self.started_at = time.monotonic()
+        self.loop = ModelLoop(
+            batch_size=settings.BATCH_SIZE,
+            window_s=settings.BATCH_WINDOW_MS / 1000,
+            max_queue=settings.MAX_QUEUE,
+            budget_s=settings.DEADLINE_S,
+            hang_s=settings.HANG_S,
+            metrics=metrics,
+        )
+        self.copies = offload.make(settings, metrics)
+        self.check: InputCheck | None = None
+        self.reading: set[asyncio.Timeout] = set()  # bodies on their way in
+        self.exit_code = 0
+        metrics.watch(lambda: self.loop.depth, lambda: self.loop.running)
+
+    async def run(self) -> None:
+        """Load the model, then serve it until cancelled. A failure of either ends the process: never up but deaf."""
+        try:
+            self.check = await asyncio.to_thread(offload.attempt_load, partial(InputCheck, self.settings))
+            for description in await asyncio.gather(*(copy.start() for copy in self.copies)):
+                log.info("Serving %s", description)
+            await asyncio.gather(*(self.loop.consume(copy.run) for copy in self.copies))
+        except offload.CannotLoad as exc:
+            self.exit(3, f"cannot load MODEL={self.settings.MODEL}: {exc}")
+        except Exception:
+            log.exception("the model loop has ended")
+            self.exit(1, "the model loop has ended; this is a bug")
+
+    def exit(self, code: int, reason: str) -> None:
+        """Stop as on SIGTERM, then exit with `code`."""
+        self.exit_code = code
+        log.critical(reason)
+        self.loop.refuse_all(reason)
+        signal.raise_signal(signal.SIGTERM)
+
+    @contextlib.asynccontextmanager
+    async def body_limit(self) -> AsyncIterator[None]:
+        """Bound the time that a client may take to send its body, and end it when the server stops."""
+        try:
+            async with asyncio.timeout(self.settings.BODY_TIMEOUT_S) as limit:
+                self.reading.add(limit)
+                yield
+        except TimeoutError:
+            if self.loop.closing:
+                raise Refused("the server is stopping; try another one") from None
+            raise
+        finally:
+            self.reading.discard(limit)
+
+    def stop(self) -> None:
+        """Refuse new work and finish what is admitted, within the grace time less a second to send the answers."""
+        self.loop.stop_admitting()
+        for limit in self.reading:
+            limit.reschedule(0)
+        self.draining = asyncio.create_task(self.loop.drain(max(0.0, self.settings.GRACE_S - 1)))
+
+    @contextlib.contextmanager
+    def stop_on_signals(self) -> Iterator[None]:
+        """Chain `stop` before the server's own handlers, which wait for open connections before the lifespan ends."""
+        event_loop = asyncio.get_running_loop()
+
+        def chain(signum: signal.Signals) -> None:
+            previous = signal.getsignal(signum)
+
+            def handler(number: int, frame: FrameType | None) -> None:
+                # The kernel's clock: ends the process even while a C call holds the interpreter.
+                signal.alarm(math.ceil(self.settings.GRACE_S))
+                event_loop.call_soon_threadsafe(self.stop)
+                if callable(previous):
+                    previous(number, frame)
+
+            if previous is not signal.SIG_IGN:
+                signal.signal(signum, handler)
+
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                chain(signum)
+        yield
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator["Service"]:
+        """Run it as long as the context lasts."""
+        with self.stop_on_signals():
+            task = asyncio.create_task(self.run(), name="model loop")
+            yield self
+        await self.loop.drain(max(0.0, self.settings.GRACE_S - 1))
+        task.cancel()
+        for copy in self.copies:
+            copy.stop()
+        if self.exit_code:
+            logging.shutdown()
+            os._exit(
+                self.exit_code
+            )  # every client has its answer; no server lets a lifespan choose the exit code
+
+    def unready(self) -> str:
+        """Why a request would not be admitted now; empty when it would."""
+        try:
+            self.loop._admit(1, self.settings.DEADLINE_S)
+        except Refused as exc:
+            return str(exc)
+        return ""

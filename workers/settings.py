@@ -1,0 +1,93 @@
+"""Every knob: name, default, unit, why. Each is an environment variable of the same name, or a line in `.env`."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from starlette.config import Config
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+def knob(default: Any, allowed: str, is_allowed: Callable[[Any], bool]) -> Any:
+    """A dataclass field with a default and the rule that its value must keep."""
+    return field(default=default, metadata={"allowed": allowed, "is_allowed": is_allowed})
+
+
+def at_least(least: int, default: int) -> Any:
+    """A whole number."""
+    return knob(default, f"a whole number of at least {least}", lambda value: value >= least)
+
+
+def seconds(default: float) -> Any:
+    """A positive duration."""
+    return knob(default, "a number of seconds above 0", lambda value: 0 < value < float("inf"))
+
+
+def one_of(*choices: str) -> Any:
+    """One of a few words; the first is the default."""
+    return knob(choices[0], " or ".join(choices), lambda value: value in choices)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server was told. Immutable, picklable: a spawned model process gets the same."""
+
+    # What to serve
+    MODEL: str = knob(str(HERE / "models" / "minilm-mlm"), "a folder or a hub id", bool)
+    TASK: str = knob("fill-mask", "a text-in pipeline task, such as text-classification", bool)
+    DTYPE: str = one_of(
+        "float32", "auto", "bfloat16", "float16"
+    )  # auto: bfloat16 where the hardware multiplies it
+    DEVICE: str = knob("auto", "auto, cpu, cuda or cuda:N", bool)  # auto: the GPU when there is one
+    FAST: bool = knob(True, "1 or 0", lambda value: True)  # 0: the stock pipeline, to compare with
+
+    # The queue and the batch
+    BATCH_SIZE: int = at_least(1, 1)  # opt-in: `make plan` tells whether it pays for your model
+    BATCH_WINDOW_MS: float = knob(
+        0.0, "a number of milliseconds of at least 0", lambda value: 0 <= value < 1e6
+    )
+    MAX_QUEUE: int = at_least(1, 256)  # bounds memory; the deadline below bounds the wait
+    DEADLINE_S: float = seconds(10.0)  # an answer after this helps nobody; clients may ask for less
+
+    # Where inference runs
+    OFFLOAD: str = one_of("thread", "inline", "process")  # inline blocks the event loop: for comparison
+    INSTANCES: int = at_least(1, 1)  # copies of the model on one queue
+    TORCH_THREADS: int = at_least(0, 0)  # per copy; 0: cores / INSTANCES
+    HANG_S: float = seconds(60.0)  # a model call this long is a hang
+
+    # What is taken in
+    MAX_BODY_BYTES: int = at_least(1, 16_384)  # tokenising is linear in this, on the event loop
+    BODY_TIMEOUT_S: float = seconds(10.0)  # uvicorn itself waits for ever
+    MAX_TOKENS: int = at_least(1, 512)  # or fewer, where the model takes fewer
+    MAX_MASKS: int = at_least(1, 8)  # the reply grows with masks x top_k x text
+    MAX_TOP_K: int = at_least(1, 100)
+
+    # Stopping
+    GRACE_S: float = seconds(10.0)  # from SIGTERM to exit at the latest; keep it under your supervisor's own
+
+    @classmethod
+    def read(cls) -> "Settings":
+        """Read the environment and `.env`; exit with one sentence where a value is wrong."""
+        config = Config(".env" if os.path.isfile(".env") else None)
+        return cls(**{knob.name: cls._read_one(config, knob) for knob in fields(cls)})
+
+    @staticmethod
+    def _read_one(config: Config, knob: Any) -> Any:
+        raw = config(knob.name, default=None)
+        if raw is None:
+            return knob.default
+        try:
+            value = config(knob.name, cast=knob.type)
+            if knob.metadata["is_allowed"](value):
+                return value
+        except ValueError:
+            pass
+        raise SystemExit(f"{knob.name}={raw!r} is not allowed: it must be {knob.metadata['allowed']}")
+
+    @property
+    def threads_per_instance(self) -> int:
+        """Torch threads of one copy: never more in total than there are cores, unless asked for."""
+        return self.TORCH_THREADS or max(1, len(os.sched_getaffinity(0)) // self.INSTANCES)
