@@ -1,0 +1,142 @@
+"""The deployment modes, each by its documented command, and a server started in one of them.
+
+with start(MODES["thread"], {"BATCH_SIZE": "8"}) as server:
+    httpx2.post(server.url, content="Paris is the [MASK] of France.")
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A command as README gives it, its settings, and the name that tables and pictures use."""
+
+    name: str
+    command: str
+    env: Mapping[str, str] = field(default_factory=dict)
+
+    def argv(self, port: int) -> list[str]:
+        """The command of this interpreter's environment, on `port` of the loopback interface."""
+        program, *arguments = self.command.split()
+        bind = ["--port", str(port)] if program == "uvicorn" else ["--bind", f"127.0.0.1:{port}"]
+        return [str(Path(sys.executable).parent / program), *arguments, *bind]
+
+
+MODES = {
+    mode.name: mode
+    for mode in (
+        Mode("inline", "uvicorn server:app", {"OFFLOAD": "inline"}),
+        Mode("inline-stock", "uvicorn server:app", {"OFFLOAD": "inline", "FAST": "0"}),
+        Mode("thread", "uvicorn server:app"),
+        Mode("batch", "uvicorn server:app", {"BATCH_SIZE": "32"}),
+        Mode("batch-stock", "uvicorn server:app", {"BATCH_SIZE": "32", "FAST": "0"}),
+        Mode("process", "uvicorn server:app", {"OFFLOAD": "process"}),
+        Mode("instances-2", "uvicorn server:app", {"OFFLOAD": "process", "INSTANCES": "2"}),
+        Mode("recommended", "gunicorn -c gunicorn.conf.py"),
+        Mode("sync-2", "gunicorn -c workers/sync.conf.py"),
+        Mode("gthread-1x8", "gunicorn -c workers/gthread.conf.py", {"BATCH_SIZE": "32"}),
+        Mode(
+            "gthread-2x4", "gunicorn -c workers/gthread.conf.py --workers 2 --threads 4", {"BATCH_SIZE": "32"}
+        ),
+        Mode("uvicorn-2", "gunicorn -c workers/uvicorn.conf.py"),
+        Mode("asgi", "gunicorn -c workers/asgi.conf.py"),
+        Mode("dirty", "gunicorn -c workers/dirty.conf.py"),
+    )
+}
+
+
+@dataclass
+class Server:
+    """A running server: where it answers, its processes, its log so far."""
+
+    mode: Mode
+    url: str
+    process: subprocess.Popen[bytes]
+    log_file: IO[bytes]
+    ready_s: float = float("nan")
+
+    def log(self) -> str:
+        """Everything that it has printed."""
+        return Path(self.log_file.name).read_text(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """It and its descendants."""
+        root = psutil.Process(self.process.pid)
+        return [root, *root.children(recursive=True)]
+
+    def memory_mb(self) -> float:
+        """Memory of all its processes, shared pages counted once (PSS)."""
+        return sum(process.memory_full_info().pss for process in self.processes()) / 1e6
+
+    def cpu_s(self) -> float:
+        """Processor seconds that its living processes have used."""
+        return sum(sum(process.cpu_times()[:2]) for process in self.processes())
+
+    def wait_until_ready(self, timeout_s: float = 120.0) -> None:
+        """Poll /ready. Raises RuntimeError with the log when it ends or isn't ready in time."""
+        began = time.monotonic()
+        while time.monotonic() - began < timeout_s and self.process.poll() is None:
+            with (
+                contextlib.suppress(OSError, urllib.error.URLError),
+                urllib.request.urlopen(self.url + "ready", timeout=5),
+            ):
+                self.ready_s = time.monotonic() - began
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"{self.mode.name} is not ready (exit code {self.process.poll()}):\n{self.log()}")
+
+
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def start(
+    mode: Mode, env: Mapping[str, str] | None = None, *, cpus: set[int] | None = None, wait: bool = True
+) -> Iterator[Server]:
+    """Start `mode` on a free port of the loopback interface with extra settings, on `cpus` only; stop it at the end."""
+    port = free_port()
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1", **mode.env, **(env or {})}
+    with tempfile.NamedTemporaryFile(prefix=f"{mode.name}-", suffix=".log") as log_file:
+        process = subprocess.Popen(
+            mode.argv(port),
+            cwd=ROOT,
+            env=environ,
+            stdout=log_file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=(lambda: os.sched_setaffinity(0, cpus)) if cpus else None,
+        )
+        server = Server(mode, f"http://127.0.0.1:{port}/", process, log_file)
+        try:
+            if wait:
+                server.wait_until_ready()
+            yield server
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(15)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
