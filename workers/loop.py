@@ -237,6 +237,8 @@ class ModelLoop:
                     batch.append(await self.queue.get())
             except TimeoutError:
                 return batch, "draining" if self.closing else closed_by
+            finally:
+                self._window = None
 
     def _worth_running(self, batch: list[Job]) -> list[Job]:
         """Drop whom nobody waits for; answer at once those who can't make it: they would make everyone else late."""

@@ -79,7 +79,8 @@ class Service:
         """Refuse new work and finish what is admitted, within the grace time less a second to send the answers."""
         self.loop.stop_admitting()
         for limit in self.reading:
-            limit.reschedule(0)
+            if not limit.expired():
+                limit.reschedule(0)
         self.draining = asyncio.create_task(self.loop.drain(max(0.0, self.settings.GRACE_S - 1)))
 
     @contextlib.contextmanager

@@ -1,0 +1,477 @@
+"""The promises of the model loop, on a virtual clock with a model that is a formula: exact, no sleeps, no flakes."""
+
+import asyncio
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import looptime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.loop import Answer, Late, ModelDied, ModelFailed, ModelLoop, Refused
+
+
+class FakeModel:
+    """Takes `a + b * n` seconds for n queries, then answers each; raises what a query is, when it is an exception."""
+
+    def __init__(self, a: float = 0.0, b: float = 1.0) -> None:
+        self.a, self.b = a, b
+        self.calls: list[list[Any]] = []
+        self.started: list[float] = []
+
+    async def __call__(self, queries: list[Any]) -> list[Any]:
+        self.calls.append(queries)
+        self.started.append(now())
+        await asyncio.sleep(self.a + self.b * len(queries))
+        for query in queries:
+            if isinstance(query, BaseException):
+                raise query
+        return [f"answer to {query}" for query in queries]
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def on_virtual_clock(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+    """Run an async test on an event loop whose time jumps to the next event; fail it if it never ends."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with asyncio.Runner(loop_factory=lambda: looptime.new_event_loop(start=0, end=100_000)) as runner:
+            runner.run(test(*args, **kwargs))
+
+    return run
+
+
+class serving:
+    """A loop with its consumers, for the length of a with block."""
+
+    def __init__(self, *models: Any, **options: Any) -> None:
+        self.loop = ModelLoop(**{"budget_s": 1000.0} | options)
+        self.models = models
+
+    async def __aenter__(self) -> ModelLoop:
+        self.consumers = [asyncio.create_task(self.loop.consume(model)) for model in self.models]
+        await asyncio.sleep(0)
+        return self.loop
+
+    async def __aexit__(self, *exc: object) -> None:
+        for consumer in self.consumers:
+            assert not consumer.done(), "the loop has died"
+            consumer.cancel()
+        await asyncio.gather(*self.consumers, return_exceptions=True)
+
+
+def submit_all(loop: ModelLoop, *queries: Any, **options: Any) -> list[asyncio.Task[Answer]]:
+    return [asyncio.create_task(loop.submit(query, **options)) for query in queries]
+
+
+async def outcomes(tasks: list[asyncio.Task[Answer]]) -> list[Any]:
+    """What each task ended with: the value of its answer, or its exception's class."""
+    done = await asyncio.gather(*tasks, return_exceptions=True)
+    return [result.value if isinstance(result, Answer) else type(result) for result in done]
+
+
+# --- batching ---------------------------------------------------------------------------------------------------------
+
+
+@on_virtual_clock
+async def test_each_query_gets_its_own_answer() -> None:
+    async with serving(FakeModel(), batch_size=4) as loop:
+        assert await outcomes(submit_all(loop, *range(10))) == [f"answer to {i}" for i in range(10)]
+
+
+@on_virtual_clock
+async def test_without_batching_the_model_gets_one_query_at_a_time_in_order() -> None:
+    model = FakeModel()
+    async with serving(model) as loop:
+        await outcomes(submit_all(loop, "a", "b", "c"))
+    assert model.calls == [["a"], ["b"], ["c"]]
+
+
+@on_virtual_clock
+async def test_the_first_of_a_quiet_queue_runs_at_once_and_what_queued_meanwhile_is_the_next_batch() -> None:
+    model = FakeModel()
+    async with serving(model, batch_size=4) as loop:
+        first = submit_all(loop, "a")
+        await asyncio.sleep(0.5)
+        rest = submit_all(loop, "b", "c", "d")
+        answers = await asyncio.gather(*first, *rest)
+    assert model.calls == [["a"], ["b", "c", "d"]]
+    assert model.started == [0, 1]  # no idling: the second call starts when the first ends
+    assert [answer.closed_by for answer in answers] == ["idle"] * 4
+    assert [answer.queue_s for answer in answers] == [0, 0.5, 0.5, 0.5]
+    assert [answer.model_s for answer in answers] == [1, 3, 3, 3]
+
+
+@on_virtual_clock
+async def test_a_batch_never_exceeds_its_size_and_closes_when_full() -> None:
+    model = FakeModel()
+    async with serving(model, batch_size=3) as loop:
+        answers = await asyncio.gather(*submit_all(loop, *range(7)))
+    assert [len(call) for call in model.calls] == [3, 3, 1]
+    assert [answer.closed_by for answer in answers] == ["full"] * 6 + ["idle"]
+
+
+@on_virtual_clock
+async def test_a_window_is_one_deadline_counted_from_the_first_arrival() -> None:
+    model = FakeModel()
+    async with serving(model, batch_size=9, window_s=1.0) as loop:
+        tasks = submit_all(loop, "a")
+        for query in "bc":
+            await asyncio.sleep(0.4)
+            tasks += submit_all(loop, query)
+        await asyncio.sleep(0.3)  # after the window
+        tasks += submit_all(loop, "late")
+        answers = await asyncio.gather(*tasks)
+    assert model.calls == [["a", "b", "c"], ["late"]]
+    assert model.started[0] == pytest.approx(1.0)
+    assert answers[0].closed_by == "window"
+
+
+@on_virtual_clock
+async def test_a_window_closes_at_once_when_the_batch_is_full() -> None:
+    model = FakeModel()
+    async with serving(model, batch_size=2, window_s=50.0) as loop:
+        answers = await asyncio.gather(*submit_all(loop, "a", "b"))
+    assert model.started == [0]
+    assert answers[0].closed_by == "full"
+
+
+@on_virtual_clock
+async def test_a_window_closes_early_enough_for_its_tightest_deadline() -> None:
+    model = FakeModel()
+    async with serving(model, batch_size=9, window_s=50.0) as loop:
+        await loop.submit("teaches the loop that a call takes 1 s", budget_s=55)
+        answer = await loop.submit("a", budget_s=10)
+    assert answer.closed_by == "deadline"
+    assert answer.queue_s + answer.model_s <= 10
+
+
+@on_virtual_clock
+async def test_two_copies_share_one_queue_and_the_free_one_takes_the_next_job() -> None:
+    slow, quick = FakeModel(b=10), FakeModel(b=1)
+    async with serving(slow, quick) as loop:
+        await outcomes(submit_all(loop, *range(8)))
+    assert (len(slow.calls), len(quick.calls)) == (1, 7)
+
+
+@on_virtual_clock
+async def test_two_copies_do_not_split_the_batch_of_one_window() -> None:
+    first, second = FakeModel(), FakeModel()
+    async with serving(first, second, batch_size=4, window_s=1.0) as loop:
+        await outcomes(submit_all(loop, *range(4)))
+    assert [first.calls, second.calls] == [[[0, 1, 2, 3]], []]
+
+
+# --- admission --------------------------------------------------------------------------------------------------------
+
+
+@on_virtual_clock
+async def test_a_full_queue_refuses_without_calling_the_model() -> None:
+    model = FakeModel()
+    async with serving(model, max_queue=2) as loop:
+        running = submit_all(loop, "running")
+        await asyncio.sleep(0.5)
+        waiting = submit_all(loop, "a", "b")
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="waiting"):
+            await loop.submit("c")
+        assert await outcomes(running + waiting) == ["answer to running", "answer to a", "answer to b"]
+    assert ["c"] not in model.calls
+
+
+@on_virtual_clock
+async def test_a_job_that_would_be_too_late_is_refused_and_told_when_the_work_ahead_is_done() -> None:
+    async with serving(FakeModel()) as loop:
+        await loop.submit("teaches the loop that a call takes 1 s")
+        tasks = submit_all(loop, *range(10))
+        await asyncio.sleep(0.5)
+        with pytest.raises(Refused) as refused:
+            await loop.submit("no chance", budget_s=5)
+        assert refused.value.retry_after_s == 10  # 9.5 s of work ahead
+        await outcomes(tasks)
+
+
+@on_virtual_clock
+async def test_a_wrong_estimate_cannot_lock_an_idle_server_shut() -> None:
+    model = FakeModel(b=100)
+    async with serving(model, budget_s=2) as loop:
+        assert await outcomes(submit_all(loop, "slow once")) == [Late]
+        model.b = 0.1
+        await asyncio.sleep(200)
+        assert await outcomes(submit_all(loop, "next")) == ["answer to next"]
+
+
+@on_virtual_clock
+async def test_retry_after_is_at_least_a_second() -> None:
+    assert Refused("any reason").retry_after_s == 1
+
+
+@on_virtual_clock
+async def test_before_the_model_is_loaded_jobs_are_refused() -> None:
+    async with serving() as loop:
+        with pytest.raises(Refused, match="loading"):
+            await loop.submit("a")
+
+
+@on_virtual_clock
+async def test_at_ten_times_its_rate_the_server_keeps_its_full_rate_and_nobody_waits_beyond_the_budget() -> None:
+    model = FakeModel()  # one a second
+    began, latencies, statuses = 20, [], []
+
+    async def client(loop: ModelLoop, i: int) -> None:
+        await asyncio.sleep(i / 10)
+        sent = now()
+        try:
+            await loop.submit(i, budget_s=5)
+            statuses.append((sent, 200))
+        except Refused:
+            statuses.append((sent, 503))
+        except Late:
+            statuses.append((sent, 504))
+        latencies.append(now() - sent)
+
+    async with serving(model) as loop:
+        await asyncio.gather(*(client(loop, i) for i in range(1200)))
+    served = [sent for sent, status in statuses if status == 200 and began <= sent < 120]
+    assert len(served) >= 99
+    assert max(latencies) <= 5 + 1e-6
+    assert all(sent <= 1 for sent, status in statuses if status == 504)  # admitted before anything was measured
+
+
+# --- deadlines and the dead -------------------------------------------------------------------------------------------
+
+
+@on_virtual_clock
+async def test_a_late_answer_is_no_answer() -> None:
+    async with serving(FakeModel(b=3)) as loop:
+        began = now()
+        with pytest.raises(Late):
+            await loop.submit("a", budget_s=2)
+        assert now() - began == pytest.approx(2)
+
+
+@on_virtual_clock
+async def test_a_client_may_shorten_its_budget_but_not_lengthen_it() -> None:
+    async with serving(FakeModel(b=30), budget_s=10) as loop:
+        began = now()
+        with pytest.raises(Late):
+            await loop.submit("a", budget_s=60)
+        assert now() - began == pytest.approx(10)
+
+
+@on_virtual_clock
+async def test_who_cannot_make_it_is_told_before_the_model_runs_and_the_others_run_without_it() -> None:
+    model = FakeModel(b=1)
+    async with serving(model, batch_size=3) as loop:
+        hurried = submit_all(loop, "first")
+        await asyncio.sleep(0)
+        # Admitted while nothing was measured yet: 2 s of work for it alone, 1 s of which is the call ahead.
+        hurried += submit_all(loop, "hurried", budget_s=2.5)
+        patient = submit_all(loop, "b", "c")
+        answers = await outcomes(hurried + patient)
+    assert answers == ["answer to first", Late, "answer to b", "answer to c"]
+    assert model.calls == [["first"], ["b", "c"]]
+
+
+@on_virtual_clock
+async def test_a_client_that_leaves_frees_its_place_and_the_model_never_sees_its_query() -> None:
+    model = FakeModel()
+    async with serving(model, max_queue=1) as loop:
+        running = submit_all(loop, "running")
+        await asyncio.sleep(0.5)
+        (leaver,) = submit_all(loop, "leaver")
+        await asyncio.sleep(0)
+        assert loop.depth == 1
+        leaver.cancel()
+        await asyncio.sleep(0)
+        assert loop.depth == 0 and loop.queue.empty()
+        assert await outcomes(running + submit_all(loop, "next")) == ["answer to running", "answer to next"]
+    assert model.calls == [["running"], ["next"]]
+
+
+@on_virtual_clock
+async def test_a_client_that_leaves_an_open_window_is_not_run() -> None:
+    model = FakeModel()
+    async with serving(model, batch_size=3, window_s=2.0) as loop:
+        leaver, stays = submit_all(loop, "leaver", "stays")
+        await asyncio.sleep(1)
+        leaver.cancel()
+        await stays
+    assert model.calls == [["stays"]]
+
+
+# --- what the model throws --------------------------------------------------------------------------------------------
+
+
+@on_virtual_clock
+async def test_one_bad_query_fails_alone_and_its_neighbours_get_answers() -> None:
+    model, poison = FakeModel(), ValueError("no mask")
+    async with serving(model, batch_size=4) as loop:
+        assert await outcomes(submit_all(loop, "a", poison, "b")) == ["answer to a", ModelFailed, "answer to b"]
+    assert model.calls == [["a", poison, "b"], ["a"], [poison], ["b"]]  # singly, once
+
+
+@pytest.mark.parametrize("error", [StopIteration(), MemoryError(), SystemExit(1), KeyError("x"), RecursionError()], ids=repr)
+@on_virtual_clock
+async def test_whatever_the_model_throws_its_caller_gets_an_error_and_the_next_is_served(error: BaseException) -> None:
+    async def run(queries: list[Any]) -> list[Any]:
+        if "bad" in queries:
+            raise error
+        return queries
+
+    async with serving(run) as loop:
+        assert await outcomes(submit_all(loop, "bad", "good")) == [ModelFailed, "good"]
+
+
+@on_virtual_clock
+async def test_a_wrong_number_of_answers_is_an_error_and_not_a_mix_up() -> None:
+    async def loses_one_of_a_batch(queries: list[Any]) -> list[Any]:
+        return queries[1:] if len(queries) > 1 else queries
+
+    async with serving(loses_one_of_a_batch, batch_size=3) as loop:
+        assert await outcomes(submit_all(loop, "a", "b", "c")) == ["a", "b", "c"]  # found out, then run singly
+
+
+@on_virtual_clock
+async def test_queries_that_killed_the_models_process_are_not_run_again() -> None:
+    model = FakeModel()
+    async with serving(model, batch_size=3) as loop:
+        answers = await outcomes(submit_all(loop, "a", ModelDied("exit code -9"), "b") + submit_all(loop, "next"))
+    assert answers == [ModelDied, ModelDied, ModelDied, "answer to next"]
+    assert len(model.calls) == 2
+
+
+@on_virtual_clock
+async def test_a_call_that_hangs_is_reported_and_new_jobs_are_refused() -> None:
+    async with serving(FakeModel(b=500), hang_s=60, budget_s=10) as loop:
+        assert await outcomes(submit_all(loop, "a")) == [Late]
+        assert loop.stuck_s() == 0
+        await asyncio.sleep(60)
+        assert loop.stuck_s() == pytest.approx(70)
+        with pytest.raises(Refused, match="not returned"):
+            await loop.submit("b")
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
+
+
+@on_virtual_clock
+async def test_stopping_refuses_new_jobs_and_finishes_what_was_admitted() -> None:
+    async with serving(FakeModel()) as loop:
+        tasks = submit_all(loop, "a", "b", "c")
+        await asyncio.sleep(0.5)
+        draining = asyncio.create_task(loop.drain(grace_s=10))
+        await asyncio.sleep(0)
+        with pytest.raises(Refused, match="stopping"):
+            await loop.submit("d")
+        await draining
+        assert await outcomes(tasks) == ["answer to a", "answer to b", "answer to c"]
+        assert now() == pytest.approx(3)
+
+
+@on_virtual_clock
+async def test_after_the_grace_time_the_queued_and_the_running_are_refused_not_left_hanging() -> None:
+    async with serving(FakeModel(b=8)) as loop:
+        tasks = submit_all(loop, "a", "b", "c")
+        await asyncio.sleep(0)
+        await loop.drain(grace_s=10)
+        assert await outcomes(tasks) == ["answer to a", Refused, Refused]
+        assert now() == pytest.approx(10)
+
+
+@on_virtual_clock
+async def test_stopping_closes_an_open_window_at_once() -> None:
+    async with serving(FakeModel(), batch_size=4, window_s=50.0) as loop:
+        (task,) = submit_all(loop, "a")
+        await asyncio.sleep(1)
+        await loop.drain(grace_s=10)
+        assert (await task).closed_by == "draining"
+        assert now() == pytest.approx(2)
+
+
+# --- whatever happens -------------------------------------------------------------------------------------------------
+
+arrivals = st.lists(
+    st.tuples(
+        st.floats(0, 20),  # when it comes
+        st.sampled_from([0.5, 2.0, 8.0, 100.0]),  # its budget
+        st.sampled_from(["good"] * 6 + ["fails", "kills", "stops"]),
+        st.none() | st.floats(0, 10),  # after how long its client leaves
+        st.integers(1, 50),  # its size
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    arrivals=arrivals,
+    batch_size=st.integers(1, 5),
+    window_s=st.sampled_from([0.0, 0.3, 2.0]),
+    max_queue=st.integers(1, 12),
+    copies=st.integers(1, 3),
+    a=st.sampled_from([0.0, 0.2, 3.0]),
+    b=st.sampled_from([0.01, 0.4]),
+)
+def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
+    arrivals: list[Any], batch_size: int, window_s: float, max_queue: int, copies: int, a: float, b: float
+) -> None:
+    left: set[int] = set()
+    order: list[int] = []
+    ends: dict[int, Any] = {}
+
+    async def run(queries: list[tuple[int, str]]) -> list[int]:
+        assert 1 <= len(queries) <= batch_size
+        assert not left & {i for i, _ in queries}, "ran for somebody who has left"
+        if not retried(queries):
+            order.extend(i for i, _ in queries)
+        await asyncio.sleep(a + b * len(queries))
+        kinds = {kind for _, kind in queries}
+        if "kills" in kinds:
+            raise ModelDied("exit code -9")
+        if "stops" in kinds:
+            raise SystemExit
+        if "fails" in kinds:
+            raise ValueError
+        return [i for i, _ in queries]
+
+    def retried(queries: list[tuple[int, str]]) -> bool:
+        return any(i in order for i, _ in queries)
+
+    async def client(loop: ModelLoop, i: int, at: float, budget_s: float, kind: str, leaves_after: float | None) -> None:
+        await asyncio.sleep(at)
+        sent = now()
+        task = asyncio.create_task(loop.submit((i, kind), size=arrivals[i][4], budget_s=budget_s))
+        if leaves_after is not None:
+            await asyncio.wait([task], timeout=leaves_after)
+            if task.cancel():
+                left.add(i)
+        (end,) = await asyncio.gather(task, return_exceptions=True)
+        assert i not in ends
+        ends[i] = end
+        assert now() - sent <= budget_s + 1e-6
+        if isinstance(end, Answer):
+            assert end.value == i and kind == "good"
+            assert end.queue_s + end.model_s <= now() - sent + 1e-6
+        elif isinstance(end, ModelDied):
+            pass  # a neighbour may have been the culprit
+        elif isinstance(end, ModelFailed):
+            assert kind != "good"
+        else:
+            assert isinstance(end, Late | Refused | asyncio.CancelledError)
+
+    async def everything() -> None:
+        options = {"batch_size": batch_size, "window_s": window_s, "max_queue": max_queue}
+        async with serving(*[run] * copies, **options) as loop:
+            await asyncio.gather(*(client(loop, i, *arrival[:4]) for i, arrival in enumerate(arrivals)))
+            await loop.drain(grace_s=100)
+            assert not loop.live and loop.queue.empty() and loop.queue.size == 0 and loop.depth == 0
+
+    on_virtual_clock(everything)()
+    assert len(ends) == len(arrivals)
+    assert [arrivals[i][0] for i in order] == sorted(arrivals[i][0] for i in order), "not first in, first out"

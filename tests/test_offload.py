@@ -1,0 +1,193 @@
+"""A thread and a process both answer, survive what the model throws, and contain what only a process can contain."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import pytest
+
+from workers.loop import ModelDied, ModelFailed
+from workers.metrics import Metrics
+from workers.offload import CannotLoad, Inline, Process, Thread
+
+
+class Echo:
+    """A model that answers with the query, or does what it says. Importable, so that a spawned process can load it."""
+
+    description = "echo"
+
+    def __call__(self, queries: list[Any]) -> list[Any]:
+        for query in queries:
+            match query:
+                case "stop":
+                    raise StopIteration
+                case "exit":
+                    raise SystemExit(3)
+                case "cancel":
+                    raise asyncio.CancelledError
+                case "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "hang":
+                    time.sleep(3600)
+        return [(query, os.getpid(), threading.current_thread().name) for query in queries]
+
+
+class Gated:
+    """A model that waits for an event; counts how many calls are inside at once."""
+
+    description = "gated"
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.inside = self.most = 0
+
+    def __call__(self, queries: list[Any]) -> list[Any]:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        self.open.wait(60)
+        self.inside -= 1
+        return queries
+
+
+def broken() -> Echo:
+    raise OSError("no such model\nsecond line")
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def process(metrics: Metrics | None = None, hang_s: float = 60.0, load: Callable[[], Any] = Echo) -> Process:
+    return Process(load, hang_s, metrics or Metrics())
+
+
+PLACES = {"inline": partial(Inline, Echo), "thread": partial(Thread, Echo), "process": process}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_errors_that_would_break_asyncio_reach_the_caller_and_the_next_call_is_served(place: str) -> None:
+    async def scenario() -> None:
+        offload = PLACES[place]()
+        assert "echo" in await offload.start()
+        for poison in ("stop", "exit", "cancel"):
+            with pytest.raises(ModelFailed):
+                await offload.run([poison])
+            assert [answer[0] for answer in await offload.run(["a", "b"])] == ["a", "b"]
+        offload.stop()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("make", [partial(Inline, broken), partial(Thread, broken), partial(process, load=broken)])
+def test_a_model_that_cannot_be_loaded_is_one_line(make: Callable[[], Any]) -> None:
+    async def scenario() -> None:
+        offload = make()
+        with pytest.raises(CannotLoad, match=r"^OSError: no such model$"):
+            await offload.start()
+
+    asyncio.run(scenario())
+
+
+def test_a_thread_runs_one_call_at_a_time_even_when_its_callers_have_left() -> None:
+    async def scenario() -> None:
+        model = Gated()
+        offload = Thread(lambda: model)
+        await offload.start()
+        left = asyncio.create_task(offload.run(["left"]))
+        await eventually(lambda: model.inside == 1)
+        left.cancel()
+        stays = asyncio.create_task(offload.run(["stays"]))
+        model.open.set()
+        assert await stays == ["stays"]
+        assert model.most == 1
+        offload.stop()
+
+    asyncio.run(scenario())
+
+
+def test_the_event_loop_stays_responsive_while_a_thread_computes() -> None:
+    async def scenario() -> None:
+        model = Gated()
+        offload = Thread(lambda: model)
+        await offload.start()
+        call = asyncio.create_task(offload.run(["a"]))
+        await eventually(lambda: model.inside == 1)  # we get to look while it is inside
+        model.open.set()
+        await call
+        offload.stop()
+
+    asyncio.run(scenario())
+
+
+def with_process(scenario: Callable[[Process, Metrics], Awaitable[None]], **options: Any) -> None:
+    async def run() -> None:
+        metrics = Metrics()
+        offload = process(metrics, **options)
+        await offload.start()
+        try:
+            await scenario(offload, metrics)
+        finally:
+            offload.stop()
+
+    asyncio.run(run())
+
+
+def restarts(metrics: Metrics) -> float:
+    return metrics.registry.get_sample_value("model_process_restarts_total") or 0.0
+
+
+def test_a_killed_process_costs_its_own_queries_and_is_replaced() -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        ((_, first, _),) = await offload.run(["a"])
+        with pytest.raises(ModelDied, match="exit code -9"):
+            await offload.run(["a", "die"])
+        ((_, second, _),) = await offload.run(["a"])
+        assert second not in (first, os.getpid())
+        assert restarts(metrics) == 1
+
+    with_process(scenario)
+
+
+def test_a_hung_process_is_killed_and_replaced() -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        hung = offload.process
+        with pytest.raises(ModelDied, match="did not return within"):
+            await offload.run(["hang"])
+        ((query, _, _),) = await offload.run(["a"])
+        assert query == "a" and not hung.is_alive()
+
+    with_process(scenario, hang_s=5.0)
+
+
+def test_a_process_that_is_killed_while_idle_is_replaced_before_anyone_asks() -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        os.kill(offload.process.pid, signal.SIGKILL)
+        await eventually(lambda: restarts(metrics) == 1)
+        ((query, _, _),) = await offload.run(["a"])
+        assert query == "a"
+
+    with_process(scenario)
+
+
+def test_a_process_ends_when_its_server_is_gone() -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        model = offload.process
+        offload.pipe.close()
+        await asyncio.to_thread(model.join, 30)
+        assert model.exitcode == 0
+
+    async def run() -> None:
+        metrics = Metrics()
+        offload = process(metrics)
+        await offload.start()
+        asyncio.get_running_loop().remove_reader(offload.pipe.fileno())
+        await scenario(offload, metrics)
+
+    asyncio.run(run())

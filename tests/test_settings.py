@@ -1,0 +1,46 @@
+"""A wrong setting is refused at start with one sentence that names it."""
+
+from pathlib import Path
+
+import pytest
+
+from workers.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("BATCH_SIZE", "0", "at least 1"),
+        ("BATCH_SIZE", "many", "at least 1"),
+        ("BATCH_SIZE", "1.5", "at least 1"),
+        ("BATCH_WINDOW_MS", "-1", "at least 0"),
+        ("BATCH_WINDOW_MS", "nan", "at least 0"),
+        ("DEADLINE_S", "0", "above 0"),
+        ("DEADLINE_S", "inf", "above 0"),
+        ("OFFLOAD", "fork", "thread or inline or process"),
+        ("DTYPE", "float31", "float32 or auto or bfloat16 or float16"),
+        ("FAST", "perhaps", "1 or 0"),
+        ("MODEL", "", "a folder or a hub id"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_name_the_value_and_what_is_allowed(
+    name: str, value: str, allowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as refused:
+        Settings.read()
+    assert name in str(refused.value) and repr(value) in str(refused.value) and allowed in str(refused.value)
+
+
+def test_an_environment_variable_beats_dot_env_beats_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text("BATCH_SIZE=8\nMAX_QUEUE=9\n")
+    monkeypatch.setenv("MAX_QUEUE", "7")
+    settings = Settings.read()
+    assert (settings.BATCH_SIZE, settings.MAX_QUEUE, settings.INSTANCES) == (8, 7, 1)
+
+
+def test_threads_of_all_instances_together_never_exceed_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert [Settings(INSTANCES=n).threads_per_instance for n in (1, 2, 3, 9)] == [8, 4, 2, 1]
+    assert Settings(INSTANCES=2, TORCH_THREADS=6).threads_per_instance == 6  # unless asked for
