@@ -1,0 +1,51 @@
+"""Two apps for bench.py: a bare Starlette handler, and the real server with a model that returns at once."""
+
+import json
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from workers import offload
+
+ANSWER = [
+    {"score": 0.19, "token": 2000 + i, "token_str": "capital", "sequence": "paris is the capital of france."}
+    for i in range(5)
+]
+
+
+class Instant:
+    """Answers every query with the same five candidates, at once."""
+
+    description = "a model that returns at once"
+
+    def __init__(self, *args: Any) -> None:
+        pass
+
+    def __call__(self, queries: list[Any]) -> list[Any]:
+        return [ANSWER] * len(queries)
+
+
+async def echo(request: Request) -> JSONResponse:
+    """What any server must do at least: read the body, return JSON of the same size."""
+    await request.body()
+    return JSONResponse(ANSWER)
+
+
+async def is_ready(request: Request) -> JSONResponse:
+    return JSONResponse(json.dumps({"status": "ready"}))
+
+
+bare = Starlette(routes=[Route("/", echo, methods=["POST"]), Route("/ready", is_ready)])
+
+
+def __getattr__(name: str) -> Starlette:
+    """`instant`: made only when asked for, because making it replaces the model."""
+    if name != "instant":
+        raise AttributeError(name)
+    offload.Model = Instant  # type: ignore[assignment, misc]
+    import server
+
+    return server.app
