@@ -34,16 +34,14 @@ FREQUENT, SAMPLED = 5000, 2500  # words in each step's softmax: always, and by c
 def build_model(weights: Path, counts: Tensor) -> BertForMaskedLM:
     """The sentence encoder in `weights` under a new BERT head, which starts from the words' frequencies."""
     config = BertConfig.from_pretrained(HERE)  # hidden sizes and vocabulary are the encoder's own
-    config.attn_implementation = "eager"
     model = BertForMaskedLM.from_pretrained(
         weights, config=config, dtype=torch.float32, attn_implementation="eager"
     )
     head = model.cls.predictions
     head.bias.data.copy_(((counts + 0.1) / (counts + 0.1).sum()).log())
-    # The output layer is the word embeddings: moving them would cost a gradient of 11.7 M a step, and rare words
-    # would drift away from where the encoder learned to expect them.
-    for frozen in (model.bert.embeddings.word_embeddings, model.bert.embeddings.position_embeddings):
-        frozen.requires_grad_(False)
+    # The output layer is the word embeddings: moving them would cost a gradient of 11.7 M numbers a step, and rare
+    # words would drift away from where the encoder learned to expect them. Positions past 128 are never seen here.
+    model.bert.embeddings.requires_grad_(False)
     return model.train()
 
 
