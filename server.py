@@ -36,12 +36,11 @@ async def fill_mask(request: Request) -> Response:
     """POST /: the model's answer to one text."""
     service: Service = request.state.service
     try:
-        async with service.body_limit():
-            body = await contract.read_body(request, settings.MAX_BODY_BYTES)
+        body = await contract.read_body(request, settings, service.reading)
     except TimeoutError:
-        raise HTTPException(
-            408, "the body did not arrive in time; send it faster", {"Connection": "close"}
-        ) from None
+        if service.loop.closing:
+            raise Refused("the server is stopping; try another one") from None
+        raise HTTPException(408, "the body did not arrive in time; send it faster", contract.CLOSE) from None
     except ClientDisconnect:
         return Response(status_code=contract.CLIENT_GONE)
     query = contract.parse(body, request.headers, settings)

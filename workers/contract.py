@@ -1,11 +1,12 @@
 """What HTTP says: reads a request into a query, or refuses it with a sentence; gives every error its status and form."""
 
+import asyncio
 import json
 import re
-import uuid
+import secrets
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -24,6 +25,7 @@ SENTENCES = {
     405: "this method is not allowed here; see the Allow header",
 }
 MAX_HEADER_BYTES = 65_536  # httptools itself would take megabytes
+CLOSE = {"Connection": "close"}  # what is left of such a request must not be read as the next one
 CLIENT_GONE = 499  # nginx's name for it; never sent, only counted
 
 
@@ -31,7 +33,7 @@ def parse(body: bytes, headers: Headers, settings: Settings) -> Query:
     """Return what the body asks. Raises HTTPException 400 or 415 with a sentence that says what to send."""
     media_type, _, parameters = headers.get("content-type", "").partition(";")
     media_type = media_type.strip().lower()
-    charset = re.search(r'charset="?([^";\s]+)', parameters, re.IGNORECASE)
+    charset = re.search(r'charset="?([^";\s]+)', parameters, re.IGNORECASE) if parameters else None
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
     if charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
@@ -86,23 +88,27 @@ def is_list_of_words(value: Any, most: int) -> bool:
     )
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """Return the whole body. Raises HTTPException 413 as soon as it is known to be too large.
+async def read_body(request: Request, settings: Settings, reading: set[asyncio.Timeout]) -> bytes:
+    """Return the whole body. Raises HTTPException 413 as soon as it is known to be too large, TimeoutError when it
 
-    Starlette's own `max_body_size` answers in plain text where Content-Length tells, past every handler.
+    stalls or the server ends what is in `reading`. (Starlette's own `max_body_size` answers in plain text, past every
+    handler, where Content-Length tells; uvicorn waits for ever.)
     """
-    too_large = HTTPException(
-        413, f"the body is too large; send at most {max_bytes} bytes", {"Connection": "close"}
-    )
+    too_large = f"the body is too large; send at most {settings.MAX_BODY_BYTES} bytes"
     declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise too_large
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise too_large
-    return bytes(body)
+    if declared.isdecimal() and int(declared) > settings.MAX_BODY_BYTES:
+        raise HTTPException(413, too_large, CLOSE)
+    body = b""
+    async with asyncio.timeout(settings.BODY_TIMEOUT_S) as limit:
+        reading.add(limit)
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > settings.MAX_BODY_BYTES:
+                    raise HTTPException(413, too_large, CLOSE)
+        finally:
+            reading.discard(limit)
+    return body
 
 
 def client_budget_s(headers: Headers, default_s: float) -> float:
@@ -150,23 +156,22 @@ class Envelope:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        request_id = scope["request_id"] = (
-            given if re.fullmatch(r"[\w.-]{1,128}", given) else uuid.uuid4().hex
-        )
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"")
+        if not re.fullmatch(rb"[\w.-]{1,128}", request_id):
+            request_id = secrets.token_hex(16).encode()
+        scope["request_id"] = request_id.decode()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                message["headers"].append((b"x-request-id", request_id))
                 if scope["path"] == "/":
                     self.metrics.requests.labels(message["status"]).inc()
             await send(message)
 
         app: ASGIApp = self.app
-        close = {"Connection": "close"}
-        if "transfer-encoding" in headers and "content-length" in headers:
-            app = JSONResponse({"error": "send Content-Length or Transfer-Encoding, not both"}, 400, close)
+        if b"transfer-encoding" in headers and b"content-length" in headers:
+            app = JSONResponse({"error": "send Content-Length or Transfer-Encoding, not both"}, 400, CLOSE)
         elif sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
-            app = JSONResponse({"error": f"send at most {MAX_HEADER_BYTES} bytes of headers"}, 431, close)
+            app = JSONResponse({"error": f"send at most {MAX_HEADER_BYTES} bytes of headers"}, 431, CLOSE)
         await app(scope, receive, send_with_id)

@@ -68,6 +68,7 @@ class Job:
     enqueued_at: float
     deadline: float
     future: asyncio.Future[Answer]
+    running: bool = False
 
     @property
     def alive(self) -> bool:
@@ -98,13 +99,18 @@ class JobQueue(asyncio.Queue[Job]):
             self.size -= job.size
 
 
-@dataclass(eq=False, slots=True)
-class Call:
+class Call(NamedTuple):
     """One call of the model in progress."""
 
     started_at: float
-    batch: list[Job]
     size: int
+
+
+def fail(job: Job, error: Exception) -> None:
+    """End `job` with `error` unless it has ended."""
+    if job.alive:
+        job.future.set_exception(error)
+        job.future.exception()  # its client may leave in this very tick; asyncio complains of what nobody looked at
 
 
 @dataclass(eq=False)
@@ -122,7 +128,8 @@ class ModelLoop:
         self.queue: JobQueue = JobQueue()
         self.speed = Speed()
         self.live: set[Job] = set()  # admitted and not yet answered
-        self.calls: set[Call] = set()
+        self.running = 0  # those of them that the model works on
+        self.calls: list[Call] = []
         self.consumers = 0
         self.closing = False
         self._taking = asyncio.Lock()  # one consumer gathers a batch at a time, or two would split it
@@ -142,31 +149,24 @@ class ModelLoop:
         job = Job(query, size, loop.time(), loop.time() + budget_s, loop.create_future())
         self.live.add(job)
         self.queue.put_nowait(job)
+        timer = loop.call_at(job.deadline, fail, job, Late(f"no answer within {budget_s:g} s; allow more time"))
         try:
-            async with asyncio.timeout_at(job.deadline):
-                return await job.future
-        except TimeoutError:
-            raise Late(f"no answer within {budget_s:g} s; try again later, or allow more time") from None
+            return await job.future
         except asyncio.CancelledError:
             self.metrics.abandoned()
             raise
         finally:
-            if not job.future.cancel() and not job.future.cancelled():
-                job.future.exception()  # asyncio complains of an exception that nobody looked at
+            timer.cancel()
             self.queue.discard(job)
             self.live.discard(job)
+            self.running -= job.running
             if not self.live:
                 self._drained.set()
 
     @property
     def depth(self) -> int:
-        """How many admitted jobs wait for the model."""
+        """How many admitted jobs wait for the model, in the queue or in an open window."""
         return len(self.live) - self.running
-
-    @property
-    def running(self) -> int:
-        """How many jobs the model is working on and somebody waits for."""
-        return sum(job.alive for call in self.calls for job in call.batch)
 
     def stuck_s(self) -> float:
         """How long the longest model call beyond `hang_s` has been running, 0 when none is."""
@@ -207,6 +207,7 @@ class ModelLoop:
                     batch, closed_by = await self.take_batch()
                 if batch := self._worth_running(batch):
                     await self._run(run, batch, closed_by)
+                await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out for ever
         finally:
             self.consumers -= 1
 
@@ -257,8 +258,11 @@ class ModelLoop:
     async def _run(self, run: Run, batch: list[Job], closed_by: str) -> None:
         """Run the model on `batch` and answer every job of it, whatever the model throws."""
         loop = asyncio.get_running_loop()
-        call = Call(loop.time(), batch, sum(job.size for job in batch))
-        self.calls.add(call)
+        call = Call(loop.time(), sum(job.size for job in batch))
+        self.calls.append(call)
+        for job in batch:
+            self.running += not job.running
+            job.running = True
         error: BaseException | None = None
         try:
             values = await run([job.query for job in batch])
@@ -269,7 +273,7 @@ class ModelLoop:
         except BaseException as exc:  # also SystemExit and MemoryError: no query may end the loop
             error = exc
         finally:
-            self.calls.discard(call)
+            self.calls.remove(call)
         model_s = loop.time() - call.started_at
         waits_s = [call.started_at - job.enqueued_at for job in batch]
         self.metrics.batch(len(batch), closed_by, model_s, waits_s)
@@ -293,10 +297,9 @@ class ModelLoop:
     def _fail(self, batch: list[Job], error: BaseException) -> None:
         failure = type(error) if isinstance(error, ModelFailed) else ModelFailed
         for job in batch:
-            if job.alive:
-                failed = failure(str(error))
-                failed.__cause__ = error
-                job.future.set_exception(failed)
+            failed = failure(str(error))
+            failed.__cause__ = error
+            fail(job, failed)
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 
@@ -320,5 +323,4 @@ class ModelLoop:
     def refuse_all(self, reason: str) -> None:
         """Answer every job that is still waiting or running with `Refused`."""
         for job in self.live:
-            if job.alive:
-                job.future.set_exception(Refused(reason))
+            fail(job, Refused(reason))

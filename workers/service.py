@@ -61,20 +61,6 @@ class Service:
         self.loop.refuse_all(reason)
         signal.raise_signal(signal.SIGTERM)
 
-    @contextlib.asynccontextmanager
-    async def body_limit(self) -> AsyncIterator[None]:
-        """Bound the time that a client may take to send its body, and end it when the server stops."""
-        try:
-            async with asyncio.timeout(self.settings.BODY_TIMEOUT_S) as limit:
-                self.reading.add(limit)
-                yield
-        except TimeoutError:
-            if self.loop.closing:
-                raise Refused("the server is stopping; try another one") from None
-            raise
-        finally:
-            self.reading.discard(limit)
-
     def stop(self) -> None:
         """Refuse new work and finish what is admitted, within the grace time less a second to send the answers."""
         self.loop.stop_admitting()

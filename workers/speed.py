@@ -11,6 +11,7 @@ class Speed:
     def __init__(self, forget: float = 0.1) -> None:
         self.forget = forget
         self.weight = self.size = self.seconds = self.size_size = self.size_seconds = 0.0
+        self.a = self.b = 0.0  # seconds a call, seconds a unit of size; never below 0
 
     def observe(self, size: float, seconds: float) -> None:
         """Learn that a call of `size` took `seconds`."""
@@ -20,20 +21,14 @@ class Speed:
         self.seconds = keep * self.seconds + seconds
         self.size_size = keep * self.size_size + size * size
         self.size_seconds = keep * self.size_seconds + size * seconds
-
-    def law(self) -> tuple[float, float]:
-        """Return (a, b): seconds a call, seconds a unit of size; both at least 0."""
-        if not self.weight:
-            return 0.0, 0.0
         mean_size, mean_s = self.size / self.weight, self.seconds / self.weight
         variance = self.size_size / self.weight - mean_size**2
         covariance = self.size_seconds / self.weight - mean_size * mean_s
         # All calls of about one size: the slope is noise, so take the time as proportional to size.
         b = covariance / variance if variance > 1e-3 * mean_size**2 else mean_s / mean_size
-        b = min(max(b, 0.0), mean_s / mean_size)
-        return mean_s - b * mean_size, b
+        self.b = min(max(b, 0.0), mean_s / mean_size)
+        self.a = mean_s - self.b * mean_size
 
     def predict_s(self, size: float, calls: int = 1) -> float:
         """Seconds that `calls` calls with `size` altogether will take."""
-        a, b = self.law()
-        return a * calls + b * size
+        return self.a * calls + self.b * size
