@@ -1,0 +1,382 @@
+"""The HTTP contract of DESIGN.md, sentence by sentence, over a real socket, in every deployment mode.
+
+What a mode can't do by its nature is in `promises.py`, which prints the table for the README.
+"""
+
+import http.client
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from client import POISON, SLOW, Crowd, dial, get, hear, metric, post, post_json, request, say, until
+from promises import TESTED, kept
+
+from loadtests.modes import MODES, Server, start
+
+PARIS = "Paris is the [MASK] of France."
+
+
+@pytest.fixture(scope="module", params=TESTED)
+def mode(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def server(mode: str) -> Iterator[Server]:
+    """The embedded model, one text a call, patient with nobody."""
+    with start(MODES[mode], {"BATCH_SIZE": "1", "BODY_TIMEOUT_S": "1"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def sick(mode: str, sick_model: Path) -> Iterator[Server]:
+    """A model that raises on one word, in batches that wait for company."""
+    settings = {"MODEL": str(sick_model), "BATCH_SIZE": "4", "BATCH_WINDOW_MS": "500", "DEADLINE_S": "5"}
+    with start(MODES[mode], settings) as server:
+        yield server
+
+
+# --- what is asked and answered ---------------------------------------------------------------------------------------
+
+
+def same(answer: Any, expected: Any) -> None:
+    """The same tokens in the same order, scores within 1e-4."""
+    assert [c["token_str"] for c in answer] == [c["token_str"] for c in expected]
+    assert [c["sequence"] for c in answer] == [c["sequence"] for c in expected]
+    assert [c["score"] for c in answer] == pytest.approx([c["score"] for c in expected], abs=1e-4)
+
+
+def test_raw_text_gets_what_the_plain_pipeline_answers(server: Server, oracle: Any) -> None:
+    for text in (PARIS, "Wörter wie [MASK] sind 難しい.", "a" * 300 + " [MASK]"):
+        reply = post(server, text)
+        assert reply.status == 200
+        same(reply.json, oracle(text))
+
+
+def test_two_masks_get_a_list_for_each(server: Server, oracle: Any) -> None:
+    text = "The [MASK] sat on the [MASK]."
+    for answer, expected in zip(post(server, text).json, oracle(text), strict=True):
+        same(answer, expected)
+
+
+def test_json_takes_top_k_and_targets(server: Server, oracle: Any) -> None:
+    same(post_json(server, {"inputs": PARIS}).json, oracle(PARIS))
+    same(post_json(server, {"inputs": PARIS, "parameters": {"top_k": 2}}).json, oracle(PARIS, top_k=2))
+    targets = ["city", "capital"]
+    reply = post_json(server, {"inputs": PARIS, "parameters": {"targets": targets}})
+    same(reply.json, oracle(PARIS, targets=targets))
+
+
+def test_hugging_face_client_just_works(server: Server, oracle: Any) -> None:
+    from huggingface_hub import InferenceClient
+
+    found = InferenceClient(model=server.url).fill_mask(PARIS, top_k=3)
+    same([dict(candidate) for candidate in found], oracle(PARIS, top_k=3))
+
+
+def test_answer_says_where_the_time_went(server: Server) -> None:
+    timing = post(server, PARIS).headers["Server-Timing"]
+    assert timing.startswith("queue;dur=")
+    assert ", model;dur=" in timing
+    assert 'batch;desc="size 1, closed by full"' in timing
+
+
+def test_request_id_is_taken_over_or_made(server: Server) -> None:
+    assert post(server, PARIS, X_Request_ID="mine-1").headers["X-Request-ID"] == "mine-1"
+    made = [post(server, PARIS).headers["X-Request-ID"] for _ in range(2)]
+    assert all(made)
+    assert made[0] != made[1]
+    assert post(server, PARIS, X_Request_ID="{bad}").headers["X-Request-ID"] != "{bad}"
+
+
+def test_connection_is_kept_for_the_next_request(server: Server, mode: str) -> None:
+    with dial(server) as connection:
+        for _ in range(2 if kept("keeps connections", mode) else 1):
+            connection.sendall(request("POST", "/", PARIS.encode()))
+            assert hear(connection).status == 200
+
+
+# --- what is refused, at once and in one form -------------------------------------------------------------------------
+
+WRONG = {
+    "empty": (b"", {}, 400),
+    "blank": (b" \n", {}, 400),
+    "not UTF-8": (b"caf\xe9 [MASK]", {}, 400),
+    "malformed JSON": (b'{"inputs": ', {"Content_Type": "application/json"}, 400),
+    "JSON that is no object": (b"[1]", {"Content_Type": "application/json"}, 400),
+    "unknown field": (b'{"inputs": "a [MASK]", "model": "x"}', {"Content_Type": "application/json"}, 400),
+    "unknown parameter": (
+        b'{"inputs": "a [MASK]", "parameters": {"seed": 1}}',
+        {"Content_Type": "application/json"},
+        400,
+    ),
+    "top_k 0": (
+        b'{"inputs": "a [MASK]", "parameters": {"top_k": 0}}',
+        {"Content_Type": "application/json"},
+        400,
+    ),
+    "no targets": (
+        b'{"inputs": "a [MASK]", "parameters": {"targets": []}}',
+        {"Content_Type": "application/json"},
+        400,
+    ),
+    "lone surrogate": (b'{"inputs": "\\ud800 [MASK]"}', {"Content_Type": "application/json"}, 400),
+    "too large": (b"a" * 16_385, {}, 413),
+    "too large, in chunks": (
+        b"4000\r\n" + b"a" * 0x4000 + b"\r\n4000\r\n" + b"a" * 0x4000 + b"\r\n0\r\n\r\n",
+        {"Transfer_Encoding": "chunked"},
+        413,
+    ),
+    "compressed": (b"x\x9c", {"Content_Encoding": "gzip"}, 415),
+    "another media type": (b"<a/>", {"Content_Type": "application/xml"}, 415),
+    "another charset": (b"a [MASK]", {"Content_Type": "text/plain; charset=latin-1"}, 415),
+    "no mask": (b"Paris is nice.", {}, 422),
+    "too many masks": (b"[MASK] " * 9, {}, 422),
+    "too many tokens": (b"a [MASK]" + b" a" * 512, {}, 422),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_input_is_refused_with_a_sentence(server: Server, what: str) -> None:
+    body, headers, status = WRONG[what]
+    reply = post(server, body, **headers)
+    assert reply.status == status
+    assert reply.error
+    assert reply.headers["X-Request-ID"]
+
+
+def test_body_said_to_be_too_large_is_refused_before_it_is_sent(server: Server) -> None:
+    reply = say(server, request("POST", Content_Length="1000000000"))
+    assert reply.status == 413
+    assert "16384" in reply.error
+
+
+def test_chunked_body_is_read(server: Server) -> None:
+    body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (b"Paris is ", b"the [MASK] of France."))
+    reply = post(server, body + b"0\r\n\r\n", Transfer_Encoding="chunked")
+    assert reply.json[0]["token_str"] == "capital"
+
+
+def test_stalled_body_gets_408(server: Server) -> None:
+    reply = say(server, request("POST", Content_Length="100") + b"Paris")
+    assert reply.status == 408
+    assert reply.error
+
+
+def test_unknown_path_and_method_are_json_too(server: Server) -> None:
+    assert (reply := get(server, "/nothing")).status == 404
+    assert reply.error
+    assert (reply := get(server, "/")).status == 405
+    assert reply.error
+    assert "POST" in reply.headers["Allow"]
+
+
+def test_both_content_length_and_transfer_encoding_are_refused(server: Server) -> None:
+    body = b"0\r\n\r\nPOST / HTTP/1.1\r\nHost: smuggled\r\nContent-Length: 8\r\n\r\na [MASK]"
+    with dial(server) as connection:
+        connection.sendall(
+            request("POST", "/", body, Content_Length=str(len(body)), Transfer_Encoding="chunked")
+        )
+        assert hear(connection).status == 400  # mostly by the HTTP parser, in its own words
+        assert connection.recv(1) == b"", "the smuggled request must not be answered"
+
+
+def test_over_long_headers_are_refused(server: Server, mode: str) -> None:
+    raw = request("POST", "/", PARIS.encode(), **{f"X_{i}": "a" * 8000 for i in range(9)})
+    reply = say(server, raw)
+    assert reply.status in (400, 431)
+    assert reply.error if kept("over-long headers are refused in JSON", mode) else reply.body
+
+
+# --- operating it -----------------------------------------------------------------------------------------------------
+
+
+def test_health_tells_depth_running_model_and_uptime(server: Server) -> None:
+    reply = get(server, "/health")
+    assert reply.status == 200
+    assert reply.json["status"] == "ok"
+    assert reply.json.keys() == {"status", "model", "queue_depth", "running", "uptime_s"}
+
+
+def test_ready_once_the_model_is_loaded(server: Server) -> None:
+    assert (reply := get(server, "/ready")).status == 200
+    assert reply.json == {"status": "ready"}
+
+
+def test_metrics_count_requests_by_status(server: Server) -> None:
+    before = {status: metric(server, f'model_requests_total{{status="{status}"}}') for status in (200, 422)}
+    calls = metric(server, "model_call_seconds_count")
+    post(server, PARIS)
+    post(server, "no mask")
+    assert metric(server, 'model_requests_total{status="200"}') == before[200] + 1
+    assert metric(server, 'model_requests_total{status="422"}') == before[422] + 1
+    assert metric(server, "model_call_seconds_count") == calls + 1
+    assert get(server, "/metrics").headers.get_content_type() == "text/plain"
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
+
+
+def numbered(n: int, text: str = PARIS) -> list[str]:
+    """n texts that can be told apart by their answers."""
+    return [f"{i} . {text}" for i in range(n)]
+
+
+def is_own(i: int, answer: Any) -> bool:
+    """Whether it answers the i-th of `numbered`."""
+    return answer[0]["sequence"].startswith(f"{i}.") or answer[0]["sequence"].startswith(f"{i} .")
+
+
+def test_many_at_once_each_get_their_own_answer(sick: Server, crowd: Crowd, mode: str) -> None:
+    replies = [reply.result() for reply in crowd.post(sick, *numbered(40))]
+    assert [reply.status for reply in replies] == [200] * 40
+    assert all(is_own(i, reply.json) for i, reply in enumerate(replies))
+    sizes = {reply.headers["Server-Timing"].split("size ")[1].split(",")[0] for reply in replies}
+    assert ("4" in sizes) is kept("batches gather all connections", mode)
+
+
+def test_poison_fails_alone_and_its_neighbours_get_answers(sick: Server, crowd: Crowd) -> None:
+    replies = [reply.result() for reply in crowd.post(sick, *numbered(3), POISON)]
+    assert [reply.status for reply in replies] == [200, 200, 200, 500]
+    assert all(is_own(i, reply.json) for i, reply in enumerate(replies[:3]))
+    culprit = replies[3]
+    assert "Traceback" not in culprit.error
+    assert "index" not in culprit.error
+    assert culprit.headers["X-Request-ID"] in sick.log()
+    assert post(sick, PARIS).status == 200
+
+
+def test_client_may_shorten_its_deadline(sick: Server) -> None:
+    began = time.monotonic()
+    reply = post(sick, PARIS, Prefer="wait=0")
+    assert reply.status == 504
+    assert reply.error
+    assert time.monotonic() - began < 0.4, "it must not wait for the window's end"
+    assert post(sick, PARIS, Prefer="wait=1000").status == 200
+
+
+@pytest.fixture(scope="module")
+def narrow(mode: str) -> Iterator[Server]:
+    """A queue of one place before the embedded model, which takes its time over long texts."""
+    with start(MODES[mode], {"MAX_QUEUE": "1", "BATCH_SIZE": "1", "TORCH_THREADS": "1"}) as server:
+        yield server
+
+
+def test_too_much_work_gets_503_with_retry_after(narrow: Server, crowd: Crowd, mode: str) -> None:
+    replies = [reply.result() for reply in crowd.post(narrow, *[SLOW] * 24)]
+    statuses = {reply.status for reply in replies}
+    if not kept("too much work is refused", mode):
+        assert statuses == {200}, "they waited, unseen, where nobody can refuse them"
+        return
+    assert statuses == {200, 503}
+    for reply in replies:
+        if reply.status == 503:
+            assert reply.error
+            assert int(reply.headers["Retry-After"]) >= 1
+
+
+def test_client_that_leaves_frees_its_place(narrow: Server, mode: str) -> None:
+    before = metric(narrow, "model_abandoned_total")
+    with dial(narrow) as running, dial(narrow) as waiting:
+        running.sendall(request("POST", "/", SLOW.encode()))
+        waiting.sendall(request("POST", "/", SLOW.encode()))
+    until(lambda: metric(narrow, "model_abandoned_total") > before)
+    until(lambda: get(narrow, "/health").json["queue_depth"] == 0)
+    assert post(narrow, PARIS).status == 200
+
+
+def test_sigterm_under_load_answers_everybody_exactly_once(narrow: Server, crowd: Crowd, mode: str) -> None:
+    """The last test of `narrow`: it ends it."""
+    texts = numbered(16, SLOW)
+    replies = crowd.post(narrow, *texts)
+    until(lambda: any(reply.done() for reply in replies))
+    narrow.process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    outcomes: dict[str, int] = {}
+    for i, future in enumerate(replies):
+        try:
+            reply = future.result(timeout=15)
+        except OSError as exc:
+            outcomes[type(exc).__name__] = outcomes.get(type(exc).__name__, 0) + 1
+            continue
+        assert reply.status in (200, 503)
+        assert is_own(i, reply.json) if reply.status == 200 else reply.error
+    narrow.process.wait(12)
+    assert time.monotonic() - began < 12
+    if kept("nobody is reset by SIGTERM", mode):
+        assert not outcomes
+
+
+def test_killed_model_process_costs_its_own_batch_only(mode: str, crowd: Crowd) -> None:
+    if MODES[mode].env.get("OFFLOAD") == "inline":
+        pytest.skip("it has no model process")
+    with start(MODES[mode], {"OFFLOAD": "process", "BATCH_SIZE": "1"}) as server:
+        workers = model_processes(server)
+        replies = crowd.post(server, *numbered(12, SLOW))
+        until(lambda: any(reply.done() for reply in replies))
+        workers[0].kill()
+        failed = [future.result() for future in replies if future.result().status != 200]
+        assert len(failed) <= 1, "only the request that was in it"
+        assert all(reply.status == 500 and reply.error for reply in failed)
+        assert all(is_own(i, f.result().json) for i, f in enumerate(replies) if f.result().status == 200)
+        until(lambda: metric(server, "model_process_restarts_total") == 1)
+        assert post(server, PARIS).status == 200
+        assert "starting another" in server.log()
+
+
+def model_processes(server: Server) -> list[psutil.Process]:
+    """The spawned processes that hold a model."""
+    return [p for p in server.processes() if "spawn_main" in " ".join(p.cmdline())]
+
+
+def test_stalled_body_does_not_hold_sigterm(mode: str) -> None:
+    with start(MODES[mode], {"GRACE_S": "3", "BODY_TIMEOUT_S": "60"}) as server, dial(server) as stalled:
+        stalled.sendall(request("POST", Content_Length="100") + b"Paris")
+        began = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        assert hear(stalled).status == 503
+        server.process.wait(20)
+        assert time.monotonic() - began < 4
+
+
+def test_second_ctrl_c_exits_at_once(mode: str, crowd: Crowd) -> None:
+    with start(MODES[mode], {"BATCH_SIZE": "1", "TORCH_THREADS": "1"}) as server:
+        replies = crowd.post(server, *[SLOW] * 24)
+        until(lambda: any(reply.done() for reply in replies))
+        server.process.send_signal(signal.SIGINT)
+        until(lambda: server.process.poll() is not None or get_or_none(server, "/ready") != 200)
+        began = time.monotonic()
+        if server.process.poll() is None:
+            server.process.send_signal(signal.SIGINT)
+        server.process.wait(5)
+        assert time.monotonic() - began < 2
+        for reply in replies:
+            reply.exception()
+
+
+def get_or_none(server: Server, path: str) -> int | None:
+    """The status, None when there is no answer."""
+    try:
+        return get(server, path).status
+    except (OSError, http.client.HTTPException):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"MODEL": "/nowhere/at-all"}, "cannot load MODEL=/nowhere/at-all: "),
+        ({"MAX_QUEUE": "0"}, "MAX_QUEUE='0' is not allowed: it must be a whole number of at least 1"),
+    ],
+)
+def test_wrong_setting_ends_the_server_with_a_sentence(
+    mode: str, wrong: dict[str, str], sentence: str
+) -> None:
+    with start(MODES[mode], {"HF_HUB_OFFLINE": "1", **wrong}, wait=False) as server:
+        assert server.process.wait(30) != 0
+        assert sentence in server.log()
+        assert "Traceback" not in server.log()
