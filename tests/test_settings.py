@@ -20,7 +20,8 @@ from workers.settings import Settings
         ("OFFLOAD", "fork", "thread or inline or process"),
         ("DTYPE", "float31", "float32 or auto or bfloat16 or float16"),
         ("FAST", "perhaps", "1 or 0"),
-        ("MODEL", "", "a folder or a hub id"),
+        ("MODEL", "", "a folder that exists or a hub id"),
+        ("MODEL", "/no/such/folder", "a folder that exists or a hub id"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name_the_value_and_what_is_allowed(

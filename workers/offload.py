@@ -210,7 +210,9 @@ def attempt_load(load: Callable[[], Any]) -> Any:
         return load()
     except BaseException as exc:
         lines = str(exc).strip().splitlines() or [repr(exc)]
-        raise CannotLoad(f"{type(exc).__name__}: {lines[0]}") from exc
+        # Transformers wraps a whole traceback into its message: the cause is its last line.
+        reason = lines[-1] if any(line.startswith("Traceback") for line in lines) else lines[0]
+        raise CannotLoad(f"{type(exc).__name__}: {reason}") from exc
 
 
 def settle(future: asyncio.Future[Any], outcome: Any) -> None:

@@ -31,12 +31,17 @@ def one_of(*choices: str) -> Any:
     return knob(choices[0], " or ".join(choices), lambda value: value in choices)
 
 
+def is_model(name: str) -> bool:
+    """Whether `name` is a folder, or could be a hub id."""
+    return os.path.isdir(name) or (bool(name) and not name.startswith(("/", ".")))
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the server was told. Immutable, picklable: a spawned model process gets the same."""
 
     # What to serve
-    MODEL: str = knob(str(HERE / "models" / "minilm-mlm"), "a folder or a hub id", bool)
+    MODEL: str = knob(str(HERE / "models" / "minilm-mlm"), "a folder that exists or a hub id", is_model)
     TASK: str = knob("fill-mask", "a text-in pipeline task, such as text-classification", bool)
     DTYPE: str = one_of(
         "float32", "auto", "bfloat16", "float16"
@@ -55,7 +60,8 @@ class Settings:
     # Where inference runs
     OFFLOAD: str = one_of("thread", "inline", "process")  # inline blocks the event loop: for comparison
     INSTANCES: int = at_least(1, 1)  # copies of the model on one queue
-    TORCH_THREADS: int = at_least(0, 0)  # per copy; 0: cores / INSTANCES
+    TORCH_THREADS: int = at_least(0, 0)  # per copy; 0: cores / copies
+    WEB_CONCURRENCY: int = at_least(1, 1)  # worker processes: Gunicorn's and uvicorn's own name for it
     HANG_S: float = seconds(60.0)  # a model call this long is a hang
 
     # What is taken in
@@ -90,4 +96,4 @@ class Settings:
     @property
     def threads_per_instance(self) -> int:
         """Torch threads of one copy: never more in total than there are cores, unless asked for."""
-        return self.TORCH_THREADS or max(1, len(os.sched_getaffinity(0)) // self.INSTANCES)
+        return self.TORCH_THREADS or max(1, len(os.sched_getaffinity(0)) // (self.INSTANCES * self.WEB_CONCURRENCY))
