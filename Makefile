@@ -11,6 +11,10 @@ serve: $(VENV)/serve
 test: $(VENV)/dev
 	$(BIN)/pytest
 
+bench: $(VENV)/dev
+	$(BIN)/python -m loadtests.bench
+	$(BIN)/python -m loadtests.bench_model
+
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
