@@ -74,6 +74,10 @@ class FastFillMaskPipeline(FillMaskPipeline):  # type: ignore[misc]
         # This decoder, and only this one of those in use, turns each token into text by itself.
         decoder = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "decoder", None)
         self._piecewise = isinstance(decoder, WordPiece) and not self.tokenizer.clean_up_tokenization_spaces
+        if cpu and self.model.dtype == torch.bfloat16:
+            self.model.set_attn_implementation(
+                "eager"
+            )  # measured: two matmuls beat the fused kernel at every length
         self.fast = self._become_fast()
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
