@@ -163,8 +163,27 @@ async def test_two_copies_share_one_queue_and_the_free_one_takes_the_next_job() 
 async def test_two_copies_do_not_split_the_batch_of_one_window() -> None:
     first, second = FakeModel(), FakeModel()
     async with serving(first, second, batch_size=4, window_s=1.0) as loop:
-        await outcomes(submit_all(loop, *range(4)))
+        tasks = submit_all(loop, 0, 1)
+        await asyncio.sleep(0.5)
+        await outcomes(tasks + submit_all(loop, 2, 3))
     assert [first.calls, second.calls] == [[[0, 1, 2, 3]], []]
+
+
+@on_virtual_clock
+async def test_a_model_that_blocks_the_event_loop_lets_answers_out_between_its_calls() -> None:
+    events: list[str] = []
+
+    async def blocks(queries: list[str]) -> list[str]:
+        events.append(f"call {queries[0]}")
+        return queries
+
+    async def client(loop: ModelLoop, query: str) -> None:
+        await loop.submit(query)
+        events.append(f"answer {query}")
+
+    async with serving(blocks) as loop:
+        await asyncio.gather(*(client(loop, query) for query in "abcd"))
+    assert events.index("answer a") < events.index("call d")
 
 
 # --- admission --------------------------------------------------------------------------------------------------------
