@@ -163,9 +163,9 @@ async def test_two_copies_share_one_queue_and_the_free_one_takes_the_next_job() 
 async def test_two_copies_do_not_split_the_batch_of_one_window() -> None:
     first, second = FakeModel(), FakeModel()
     async with serving(first, second, batch_size=4, window_s=1.0) as loop:
-        tasks = submit_all(loop, 0, 1)
+        tasks = submit_all(loop, 0)
         await asyncio.sleep(0.5)
-        await outcomes(tasks + submit_all(loop, 2, 3))
+        await outcomes(tasks + submit_all(loop, 1, 2, 3))
     assert [first.calls, second.calls] == [[[0, 1, 2, 3]], []]
 
 
