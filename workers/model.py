@@ -1,11 +1,15 @@
 """The model: loaded once, answers a list of queries. The input check: what is refused before the queue."""
 
 import copy
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from workers.settings import Settings
+
+
+LOADING = threading.Lock()  # while Transformers loads, torch makes tensors without data, in every thread
 
 
 class Query(NamedTuple):
@@ -39,15 +43,16 @@ def load_pipeline(settings: Settings, instance: int = 0) -> Any:
     if device == "cuda":
         device = f"cuda:{instance % torch.cuda.device_count()}"
     fast = settings.FAST and settings.TASK == "fill-mask"
-    return transformers.pipeline(
-        settings.TASK,
-        model=settings.MODEL,
-        dtype=pick_dtype(settings.DTYPE, device),
-        device=device,
-        pipeline_class=FastFillMaskPipeline if fast else None,
-        trust_remote_code=False,
-        model_kwargs={"use_safetensors": True},
-    )
+    with LOADING:
+        return transformers.pipeline(
+            settings.TASK,
+            model=settings.MODEL,
+            dtype=pick_dtype(settings.DTYPE, device),
+            device=device,
+            pipeline_class=FastFillMaskPipeline if fast else None,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
+        )
 
 
 class Model:
