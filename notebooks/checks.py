@@ -1,0 +1,202 @@
+"""The exercises' checkers. Each says what it thinks of an answer; none raises."""
+
+import asyncio
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+class NotYet(Exception):
+    """What is wrong, in a sentence that helps."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """True when the answer is right; shows itself as a sentence."""
+
+    right: bool
+    sentence: str
+
+    def __bool__(self) -> bool:
+        return self.right
+
+    def __repr__(self) -> str:
+        return f"{'● Right.' if self.right else '○'} {self.sentence}"
+
+
+def exercise(praise: str) -> Callable[[Callable[[Any], None]], Callable[[Any], Verdict]]:
+    """Make a soft checker of one that raises NotYet."""
+
+    def soften(check: Callable[[Any], None]) -> Callable[[Any], Verdict]:
+        @functools.wraps(check)
+        def soft(answer: Any) -> Verdict:
+            try:
+                if answer is ... or answer is None:
+                    raise NotYet("your turn: fill in the blank")
+                check(answer)
+            except NotYet as hint:
+                return Verdict(False, str(hint))
+            except Exception as error:
+                return Verdict(False, f"your answer raised {type(error).__name__}: {error}")
+            return Verdict(True, praise)
+
+        return soft
+
+    return soften
+
+
+def run(coroutine: Any) -> Any:
+    """Run it to its end, also inside Jupyter, whose own event loop is running; NotYet when it takes long."""
+    import threading
+
+    outcome: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            outcome["value"] = asyncio.run(asyncio.wait_for(coroutine, 5))
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if isinstance(outcome.get("error"), TimeoutError):
+        raise NotYet("it did not come to an end within 5 s")
+    if "error" in outcome:
+        raise outcome["error"]
+    return outcome["value"]
+
+
+def near(value: Any, expected: float, relative: float = 0.01) -> bool:
+    """Whether `value` is a number and almost `expected`; NotYet when it is none."""
+    if value is None or value is ...:
+        raise NotYet("your turn: fill in the blank")
+    if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+        raise NotYet(f"a number is wanted, not {type(value).__name__}")
+    return abs(float(value) - expected) <= relative * abs(expected) + 1e-12
+
+
+# --- 1. One queue, one model ------------------------------------------------------------------------------------------
+
+
+@exercise("The bound of a queue is the clients' patience divided by the time of a call, and nothing else.")
+def exercise_1_1(longest_queue: Any) -> None:
+    if near(longest_queue, 100, 0):
+        raise NotYet("close: the call that has just begun takes its 20 ms too")
+    if not near(longest_queue, 99, 0):
+        raise NotYet(
+            "how many calls of 20 ms fit into 2 s? And which of them are not for those in the queue?"
+        )
+
+
+@exercise("That is almost `take_batch` in workers/loop.py.")
+def exercise_1_2(serve_one_batch: Any) -> None:
+    def pipe(texts: Any, batch_size: int = 1) -> Any:
+        calls.append(len(texts) if isinstance(texts, list) else 1)
+        answers = [
+            [f"{text} {i}" for i in range(5)] for text in ([texts] if isinstance(texts, str) else texts)
+        ]
+        return answers[0] if len(answers) == 1 else answers
+
+    async def attempt(n: int) -> list[Any]:
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        replies: list[asyncio.Queue[Any]] = [asyncio.Queue() for _ in range(n)]
+        for i, reply in enumerate(replies):
+            queue.put_nowait((f"text {i}", reply))
+        if await serve_one_batch(queue, pipe, 8) is None and not calls:
+            raise NotYet("your turn: the pipeline was never called")
+        return [reply.get_nowait() if reply.qsize() else None for reply in replies]
+
+    for n in (1, 2, 8, 11):
+        calls: list[int] = []
+        answers = run(attempt(n))
+        for i in range(min(n, 8)):
+            if answers[i] is None:
+                raise NotYet(f"{n} texts in the queue: client {i + 1} got no answer")
+            if answers[i] != [f"text {i} {j}" for j in range(5)]:
+                raise NotYet(
+                    f"{n} texts in the queue: client {i + 1} did not get the five guesses for its text"
+                )
+        if max(calls) > 8:
+            raise NotYet(f"a batch of {max(calls)}: take 8 at most, the rest waits for the next one")
+
+
+@exercise(
+    "The assignment makes the name local to the function, so its right side reads a variable without a value. The "
+    "exception ends the task; all clients wait for ever; nothing is printed while the task object lives."
+)
+def exercise_1_3(exception: Any) -> None:
+    name = (
+        exception if isinstance(exception, str) else getattr(exception, "__name__", type(exception).__name__)
+    )
+    if name == "NameError":
+        raise NotYet("its subclass has a more telling name")
+    if name != "UnboundLocalError":
+        raise NotYet("try it: a function with `print = print('x')` in it; call it")
+
+
+# --- 2. Don't block the loop ------------------------------------------------------------------------------------------
+
+
+@exercise("Half of the call on average, and only when it runs: 0.6 · 800 / 2.")
+def exercise_2_1(mean_wait_ms: Any) -> None:
+    if near(mean_wait_ms, 400):
+        raise NotYet("that is for those who meet a call; four in ten don't")
+    if near(mean_wait_ms, 480):
+        raise NotYet("a probe comes in the middle of a call, not at its start")
+    if not near(mean_wait_ms, 240):
+        raise NotYet("how long is what is left of a call, on average? And what is the chance to meet one?")
+
+
+@exercise("So a blocked loop and an impatient supervisor make an outage out of a busy minute.")
+def exercise_2_2(would_restart: Any) -> None:
+    if would_restart([2000, 2000, 2000], 1000) is None:
+        raise NotYet("your turn: it returned None")
+    cases = [
+        ([1, 2, 3], False, "all fast"),
+        ([2000, 2000, 2000], True, "three slow ones"),
+        ([2000, 2000, 1, 2000, 2000], False, "never three in a row"),
+        ([1, 2000, 2000, 2000, 1], True, "three slow ones in the middle"),
+        ([], False, "none at all"),
+    ]
+    for latencies, expected, name in cases:
+        if bool(would_restart(latencies, 1000)) != expected:
+            raise NotYet(f"{name}: {latencies} should give {expected}")
+
+
+@exercise("One thread for the computation, one at a time: that is offload.Thread.")
+def exercise_2_3(repaired: Any) -> None:
+    import time
+
+    inside: list[int] = [0, 0]
+
+    def model(text: str) -> str:
+        inside[0] += 1
+        inside[1] = max(inside)
+        time.sleep(0.1)
+        inside[0] -= 1
+        return text.upper()
+
+    async def attempt() -> tuple[list[str], int]:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.01)
+                ticks += 1
+
+        ticker = asyncio.create_task(tick())
+        server = repaired(model)
+        answers = await asyncio.gather(*(server.answer(text) for text in "abc"))
+        ticker.cancel()
+        return answers, ticks
+
+    answers, ticks = run(attempt())
+    if answers != ["A", "B", "C"]:
+        raise NotYet(f"the answers are {answers}; they should be A, B, C")
+    if ticks < 5:
+        raise NotYet("it still blocks: nothing else ran during the calls (asyncio.to_thread helps)")
+    if inside[1] > 1:
+        raise NotYet("the model was called twice at the same time: let one call wait for the other")

@@ -1,0 +1,261 @@
+"""What the lessons share: servers, single requests, pictures, the claims ledger. Import it first.
+
+The experiments are in the lessons. The server, its loop, the load generator and the planner are the project's own.
+"""
+
+import atexit
+import contextlib
+import json
+import logging
+import os
+import sys
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from IPython.display import Markdown, display
+from matplotlib.axes import Axes
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # the project, from which the lessons import
+warnings.filterwarnings("ignore", message="IProgress")  # we show no progress bars
+os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+from loadtests import drive, modes  # noqa: E402
+
+QUICK = os.environ.get("QUICK") == "1"
+TEXT = "Paris is the [MASK] of France."
+CORES = sorted(os.sched_getaffinity(0))
+SERVER_CORES, CLIENT_CORES = {CORES[0]}, {CORES[-1]}  # so that they don't take each other's time
+
+logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # where the loop writes what it survives
+
+
+def quick(short: Any, full: Any) -> Any:
+    """`short` in the quick form (QUICK=1), else `full`: durations, counts, lists of rates."""
+    return short if QUICK else full
+
+
+# --- servers ----------------------------------------------------------------------------------------------------------
+
+_running: dict[int, contextlib.ExitStack] = {}
+
+
+def serve(
+    mode: str | modes.Mode = "thread",
+    *,
+    cores: set[int] | None = SERVER_CORES,
+    wait: bool = True,
+    **settings: Any,
+) -> modes.Server:
+    """Start the real server in a mode of loadtests/modes.py with these settings; it answers until `stop`.
+
+    It gets one core and one torch thread, unless told otherwise: the other core is the clients'.
+    """
+    env = {"TORCH_THREADS": "1", **{name: str(value) for name, value in settings.items()}}
+    stack = contextlib.ExitStack()
+    chosen = modes.MODES[mode] if isinstance(mode, str) else mode
+    server = stack.enter_context(modes.start(chosen, env, cpus=cores, wait=wait))
+    _running[id(server)] = stack
+    return server
+
+
+def serve_recipe(name: str, **settings: Any) -> modes.Server:
+    """Start one of the programs in notebooks/recipe; return when it has answered once (it has no /ready to ask)."""
+    mode = modes.Mode(name, f"uvicorn notebooks.recipe.{name}:app")
+    server = serve(mode, wait=False, OMP_NUM_THREADS=1, **settings)
+    _running[id(server)].callback(
+        server.process.kill
+    )  # it can't be asked to stop: it waits for its hung requests
+    began = time.monotonic()
+    while time.monotonic() - began < 60 and server.process.poll() is None:
+        if ask(server, TEXT, patience_s=60).status == 200:
+            return server
+        time.sleep(0.1)
+    stop(server)
+    raise RuntimeError(f"{name} does not answer")
+
+
+def serve_all(
+    *settings: dict[str, Any], mode: str = "thread", cores: set[int] | None = None
+) -> list[modes.Server]:
+    """Start servers side by side, one for each of `settings`: they load at the same time."""
+    servers = [serve(mode, cores=cores, wait=False, **one) for one in settings]
+    for server in servers:
+        server.wait_until_ready()
+    return servers
+
+
+def stop(*servers: modes.Server) -> None:
+    """Stop these servers; all that run when none is given."""
+    for key in [id(server) for server in servers] or list(_running):
+        if stack := _running.pop(key, None):
+            stack.close()
+
+
+atexit.register(stop)
+
+
+# --- load -------------------------------------------------------------------------------------------------------------
+
+_generator = contextlib.ExitStack()
+
+
+def load(server: modes.Server, scenario: str, **options: Any) -> pd.DataFrame:
+    """Run a scenario of loadtests/drive.py on the clients' core; a row for every request."""
+    if not hasattr(_generator, "locust"):
+        _generator.locust = _generator.enter_context(drive.generator(CLIENT_CORES))  # type: ignore[attr-defined]
+    return _generator.locust.run(server.url, scenario, **options)  # type: ignore[attr-defined]
+
+
+def capacity(server: modes.Server, duration_s: float, **options: Any) -> float:
+    """Right answers a second at saturation."""
+    users = options.pop("users", 16)
+    df = load(
+        server, "closed", users=users, duration_s=duration_s + 0.5, limit_s=10.0, timeout_s=20.0, **options
+    )
+    return drive.throughput_per_s(df, 0.5)
+
+
+atexit.register(_generator.close)
+
+
+# --- single requests --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back, and after how long. `status` is 0 when the client's patience ended first."""
+
+    status: int
+    body: str
+    ms: float
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def ask(
+    server: modes.Server | str,
+    text: str | None = TEXT,
+    *,
+    path: str = "",
+    patience_s: float = 30.0,
+    **headers: str,
+) -> Reply:
+    """POST `text` to / and return the reply; GET `path` when `text` is None. Waits for `patience_s`, then leaves."""
+    url = (server if isinstance(server, str) else server.url) + path.lstrip("/")
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(url, None if text is None else text.encode(), named)
+    began = time.perf_counter()
+
+    def since() -> float:
+        return (time.perf_counter() - began) * 1000
+
+    try:
+        with urllib.request.urlopen(request, timeout=patience_s) as response:
+            body = response.read().decode()
+            return Reply(response.status, body, since(), dict(response.headers))
+    except urllib.error.HTTPError as error:
+        return Reply(error.code, error.read().decode(), since(), dict(error.headers))
+    except OSError:
+        return Reply(0, "nothing", since())
+
+
+def get(server: modes.Server | str, path: str, patience_s: float = 30.0) -> Reply:
+    """GET `path`."""
+    return ask(server, None, path=path, patience_s=patience_s)
+
+
+def ask_together(
+    server: modes.Server | str, texts: Sequence[str], patience_s: float = 30.0, gap_s: float = 0.0
+) -> list[Reply]:
+    """Ask all of `texts` at once, each on its own connection, `gap_s` apart; return the replies in the same order."""
+
+    def one(i: int, text: str) -> Reply:
+        time.sleep(i * gap_s)
+        return ask(server, text, patience_s=patience_s)
+
+    with ThreadPoolExecutor(max(1, len(texts))) as pool:
+        return list(pool.map(one, range(len(texts)), texts))
+
+
+def counters(server: modes.Server) -> dict[str, float]:
+    """The server's own /metrics: each sample's value by its name with labels."""
+    lines = get(server, "metrics").body.splitlines()
+    return {name: float(value) for line in lines if line[0] != "#" for name, value in [line.rsplit(" ", 1)]}
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's palette: told apart by all kinds of eyes, and in print.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#777777",
+)
+COLORS = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY]
+
+plt.rcParams |= {
+    "figure.figsize": (6.4, 4.0),  # readable on a phone
+    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
+    "font.size": 13,
+    "axes.titlesize": 14,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "axes.axisbelow": True,
+    "axes.prop_cycle": plt.cycler(color=COLORS),
+    "lines.linewidth": 2,
+    "lines.markersize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 12,
+}
+
+
+@contextlib.contextmanager
+def picture(title: str, x: str, y: str, **axes: Any) -> Iterator[Axes]:
+    """Axes with a title and labels; shown with their legend at the end."""
+    _, ax = plt.subplots()
+    yield ax
+    ax.set(title=title, xlabel=x, ylabel=y, **axes)
+    if ax.get_legend_handles_labels()[0] and not ax.get_legend():
+        ax.legend()
+    plt.show()
+
+
+def line(ax: Axes, x: Any, y: Any, label: str = "predicted", color: str = "black", **style: Any) -> None:
+    """A prediction."""
+    ax.plot(x, y, label=label, color=color, **style)
+
+
+def dots(ax: Axes, x: Any, y: Any, label: str = "measured", color: str = BLUE, **style: Any) -> None:
+    """A measurement."""
+    ax.plot(x, y, "o", label=label, color=color, **style)
+
+
+# --- the ledger -------------------------------------------------------------------------------------------------------
+
+
+def claim(text: str, measured: str, verdict: str) -> None:
+    """Enter a piece of folk wisdom into notebooks/claims.md: what was measured here, and whether it holds."""
+    entry = {"claim": text, "measured": measured, "verdict": verdict}
+    lines = [f"> **“{text}”**", f"> Measured here: {measured}", f"> Verdict: **{verdict}**"]
+    display(Markdown("  \n".join(lines)), metadata={"claim": entry})

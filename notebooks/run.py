@@ -1,0 +1,109 @@
+"""Run the lessons, store their outputs beside them, write the claims ledger: `python notebooks/run.py [--quick] [3 4]`.
+
+A lesson is a script in jupytext's percent format; its notebook has the same cells and the outputs of a full run.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+LESSONS = sorted(HERE.glob("[0-9]*_*.py"))
+
+
+def read(script: Path) -> nbformat.NotebookNode:
+    """The script as a notebook without outputs, always the same bytes."""
+    notebook = jupytext.read(script)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for number, cell in enumerate(notebook.cells, 1):
+        cell.id, cell.metadata = f"cell-{number}", {}
+    return notebook
+
+
+def execute(script: Path, *, quick: bool) -> nbformat.NotebookNode:
+    """Run the script top to bottom in a new kernel. Raises CellExecutionError where a cell fails, as an assert does."""
+    notebook = read(script)
+    os.environ["QUICK"] = "1" if quick else "0"
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(HERE)}})
+    client.execute()
+    for cell in notebook.cells:
+        report_slow(cell)
+        cell.metadata = {}
+        if str(HERE.parent) in str(cell.get("outputs", "")):
+            raise ValueError(f"{script.stem}, {cell.id}: an output shows a path of this machine")
+    notebook.metadata["language_info"] = {"name": "python"}
+    return notebook
+
+
+def report_slow(cell: nbformat.NotebookNode, limit_s: float = 5.0) -> None:
+    """Print where a lesson's time goes, from what nbclient notes on the cell."""
+    if noted := cell.metadata.get("execution"):
+        start, end = (
+            datetime.fromisoformat(noted[key]) for key in ("iopub.status.busy", "iopub.status.idle")
+        )
+        if (took_s := (end - start).total_seconds()) > limit_s:
+            print(f"    {cell.id}: {took_s:.0f} s  {cell.source.splitlines()[-1][:60]}")
+
+
+def claims(notebook: nbformat.NotebookNode) -> Iterator[dict[str, str]]:
+    """Every claim that the notebook's outputs enter, with the heading under which it does."""
+    heading = ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            heading = next(
+                (text.lstrip("# ") for text in cell.source.splitlines() if text.startswith("#")), heading
+            )
+        for output in cell.get("outputs", []):
+            if entry := output.get("metadata", {}).get("claim"):
+                yield {**entry, "heading": heading}
+
+
+def ledger() -> str:
+    """The claims of all stored notebooks, in Markdown."""
+    text = [
+        "# Claims",
+        "",
+        "Folk wisdom about serving models, put to the test by the lessons on the machine that ran them last. Your own may",
+        "tell otherwise: run them. This page is written by `notebooks/run.py` from the lessons' outputs.",
+        "",
+        "| the claim | measured here | verdict | where |",
+        "|---|---|---|---|",
+    ]
+    for script in LESSONS:
+        path = script.with_suffix(".ipynb")
+        if not path.exists():
+            continue
+        for entry in claims(nbformat.read(path, as_version=4)):
+            where = f"[lesson {script.stem[0]}]({path.name}), “{entry['heading']}”"
+            cells = (f"“{entry['claim']}”", entry["measured"], f"**{entry['verdict']}**", where)
+            text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("lessons", nargs="*", help="their numbers; all when none is given")
+    parser.add_argument("--quick", action="store_true", help="short experiments: shows that it runs")
+    arguments = parser.parse_args()
+    for script in LESSONS:
+        if arguments.lessons and script.stem.split("_")[0] not in arguments.lessons:
+            continue
+        began = time.monotonic()
+        notebook = execute(script, quick=arguments.quick)
+        nbformat.write(notebook, script.with_suffix(".ipynb"))
+        print(f"{script.stem}: {time.monotonic() - began:.0f} s", flush=True)
+    (HERE / "claims.md").write_text(ledger())
+
+
+if __name__ == "__main__":
+    main()

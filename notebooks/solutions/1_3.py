@@ -1,0 +1,3 @@
+"""A name that a function assigns is local everywhere in it."""
+
+answer = "UnboundLocalError"
