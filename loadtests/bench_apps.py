@@ -1,4 +1,4 @@
-"""Two apps for bench.py: a bare Starlette handler, and the real server with a model that returns at once."""
+"""Two apps for bench.py: a bare Starlette handler, and the real server with a model and input check that cost nothing."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from workers import offload
+from workers import offload, service
 
 ANSWER = [
     {"score": 0.19, "token": 2000 + i, "token_str": "capital", "sequence": "paris is the capital of france."}
@@ -46,6 +46,7 @@ def __getattr__(name: str) -> Starlette:
     if name != "instant":
         raise AttributeError(name)
     offload.Model = Instant  # type: ignore[assignment, misc]
+    service.InputCheck = lambda settings: len  # type: ignore[assignment, misc]
     import server
 
     return server.app
