@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from functools import partial
 from types import FrameType
 
@@ -27,6 +28,7 @@ class Service:
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
         self.settings, self.metrics = settings, metrics
         self.started_at = time.monotonic()
+        self.event_loop = asyncio.get_running_loop()
         self.loop = ModelLoop(
             batch_size=settings.BATCH_SIZE,
             window_s=settings.BATCH_WINDOW_MS / 1000,
@@ -39,6 +41,7 @@ class Service:
         self.check: InputCheck | None = None
         self.reading: set[asyncio.Timeout] = set()  # bodies on their way in
         self.exit_code = 0
+        self.loaded = asyncio.Event()  # or failed to
         metrics.watch(lambda: self.loop.depth, lambda: self.loop.running)
 
     async def run(self) -> None:
@@ -47,6 +50,8 @@ class Service:
             self.check = await asyncio.to_thread(offload.attempt_load, partial(InputCheck, self.settings))
             for description in await asyncio.gather(*(copy.start() for copy in self.copies)):
                 log.info("Serving %s", description)
+            gc.collect()
+            gc.freeze()  # 360,000 objects of torch and transformers: to look through them for garbage takes 0.16 s
             await asyncio.gather(*(self.loop.consume(copy.run) for copy in self.copies))
         except offload.CannotLoad as exc:
             self.exit(3, f"cannot load MODEL={self.settings.MODEL}: {exc}")
@@ -59,6 +64,7 @@ class Service:
         self.exit_code = code
         log.critical(reason)
         self.loop.refuse_all(reason)
+        self.loaded.set()
         signal.raise_signal(signal.SIGTERM)
 
     def stop(self) -> None:
@@ -69,10 +75,11 @@ class Service:
                 limit.reschedule(0)
         self.draining = asyncio.create_task(self.loop.drain(max(0.0, self.settings.GRACE_S - 1)))
 
-    @contextlib.contextmanager
-    def stop_on_signals(self) -> Iterator[None]:
-        """Chain `stop` before the server's own handlers, which wait for open connections before the lifespan ends."""
-        event_loop = asyncio.get_running_loop()
+    def stop_on_signals(self) -> None:
+        """Chain `stop` before the server's own handlers, which wait for open connections before the lifespan ends.
+
+        Only the main thread may: in any other this does nothing.
+        """
 
         def chain(signum: signal.Signals) -> None:
             previous = signal.getsignal(signum)
@@ -80,7 +87,7 @@ class Service:
             def handler(number: int, frame: FrameType | None) -> None:
                 # The kernel's clock: ends the process even while a C call holds the interpreter.
                 signal.alarm(math.ceil(self.settings.GRACE_S))
-                event_loop.call_soon_threadsafe(self.stop)
+                self.event_loop.call_soon_threadsafe(self.stop)
                 if callable(previous):
                     previous(number, frame)
 
@@ -90,14 +97,15 @@ class Service:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
                 chain(signum)
-        yield
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Service"]:
         """Run it as long as the context lasts."""
-        with self.stop_on_signals():
-            task = asyncio.create_task(self.run(), name="model loop")
-            yield self
+        self.stop_on_signals()
+        task = asyncio.create_task(self.run(), name="model loop")
+        if self.settings.WEB_CONCURRENCY > 1:
+            await self.loaded.wait()  # the other workers answer meanwhile: take no request only to refuse it
+        yield self
         await self.loop.drain(max(0.0, self.settings.GRACE_S - 1))
         task.cancel()
         for copy in self.copies:
