@@ -1,0 +1,76 @@
+"""What all Gunicorn configs share: times, and hooks that run around every worker. `from workers.deployment import *`."""
+
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from typing import Any
+
+from workers.settings import Settings
+
+__all__ = [
+    "bind",
+    "child_exit",
+    "control_socket_disable",
+    "graceful_timeout",
+    "keepalive",
+    "on_exit",
+    "on_starting",
+    "post_fork",
+    "timeout",
+    "worker_tmp_dir",
+]
+
+_settings = Settings.read()
+
+bind = "127.0.0.1:8000"  # put a proxy in front before you open it to the world
+# A worker that gives no heartbeat for this long is killed in the middle of its work. No healthy one is silent for
+# longer than a body (BODY_TIMEOUT_S) and an answer (DEADLINE_S) take in turn, or, inline, than a call of the model may
+# take without being a hang (HANG_S).
+timeout = int(max(_settings.HANG_S, _settings.BODY_TIMEOUT_S + _settings.DEADLINE_S)) + 10
+graceful_timeout = (
+    int(_settings.GRACE_S) + 2
+)  # the worker ends itself within GRACE_S; this only catches one that can't
+keepalive = 5  # seconds: longer than a busy client's pause, shorter than GRACE_S: an idle connection must not hold SIGTERM
+control_socket_disable = (
+    True  # one path in the home folder, the same for every server: two would fight for it
+)
+worker_tmp_dir = (
+    "/dev/shm" if os.path.isdir("/dev/shm") else None
+)  # a heartbeat on a slow disk can block the worker
+
+
+def on_starting(server: Any) -> None:
+    """In the master, before any worker: a folder where the workers' metrics meet."""
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-")
+
+
+def on_exit(server: Any) -> None:
+    """In the master, at its end."""
+    shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """In a new worker, before it loads the app: how many it shares the cores with, and who its master is."""
+    os.environ["WEB_CONCURRENCY"] = str(server.cfg.workers)
+    log = logging.getLogger("uvicorn.error")  # where the app writes; no worker but uvicorn's shows it
+    log.handlers, log.propagate = server.log.error_log.handlers, False
+    log.setLevel(server.log.error_log.level)
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """In the master, when a worker has ended: its gauges end with it, its counters stay."""
+    from prometheus_client import multiprocess
+
+    multiprocess.mark_process_dead(worker.pid)
+
+
+def _follow(master: int) -> None:
+    """End this worker when its master was killed: a uvicorn worker would go on serving."""
+    while os.getppid() == master:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,12 @@
+# gunicorn -c workers/sync.conf.py
+"""One request a worker: no batch, no queue of ours. Who waits, waits in the kernel's backlog, unseen: no 503, and on
+SIGTERM a reset. While all workers compute, /health waits too.
+
+The heartbeat comes between requests only. DEADLINE_S answers (504) long before `timeout` would kill the worker.
+"""
+
+from workers.deployment import *  # noqa: F403  what all modes share, each with its why
+
+wsgi_app = "workers.wsgi:app"
+worker_class = "sync"
+workers = 2

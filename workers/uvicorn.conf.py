@@ -1,0 +1,8 @@
+# gunicorn -c workers/uvicorn.conf.py
+"""Several uvicorn workers: each has its own model, queue and share of the cores; the kernel deals out connections."""
+
+from workers.deployment import *  # noqa: F403  what all modes share, each with its why
+
+wsgi_app = "server:app"
+worker_class = "uvicorn_worker.UvicornWorker"  # uvicorn.workers is deprecated
+workers = 2  # twice the memory; a batch can only gather what came to its own worker
