@@ -314,7 +314,7 @@ def test_sigterm_under_load_answers_everybody_exactly_once(narrow: Server, crowd
 def test_killed_model_process_costs_its_own_batch_only(mode: str, crowd: Crowd) -> None:
     if MODES[mode].env.get("OFFLOAD") == "inline":
         pytest.skip("it has no model process")
-    with start(MODES[mode], {"OFFLOAD": "process", "BATCH_SIZE": "1"}) as server:
+    with start(MODES[mode], {"OFFLOAD": "process", "BATCH_SIZE": "1", "DEADLINE_S": "60"}) as server:
         workers = model_processes(server)
         replies = crowd.post(server, *numbered(12, SLOW))
         until(lambda: any(reply.done() for reply in replies))
@@ -336,6 +336,7 @@ def model_processes(server: Server) -> list[psutil.Process]:
 def test_stalled_body_does_not_hold_sigterm(mode: str) -> None:
     with start(MODES[mode], {"GRACE_S": "3", "BODY_TIMEOUT_S": "60"}) as server, dial(server) as stalled:
         stalled.sendall(request("POST", Content_Length="100") + b"Paris")
+        get(server, "/health")  # so it has the other, too
         began = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
         assert hear(stalled).status == 503
@@ -369,7 +370,8 @@ def get_or_none(server: Server, path: str) -> int | None:
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"MODEL": "/nowhere/at-all"}, "cannot load MODEL=/nowhere/at-all: "),
+        ({"MODEL": "/nowhere/at-all"}, "MODEL='/nowhere/at-all' is not allowed: it must be a folder that exists or a hub id"),
+        ({"MODEL": "nobody/no-such-model"}, "cannot load MODEL=nobody/no-such-model: OSError: "),
         ({"MAX_QUEUE": "0"}, "MAX_QUEUE='0' is not allowed: it must be a whole number of at least 1"),
     ],
 )
