@@ -250,9 +250,7 @@ class ModelLoop:
             return batch  # nobody else to protect, and only a run can correct a slow estimate
         for job in batch:
             if job.deadline < latest:
-                job.future.set_exception(
-                    Late("the time left is shorter than the model takes; allow more time")
-                )
+                fail(job, Late("the time left is shorter than the model takes; allow more time"))
         return in_time
 
     async def _run(self, run: Run, batch: list[Job], closed_by: str) -> None:
