@@ -1,0 +1,197 @@
+"""Put load on a server and get every request as a row.
+
+df = drive.run(server.url, "open", rate_per_s=50, duration_s=10)
+drive.summary(df, limit_s=2.0)["p99_ms"]
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTCOMES = ("200", "503", "504", "other", "wrong", "lost", "left")
+SCENARIOS = ("closed", "open", "ramp", "spike", "mixed", "slow", "impatient", "retry")
+CAPACITY_USERS = 64
+
+
+class Generator:
+    """A Locust process that runs one scenario after another; importing Locust, a second's work, is done once."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+
+    def run(
+        self,
+        url: str,
+        scenario: str,
+        *,
+        duration_s: float,
+        rate_per_s: float | None = None,
+        users: int | None = None,
+        limit_s: float = 2.0,
+        seed: int = 0,
+        texts: str = "short",
+        **options: Any,
+    ) -> pd.DataFrame:
+        """See `run`."""
+        if scenario not in SCENARIOS:
+            raise ValueError(f"{scenario} is no scenario; choose from {', '.join(SCENARIOS)}")
+        options |= {"duration_s": duration_s, "limit_s": limit_s, "seed": seed, "texts": texts}
+        if rate_per_s is not None:
+            options["rate_per_s"] = rate_per_s
+        users = (users or 8) if scenario == "closed" else 1
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "rows.csv"
+            job = {"scenario": scenario, "url": url, "out": str(out), "users": users, "options": options}
+            assert self.process.stdin and self.process.stdout
+            self.process.stdin.write(json.dumps(job) + "\n")
+            self.process.stdin.flush()
+            if self.process.stdout.readline().strip() != "0":
+                raise RuntimeError("the load generator failed; its traceback is on standard error")
+            df = pd.read_csv(out, dtype={"outcome": str, "kind": str})
+        df.attrs["duration_s"] = duration_s
+        return df.sort_values("due_s", ignore_index=True)
+
+
+@contextlib.contextmanager
+def generator(cpus: set[int] | None = None) -> Iterator[Generator]:
+    """A load generator, on `cpus` only."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "loadtests.generator"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=(lambda: os.sched_setaffinity(0, cpus)) if cpus else None,
+    ) as process:
+        try:
+            yield Generator(process)
+        except BaseException:
+            process.kill()
+            raise
+
+
+def run(
+    url: str,
+    scenario: str,
+    *,
+    duration_s: float,
+    rate_per_s: float | None = None,
+    users: int | None = None,
+    limit_s: float = 2.0,
+    seed: int = 0,
+    cpus: set[int] | None = None,
+    texts: str = "short",
+    **options: Any,
+) -> pd.DataFrame:
+    """Run one of SCENARIOS against `url` and return a row for every request, none left out.
+
+    due_s, sent_s   seconds since the start at which it was due and was sent; a difference is the generator's fault
+    latency_ms      from when it was due
+    outcome         one of OUTCOMES; `wrong`: a 200 that answers something else; `lost`: no reply in `timeout_s`
+    kind            model or health
+    queue_ms, model_ms, batch_size, retry_after_s   what the server said, NaN where it didn't
+    attempt         0, or the number of the retry
+
+    `users` is for the closed loop, `rate_per_s` for the others; more options are listed in locustfile.OPTIONS.
+    """
+    with generator(cpus) as locust:
+        return locust.run(
+            url,
+            scenario,
+            duration_s=duration_s,
+            rate_per_s=rate_per_s,
+            users=users,
+            limit_s=limit_s,
+            seed=seed,
+            texts=texts,
+            **options,
+        )
+
+
+def good(df: pd.DataFrame, limit_s: float) -> pd.Series:
+    """Which rows count: a right 200 within the client's own limit."""
+    return (df["outcome"] == "200") & (df["latency_ms"] <= limit_s * 1000)
+
+
+def summary(df: pd.DataFrame, limit_s: float = 2.0, kind: str = "model") -> dict[str, Any]:
+    """Rates, percentiles of all right answers (late ones too), a count for every outcome, the generator's lateness."""
+    df_kind = df[df["kind"] == kind]
+    duration_s = df.attrs.get("duration_s") or float(df["due_s"].max())
+    answered = df_kind[df_kind["outcome"] == "200"]
+    first = df_kind[df_kind["attempt"] == 0] if "attempt" in df_kind else df_kind
+    late_ms = (first["sent_s"] - first["due_s"]) * 1000
+    p50, p95, p99 = answered["latency_ms"].quantile([0.5, 0.95, 0.99])
+    counts = df_kind["outcome"].value_counts()
+    return {
+        "offered_per_s": len(first) / duration_s,
+        "goodput_per_s": int(good(df_kind, limit_s).sum()) / duration_s,
+        "p50_ms": p50,
+        "p95_ms": p95,
+        "p99_ms": p99,
+        **{outcome: int(counts.get(outcome, 0)) for outcome in OUTCOMES},
+        "lateness_p99_ms": late_ms.quantile(0.99),
+    }
+
+
+def throughput_per_s(df: pd.DataFrame, skip_s: float = 0.0) -> float:
+    """Right answers a second, counted when they arrive, from `skip_s` to the end of the run."""
+    done_s = df["due_s"] + df["latency_ms"] / 1000
+    right = (df["outcome"] == "200") & (df["kind"] == "model")
+    end_s = df.attrs["duration_s"]
+    return float((right & (done_s >= skip_s) & (done_s < end_s)).sum()) / (end_s - skip_s)
+
+
+def capacity(
+    url: str,
+    *,
+    duration_s: float = 4.0,
+    users: int = CAPACITY_USERS,
+    skip_s: float = 0.5,
+    locust: Generator | None = None,
+    **options: Any,
+) -> float:
+    """Right answers a second at saturation: many users in a closed loop, the first `skip_s` not counted."""
+    cpus = options.pop("cpus", None)
+    options = {"limit_s": 10.0, "timeout_s": 15.0} | options
+    with contextlib.nullcontext(locust) if locust else generator(cpus) as source:
+        df = source.run(url, "closed", users=users, duration_s=duration_s + skip_s, **options)
+    return throughput_per_s(df, skip_s)
+
+
+def knee_per_s(df: pd.DataFrame, limit_s: float = 2.0, steps: int = 8) -> float:
+    """From a ramp: the highest offered rate at which 95 % of the requests got a right answer in time."""
+    step_s = df.attrs["duration_s"] / steps
+    model = df[df["kind"] == "model"]
+    step = (model["due_s"] // step_s).astype(int)
+    share = good(model, limit_s).groupby(step).mean()
+    offered_per_s = model.groupby(step).size() / step_s
+    fine = share[(share >= 0.95).cummin()]
+    return float(offered_per_s.loc[fine.index].max()) if len(fine) else 0.0
+
+
+def recovery_s(df: pd.DataFrame, limit_s: float = 2.0, spike_s: float = 1.0, window_s: float = 0.5) -> float:
+    """From a spike: seconds from its end until a window of arrivals fares as before it; NaN: not within the run.
+
+    As before: 95 % right and in time, and the median at most twice that of the time before the spike.
+    """
+    model = df[df["kind"] == "model"]
+    before_s = (df.attrs["duration_s"] - spike_s) / 3
+    before = model[(model["due_s"] < before_s) & (model["outcome"] == "200")]
+    usual_ms = 2 * before["latency_ms"].median()
+    start_s = before_s + spike_s
+    for i in range(int((df.attrs["duration_s"] - start_s - window_s) / 0.1) + 1):
+        since_s = start_s + i * 0.1
+        window = model[(model["due_s"] >= since_s) & (model["due_s"] < since_s + window_s)]
+        if len(window) and good(window, limit_s).mean() >= 0.95 and window["latency_ms"].median() <= usual_ms:
+            return i * 0.1
+    return float("nan")

@@ -1,0 +1,74 @@
+"""What is asked, and whether an answer belongs to the question: each sentence can be told from its answer's sequence."""
+
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+CORPUS = Path(__file__).resolve().parent.parent / "models" / "minilm-mlm" / "cloze60.tsv"
+MASK = "[MASK]"
+KINDS = ("short", "mixed", "long")
+LONG_SENTENCES = 20  # about 200 tokens
+MIXED_LONG_SHARE = 0.1
+
+
+def letters(text: str) -> str:
+    """Only what tokenising and decoding keep: no case, no spaces, no punctuation."""
+    return "".join(filter(str.isalnum, text.lower()))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A sentence with one mask; `before` and `after` are the letters around it."""
+
+    text: str
+    before: str
+    after: str
+
+    def is_answered_by(self, body: bytes) -> bool:
+        """Whether `body` is five candidates for this very text, best first, with probabilities."""
+        try:
+            candidates = json.loads(body)
+            scores = [candidate["score"] for candidate in candidates]
+            return (
+                len(candidates) == 5
+                and all(math.isfinite(score) and 0 <= score <= 1 for score in scores)
+                and scores == sorted(scores, reverse=True)
+                and all(
+                    letters(c["sequence"]) == self.before + letters(c["token_str"]) + self.after
+                    for c in candidates
+                )
+            )
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return False
+
+
+def make(text: str) -> Text:
+    """The text and the letters around its mask."""
+    before, _, after = text.partition(MASK)
+    return Text(text, letters(before), letters(after))
+
+
+@cache
+def corpus(kind: str) -> tuple[Text, ...]:
+    """Sixty texts that differ: `short` are sentences, `long` the same with others around them."""
+    lines = [line.split("\t") for line in CORPUS.read_text().splitlines() if line]
+    short = [masked for masked, _ in lines]
+    if kind == "short":
+        return tuple(map(make, short))
+    filled = [masked.replace(MASK, words.split(",")[0]) for masked, words in lines]
+    around = random.Random(0)
+    return tuple(
+        make(" ".join([*around.sample(filled, LONG_SENTENCES // 2), masked, *around.sample(filled, 9)]))
+        for masked in short
+    )
+
+
+def stream(kind: str, rng: random.Random) -> Iterator[Text]:
+    """Texts of a kind without end; `mixed` is a long one among ten."""
+    while True:
+        is_long = kind == "long" or (kind == "mixed" and rng.random() < MIXED_LONG_SHARE)
+        yield rng.choice(corpus("long" if is_long else "short"))
