@@ -200,3 +200,44 @@ def exercise_2_3(repaired: Any) -> None:
         raise NotYet("it still blocks: nothing else ran during the calls (asyncio.to_thread helps)")
     if inside[1] > 1:
         raise NotYet("the model was called twice at the same time: let one call wait for the other")
+
+
+# --- 3. The cliff -----------------------------------------------------------------------------------------------------
+
+
+@exercise("Three lines that tell you when to buy the next machine.")
+def exercise_3_1(mean_time_s: Any) -> None:
+    if mean_time_s(50, 0.01) is None:
+        raise NotYet("your turn: it returned None")
+    if mean_time_s(100, 0.01) != float("inf") or mean_time_s(200, 0.01) != float("inf"):
+        raise NotYet("100 texts/s of 10 ms each, or more: the queue grows for ever; that is math.inf")
+    for rate_per_s, expected in ((0, 0.01), (50, 0.015), (90, 0.055)):
+        if not near(mean_time_s(rate_per_s, 0.01), expected):
+            raise NotYet(f"at {rate_per_s} texts/s of 10 ms the mean time is {expected * 1000:g} ms")
+
+
+@exercise("Both are Little's law: once for those inside the model, once for those before it.")
+def exercise_3_2(busy_and_waiting: Any) -> None:
+    before = {"model_call_seconds_sum": 5.0, "model_queue_wait_seconds_sum": 7.0}
+    after = {"model_call_seconds_sum": 13.0, "model_queue_wait_seconds_sum": 37.0}
+    answer = busy_and_waiting(before, after, 10.0)
+    if answer is None:
+        raise NotYet("your turn: it returned None")
+    busy, waiting = answer
+    if near(busy, 1.3) or near(waiting, 3.7):
+        raise NotYet("counters count from the start of the server: take the difference of the two readings")
+    if not near(busy, 0.8):
+        raise NotYet("8 s of calls within 10 s: how busy was the model?")
+    if not near(waiting, 3.0):
+        raise NotYet("30 s of waiting within 10 s: how many waited on average?")
+
+
+@exercise("Even a limit of ten calls' time leaves you with 95 %; a limit of two allows 67 %.")
+def exercise_3_3(highest_rate_per_s: Any) -> None:
+    if highest_rate_per_s(0.01, 0.02) is None:
+        raise NotYet("your turn: it returned None")
+    if highest_rate_per_s(0.01, 0.01) != 0:
+        raise NotYet("a limit of a single call's time leaves no room for any wait: 0")
+    for limit_s, expected in ((0.02, 200 / 3), (0.015, 50.0), (0.1, 100 * 18 / 19)):
+        if not near(highest_rate_per_s(0.01, limit_s), expected):
+            raise NotYet(f"calls of 10 ms, a limit of {limit_s * 1000:g} ms: {expected:.1f} texts/s")

@@ -94,19 +94,23 @@ def serve_all(
     return servers
 
 
+_generator = contextlib.ExitStack()
+
+
 def stop(*servers: modes.Server) -> None:
-    """Stop these servers; all that run when none is given."""
+    """Stop these servers; all that run, and the load generator, when none is given."""
     for key in [id(server) for server in servers] or list(_running):
         if stack := _running.pop(key, None):
             stack.close()
+    if not servers:
+        _generator.close()
+        _generator.__dict__.pop("locust", None)
 
 
 atexit.register(stop)
 
 
 # --- load -------------------------------------------------------------------------------------------------------------
-
-_generator = contextlib.ExitStack()
 
 
 def load(server: modes.Server, scenario: str, **options: Any) -> pd.DataFrame:
@@ -123,9 +127,6 @@ def capacity(server: modes.Server, duration_s: float, **options: Any) -> float:
         server, "closed", users=users, duration_s=duration_s + 0.5, limit_s=10.0, timeout_s=20.0, **options
     )
     return drive.throughput_per_s(df, 0.5)
-
-
-atexit.register(_generator.close)
 
 
 # --- single requests --------------------------------------------------------------------------------------------------
