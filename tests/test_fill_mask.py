@@ -31,6 +31,7 @@ SENTENCES = [
     "un{m}able, antidisestablishment{m}arianism, electroencephalo{m}",
     "[CLS] already {m} [SEP] here [PAD] [UNK]",
     "<s> already {m} </s> here <pad>",
+    "[PAD] <pad> {m} [PAD] {m} <pad>",
     "\t spaces \n\n and  lines {m}   . ",
     "- {m} -- 3.14 % of #1 @ (x_{m}) \\ / ~ `",
     "\u0645\u0631\u062d\u0628\u0627 {m} \u0434\u043e\u0431\u0440\u044b\u0439 {m}",
