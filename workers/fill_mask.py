@@ -64,9 +64,9 @@ class FastFillMaskPipeline(FillMaskPipeline):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Measured. A forward pass takes at most `pass_tokens`, so that its activations stay in the caches; a text that
-        # would cost a pass more padding than `pass_cost` tokens starts another. The output head takes `head_rows`
-        # masks at a time: a row of logits is 120 KB. A GPU wants few and large passes: to it, a launch is the cost.
+        # A forward pass takes at most `pass_tokens`, so that its activations stay in the caches; a text that would cost
+        # a pass more padding than `pass_cost` tokens starts another. The output head takes `head_rows` masks at a
+        # time: a row of logits is 120 KB. Measured on a CPU; a GPU wants few and large passes, how large is a guess.
         cpu = self.device.type == "cpu"
         self.pass_tokens, self.pass_cost, self.head_rows = (512, 16, 32) if cpu else (65536, 4096, 1024)
         self._vocab: dict[str, int] = self.tokenizer.get_vocab()
