@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test bench lint
+.PHONY: serve test bench compare plan lint
 
 serve: $(VENV)/serve
 	$(BIN)/uvicorn server:app
@@ -14,6 +14,12 @@ test: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python -m loadtests.bench
 	$(BIN)/python -m loadtests.bench_model
+
+compare: $(VENV)/dev
+	$(BIN)/python -m loadtests.compare
+
+plan: $(VENV)/dev
+	$(BIN)/python -m loadtests.planner $(PLAN)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -6,7 +6,9 @@
 The law: a call with n texts takes a + b * n seconds. Batching can save a, never b.
 """
 
+import argparse
 import asyncio
+import itertools
 import math
 import multiprocessing
 import os
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from loadtests import texts
+from loadtests import drive, texts
 from workers.loop import Answer, Late, ModelLoop, Refused
 from workers.settings import Settings
 
@@ -64,15 +66,16 @@ def measure(
     rng = random.Random(seed)
     streams = {kind: texts.stream(kind, rng) for kind in kinds}
     rows: list[tuple[int, str, int, float]] = []
+    cases = list(itertools.product(sizes, streams))
     until = time.perf_counter() + budget_s
-    while not rows or time.perf_counter() < until:  # in turn: a slow moment of the machine hits all of them
-        for n in sizes:
-            for kind, stream in streams.items():
-                queries = [Query(next(stream).text) for _ in range(n)]
-                size = sum(tokens(query.text) for query in queries)
-                began = time.perf_counter()
-                model(queries)
-                rows.append((n, kind, size, time.perf_counter() - began))
+    for n, kind in itertools.cycle(cases):  # in turn: a slow moment of the machine hits all of them
+        if len(rows) >= len(cases) and time.perf_counter() > until:
+            break
+        queries = [Query(next(streams[kind]).text) for _ in range(n)]
+        size = sum(tokens(query.text) for query in queries)
+        began = time.perf_counter()
+        model(queries)
+        rows.append((n, kind, size, time.perf_counter() - began))
     return pd.DataFrame(rows, columns=["texts", "kind", "size_tokens", "seconds"])
 
 
@@ -239,3 +242,199 @@ def in_ms(answer: Answer) -> tuple[float, float, float]:
 def noise(rng: random.Random, spread: float) -> float:
     """A factor around 1: model calls are never quite alike."""
     return rng.lognormvariate(-(spread**2) / 2, spread) if spread else 1.0
+
+
+# --- planning ---------------------------------------------------------------------------------------------------------
+
+
+def measure_overhead(cpus: set[int] | None = None, duration_s: float = 2.0) -> float:
+    """Processor seconds that one request costs besides the model: the real server with a model that returns at once."""
+    from loadtests.modes import Mode, start
+
+    mode = Mode("instant", "uvicorn loadtests.bench_apps:instant")
+    with start(mode, cpus=cpus) as server, drive.generator() as locust:
+        locust.run(server.url, "closed", users=16, duration_s=0.5)
+        before_s = server.cpu_s()
+        answers = len(locust.run(server.url, "closed", users=16, duration_s=duration_s))
+        return (server.cpu_s() - before_s) / answers
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the planner chooses among; `cost` is the law of one of its `instances`."""
+
+    cost: CostLaw
+    overhead_s: float
+    batch_size: int = 1
+    window_ms: float = 0.0
+    instances: int = 1
+
+    @property
+    def name(self) -> str:
+        window = f", window {self.window_ms:g} ms" if self.window_ms else ""
+        return f"batch {self.batch_size}{window}" + (f", {self.instances} instances" * (self.instances > 1))
+
+    @property
+    def capacity_per_s(self) -> float:
+        return predict_capacity(self.cost, self.batch_size, self.instances, overhead_s=self.overhead_s)
+
+    def summary(self, rate_per_s: float, limit_s: float, duration_s: float = 30.0) -> dict[str, Any]:
+        """What `drive.summary` would say of this setting at this rate."""
+        df = simulate(
+            self.cost,
+            batch_size=self.batch_size,
+            window_ms=self.window_ms,
+            max_queue=max_queue(self.capacity_per_s, limit_s),
+            deadline_s=limit_s,
+            instances=self.instances,
+            rate_per_s=rate_per_s,
+            duration_s=duration_s,
+            overhead_s=self.overhead_s,
+        )
+        return drive.summary(df, limit_s)
+
+
+def max_queue(capacity_per_s: float, limit_s: float) -> int:
+    """What can be answered within the limit: a longer queue holds only requests that will be late."""
+    return max(1, math.ceil(capacity_per_s * limit_s))
+
+
+def verdict(cost: CostLaw, overhead_s: float) -> str:
+    """Whether batching pays, in words."""
+    one = predict_capacity(cost, 1, overhead_s=overhead_s)
+    gains = {n: predict_capacity(cost, n, overhead_s=overhead_s) / one for n in SIZES[1:]}
+    ceiling = (cost.seconds(1) + overhead_s) / (cost.b_s + overhead_s) if cost.b_s + overhead_s else math.inf
+    law = (
+        f"A call with n texts takes {cost.a_s * 1e3:.2f} ms + n x {cost.b_s * 1e3:.2f} ms, "
+        f"and a request costs {overhead_s * 1e3:.2f} ms besides."
+    )
+    if gains[SIZES[-1]] < 1.1:
+        return (
+            f"{law}\nBatching does not pay: even without end it would give {ceiling:.2f} times the answers."
+        )
+    enough = next(n for n in SIZES[1:] if gains[n] > 0.9 * gains[SIZES[-1]])
+    return (
+        f"{law}\nBatching pays: {gains[SIZES[-1]]:.2f} times the answers at batches of {SIZES[-1]}, "
+        f"{ceiling:.2f} times at most; {enough} gives nine tenths of that."
+    )
+
+
+def recommend(choices: list[Setting], rate_per_s: float, p99_ms: float, limit_s: float) -> Setting | None:
+    """The first of `choices` that answers 99 % in time with p99 below `p99_ms`; put the simplest first."""
+    for choice in choices:
+        if choice.capacity_per_s > rate_per_s:
+            found = choice.summary(rate_per_s, limit_s)
+            if found["p99_ms"] <= p99_ms and found["good_share"] >= 0.99:
+                return choice
+    return None
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table."""
+    head = list(rows[0])
+    body = [[f"{v:.0f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(head, *body, strict=True)]
+    lines = [head, ["-" * width for width in widths], *body]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def table(choices: list[Setting], limit_s: float, duration_s: float) -> str:
+    """Predicted latency against offered load, and goodput in overload."""
+    best = max(choice.capacity_per_s for choice in choices)
+    rates = [best * share for share in (0.25, 0.5, 0.8)]
+    rows: list[dict[str, Any]] = []
+    for choice in choices:
+        row: dict[str, Any] = {"setting": choice.name, "capacity /s": choice.capacity_per_s}
+        for rate in rates:
+            found = choice.summary(rate, limit_s, duration_s)
+            served = found["good_share"] >= 0.95
+            row[f"p50 / p99 ms at {rate:.0f}/s"] = (
+                f"{found['p50_ms']:.0f} / {found['p99_ms']:.0f}" if served else "overloaded"
+            )
+        for times in (2, 10):
+            rate = times * choice.capacity_per_s
+            row[f"goodput /s at {times} x"] = choice.summary(rate, limit_s, duration_s / times)[
+                "goodput_per_s"
+            ]
+        rows.append(row)
+    return markdown(rows)
+
+
+def choices_for(laws: dict[int, CostLaw], overhead_s: float) -> list[Setting]:
+    """All that is considered, the simplest first: one instance, no window, small batches."""
+    return [
+        Setting(law, overhead_s, batch_size, window_ms, instances)
+        for instances, law in sorted(laws.items())
+        for window_ms in (0.0, 5.0)
+        for batch_size in (SIZES if not window_ms else SIZES[2:])
+    ]
+
+
+def main() -> None:
+    """Measure, then print what to expect and what to set."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--rate", type=float, help="requests a second to plan for; default: 80 %% of one by one"
+    )
+    parser.add_argument("--p99-ms", type=float, help="the latency to keep; default: ten single calls")
+    parser.add_argument("--limit-s", type=float, default=2.0, help="an answer after this is worth nothing")
+    parser.add_argument("--kind", choices=texts.KINDS, default="short", help="the texts to plan for")
+    parser.add_argument("--quick", action="store_true", help="measure for 2 seconds, simulate less")
+    options = parser.parse_args()
+
+    settings, cores = Settings.read(), sorted(os.sched_getaffinity(0))
+    budget_s, duration_s = (2.0, 10.0) if options.quick else (8.0, 30.0)
+    print(f"Measuring {os.path.basename(settings.MODEL)} on {len(cores)} cores ...", flush=True)
+    measured = measure_on(None, settings, budget_s=budget_s)
+    overhead_s = OVERHEAD_S if options.quick else measure_overhead()
+    medians = (
+        measured.assign(ms=measured["seconds"] * 1e3).groupby(["kind", "texts"])["ms"].median().unstack()
+    )
+    print("\nMilliseconds a call, by how many texts it has:\n")
+    print(
+        markdown(
+            [
+                {"texts": kind, **{str(n): f"{ms:.1f}" for n, ms in row.items()}}
+                for kind, row in medians.iterrows()
+            ]
+        )
+    )
+    of_kind = measured[measured["kind"] == options.kind]
+    laws = {1: fit(of_kind)}
+    print(f"\nFor {options.kind} texts: {verdict(laws[1], overhead_s)}")
+    for kind in set(texts.KINDS) - {options.kind}:
+        gain = predict_capacity(fit(measured[measured["kind"] == kind]), SIZES[-1], overhead_s=overhead_s)
+        gain /= predict_capacity(fit(measured[measured["kind"] == kind]), overhead_s=overhead_s)
+        print(f"For {kind} texts batches of {SIZES[-1]} give {gain:.2f} times the answers.")
+    if len(cores) > 1 and settings.DEVICE in ("auto", "cpu"):
+        single = replace(settings, TORCH_THREADS=1)
+        alone = measure_on({cores[0]}, single, kinds=[options.kind], budget_s=budget_s / 2)
+        laws[len(cores)] = fit(alone)
+
+    choices = choices_for(laws, overhead_s)
+    shown = [c for c in choices if c.batch_size in (1, 8, 32) and (not c.window_ms or c.batch_size == 32)]
+    print("\nPredicted by the real loop on a virtual clock:\n")
+    print(table(shown, options.limit_s, duration_s))
+    rate = options.rate or 0.8 * choices[0].capacity_per_s
+    p99_ms = options.p99_ms or 1e4 * (laws[1].seconds(1) + overhead_s)
+    print(f"\nFor {rate:.0f} requests a second with p99 below {p99_ms:.0f} ms:", end=" ")
+    if not (choice := recommend(choices, rate, p99_ms, options.limit_s)):
+        print("no setting on this machine does that; ask less of it, or take a faster model or machine.")
+        return
+    found = choice.summary(rate, options.limit_s)
+    offload = " OFFLOAD=process" if choice.instances > 1 else ""
+    print(
+        f"\n\n    BATCH_SIZE={choice.batch_size} BATCH_WINDOW_MS={choice.window_ms:g} "
+        f"MAX_QUEUE={max_queue(choice.capacity_per_s, options.limit_s)} INSTANCES={choice.instances}{offload} "
+        f"DEADLINE_S={options.limit_s:g}\n\n"
+        f"    predicted: p50 {found['p50_ms']:.0f} ms, p99 {found['p99_ms']:.0f} ms, "
+        f"{found['goodput_per_s']:.0f} of {found['offered_per_s']:.0f} requests a second answered in time; "
+        f"at most {choice.capacity_per_s:.0f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
