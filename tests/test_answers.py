@@ -16,7 +16,9 @@ from workers.settings import HERE, Settings
 
 MODEL = Settings().MODEL
 CLOZE = [line.split("\t")[0] for line in (Path(MODEL) / "cloze60.tsv").read_text().splitlines()]
-LONG = "The old house by the river had a [MASK]. " + "It was said that nobody had lived in it for years. " * 20
+LONG = (
+    "The old house by the river had a [MASK]. " + "It was said that nobody had lived in it for years. " * 20
+)
 QUERIES = [
     *[Query(text) for text in CLOZE[:20]],
     Query(LONG),
@@ -50,12 +52,16 @@ def assert_same(found: Any, wanted: Any) -> None:
 
 @pytest.mark.parametrize("place", ["inline", "thread", "process"])
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "stock"])
-def test_single_and_batched_answers_are_those_of_the_plain_pipeline(place: str, fast: bool, expected: list[Any]) -> None:
+def test_single_and_batched_answers_are_those_of_the_plain_pipeline(
+    place: str, fast: bool, expected: list[Any]
+) -> None:
     async def everything() -> list[list[Any]]:
         (model,) = offload.make(Settings(OFFLOAD=place, FAST=fast), Metrics())
         await model.start()
         singly = [(await model.run([query]))[0] for query in QUERIES]
-        batched = [answer for i in range(0, len(QUERIES), 8) for answer in await model.run(QUERIES[i : i + 8])]
+        batched = [
+            answer for i in range(0, len(QUERIES), 8) for answer in await model.run(QUERIES[i : i + 8])
+        ]
         at_once = await model.run(QUERIES)
         model.stop()
         return [singly, batched, at_once]
@@ -99,7 +105,9 @@ def test_a_pickled_model_is_not_loaded(tmp_path: Path) -> None:
         ("word " * 600 + "[MASK]", "has 603 tokens; send at most 512"),
     ],
 )
-def test_what_the_model_cannot_answer_is_refused_with_a_sentence_that_says_what_to_send(text: str, problem: str) -> None:
+def test_what_the_model_cannot_answer_is_refused_with_a_sentence_that_says_what_to_send(
+    text: str, problem: str
+) -> None:
     with pytest.raises(CannotAnswer, match=problem):
         InputCheck(Settings())(text)
 

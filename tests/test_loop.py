@@ -238,7 +238,9 @@ async def test_before_the_model_is_loaded_jobs_are_refused() -> None:
 
 
 @on_virtual_clock
-async def test_at_ten_times_its_rate_the_server_keeps_its_full_rate_and_nobody_waits_beyond_the_budget() -> None:
+async def test_at_ten_times_its_rate_the_server_keeps_its_full_rate_and_nobody_waits_beyond_the_budget() -> (
+    None
+):
     model = FakeModel()  # one a second
     began, latencies, statuses = 20, [], []
 
@@ -259,7 +261,9 @@ async def test_at_ten_times_its_rate_the_server_keeps_its_full_rate_and_nobody_w
     served = [sent for sent, status in statuses if status == 200 and began <= sent < 120]
     assert len(served) >= 99
     assert max(latencies) <= 5 + 1e-6
-    assert all(sent <= 1 for sent, status in statuses if status == 504)  # admitted before anything was measured
+    assert all(
+        sent <= 1 for sent, status in statuses if status == 504
+    )  # admitted before anything was measured
 
 
 # --- deadlines and the dead -------------------------------------------------------------------------------------------
@@ -331,13 +335,21 @@ async def test_a_client_that_leaves_an_open_window_is_not_run() -> None:
 async def test_one_bad_query_fails_alone_and_its_neighbours_get_answers() -> None:
     model, poison = FakeModel(), ValueError("no mask")
     async with serving(model, batch_size=4) as loop:
-        assert await outcomes(submit_all(loop, "a", poison, "b")) == ["answer to a", ModelFailed, "answer to b"]
+        assert await outcomes(submit_all(loop, "a", poison, "b")) == [
+            "answer to a",
+            ModelFailed,
+            "answer to b",
+        ]
     assert model.calls == [["a", poison, "b"], ["a"], [poison], ["b"]]  # singly, once
 
 
-@pytest.mark.parametrize("error", [StopIteration(), MemoryError(), SystemExit(1), KeyError("x"), RecursionError()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [StopIteration(), MemoryError(), SystemExit(1), KeyError("x"), RecursionError()], ids=repr
+)
 @on_virtual_clock
-async def test_whatever_the_model_throws_its_caller_gets_an_error_and_the_next_is_served(error: BaseException) -> None:
+async def test_whatever_the_model_throws_its_caller_gets_an_error_and_the_next_is_served(
+    error: BaseException,
+) -> None:
     async def run(queries: list[Any]) -> list[Any]:
         if "bad" in queries:
             raise error
@@ -353,14 +365,20 @@ async def test_a_wrong_number_of_answers_is_an_error_and_not_a_mix_up() -> None:
         return queries[1:] if len(queries) > 1 else queries
 
     async with serving(loses_one_of_a_batch, batch_size=3) as loop:
-        assert await outcomes(submit_all(loop, "a", "b", "c")) == ["a", "b", "c"]  # found out, then run singly
+        assert await outcomes(submit_all(loop, "a", "b", "c")) == [
+            "a",
+            "b",
+            "c",
+        ]  # found out, then run singly
 
 
 @on_virtual_clock
 async def test_queries_that_killed_the_models_process_are_not_run_again() -> None:
     model = FakeModel()
     async with serving(model, batch_size=3) as loop:
-        answers = await outcomes(submit_all(loop, "a", ModelDied("exit code -9"), "b") + submit_all(loop, "next"))
+        answers = await outcomes(
+            submit_all(loop, "a", ModelDied("exit code -9"), "b") + submit_all(loop, "next")
+        )
     assert answers == [ModelDied, ModelDied, ModelDied, "answer to next"]
     assert len(model.calls) == 2
 
@@ -462,7 +480,9 @@ def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
     def retried(queries: list[tuple[int, str]]) -> bool:
         return any(i in order for i, _ in queries)
 
-    async def client(loop: ModelLoop, i: int, at: float, budget_s: float, kind: str, leaves_after: float | None) -> None:
+    async def client(
+        loop: ModelLoop, i: int, at: float, budget_s: float, kind: str, leaves_after: float | None
+    ) -> None:
         await asyncio.sleep(at)
         sent = now()
         task = asyncio.create_task(loop.submit((i, kind), size=arrivals[i][4], budget_s=budget_s))

@@ -85,7 +85,9 @@ def test_errors_that_would_break_asyncio_reach_the_caller_and_the_next_call_is_s
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("make", [partial(Inline, broken), partial(Thread, broken), partial(process, load=broken)])
+@pytest.mark.parametrize(
+    "make", [partial(Inline, broken), partial(Thread, broken), partial(process, load=broken)]
+)
 def test_a_model_that_cannot_be_loaded_is_one_line(make: Callable[[], Any]) -> None:
     async def scenario() -> None:
         offload = make()

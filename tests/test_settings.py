@@ -33,7 +33,9 @@ def test_a_wrong_value_is_refused_with_its_name_the_value_and_what_is_allowed(
     assert name in str(refused.value) and repr(value) in str(refused.value) and allowed in str(refused.value)
 
 
-def test_an_environment_variable_beats_dot_env_beats_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_environment_variable_beats_dot_env_beats_the_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path(".env").write_text("BATCH_SIZE=8\nMAX_QUEUE=9\n")
     monkeypatch.setenv("MAX_QUEUE", "7")

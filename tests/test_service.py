@@ -1,0 +1,135 @@
+"""What the server says of itself while it loads, when its model hangs, and when its own loop fails."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx2
+import pytest
+
+import server
+from loadtests.modes import ROOT, free_port
+from workers import offload, service
+from workers.metrics import Metrics
+from workers.service import Service
+from workers.settings import Settings
+
+
+class Gated:
+    """A model whose loading and whose calls wait for an event each."""
+
+    description = "gated"
+    loads, calls = threading.Event(), threading.Event()
+
+    def __init__(self, *args: Any) -> None:
+        self.loads.wait(60)
+
+    def __call__(self, queries: list[Any]) -> list[Any]:
+        self.calls.wait(60)
+        return [query.text for query in queries]
+
+
+@pytest.fixture
+def gated(monkeypatch: pytest.MonkeyPatch) -> type[Gated]:
+    class Fresh(Gated):
+        loads, calls = threading.Event(), threading.Event()
+
+    monkeypatch.setattr(offload, "Model", Fresh)
+    monkeypatch.setattr(service, "InputCheck", lambda settings: len)
+    return Fresh
+
+
+def with_app(settings: Settings, scenario: Callable[[httpx2.AsyncClient, Service], Awaitable[None]]) -> None:
+    """Run `scenario` against the app on an event loop in a thread: only the main one may take the signals."""
+
+    async def run() -> None:
+        async with Service(settings, Metrics()).running() as running:
+
+            async def app(scope: Any, receive: Any, send: Any) -> None:
+                await server.app({**scope, "state": {"service": running}}, receive, send)
+
+            transport = httpx2.ASGITransport(app=app)
+            async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
+                await scenario(client, running)
+
+    failures: list[BaseException] = []
+
+    def in_thread() -> None:
+        try:
+            asyncio.run(run())
+        except BaseException as exc:
+            failures.append(exc)
+
+    thread = threading.Thread(target=in_thread)
+    thread.start()
+    thread.join(120)
+    if failures:
+        raise failures[0]
+
+
+async def eventually(client: httpx2.AsyncClient, path: str, status: int) -> httpx2.Response:
+    async with asyncio.timeout(60):
+        while (reply := await client.get(path)).status_code != status:
+            await asyncio.sleep(0.01)
+    return reply
+
+
+def test_liveness_answers_while_the_model_loads_and_readiness_does_not(gated: type[Gated]) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        health = await client.get("/health")
+        assert (health.status_code, health.json()["status"]) == (200, "loading")
+        ready, refused = await client.get("/ready"), await client.post("/", content="a text")
+        for reply in (ready, refused):
+            assert (reply.status_code, reply.json()) == (503, {"error": "the model is still loading"})
+        assert int(refused.headers["Retry-After"]) >= 1
+        gated.loads.set()
+        gated.calls.set()
+        await eventually(client, "/ready", 200)
+        assert (await client.get("/health")).json()["status"] == "ok"
+        assert (await client.post("/", content="a text")).json() == "a text"
+
+    with_app(Settings(), scenario)
+
+
+def test_a_model_call_that_hangs_turns_health_to_503_with_the_reason_until_it_returns(
+    gated: type[Gated],
+) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        gated.loads.set()
+        await eventually(client, "/ready", 200)
+        hanging = asyncio.create_task(client.post("/", content="a text"))
+        stuck = await eventually(client, "/health", 503)
+        assert "has not returned" in stuck.json()["error"] and stuck.json()["running"] == 1
+        assert (await client.get("/ready")).status_code == 503
+        assert (await client.post("/", content="another")).status_code == 503
+        gated.calls.set()
+        assert (await hanging).json() == "a text"
+        await eventually(client, "/health", 200)
+
+    with_app(Settings(HANG_S=0.2), scenario)
+
+
+def test_a_bug_in_the_loop_answers_whoever_waits_and_ends_the_process_with_a_code() -> None:
+    port = free_port()
+    program = f"""
+import asyncio, uvicorn, server
+from workers.loop import ModelLoop
+async def bug(self):
+    await self.queue.get()
+    raise RuntimeError("a bug")
+ModelLoop.take_batch = bug
+uvicorn.run(server.app, port={port})
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    with httpx2.Client(base_url=url, transport=httpx2.HTTPTransport(retries=100)) as client:
+        while client.get("/ready").status_code != 200 and process.poll() is None:
+            pass
+        reply = client.post("/", content="Snow is [MASK].")
+    assert reply.status_code == 503
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "RuntimeError: a bug" in log and "the model loop has ended" in log
