@@ -139,7 +139,7 @@ def summary(df: pd.DataFrame, limit_s: float = 2.0, kind: str = "model") -> dict
     last_s = (in_time["due_s"] + in_time["latency_ms"] / 1000).max() if len(in_time) else 0.0
     return {
         "offered_per_s": len(first) / duration_s,
-        "goodput_per_s": len(in_time) / max(duration_s, last_s),
+        "goodput_per_s": len(in_time) / float(max(duration_s, last_s)),
         "good_share": len(in_time) / max(1, len(first)),
         "p50_ms": float(p50),
         "p95_ms": float(p95),

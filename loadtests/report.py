@@ -1,0 +1,301 @@
+"""The comparison's table and pictures, made from its measurements alone: `python -m loadtests.compare --redraw`."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from loadtests.machine import one_line
+from loadtests.planner import markdown
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; more modes than colours, so markers and lines differ too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s")
+LINES = ("-", "--")
+TABLE = {  # column: (scenario, metric, digits)
+    "capacity /s": ("capacity", "per_s", 0),
+    "p50 ms at 80 %": ("own 80 %", "p50_ms", 0),
+    "p99 ms at 80 %": ("own 80 %", "p99_ms", 0),
+    "p99 ms at 80 % of common": ("common 80 %", "q99_ms", 0),
+    "goodput /s at 2 x": ("own 2 x", "goodput_per_s", 0),
+    "goodput /s at 10 x": ("own 10 x", "goodput_per_s", 0),
+    "recovery s": ("spike", "recovery_s", 1),
+    "/health p99 ms at 80 %": ("own 80 %", "health_p99_ms", 0),
+    "/health p99 ms at 2 x": ("own 2 x", "health_p99_ms", 0),
+    "memory MB": ("capacity", "memory_mb", 0),
+    "copies": ("start", "copies", 0),
+    "CPU s / 1000": ("capacity", "cpu_s_per_1000", 1),
+    "first answer s": ("start", "first_answer_s", 1),
+}
+
+
+class Results:
+    """The medians over the rounds, and the least and greatest value."""
+
+    def __init__(self, out: Path) -> None:
+        rows = pd.read_csv(out / "measurements.csv")
+        self.about: dict[str, Any] = json.loads((out / "machine.json").read_text())
+        measured = rows[rows["repeat"] >= 0].groupby(["mode", "scenario", "metric"])["value"]
+        self.medians, self.least, self.most = measured.median(), measured.min(), measured.max()
+        self.predictions = rows[rows["repeat"] < 0].set_index(["mode", "scenario", "metric"])["value"]
+        seen = rows[rows["repeat"] >= 0]["mode"].unique()
+        self.modes = sorted(seen, key=lambda mode: -self.get(mode, "capacity", "per_s"))
+
+    def get(self, mode: str, scenario: str, metric: str, of: str = "medians") -> float:
+        """One number, NaN where there is none."""
+        return float(getattr(self, of).get((mode, scenario, metric), math.nan))
+
+    def style(self, mode: str) -> dict[str, Any]:
+        """How lines of a mode look, the same in every picture."""
+        i = sorted(self.modes).index(mode)
+        turn, colour = divmod(i, len(COLOURS))
+        return {"color": COLOURS[colour], "marker": MARKERS[turn % 2], "linestyle": LINES[turn % 2]}
+
+
+def write(out: Path) -> None:
+    """Write table.md and the pictures next to the measurements."""
+    results = Results(out)
+    if not results.modes:
+        raise SystemExit("no mode could be measured")
+    (out / "table.md").write_text(table(results) + "\n" + prediction_table(results))
+    for name, draw in {
+        "latency": draw_latency,
+        "overload": draw_overload,
+        "distribution": draw_distribution,
+        "memory": draw_memory,
+        "prediction": draw_prediction,
+    }.items():
+        figure = draw(results)
+        if figure:
+            figure.text(0.01, 0.005, one_line(results.about), fontsize=8, color="#555555")
+            figure.savefig(out / f"{name}.png", dpi=130)
+            plt.close(figure)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table(results: Results) -> str:
+    """All modes: medians, and in brackets the least and greatest of the rounds where they differ."""
+    rows = []
+    for mode in results.modes:
+        cells = {"mode": mode}
+        for column, (scenario, metric, digits) in TABLE.items():
+            cells[column] = cell(results, mode, scenario, metric, digits)
+        rows.append(cells)
+    about = results.about
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    return (
+        f"{markdown(rows)}\n\nMedians of {about['repeats']} rounds, with the least and greatest where they differ; "
+        f"{about['pinning']}. A client waits {about['limit_s']:g} s. Own loads are multiples of the mode's capacity, "
+        f"common ones of {about['common_per_s']:g} requests a second.\n"
+        f"{about['processor']}, {about['cores']} cores, {about['memory_gb']} GB, device {about['device']}, "
+        f"{about['date']}; Python {about['python']}, {versions}.\n"
+    )
+
+
+def cell(results: Results, mode: str, scenario: str, metric: str, digits: int) -> str:
+    """A median with its spread."""
+    value = results.get(mode, scenario, metric)
+    if math.isnan(value):
+        return (
+            "none in the run"
+            if metric == "recovery_s" and (mode, scenario, "n_200") in results.medians
+            else "-"
+        )
+    low, high = (results.get(mode, scenario, metric, of) for of in ("least", "most"))
+    texts = [f"{number:.{digits}f}" for number in (value, low, high)]
+    return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]} to {texts[2]})"
+
+
+def prediction_table(results: Results) -> str:
+    """What the planner had predicted from the bare model's cost, and by how much it was wrong."""
+    rows = []
+    for mode in results.modes:
+        if math.isnan(results.get(mode, "capacity", "per_s", "predictions")):
+            continue
+        cells: dict[str, Any] = {"mode": mode}
+        for title, scenario, metric in (
+            ("capacity /s", "capacity", "per_s"),
+            ("p50 ms at 80 %", "own 80 %", "p50_ms"),
+            ("p99 ms at 80 %", "own 80 %", "p99_ms"),
+            ("goodput /s at 2 x", "own 2 x", "goodput_per_s"),
+        ):
+            predicted, measured = (
+                results.get(mode, scenario, metric, of) for of in ("predictions", "medians")
+            )
+            cells[title] = f"{predicted:.0f}, measured {measured:.0f}: {predicted / measured - 1:+.0%}"
+        rows.append(cells)
+    return f"\nThe planner's prediction and its error:\n\n{markdown(rows)}\n" if rows else ""
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def frame(title: str, height: float = 7.5) -> tuple[Figure, Axes]:
+    """A picture that a phone shows upright: large type, no clutter."""
+    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.025, 1, 0.975))  # type: ignore[union-attr]
+    axes.set_title(title, loc="left", fontsize=14, fontweight="bold")
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def legend_below(axes: Axes) -> None:
+    """Under the picture, in columns."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3, fontsize=10.5, frameon=False)
+
+
+def draw_latency(results: Results) -> Figure:
+    """The hockey sticks: what 99 of 100 clients get within, against offered load."""
+    figure, axes = frame("Latency against load: 99 of 100 clients wait at most …", 9)
+    scenarios = ("own 50 %", "own 80 %", "own 2 x", "common 50 %", "common 80 %")
+    for mode in results.modes:
+        points = sorted(
+            (results.get(mode, scenario, "offered_per_s"), results.get(mode, scenario, "q99_ms"))
+            for scenario in scenarios
+            if (mode, scenario, "q99_ms") in results.medians
+        )
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), label=mode, markersize=6, linewidth=1.8, **results.style(mode)
+            )
+    limit_ms = results.about["limit_s"] * 1000
+    axes.axhline(limit_ms, color="#555555", linewidth=1, linestyle=":")
+    axes.text(
+        0.01, limit_ms * 1.04, "the client's limit: refused or too late", transform=axes.get_yaxis_transform()
+    )
+    axes.set(
+        xscale="log", yscale="log", xlabel="offered load, requests per second", ylabel="99th percentile, ms"
+    )
+    axes.set_ylim(top=limit_ms * 1.4)
+    plain_numbers(axes.xaxis, axes.yaxis)
+    legend_below(axes)
+    return figure
+
+
+def plain_numbers(*axes: Any) -> None:
+    """200, not 2 x 10^2."""
+    for axis in axes:
+        axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(
+            matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        )
+
+
+def draw_overload(results: Results) -> Figure:
+    """What is left of a mode's capacity when it is asked for more."""
+    figure, axes = frame("Right answers in time when overloaded", 1.6 + 0.45 * len(results.modes))
+    rows = range(len(results.modes))
+    for (scenario, metric), label, marker, colour in (
+        (("capacity", "per_s"), "at most", "|", "#000000"),
+        (("own 2 x", "goodput_per_s"), "asked for 2 times that", "o", "#0072B2"),
+        (("own 10 x", "goodput_per_s"), "asked for 10 times that", "D", "#D55E00"),
+    ):
+        values = [results.get(mode, scenario, metric) for mode in results.modes]
+        axes.scatter(values, rows, marker=marker, s=110, color=colour, label=label, linewidth=2, zorder=3)
+    axes.set_yticks(rows, results.modes)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("requests per second")
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.4, -0.9 / figure.get_figheight()),
+        ncols=3,
+        fontsize=10.5,
+        frameon=False,
+    )
+    return figure
+
+
+def draw_distribution(results: Results) -> Figure:
+    """At 80 % of its own capacity: the median, the middle half, nine tenths, and the 99th percentile of each mode."""
+    figure, axes = frame("Latency at 80 % of the mode's own capacity", 1.6 + 0.45 * len(results.modes))
+    for row, mode in enumerate(results.modes):
+        q = {n: results.get(mode, "own 80 %", f"q{n}_ms") for n in (5, 25, 50, 75, 95, 99)}
+        axes.plot([q[5], q[95]], [row, row], color="#56B4E9", linewidth=3, solid_capstyle="butt")
+        axes.plot([q[25], q[75]], [row, row], color="#0072B2", linewidth=9, solid_capstyle="butt")
+        axes.plot(q[50], row, "o", color="white", markersize=6, markeredgecolor="#000000")
+        axes.plot(q[99], row, "D", color="#D55E00", markersize=6)
+    axes.set_yticks(range(len(results.modes)), results.modes)
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="ms; ○ median, thick: half, thin: 90 %, ◆ 99th percentile")
+    plain_numbers(axes.xaxis)
+    return figure
+
+
+def draw_memory(results: Results) -> Figure:
+    """What a request a second costs in memory."""
+    figure, axes = frame("Memory against throughput", 7)
+    placed: list[tuple[float, float]] = []
+    points = {
+        mode: (results.get(mode, "capacity", "per_s"), results.get(mode, "capacity", "memory_mb"))
+        for mode in results.modes
+    }
+    most_x = max(x for x, _ in points.values())
+    most_y = max(y for _, y in points.values())
+    for mode, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
+        axes.plot(x, y, markersize=9, **results.style(mode))
+        label_y = y  # push labels up until they overlap no other
+        while any(
+            abs(label_y - other_y) < 0.03 * most_y and abs(x - other_x) < 0.3 * most_x
+            for other_x, other_y in placed
+        ):
+            label_y += 0.01 * most_y
+        placed.append((x, label_y))
+        right = x < 0.7 * most_x
+        axes.annotate(
+            mode,
+            (x, y),
+            (x + (0.03 if right else -0.03) * most_x, label_y),
+            ha="left" if right else "right",
+            va="center",
+            fontsize=10.5,
+            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6},
+        )
+    axes.set(
+        xlabel="capacity, requests per second", ylabel="memory of all processes, shared pages once (PSS), MB"
+    )
+    axes.set_xlim(0, 1.12 * most_x)
+    axes.set_ylim(0, 1.15 * most_y)
+    return figure
+
+
+def draw_prediction(results: Results) -> Figure | None:
+    """The planner's lines, the measured dots."""
+    modes = [m for m in results.modes if not math.isnan(results.get(m, "own 80 %", "p99_ms", "predictions"))]
+    if not modes:
+        return None
+    figure, axes = frame("Predicted by the planner (lines), measured (dots)", 8)
+    for mode in modes:
+        style = results.style(mode)
+        for of in ("predictions", "medians"):
+            points = [
+                (results.get(mode, s, "offered_per_s", of), results.get(mode, s, "p99_ms", of))
+                for s in ("own 50 %", "own 80 %", "own 2 x")
+            ]
+            is_line = of == "predictions"
+            axes.plot(
+                *zip(*points, strict=True),
+                color=style["color"],
+                linestyle=style["linestyle"] if is_line else "none",
+                marker="" if is_line else style["marker"],
+                markersize=8,
+                label=mode if not is_line else None,
+            )
+    axes.set(xscale="log", yscale="log", xlabel="offered load, requests per second")
+    axes.set_ylabel("99th percentile of the answers, ms")
+    plain_numbers(axes.xaxis, axes.yaxis)
+    legend_below(axes)
+    return figure
