@@ -12,7 +12,6 @@ from lesson import (
     BLUE,
     GREY,
     ORANGE,
-    QUICK,
     RED,
     capacity,
     claim,
@@ -137,6 +136,8 @@ with picture(
     dots(ax, loads, means_ms, "mean measured")
 
 # %% [markdown]
+# The red dots stay below the dashed line, because short texts are more alike than M/M/1 assumes. They climb the same wall.
+#
 # And the second reason. A hiccup of one second leaves a backlog of $\lambda$ texts. It melts only with what the server has
 # to spare, $\mu - \lambda$ a second, with $\mu = 1/S$. So it takes
 # $\lambda / (\mu - \lambda) = \rho / (1 - \rho)$ seconds to be forgotten:
@@ -206,11 +207,12 @@ print(f"λW = {predicted:.2f} waiting on average; {len(seen)} looks saw {looked:
 # %%
 users, seconds = 10, quick(3, 8)
 closed = load(server, "closed", users=users, duration_s=seconds, limit_s=60)
-opened = load(server, "open", rate_per_s=1.3 * capacity_per_s, duration_s=seconds, limit_s=60)
+mu = len(closed) / seconds  # the capacity, measured anew: machines have moods
+opened = load(server, "open", rate_per_s=1.3 * mu, duration_s=seconds, limit_s=60)
 
 # %%
 with picture("Overload, seen by two load tests", "time of arrival, s", "time to the answer, ms") as ax:
-    line(ax, [0, seconds], [users * call_s * 1000] * 2, "predicted: N · S", linestyle="--")
+    line(ax, [0, seconds], [users / mu * 1000] * 2, "predicted: N · S", linestyle="--")
     line(ax, [0, seconds], [0, 300 * seconds], "predicted: 0.3 t")
     dots(ax, closed.due_s, closed.latency_ms, "closed, 10 users", BLUE, markersize=3)
     dots(ax, opened.due_s, opened.latency_ms, "open, 1.3 × capacity", ORANGE, markersize=3)
@@ -231,7 +233,7 @@ with picture("Overload, seen by two load tests", "time of arrival, s", "time to 
 
 
 # %%
-def with_hiccup(scenario, seconds=quick(5, 10), **options):
+def with_hiccup(scenario, seconds, **options):
     """A run in whose middle the server stands still for a second."""
     process = server.process
 
@@ -245,14 +247,14 @@ def with_hiccup(scenario, seconds=quick(5, 10), **options):
 
     started = counters(server)["model_queue_wait_seconds_count"]
     threading.Thread(target=hiccup).start()
-    return load(server, scenario, duration_s=seconds, limit_s=60, **options), seconds
+    return load(server, scenario, duration_s=seconds, limit_s=60, **options)
 
 
-one, seconds = with_hiccup("closed", users=1)
-many, _ = with_hiccup("open", rate_per_s=0.5 * capacity_per_s)
+one = with_hiccup("closed", quick(5, 10), users=1)
+many = with_hiccup("open", quick(5, 10), rate_per_s=0.5 * mu)
 
 # %%
-slow_ms = 10 * call_s * 1000
+slow_ms = 10 / mu * 1000
 for name, df in (("one user, closed", one), ("strangers, open", many)):
     late = df.latency_ms > slow_ms
     print(f"{name:17} {len(df):5} asked, {late.sum():4} slow, p99 {df.latency_ms.quantile(0.99):5.0f} ms")
@@ -320,8 +322,7 @@ checks.exercise_3_3(highest_rate_per_s)
 # ## What must hold
 
 # %%
-assert all(low < high for low, high in zip(means_ms, means_ms[1:])) or QUICK, "busier is slower"
-assert means_ms[-1] > 1.2 * means_ms[0] and p99s_ms[-1] > p99s_ms[0]
+assert means_ms[-1] > 1.2 * means_ms[0] and p99s_ms[-1] > p99s_ms[0], "busier is slower"
 assert means_ms[0] < 3 * md1_s(loads[0], call_s) * 1000, "far from the cliff the formula holds"
 assert 0.5 < (predicted + 0.2) / (looked + 0.2) < 2, "Little's law"
 assert opened.latency_ms.tail(50).median() > 2 * closed.latency_ms.tail(50).median(), (

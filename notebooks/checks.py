@@ -241,3 +241,47 @@ def exercise_3_3(highest_rate_per_s: Any) -> None:
     for limit_s, expected in ((0.02, 200 / 3), (0.015, 50.0), (0.1, 100 * 18 / 19)):
         if not near(highest_rate_per_s(0.01, limit_s), expected):
             raise NotYet(f"calls of 10 ms, a limit of {limit_s * 1000:g} ms: {expected:.1f} texts/s")
+
+
+# --- 4. To batch or not to batch --------------------------------------------------------------------------------------
+
+
+@exercise("(8 + 2) / 2; and even that only with endless batches.")
+def exercise_4_1(most_gained: Any) -> None:
+    if near(most_gained, 4):
+        raise NotYet("a / b leaves out the text's own share")
+    if not near(most_gained, 5):
+        raise NotYet("one by one: 1 / (a + b) texts a second. In an endless batch: 1 / b")
+
+
+@exercise("Most of the gain comes early: half of it takes a / b texts, nine tenths nine times as many.")
+def exercise_4_2(smallest_batch: Any) -> None:
+    for a_s, b_s, share, expected in ((0.008, 0.002, 0.5, 4), (0.008, 0.002, 0.8, 16), (0.001, 0.01, 0.5, 1)):
+        answer = smallest_batch(a_s, b_s, share)
+        if not near(answer, expected, 0):
+            raise NotYet(
+                f"a = {a_s * 1000:g} ms, b = {b_s * 1000:g} ms, {share:.0%} of 1/b: {expected}, not {answer}"
+            )
+
+
+@exercise("At low load it is the whole window, at high load half of it; never less.")
+def exercise_4_3(mean_wait_s: Any) -> None:
+    from loadtests.planner import CostLaw, simulate
+
+    if mean_wait_s(20, 0.05) is None:
+        raise NotYet("your turn: it returned None")
+    for rate_per_s in (5, 40, 200):
+        twin = simulate(
+            CostLaw(0, 0),
+            overhead_s=0,
+            batch_size=10_000,
+            window_ms=50,
+            rate_per_s=rate_per_s,
+            duration_s=100,
+        )
+        expected = twin.latency_ms.mean() / 1000
+        if not near(mean_wait_s(rate_per_s, 0.05), expected, 0.1):
+            raise NotYet(
+                f"{rate_per_s} texts/s, a window of 50 ms: the twin says {expected * 1000:.1f} ms, "
+                f"you {mean_wait_s(rate_per_s, 0.05) * 1000:.1f}. How many come during a window, and how long does each wait?"
+            )

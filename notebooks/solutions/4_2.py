@@ -1,0 +1,7 @@
+"""n / (a + b n) >= share / b; solved for n."""
+
+import math
+
+
+def answer(a_s, b_s, share):
+    return max(1, math.ceil(round(share * a_s / ((1 - share) * b_s), 9)))
