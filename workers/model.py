@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from workers.settings import Settings
 
-
 LOADING = threading.Lock()  # while Transformers loads, torch makes tensors without data, in every thread
 
 
