@@ -21,7 +21,7 @@ from lesson import (
     picture,
     quick,
 )
-from lesson import serve_all, stop
+from lesson import serve_all, simulate, stop
 
 import inspect
 
@@ -29,7 +29,7 @@ import numpy as np
 
 import checks
 from loadtests import planner
-from loadtests.planner import CostLaw, simulate
+from loadtests.planner import CostLaw
 from workers.loop import ModelLoop
 from workers.settings import Settings
 

@@ -266,7 +266,8 @@ def exercise_4_2(smallest_batch: Any) -> None:
 
 @exercise("At low load it is the whole window, at high load half of it; never less.")
 def exercise_4_3(mean_wait_s: Any) -> None:
-    from loadtests.planner import CostLaw, simulate
+    from lesson import simulate
+    from loadtests.planner import CostLaw
 
     if mean_wait_s(20, 0.05) is None:
         raise NotYet("your turn: it returned None")

@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE.parent))  # the project, from which the lessons impo
 warnings.filterwarnings("ignore", message="IProgress")  # we show no progress bars
 os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
-from loadtests import drive, modes  # noqa: E402
+from loadtests import drive, modes, planner  # noqa: E402
 
 QUICK = os.environ.get("QUICK") == "1"
 TEXT = "Paris is the [MASK] of France."
@@ -127,6 +127,12 @@ def capacity(server: modes.Server, duration_s: float, **options: Any) -> float:
         server, "closed", users=users, duration_s=duration_s + 0.5, limit_s=10.0, timeout_s=20.0, **options
     )
     return drive.throughput_per_s(df, 0.5)
+
+
+def simulate(cost: planner.CostLaw, **options: Any) -> pd.DataFrame:
+    """`planner.simulate` in a thread of its own: in this one, Jupyter's event loop is running."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(planner.simulate, cost, **options).result()
 
 
 # --- single requests --------------------------------------------------------------------------------------------------
