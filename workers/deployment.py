@@ -66,7 +66,7 @@ def child_exit(server: Any, worker: Any) -> None:
     """In the master, when a worker has ended: its gauges end with it, its counters stay."""
     from prometheus_client import multiprocess
 
-    multiprocess.mark_process_dead(worker.pid)
+    multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
 
 
 def _follow(master: int) -> None:

@@ -1,8 +1,13 @@
-"""What is counted, in Prometheus' terms. Rates, means and utilisation follow from these by PromQL."""
+"""What is counted, in Prometheus' terms. Rates, means and utilisation follow from these by PromQL.
 
+Under Gunicorn, where PROMETHEUS_MULTIPROC_DIR is set, every worker shows the sum over all of them.
+"""
+
+import os
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -13,6 +18,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        self.gauges: list[tuple[Gauge, Callable[[], float]]] = []
         self.requests = Counter(
             "model_requests", "Requests to the model by HTTP status", ["status"], registry=registry
         )
@@ -35,9 +41,20 @@ class Metrics:
         self.restarts = Counter("model_process_restarts", "Model processes replaced", registry=registry)
 
     def watch(self, depth: Callable[[], float], running: Callable[[], float]) -> None:
-        """Read the queue depth and the number of running jobs from these functions at every scrape."""
-        Gauge("model_queue_depth", "Jobs that wait for the model", registry=self.registry).set_function(depth)
-        Gauge("model_running", "Jobs that the model works on", registry=self.registry).set_function(running)
+        """Read the queue depth and the number of running jobs from these functions at every `sample`."""
+        registry = self.registry
+        self.gauges = [
+            (Gauge(name, what, registry=registry, multiprocess_mode="livesum"), read)
+            for name, what, read in (
+                ("model_queue_depth", "Jobs that wait for the model", depth),
+                ("model_running", "Jobs that the model works on", running),
+            )
+        ]
+
+    def sample(self) -> None:
+        """Set the gauges. Each worker does it once a second: another one's scrape can't ask it."""
+        for gauge, read in self.gauges:
+            gauge.set(read())
 
     def batch(self, size: int, closed_by: str, model_s: float, waits_s: list[float]) -> None:
         """Count one model call."""
@@ -53,4 +70,9 @@ class Metrics:
 
     def text(self) -> bytes:
         """Return all of it in Prometheus' text format."""
-        return generate_latest(self.registry)
+        self.sample()
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return generate_latest(self.registry)
+        everybody = CollectorRegistry()
+        MultiProcessCollector(everybody)  # type: ignore[no-untyped-call]
+        return generate_latest(everybody)

@@ -52,12 +52,19 @@ class Service:
                 log.info("Serving %s", description)
             gc.collect()
             gc.freeze()  # 360,000 objects of torch and transformers: to look through them for garbage takes 0.16 s
+            self.loaded.set()
             await asyncio.gather(*(self.loop.consume(copy.run) for copy in self.copies))
         except offload.CannotLoad as exc:
             self.exit(3, f"cannot load MODEL={self.settings.MODEL}: {exc}")
         except Exception:
             log.exception("the model loop has ended")
             self.exit(1, "the model loop has ended; this is a bug")
+
+    async def sample(self) -> None:
+        """Keep the gauges fresh for the scrapes that come to another worker."""
+        while True:
+            self.metrics.sample()
+            await asyncio.sleep(1)
 
     def exit(self, code: int, reason: str) -> None:
         """Stop as on SIGTERM, then exit with `code`."""
@@ -103,11 +110,13 @@ class Service:
         """Run it as long as the context lasts."""
         self.stop_on_signals()
         task = asyncio.create_task(self.run(), name="model loop")
+        sampling = asyncio.create_task(self.sample(), name="metrics")
         if self.settings.WEB_CONCURRENCY > 1:
             await self.loaded.wait()  # the other workers answer meanwhile: take no request only to refuse it
         yield self
         await self.loop.drain(max(0.0, self.settings.GRACE_S - 1))
         task.cancel()
+        sampling.cancel()
         for copy in self.copies:
             copy.stop()
         if self.exit_code:
