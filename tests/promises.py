@@ -3,7 +3,7 @@
 The tests read it: a promise that is kept is asserted, and so is one that is not.
 """
 
-TESTED = ["thread"]
+TESTED = ["thread", "process", "recommended", "uvicorn-2", "asgi", "gthread-1x8", "sync-2"]
 
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "keeps connections": {"sync-2": "one request each"},
