@@ -1,0 +1,93 @@
+"""The planner's arithmetic against theory, and its simulation against queueing theory and the real loop's promises."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from loadtests import drive, planner
+from loadtests.planner import CostLaw, Setting
+
+LAW = CostLaw(a_s=0.004, b_s=0.001)
+
+
+def measured(a_s: float, b_s: float, noise: float = 0.0) -> pd.DataFrame:
+    """Calls that follow a law, each a little longer than it says, never shorter."""
+    rng = np.random.default_rng(0)
+    n = np.repeat([1, 2, 4, 8, 16, 32], 50)
+    return pd.DataFrame({"texts": n, "seconds": (a_s + b_s * n) * (1 + noise * rng.standard_normal(len(n)))})
+
+
+@pytest.mark.parametrize(("a_s", "b_s"), [(0.004, 0.001), (0.0, 0.003), (0.02, 0.0)])
+def test_fit_recovers_a_known_law(a_s: float, b_s: float) -> None:
+    law = planner.fit(measured(a_s, b_s))
+    assert (law.a_s, law.b_s) == (pytest.approx(a_s, abs=1e-9), pytest.approx(b_s, abs=1e-9))
+    noisy = planner.fit(measured(a_s, b_s, noise=0.05))
+    assert noisy.seconds(8) == pytest.approx(a_s + 8 * b_s, rel=0.03)
+    assert noisy.spread == pytest.approx(0.05, rel=0.4)
+
+
+def test_a_slow_moment_of_the_machine_does_not_bend_the_law() -> None:
+    calls = measured(0.004, 0.001)
+    calls.loc[::5, "seconds"] *= 20
+    assert planner.fit(calls).seconds(32) == pytest.approx(0.036)
+
+
+@pytest.mark.parametrize("load", [0.3, 0.5, 0.7])
+def test_one_by_one_the_wait_is_that_of_an_md1_queue(load: float) -> None:
+    service_s = 0.005
+    found = [
+        planner.simulate(
+            CostLaw(0.0, service_s),
+            max_queue=10**6,
+            deadline_s=1e6,
+            rate_per_s=load / service_s,
+            duration_s=120,
+            seed=seed,
+            overhead_s=0.0,
+        )["queue_ms"].mean()
+        for seed in range(5)
+    ]
+    theory_ms = (
+        1000 * load * service_s / (2 * (1 - load))
+    )  # Pollaczek and Khinchine's formula, constant service
+    assert np.mean(found) == pytest.approx(theory_ms, rel=0.05)
+
+
+@pytest.mark.parametrize(("batch_size", "instances"), [(1, 1), (8, 1), (32, 1), (8, 2)])
+def test_in_overload_goodput_is_the_predicted_capacity(batch_size: int, instances: int) -> None:
+    capacity = planner.predict_capacity(LAW, batch_size, instances, overhead_s=0.0005)
+    df = planner.simulate(
+        LAW,
+        batch_size=batch_size,
+        instances=instances,
+        rate_per_s=3 * capacity,
+        deadline_s=1.0,
+        duration_s=10,
+        overhead_s=0.0005,
+    )
+    assert drive.summary(df, limit_s=1.0)["goodput_per_s"] == pytest.approx(capacity, rel=0.03)
+    assert set(df["outcome"]) <= {"200", "503", "504"}
+
+
+def test_the_same_seed_gives_the_same_traffic() -> None:
+    once, again = (planner.simulate(LAW, rate_per_s=100, duration_s=5, seed=7) for _ in range(2))
+    pd.testing.assert_frame_equal(once, again)
+
+
+def test_the_rows_are_those_of_a_load_test() -> None:
+    columns = "due_s sent_s latency_ms outcome kind queue_ms model_ms batch_size retry_after_s attempt"
+    assert list(planner.simulate(LAW, rate_per_s=10, duration_s=1).columns) == columns.split()
+
+
+def test_says_whether_batching_pays() -> None:
+    assert "does not pay" in planner.verdict(CostLaw(0.0, 0.01), 0.0)
+    assert "Batching pays: 4.44 times" in planner.verdict(LAW, 0.0)
+    assert "5.00 times at most" in planner.verdict(LAW, 0.0)
+
+
+def test_recommends_the_first_setting_that_keeps_the_latency() -> None:
+    choices = [Setting(LAW, 0.0, batch_size) for batch_size in (1, 4, 32)]
+    assert planner.recommend(choices, 100, 100, 2.0) is choices[0]
+    assert planner.recommend(choices, 400, 100, 2.0) is choices[1]
+    assert planner.recommend(choices, 750, 1000, 2.0) is choices[2]
+    assert planner.recommend(choices, 10_000, 100, 2.0) is None
