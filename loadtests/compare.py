@@ -50,16 +50,16 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("own 50 %", 3.0, 0.5),
+    Scenario("own 50 %", 2.5, 0.5),
     Scenario("own 80 %", 4.0, 0.8, health=True),
     Scenario("common 50 %", 2.0, 0.5, "common"),
-    Scenario("common 80 %", 3.0, 0.8, "common"),
-    Scenario("own 2 x", 3.0, 2.0, health=True),
-    Scenario("own 10 x", 2.5, 10.0),
-    Scenario("spike", 4.6, 0.5, kind="spike"),
+    Scenario("common 80 %", 2.5, 0.8, "common"),
+    Scenario("own 2 x", 2.5, 2.0, health=True),
+    Scenario("own 10 x", 2.0, 10.0),
+    Scenario("spike", 4.3, 0.5, kind="spike"),
 )
 WARM_UP_S, CAPACITY_S, SPIKE_S = 0.8, 3.0, 1.0
-BESIDE_S = 14.0  # start, stop and drains of one visit
+BESIDE_S = 10.0  # start, stop and drains of one visit
 
 
 @dataclass

@@ -154,7 +154,15 @@ def frame(title: str, height: float = 7.5) -> tuple[Figure, Axes]:
 
 def legend_below(axes: Axes) -> None:
     """Under the picture, in columns."""
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=3, fontsize=10.5, frameon=False)
+    figure = axes.get_figure()
+    assert figure
+    figure.legend(loc="outside lower center", ncols=3, fontsize=10.5, frameon=False)
+
+
+def list_modes(axes: Axes, modes: list[str]) -> None:
+    """One row for each mode, the best on top."""
+    axes.set_yticks(range(len(modes)), modes)
+    axes.set_ylim(len(modes) - 0.5, -0.5)
 
 
 def draw_latency(results: Results) -> Figure:
@@ -196,7 +204,7 @@ def plain_numbers(*axes: Any) -> None:
 
 def draw_overload(results: Results) -> Figure:
     """What is left of a mode's capacity when it is asked for more."""
-    figure, axes = frame("Right answers in time when overloaded", 1.6 + 0.45 * len(results.modes))
+    figure, axes = frame("Right answers in time when overloaded", 2.2 + 0.42 * len(results.modes))
     rows = range(len(results.modes))
     for (scenario, metric), label, marker, colour in (
         (("capacity", "per_s"), "at most", "|", "#000000"),
@@ -205,31 +213,23 @@ def draw_overload(results: Results) -> Figure:
     ):
         values = [results.get(mode, scenario, metric) for mode in results.modes]
         axes.scatter(values, rows, marker=marker, s=110, color=colour, label=label, linewidth=2, zorder=3)
-    axes.set_yticks(rows, results.modes)
-    axes.invert_yaxis()
+    list_modes(axes, results.modes)
     axes.set_xlim(left=0)
     axes.set_xlabel("requests per second")
-    axes.legend(
-        loc="upper center",
-        bbox_to_anchor=(0.4, -0.9 / figure.get_figheight()),
-        ncols=3,
-        fontsize=10.5,
-        frameon=False,
-    )
+    legend_below(axes)
     return figure
 
 
 def draw_distribution(results: Results) -> Figure:
     """At 80 % of its own capacity: the median, the middle half, nine tenths, and the 99th percentile of each mode."""
-    figure, axes = frame("Latency at 80 % of the mode's own capacity", 1.6 + 0.45 * len(results.modes))
+    figure, axes = frame("Latency at 80 % of the mode's own capacity", 2.2 + 0.42 * len(results.modes))
     for row, mode in enumerate(results.modes):
         q = {n: results.get(mode, "own 80 %", f"q{n}_ms") for n in (5, 25, 50, 75, 95, 99)}
         axes.plot([q[5], q[95]], [row, row], color="#56B4E9", linewidth=3, solid_capstyle="butt")
         axes.plot([q[25], q[75]], [row, row], color="#0072B2", linewidth=9, solid_capstyle="butt")
         axes.plot(q[50], row, "o", color="white", markersize=6, markeredgecolor="#000000")
         axes.plot(q[99], row, "D", color="#D55E00", markersize=6)
-    axes.set_yticks(range(len(results.modes)), results.modes)
-    axes.invert_yaxis()
+    list_modes(axes, results.modes)
     axes.set(xscale="log", xlabel="ms; ○ median, thick: half, thin: 90 %, ◆ 99th percentile")
     plain_numbers(axes.xaxis)
     return figure
