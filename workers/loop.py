@@ -145,7 +145,7 @@ class ModelLoop:
         """
         loop = asyncio.get_running_loop()
         budget_s = min(budget_s, self.budget_s)
-        self._admit(size, budget_s)
+        self.admit(size, budget_s)
         job = Job(query, size, loop.time(), loop.time() + budget_s, loop.create_future())
         self.live.add(job)
         self.queue.put_nowait(job)
@@ -181,7 +181,8 @@ class ModelLoop:
         queued_s = self.speed.predict_s(self.queue.size, calls=math.ceil(self.depth / self.batch_size))
         return (running_s + queued_s) / max(1, self.consumers)
 
-    def _admit(self, size: int, budget_s: float) -> None:
+    def admit(self, size: int, budget_s: float) -> None:
+        """Raise Refused where a job that came now would not be admitted."""
         if self.closing:
             raise Refused("the server is stopping; try another one")
         if not self.consumers:

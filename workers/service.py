@@ -121,14 +121,12 @@ class Service:
             copy.stop()
         if self.exit_code:
             logging.shutdown()
-            os._exit(
-                self.exit_code
-            )  # every client has its answer; no server lets a lifespan choose the exit code
+            os._exit(self.exit_code)  # every client has its answer, and a lifespan can't choose the exit code
 
     def unready(self) -> str:
         """Why a request would not be admitted now; empty when it would."""
         try:
-            self.loop._admit(1, self.settings.DEADLINE_S)
+            self.loop.admit(1, self.settings.DEADLINE_S)
         except Refused as exc:
             return str(exc)
         return ""
