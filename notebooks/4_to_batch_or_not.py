@@ -25,8 +25,6 @@ from lesson import serve_all, simulate, stop
 
 import inspect
 
-import numpy as np
-
 import checks
 from loadtests import planner
 from loadtests.planner import CostLaw
@@ -143,14 +141,14 @@ planned = {
 # %%
 (waiting,) = serve_all({"BATCH_SIZE": 32, "BATCH_WINDOW_MS": 10}, cores=SERVER_CORES)
 servers = {"no batching": singly, "no window": batched, "window 10 ms": waiting}
-p95_ms = {
-    (name, at): load(
-        server, "open", rate_per_s=loads[at], duration_s=quick(4, 20), limit_s=20
-    ).latency_ms.quantile(0.95)
+measured = {
+    (name, at): load(server, "open", rate_per_s=loads[at], duration_s=quick(4, 20), limit_s=20).latency_ms
     for name, server in servers.items()
     for at in ("low", "middle")
 }
-p95_ms
+p95_ms = {key: round(latency_ms.quantile(0.95), 1) for key, latency_ms in measured.items()}
+for (name, at), p95 in p95_ms.items():
+    print(f"{at:6} load, {name:12}: p95 {p95:5.1f} ms, median {measured[name, at].median():5.1f} ms")
 
 # %%
 with picture("What waiting for a batch costs", "window, ms", "time to the answer, p95, ms") as ax:
@@ -163,8 +161,9 @@ with picture("What waiting for a batch costs", "window, ms", "time to the answer
     ax.set_xticks(windows, windows)
 
 # %% [markdown]
-# A window never helped. At low load it is pure loss. At high load the queue has filled the batch anyway. Even in the
-# middle, the time spent waiting is time that the model could have worked.
+# A window hardly ever helped. At low load it is pure loss. The surprise is at high load, where you expected it to add
+# nothing: at nine tenths of the capacity the queue is often a little shorter than a full batch when the model becomes
+# free. The window then lets the model idle, and a server that busy has no time to give away.
 #
 # *Where this could fail:* if $a$ is huge and $b$ almost nothing, larger batches might repay a short wait. Ask the planner
 # for such a model before you believe anybody, us included:
@@ -256,6 +255,7 @@ with picture("Who gains from a batch of 32?", "times the texts/s of calls of one
         label="(a + b) / b, short texts",
     )
     dots(ax, gains, range(4))
+    ax.set_ylim(-0.6, 3.6)
     ax.set_yticks(range(4), [f"{name}, {kind}" for name, kind in pairs])
     ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.18), ncols=3, columnspacing=1)
 
@@ -309,9 +309,11 @@ checks.exercise_4_3(mean_wait_s)
 # %%
 assert 1 < gain < 1.3 * law.most_gained + 1, "no batch gains more than (a + b) / b"
 assert found[32] > found[1]
-assert np.argmin(planned["low"]) == 0 and low_cost > 5, "at low load a window is pure loss"
+assert planned["low"][0] < planned["low"][windows.index(10)] < planned["low"][-1], (
+    "a window costs time at low load"
+)
 assert planned["middle"][0] < planned["middle"][-1]
-assert p95_ms["window 10 ms", "low"] > p95_ms["no window", "low"]
+assert measured["window 10 ms", "low"].median() > measured["no window", "low"].median()
 assert (
     0.5 < full.latency_ms.mean() / predicted_ms < 2 and full.latency_ms.mean() > 3 * greedy.latency_ms.mean()
 )

@@ -267,6 +267,7 @@ def exercise_4_2(smallest_batch: Any) -> None:
 @exercise("At low load it is the whole window, at high load half of it; never less.")
 def exercise_4_3(mean_wait_s: Any) -> None:
     from lesson import simulate
+
     from loadtests.planner import CostLaw
 
     if mean_wait_s(20, 0.05) is None:
@@ -285,4 +286,43 @@ def exercise_4_3(mean_wait_s: Any) -> None:
             raise NotYet(
                 f"{rate_per_s} texts/s, a window of 50 ms: the twin says {expected * 1000:.1f} ms, "
                 f"you {mean_wait_s(rate_per_s, 0.05) * 1000:.1f}. How many come during a window, and how long does each wait?"
+            )
+
+
+# --- 5. Saying no -----------------------------------------------------------------------------------------------------
+
+
+@exercise("Any more than that, and the last in the queue are served for nobody.")
+def exercise_5_1(largest_bound: Any) -> None:
+    if not (near(largest_bound, 60, 0) or near(largest_bound, 59, 0)):
+        raise NotYet("how many texts can be done within the clients' patience?")
+
+
+@exercise("That is the number to put on the wall, not requests per second.")
+def exercise_5_2(my_goodput: Any) -> None:
+    import pandas as pd
+
+    df = pd.DataFrame(
+        {"outcome": ["200", "200", "503", "200", "504", "wrong"], "latency_ms": [5, 1999, 1, 2500, 2000, 3]}
+    )
+    answer = my_goodput(df, 2.0, 4.0)
+    if near(answer, 0.75):
+        raise NotYet("an answer after 2.5 s is too late")
+    if near(answer, 2):
+        raise NotYet("per second, please")
+    if not near(answer, 0.5):
+        raise NotYet("two of these rows are right and in time, in 4 s: 0.5 per second")
+
+
+@exercise("After that nobody is served in time, however long it lasts.")
+def exercise_5_3(good_answers: Any) -> None:
+    if good_answers(50, 2, 2, 20) is None:
+        raise NotYet("your turn: it returned None")
+    if near(good_answers(50, 2, 2, 20), 100) or near(good_answers(50, 3, 2, 20), 50):
+        raise NotYet("those who come in the good time arrive at rho * mu a second")
+    for rho, t, expected in ((2, 20, 200), (3, 20, 150), (11, 20, 110), (2, 1, 50)):
+        if not near(good_answers(50, rho, 2, t), expected, 0.05):
+            raise NotYet(
+                f"mu = 50, rho = {rho}, a limit of 2 s, {t} s long: {expected}. (Who comes at x waits (rho - 1) x; "
+                "by the end no more than mu t are answered.)"
             )

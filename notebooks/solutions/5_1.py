@@ -1,0 +1,3 @@
+"""Patience times speed."""
+
+answer = 40 * 1.5
