@@ -149,7 +149,8 @@ class ModelLoop:
         job = Job(query, size, loop.time(), loop.time() + budget_s, loop.create_future())
         self.live.add(job)
         self.queue.put_nowait(job)
-        timer = loop.call_at(job.deadline, fail, job, Late(f"no answer within {budget_s:g} s; allow more time"))
+        late = Late(f"no answer within {budget_s:g} s; allow more time")
+        timer = loop.call_at(job.deadline, fail, job, late)
         try:
             return await job.future
         except asyncio.CancelledError:

@@ -96,4 +96,5 @@ class Settings:
     @property
     def threads_per_instance(self) -> int:
         """Torch threads of one copy: never more in total than there are cores, unless asked for."""
-        return self.TORCH_THREADS or max(1, len(os.sched_getaffinity(0)) // (self.INSTANCES * self.WEB_CONCURRENCY))
+        copies = self.INSTANCES * self.WEB_CONCURRENCY
+        return self.TORCH_THREADS or max(1, len(os.sched_getaffinity(0)) // copies)
