@@ -117,7 +117,11 @@ class Process:
 
     async def run(self, queries: list[Query]) -> list[Any]:
         assert self.ready
-        await asyncio.shield(self.ready)  # a replacement may still be loading
+        try:
+            await asyncio.shield(self.ready)  # a replacement may still be loading
+        except CannotLoad as exc:
+            self._replace(f"was not replaced: {exc}")
+            raise ModelDied(str(exc)) from exc
         loop = asyncio.get_running_loop()
         loop.remove_reader(self.pipe.fileno())
         try:
