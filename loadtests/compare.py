@@ -92,7 +92,7 @@ class Comparison:
         env = {"DEADLINE_S": f"{LIMIT_S:g}", "DEVICE": self.device}
         began = time.monotonic()
         with start(mode, env, cpus=self.server_cpus, wait=False) as server:
-            server.wait_until_ready()
+            server.wait_until_ready(60)
             ask_until_answered(server.url)
             note("start", first_answer_s=time.monotonic() - began)
             settle(server)
