@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test bench compare plan lint
+.PHONY: serve test bench compare plan lint notebooks lessons
 
 serve: $(VENV)/serve
 	$(BIN)/uvicorn server:app
@@ -25,6 +25,12 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+notebooks: $(VENV)/dev
+	$(BIN)/jupyter lab notebooks
+
+lessons: $(VENV)/dev
+	$(BIN)/python notebooks/run.py
 
 $(VENV)/serve: requirements.txt
 	$(PYTHON) -m venv $(VENV)

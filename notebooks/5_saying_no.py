@@ -60,7 +60,7 @@ from workers.settings import Settings
 # The last is what this server does. This is its admission, all of it:
 
 # %%
-print(inspect.getsource(ModelLoop._admit))
+print(inspect.getsource(ModelLoop.admit))
 
 # %% [markdown]
 # The planner runs this very loop on a virtual clock. For "deadline" alone we blindfold it: it can't foresee any wait.

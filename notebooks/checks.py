@@ -326,3 +326,50 @@ def exercise_5_3(good_answers: Any) -> None:
                 f"mu = 50, rho = {rho}, a limit of 2 s, {t} s long: {expected}. (Who comes at x waits (rho - 1) x; "
                 "by the end no more than mu t are answered.)"
             )
+
+
+# --- 6. Gunicorn ------------------------------------------------------------------------------------------------------
+
+
+@exercise(
+    "Both cores and memory bind, and the smaller one wins. Nine workers, as the rule says, would want 12.6 GB."
+)
+def exercise_6_1(number_of_workers: Any) -> None:
+    if near(number_of_workers, 9, 0):
+        raise NotYet("9 workers of 1.4 GB each do not fit")
+    if not near(number_of_workers, 4, 0):
+        raise NotYet("how many fit into memory? How many have a core?")
+
+
+@exercise("That is `threads_per_instance` in workers/settings.py.")
+def exercise_6_2(torch_threads: Any) -> None:
+    if torch_threads(1, 4) is None:
+        raise NotYet("your turn: it returned None")
+    for workers, cores, expected in ((1, 4, 4), (2, 4, 2), (3, 4, 1), (8, 4, 1)):
+        if not near(torch_threads(workers, cores), expected, 0):
+            raise NotYet(
+                f"{workers} workers on {cores} cores: {expected} each (a thread is the least there is)"
+            )
+
+
+@exercise(
+    "One long text blocks every other one behind it, in its own queue only. So: one queue, several copies."
+)
+def exercise_6_3(functions: Any) -> None:
+    in_turn, shared = functions
+    if in_turn([0.0], [1.0]) is None or shared([0.0], [1.0]) is None:
+        raise NotYet("your turn: one of them returned None")
+    cases = [
+        ([0, 0, 0], [4, 1, 1], 4 / 3, 1 / 3),
+        ([0, 1, 2, 3], [10, 1, 1, 1], 8 / 4, 0),
+        ([0, 0, 0, 0], [2, 2, 2, 2], 1, 1),
+    ]
+    for arrivals, durations, expected_in_turn, expected_shared in cases:
+        for name, function, expected in (
+            ("in turn", in_turn, expected_in_turn),
+            ("shared", shared, expected_shared),
+        ):
+            if not near(function(list(arrivals), list(durations)), expected):
+                raise NotYet(
+                    f"{name}: arrivals {arrivals}, durations {durations}: a mean wait of {expected:.2f}"
+                )

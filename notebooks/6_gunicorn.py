@@ -1,0 +1,279 @@
+# %% [markdown]
+# # 6. Gunicorn: sync, gthread, uvicorn, asgi
+#
+# Gunicorn starts *workers*: processes that each hold the whole app, and so the whole model. There are several kinds of
+# them, and much advice on how many to take. The advice comes from web sites that wait for a database. You have a model.
+#
+# **Question: which worker, and how many?**
+
+# %%
+from lesson import (
+    BLUE,
+    CORES,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    capacity,
+    claim,
+    dots,
+    line,
+    load,
+)
+from lesson import picture, quick, serve, stop
+
+from pathlib import Path
+
+from loadtests.modes import Mode
+
+import checks
+
+# %% [markdown]
+# ## Four kinds of workers
+#
+# A config of this project is what differs from the others. Read two of them.
+
+# %%
+for name in ("sync", "gthread"):
+    print((Path("..") / "workers" / f"{name}.conf.py").read_text())
+
+# %% [markdown]
+# | worker | who waits for the model | copies of the model | at most in a batch |
+# |---|---|---|---|
+# | sync × 2 | the worker itself, all of it | 2 | 1 |
+# | gthread 1 × 8 | one of 8 threads | 1 | 8 |
+# | gthread 2 × 4 | one of 4 threads | 2 | 4 |
+# | uvicorn × 2 | a coroutine: nearly free | 2 | `BATCH_SIZE` |
+# | asgi × 1, uvicorn × 1 | a coroutine | 1 | `BATCH_SIZE` |
+#
+# The queue, the loop and the model are the same in all of them (`workers/wsgi.py` runs them behind the first three).
+#
+# **Your prediction.** Lesson 1 says what memory a process with a model takes, lesson 4 what a batch gains. So: two copies
+# take twice the memory of one. On two cores, with torch's threads kept to the cores, they do *not* give twice the texts.
+
+# %%
+names = quick(
+    ["sync-2", "gthread-1x8", "batch"], ["sync-2", "gthread-1x8", "gthread-2x4", "uvicorn-2", "asgi", "batch"]
+)
+users = 32
+
+
+def saturate(mode, **settings):
+    """Its memory, its texts a second with 32 users, and the largest batch that anybody was in."""
+    server = serve(mode, cores=None, **settings)
+    load(server, "closed", users=users, duration_s=1)  # warm
+    memory_mb = server.memory_mb()
+    df = load(server, "closed", users=users, duration_s=quick(3, 8), limit_s=20)
+    stop(server)
+    right = df[df.outcome == "200"]
+    return {"MB": memory_mb, "per_s": len(right) / quick(3, 8), "batch": int(right.batch_size.max())}
+
+
+found = {name: saturate(name, BATCH_SIZE=1 if name == "sync-2" else 32) for name in names}
+for name, row in found.items():
+    print(f"{name:12} {row['MB']:5.0f} MB  {row['per_s']:4.0f} texts/s  largest batch {row['batch']}")
+
+# %%
+COPIES = {"sync-2": 2, "gthread-2x4": 2, "uvicorn-2": 2}
+one_mb = found["batch"]["MB"]
+with picture(
+    "Memory against throughput", "memory, MB", "texts/s, 32 users", xlim=(0, None), ylim=(0, None)
+) as ax:
+    for copies, style in ((1, "-"), (2, "--")):
+        ax.axvline(copies * one_mb, color="black", linestyle=style, label=f"predicted: {copies} × one")
+    for (name, row), color in zip(found.items(), (BLUE, ORANGE, SKY, PURPLE, GREEN, RED)):
+        dots(ax, row["MB"], row["per_s"], name, color, markersize=11)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+
+# %% [markdown]
+# Up and to the left is better. Two copies cost twice the memory; what they give in texts depends on how many of them can
+# share a call. A sync worker takes one text at a time, so nothing can be batched.
+#
+# *Where the prediction fails:* workers share the pages of the libraries' files, so two of them take a bit less than twice.
+
+# %% [markdown]
+# ## "You need as many threads as the batch size"
+#
+# With gthread, a text is in the queue because a thread waits for its answer. 8 threads, 8 texts. **Your prediction:** with
+# `BATCH_SIZE=32` and 32 users, the largest batch is 8 under gthread 1 × 8. On an event loop it is up to 32.
+
+# %%
+threads = {"gthread-1x8": 8, "gthread-2x4": 4, "sync-2": 1}
+shown = [name for name in found if name in threads or name == "batch"]
+with picture("The largest batch", "texts in it", "", xlim=(0, 34)) as ax:
+    ax.plot(
+        [threads.get(n, 32) for n in shown],
+        range(len(shown)),
+        "|",
+        color="black",
+        markersize=30,
+        markeredgewidth=3,
+        label="predicted limit",
+    )
+    dots(ax, [found[n]["batch"] for n in shown], range(len(shown)))
+    ax.set_yticks(range(len(shown)), shown)
+    ax.set_ylim(-0.6, len(shown) - 0.4)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+
+# %%
+claim(
+    "You need as many threads as the batch size",
+    f"32 users, BATCH_SIZE=32: the largest batch under gthread 1 × 8 was {found['gthread-1x8']['batch']}, on one event loop"
+    f" {found['batch']['batch']}",
+    "holds for gthread; fails for asyncio, where a waiting client needs no thread",
+)
+
+# %% [markdown]
+# ## "Use (2 × cores) + 1 workers"
+#
+# It stands in Gunicorn's own documentation ("How Many Workers?", chapter Design), for apps that wait for something else
+# half of the time. A model waits for nothing. **Your prediction** for $k$ workers on $c$ cores, each with one torch thread:
+# texts a second grow up to $k = c$ and then stay; memory grows with $k$ for ever.
+
+# %%
+cores = len(CORES)
+numbers = quick([cores, 2 * cores + 1], sorted({1, cores, 2 * cores + 1}))
+workers = {
+    k: saturate(
+        Mode(f"uvicorn-{k}", f"gunicorn -c workers/uvicorn.conf.py --workers {k}"),
+        BATCH_SIZE=1,
+    )
+    for k in numbers
+}
+
+# %%
+with picture(
+    "(2 × cores) + 1 workers",
+    "workers",
+    f"times what {numbers[0]} worker(s) have",
+    xticks=numbers,
+    ylim=(0, None),
+) as ax:
+    least = workers[numbers[0]]
+    line(ax, numbers, [min(k, cores) / min(numbers[0], cores) for k in numbers], "texts/s, predicted")
+    dots(ax, numbers, [workers[k]["per_s"] / least["per_s"] for k in numbers], "texts/s, measured")
+    line(ax, numbers, [k / numbers[0] for k in numbers], "memory, predicted", GREY, linestyle="--")
+    dots(ax, numbers, [workers[k]["MB"] / least["MB"] for k in numbers], "memory, measured", ORANGE)
+
+# %%
+most = workers[numbers[-1]]
+claim(
+    "Use (2 × cores) + 1 workers",
+    f"{numbers[-1]} workers on {cores} cores: {most['per_s'] / workers[cores]['per_s']:.2f} times the texts/s of {cores}"
+    f" workers, for {most['MB'] / workers[cores]['MB']:.1f} times the memory. One process with batches does"
+    f" {found['batch']['per_s'] / most['per_s']:.1f} times the texts/s of all {numbers[-1]} together",
+    "fails for a model: it computes, it does not wait",
+)
+
+# %% [markdown]
+# *Where the prediction fails:* the load generator needs a core, too, and here it takes its share of the same ones. So the
+# dots fall short of the line at $k = c$.
+
+# %% [markdown]
+# ## Threads × threads: oversubscription
+#
+# Torch uses a thread for each core, unless told otherwise, in *each* process. They work in step: after every layer all wait
+# for the slowest. **Your prediction:** one process with batches, and twice as many torch threads as there are cores: no
+# gain. And if something else needs a core now and then, as the clients do here?
+
+# %%
+sober, crowded = found["batch"], saturate("batch", TORCH_THREADS=2 * cores, BATCH_SIZE=32)
+print(f"texts/s: {sober['per_s']:.0f} with 1 torch thread, {crowded['per_s']:.0f} with {2 * cores}")
+
+# %%
+claim(
+    "More torch threads are faster",
+    f"one process on {cores} cores that it shares with its clients: {sober['per_s']:.0f} texts/s with one torch thread,"
+    f" {crowded['per_s']:.0f} with {2 * cores}",
+    "fails as soon as all threads of all processes exceed the free cores",
+)
+
+# %% [markdown]
+# The threads wait for each other by spinning: they burn the very core that the last one of them needs. This can cost far
+# more than half. On a machine that does other things too, give torch one core less than there are.
+
+# %% [markdown]
+# ## A timeout that kills healthy workers
+#
+# Gunicorn kills a worker that has given no heartbeat for `timeout` seconds. On an event loop the heartbeat is a task like
+# any other. **What do you think will happen** with a model on the loop (`OFFLOAD=inline`), a timeout of 4 s, and a
+# call of about 8 s? And with the model in a thread?
+
+# %%
+short = Mode("timeout-4", "gunicorn -c workers/uvicorn.conf.py --workers 1 --timeout 4")
+fates, killed, burst = {}, {}, 0
+for place in ("thread", "inline"):
+    server = serve(short, OFFLOAD=place, BATCH_SIZE=512, DEADLINE_S=60, MAX_QUEUE=2000)
+    burst = burst or int(8 * capacity(server, 2, texts="long", users=16))
+    df = load(server, "slow", duration_s=1, burst=burst, burst_every_s=5, limit_s=30, timeout_s=30)
+    fates[place] = df.outcome.value_counts().to_dict()
+    killed[place] = "WORKER TIMEOUT" in server.log()
+    stop(server)
+    print(f"{place:7} {fates[place]}  a worker was killed: {killed[place]}")
+
+# %% [markdown]
+# (The timeout is 4 s and not 1 s, because loading counts, too: with 1 s the worker is killed while it loads, again and
+# again.)
+#
+# The inline worker was healthy. It computed what it was asked for, and was shot in the middle: all of the batch is lost,
+# and the model has to be loaded again. It happens under load, when batches are large, and so it happens again.
+#
+# The rule of `workers/deployment.py`: the timeout is longer than any healthy silence, and the model never sits on the
+# loop.
+
+# %% [markdown]
+# **The answer.** One worker, an event loop, the model in a thread, batches if they pay (lesson 4). More copies
+# (`INSTANCES`) only where a core or a GPU is idle, on the *same* queue. `gunicorn.conf.py` is that.
+
+# %% [markdown]
+# ## Exercises
+#
+# **★** A machine has 4 cores and 6 GB. One worker with your model takes 1.4 GB and uses one core. How many workers?
+
+# %%
+number_of_workers = ...
+
+checks.exercise_6_1(number_of_workers)
+
+
+# %% [markdown]
+# **★★** How many torch threads for each of `workers` processes on `cores` cores, so that none are too many?
+
+
+# %%
+def torch_threads(workers, cores): ...
+
+
+checks.exercise_6_2(torch_threads)
+
+
+# %% [markdown]
+# **★★★** Two workers with a queue each, and a balancer that deals in turn; or one queue for both. A text takes 10 ms, but
+# one in ten takes 200 ms. Who waits longer? Write both: given the arrival times and durations (lists), return the mean
+# wait before the work begins, for 2 servers.
+
+
+# %%
+def wait_in_turn(arrivals, durations): ...
+
+
+def wait_shared(arrivals, durations): ...
+
+
+checks.exercise_6_3((wait_in_turn, wait_shared))
+
+# %% [markdown]
+# ## What must hold
+
+# %%
+assert found["sync-2"]["batch"] == 1 and found["gthread-1x8"]["batch"] <= 8, "threads bound the batch"
+assert found["batch"]["batch"] > 8
+assert found["sync-2"]["MB"] > 1.3 * found["batch"]["MB"], "two copies cost memory"
+assert found["batch"]["per_s"] > found["sync-2"]["per_s"], "one copy with batches beats two without"
+assert most["MB"] > 1.5 * workers[cores]["MB"] and most["per_s"] < 1.4 * workers[cores]["per_s"]
+assert crowded["per_s"] < 1.2 * sober["per_s"], "more threads than cores gain nothing"
+assert fates["inline"].get("200", 0) < fates["thread"].get("200", 0), (
+    "a blocked loop is taken for a dead worker"
+)

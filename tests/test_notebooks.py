@@ -1,0 +1,54 @@
+"""The lessons run, their notebooks are what their scripts say, and every exercise can be solved."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from loadtests.modes import ROOT
+
+NOTEBOOKS = ROOT / "notebooks"
+sys.path.insert(0, str(NOTEBOOKS))
+
+import checks
+import run
+
+SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.py"))
+
+
+def name(path: Path) -> str:
+    return path.stem
+
+
+@pytest.mark.parametrize("script", run.LESSONS, ids=name)
+@pytest.mark.filterwarnings("ignore")  # of Jupyter's own
+def test_lesson_runs_top_to_bottom_and_its_asserts_hold(script: Path) -> None:
+    run.execute(script, quick=True)
+
+
+@pytest.mark.parametrize("script", run.LESSONS, ids=name)
+def test_stored_notebook_has_the_cells_of_its_script_and_outputs(script: Path) -> None:
+    stored = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+    assert [(c.cell_type, c.source) for c in stored.cells] == [
+        (c.cell_type, c.source) for c in run.read(script).cells
+    ]
+    assert any(cell.get("outputs") for cell in stored.cells)
+    assert str(ROOT) not in str(stored)
+
+
+def test_claims_are_those_of_the_stored_notebooks() -> None:
+    assert (NOTEBOOKS / "claims.md").read_text() == run.ledger()
+
+
+@pytest.mark.parametrize("solution", SOLUTIONS, ids=name)
+def test_solution_satisfies_its_checker(solution: Path) -> None:
+    verdict = getattr(checks, f"exercise_{solution.stem}")(runpy.run_path(str(solution))["answer"])
+    assert verdict, verdict
+
+
+def test_every_exercise_has_a_solution_and_every_checker_waits_for_an_answer() -> None:
+    exercises = {key.removeprefix("exercise_") for key in vars(checks) if key.startswith("exercise_")}
+    assert exercises == {path.stem for path in SOLUTIONS}
+    assert not any(getattr(checks, f"exercise_{one}")(...) for one in exercises)
