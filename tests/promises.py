@@ -1,19 +1,57 @@
 """Mode x promise: what every deployment mode keeps, and what it can't by its nature. `python tests/promises.py` prints it.
 
-The tests read it: a promise that is kept is asserted, and so is one that is not.
+The tests read it: what is kept is asserted, and so is what is not.
 """
 
 TESTED = ["thread", "process", "recommended", "uvicorn-2", "asgi", "gthread-1x8", "sync-2"]
 
+# What the tests assert for every mode alike, then what differs: promise -> the modes that can't, and why.
 EXCEPTIONS: dict[str, dict[str, str]] = {
-    "keeps connections": {"sync-2": "one request each"},
-    "over-long headers are refused in JSON": {},
-    "batches gather all connections": {},
-    "too much work is refused": {},
-    "nobody is reset by SIGTERM": {},
+    "answers are the plain pipeline's, raw and JSON": {},
+    "wrong input is refused at once, in one JSON form": {},
+    "a stalled body gets 408, and 503 on SIGTERM": {},
+    "a poison text fails alone": {},
+    "a client that leaves frees its place": {},
+    "a killed model process costs its own batch": {},
+    "keeps connections open": {"sync-2": "one request each"},
+    "over-long headers are refused in JSON": {
+        "asgi": "Gunicorn's own page",
+        "gthread-1x8": "Gunicorn's own page",
+        "sync-2": "Gunicorn's own page",
+    },
+    "a batch gathers all connections": {
+        "uvicorn-2": "its worker's half",
+        "gthread-1x8": "8 at most, its threads",
+        "sync-2": "never",
+    },
+    "too much work is refused (503)": {"sync-2": "waits unseen in the kernel"},
+    "/health answers while the model runs": {
+        "gthread-1x8": "while a thread is free",
+        "sync-2": "while a worker is free",
+    },
+    "SIGTERM resets nobody": {"sync-2": "resets who waits in the kernel"},
+    "a dead worker is replaced": {"thread": "by your supervisor", "process": "by your supervisor"},
+    "a wrong setting ends it with one sentence": {
+        "uvicorn-2": "and a traceback of Gunicorn's",
+        "sync-2": "and a traceback of Gunicorn's",
+    },
 }
 
 
 def kept(promise: str, mode: str) -> bool:
     """Whether `mode` keeps it."""
     return mode not in EXCEPTIONS[promise]
+
+
+def table() -> str:
+    """All of it in Markdown."""
+    rows = [
+        ["promise", *TESTED],
+        ["---", *[":---:"] * len(TESTED)],
+        *([promise, *(why.get(mode, "✓") for mode in TESTED)] for promise, why in EXCEPTIONS.items()),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    print(table())

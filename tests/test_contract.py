@@ -95,7 +95,7 @@ def test_request_id_is_taken_over_or_made(server: Server) -> None:
 
 def test_connection_is_kept_for_the_next_request(server: Server, mode: str) -> None:
     with dial(server) as connection:
-        for _ in range(2 if kept("keeps connections", mode) else 1):
+        for _ in range(2 if kept("keeps connections open", mode) else 1):
             connection.sendall(request("POST", "/", PARIS.encode()))
             assert hear(connection).status == 200
 
@@ -236,7 +236,18 @@ def test_many_at_once_each_get_their_own_answer(sick: Server, crowd: Crowd, mode
     assert [reply.status for reply in replies] == [200] * 40
     assert all(is_own(i, reply.json) for i, reply in enumerate(replies))
     sizes = {reply.headers["Server-Timing"].split("size ")[1].split(",")[0] for reply in replies}
-    assert ("4" in sizes) is kept("batches gather all connections", mode)
+    assert ("4" in sizes) is (mode != "sync-2"), "a sync worker has one request, so never a batch"
+
+
+def test_health_answers_while_the_model_runs(narrow: Server, crowd: Crowd, mode: str) -> None:
+    busy = crowd.post(narrow, *[SLOW] * 24)
+    during = get(narrow, "/health")
+    finished = [reply.done() for reply in busy]
+    assert during.status == 200
+    if kept("/health answers while the model runs", mode):
+        assert not all(finished)
+    for reply in busy:
+        reply.result()
 
 
 def test_poison_fails_alone_and_its_neighbours_get_answers(sick: Server, crowd: Crowd) -> None:
@@ -269,7 +280,7 @@ def narrow(mode: str) -> Iterator[Server]:
 def test_too_much_work_gets_503_with_retry_after(narrow: Server, crowd: Crowd, mode: str) -> None:
     replies = [reply.result() for reply in crowd.post(narrow, *[SLOW] * 24)]
     statuses = {reply.status for reply in replies}
-    if not kept("too much work is refused", mode):
+    if not kept("too much work is refused (503)", mode):
         assert statuses == {200}, "they waited, unseen, where nobody can refuse them"
         return
     assert statuses == {200, 503}
@@ -307,8 +318,7 @@ def test_sigterm_under_load_answers_everybody_exactly_once(narrow: Server, crowd
         assert is_own(i, reply.json) if reply.status == 200 else reply.error
     narrow.process.wait(12)
     assert time.monotonic() - began < 12
-    if kept("nobody is reset by SIGTERM", mode):
-        assert not outcomes
+    assert (not outcomes) is kept("SIGTERM resets nobody", mode), outcomes
 
 
 def test_killed_model_process_costs_its_own_batch_only(mode: str, crowd: Crowd) -> None:
@@ -316,6 +326,7 @@ def test_killed_model_process_costs_its_own_batch_only(mode: str, crowd: Crowd) 
         pytest.skip("it has no model process")
     with start(MODES[mode], {"OFFLOAD": "process", "BATCH_SIZE": "1", "DEADLINE_S": "60"}) as server:
         workers = model_processes(server)
+        until(lambda: server.log().count("Serving ") == len(workers))  # ready tells of one worker only
         replies = crowd.post(server, *numbered(12, SLOW))
         until(lambda: any(reply.done() for reply in replies))
         workers[0].kill()
@@ -370,7 +381,10 @@ def get_or_none(server: Server, path: str) -> int | None:
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        ({"MODEL": "/nowhere/at-all"}, "MODEL='/nowhere/at-all' is not allowed: it must be a folder that exists or a hub id"),
+        (
+            {"MODEL": "/nowhere/at-all"},
+            "MODEL='/nowhere/at-all' is not allowed: it must be a folder that exists or a hub id",
+        ),
         ({"MODEL": "nobody/no-such-model"}, "cannot load MODEL=nobody/no-such-model: OSError: "),
         ({"MAX_QUEUE": "0"}, "MAX_QUEUE='0' is not allowed: it must be a whole number of at least 1"),
     ],
@@ -381,4 +395,5 @@ def test_wrong_setting_ends_the_server_with_a_sentence(
     with start(MODES[mode], {"HF_HUB_OFFLINE": "1", **wrong}, wait=False) as server:
         assert server.process.wait(30) != 0
         assert sentence in server.log()
-        assert "Traceback" not in server.log()
+        if kept("a wrong setting ends it with one sentence", mode):
+            assert "Traceback" not in server.log()
