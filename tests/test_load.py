@@ -70,7 +70,6 @@ def test_a_200_without_a_right_answer_is_wrong(locust: drive.Generator) -> None:
 def test_statuses_are_told_apart(locust: drive.Generator) -> None:
     with fake("varied") as url:
         df = locust.run(url, "open", rate_per_s=40, duration_s=1)
-    assert list(df.sort_values("sent_s")["outcome"].head(4)) != []
     counts = df["outcome"].value_counts()
     assert set(counts.index) == {"503", "504", "other"}
     assert abs(counts["other"] - counts["503"] - counts["504"]) <= 1

@@ -11,7 +11,7 @@ LAW = CostLaw(a_s=0.004, b_s=0.001)
 
 
 def measured(a_s: float, b_s: float, noise: float = 0.0) -> pd.DataFrame:
-    """Calls that follow a law, each a little longer than it says, never shorter."""
+    """Calls that follow a law, with relative noise."""
     rng = np.random.default_rng(0)
     n = np.repeat([1, 2, 4, 8, 16, 32], 50)
     return pd.DataFrame({"texts": n, "seconds": (a_s + b_s * n) * (1 + noise * rng.standard_normal(len(n)))})
