@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import multiprocessing
+import os
 import queue
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -106,8 +108,10 @@ class Process:
     A crash or a hang costs its own batch; the process is killed, replaced, and the reason logged.
     """
 
-    def __init__(self, load: Callable[[], Any], hang_s: float, metrics: Metrics) -> None:
-        self.load, self.hang_s, self.metrics = load, hang_s, metrics
+    def __init__(
+        self, load: Callable[[], Any], hang_s: float, metrics: Metrics, cores: set[int] | None = None
+    ) -> None:
+        self.load, self.hang_s, self.metrics, self.cores = load, hang_s, metrics, cores
         self.ready: asyncio.Task[str] | None = None
         self.idle = False
 
@@ -144,13 +148,16 @@ class Process:
         raise ModelDied(f"the model process {reason}")
 
     def stop(self) -> None:
-        self.process.kill()
-        self.pipe.close()
+        if self.ready:  # else it was never started
+            self.process.kill()
+            self.pipe.close()
 
     async def _spawn(self) -> str:
         spawn = multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=serve_pipe, args=(theirs, self.load), name="model", daemon=True)
+        self.process = spawn.Process(
+            target=serve_pipe, args=(theirs, self.load, self.cores), name="model", daemon=True
+        )
         self.process.start()
         theirs.close()  # or its death would not close the pipe
         try:
@@ -187,8 +194,10 @@ class Process:
         return self.pipe.recv()
 
 
-def serve_pipe(pipe: Connection, load: Callable[[], Any]) -> None:
+def serve_pipe(pipe: Connection, load: Callable[[], Any], cores: set[int] | None = None) -> None:
     """The model process: answer lists of queries from the pipe until the parent is gone."""
+    if cores:
+        os.sched_setaffinity(0, cores)  # before torch makes its threads: they inherit it
     for stop in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal us too; the parent decides
         signal.signal(stop, signal.SIG_IGN)
     try:
@@ -227,7 +236,21 @@ def settle(future: asyncio.Future[Any], outcome: Any) -> None:
 
 def make(settings: Settings, metrics: Metrics) -> list[Offload]:
     """Return the `INSTANCES` places where `OFFLOAD` says that inference runs."""
+    settings = replace(settings, TORCH_THREADS=settings.threads_per_instance)  # counted before any is pinned
     loaders = [partial(Model, settings, i) for i in range(settings.INSTANCES)]
     if settings.OFFLOAD == "process":
-        return [Process(load, settings.HANG_S, metrics) for load in loaders]
+        shares = core_shares(settings)
+        return [Process(load, settings.HANG_S, metrics, share) for load, share in zip(loaders, shares)]
     return [(Inline if settings.OFFLOAD == "inline" else Thread)(load) for load in loaders]
+
+
+def core_shares(settings: Settings) -> list[set[int] | None]:
+    """Each model process's own cores, so that their threads don't chase each other; None: wherever there is room.
+
+    None, too, where their threads are more than the cores, or another worker would pin its own to the same ones.
+    """
+    n, threads = settings.INSTANCES, settings.threads_per_instance
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if n == 1 or settings.WEB_CONCURRENCY > 1 or n * threads > len(cores):
+        return [None] * n
+    return [set(cores[i * len(cores) // n : (i + 1) * len(cores) // n]) for i in range(n)]
