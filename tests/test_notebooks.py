@@ -12,8 +12,8 @@ from loadtests.modes import ROOT
 NOTEBOOKS = ROOT / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
 
-import checks
-import run
+import checks  # noqa: E402
+import run  # noqa: E402
 
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.py"))
 
