@@ -1,5 +1,6 @@
 """A client that shows what is on the wire."""
 
+import contextlib
 import http.client
 import json
 import socket
@@ -46,9 +47,9 @@ def dial(server: Server, timeout_s: float = 30) -> socket.socket:
 
 def hear(connection: socket.socket) -> Reply:
     """The next reply on it. Raises ConnectionError or http.client.HTTPException when there is none."""
-    response = http.client.HTTPResponse(connection)
-    response.begin()
-    return Reply(response.status, response.headers, response.read())
+    with contextlib.closing(http.client.HTTPResponse(connection)) as response:
+        response.begin()
+        return Reply(response.status, response.headers, response.read())
 
 
 def say(server: Server, raw: bytes) -> Reply:

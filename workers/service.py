@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from types import FrameType
 
-from workers import offload
+from workers import memory, offload
 from workers.loop import ModelLoop, Refused
 from workers.metrics import Metrics
 from workers.model import InputCheck
@@ -52,6 +53,7 @@ class Service:
                 log.info("Serving %s", description)
             gc.collect()
             gc.freeze()  # 360,000 objects of torch and transformers: to look through them for garbage takes 0.16 s
+            self.report()
             self.loaded.set()
             await asyncio.gather(*(self.loop.consume(copy.run) for copy in self.copies))
         except offload.CannotLoad as exc:
@@ -60,11 +62,29 @@ class Service:
             log.exception("the model loop has ended")
             self.exit(1, "the model loop has ended; this is a bug")
 
-    async def sample(self) -> None:
-        """Keep the gauges fresh for the scrapes that come to another worker."""
-        while True:
+    def report(self) -> None:
+        """One line on what this worker takes of the machine, and a warning when all of them together take too much."""
+        settings = self.settings
+        children = [copy.process.pid for copy in self.copies if isinstance(copy, offload.Process)]
+        mine = memory.resident_bytes([os.getpid(), *(pid for pid in children if pid)])
+        log.info(
+            "Worker %d, one of %d: %d copies of the model, %d threads each, %d MB",
+            *(os.getpid(), settings.WEB_CONCURRENCY, settings.INSTANCES, settings.threads_per_instance),
+            mine / 1e6,
+        )
+        if warning := memory.warning(settings.WEB_CONCURRENCY, mine, memory.limit_bytes()):
+            log.warning(warning)
+
+    async def tick(self) -> None:
+        """Once a second: keep the gauges fresh for scrapes that come to another worker; don't outlive the master.
+
+        Gunicorn's workers watch theirs in `deployment.py`; those of `uvicorn --workers` would go on serving.
+        """
+        master = multiprocessing.parent_process()
+        while not master or master.is_alive():
             self.metrics.sample()
             await asyncio.sleep(1)
+        signal.raise_signal(signal.SIGTERM)
 
     def exit(self, code: int, reason: str) -> None:
         """Stop as on SIGTERM, then exit with `code`."""
@@ -110,13 +130,13 @@ class Service:
         """Run it as long as the context lasts."""
         self.stop_on_signals()
         task = asyncio.create_task(self.run(), name="model loop")
-        sampling = asyncio.create_task(self.sample(), name="metrics")
+        ticking = asyncio.create_task(self.tick(), name="tick")
         if self.settings.WEB_CONCURRENCY > 1:
             await self.loaded.wait()  # the other workers answer meanwhile: take no request only to refuse it
         yield self
         await self.loop.drain(max(0.0, self.settings.GRACE_S - 1))
         task.cancel()
-        sampling.cancel()
+        ticking.cancel()
         for copy in self.copies:
             copy.stop()
         if self.exit_code:

@@ -1,0 +1,119 @@
+"""What deployments promise beyond the contract: consistent times, shared cores, shared metrics, no orphans."""
+
+import os
+import runpy
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from client import SLOW, Crowd, metric, post, until
+
+from loadtests.modes import MODES, ROOT, Mode, Server, start
+from workers import memory
+from workers.settings import Settings
+
+CONFIGS = [ROOT / "gunicorn.conf.py", *sorted((ROOT / "workers").glob("*.conf.py"))]
+PARIS = "Paris is the [MASK] of France."
+UVICORN_2 = Mode("uvicorn --workers 2", "uvicorn server:app --workers 2", {"WEB_CONCURRENCY": "2"})
+
+
+def read(config: Path) -> dict[str, Any]:
+    """A config's settings, under the defaults of ours."""
+    return runpy.run_path(str(config))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_config_is_short_and_starts_with_its_command(config: Path) -> None:
+    lines = config.read_text().splitlines()
+    assert len(lines) <= 20
+    name = config.relative_to(ROOT)
+    assert lines[0] == f"# gunicorn -c {name}"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_times_of_a_config_agree_with_the_settings(config: Path) -> None:
+    found, ours = read(config), Settings()
+    assert found["timeout"] > ours.HANG_S, "inline, a call that is no hang must not be killed"
+    assert found["timeout"] > ours.BODY_TIMEOUT_S + ours.DEADLINE_S, "sync: the deadline answers first"
+    assert found["graceful_timeout"] > ours.GRACE_S, "the worker ends by itself first"
+    assert found["keepalive"] < ours.GRACE_S, "an idle connection must not hold SIGTERM"
+    assert not found.get("preload_app"), "torch hangs in a fork that comes after its first op"
+    assert found["bind"].startswith("127.0.0.1:"), "nobody else's host by default"
+    assert found.get("max_requests", 0) == 0, "a restart loads the model again"
+
+
+def workers_of(server: Server) -> list[psutil.Process]:
+    """The processes that hold a model: those that have loaded torch."""
+    return [p for p in server.processes() if p.pid != server.process.pid and p.num_threads() > 2]
+
+
+@pytest.mark.parametrize("mode", [*("recommended", "uvicorn-2", "asgi", "gthread-1x8", "sync-2"), "uvicorn"])
+def test_workers_end_within_5_s_of_their_killed_master(mode: str) -> None:
+    with start(UVICORN_2 if mode == "uvicorn" else MODES[mode]) as server:
+        workers = workers_of(server)
+        assert workers
+        server.process.kill()
+        gone, alive = psutil.wait_procs(workers, timeout=5)
+        for orphan in alive:
+            orphan.kill()
+        assert gone
+        assert not alive
+
+
+def test_workers_share_the_cores_and_say_so(crowd: Crowd) -> None:
+    cores = len(os.sched_getaffinity(0))
+    mode = Mode("gthread 2x4", "gunicorn -c workers/gthread.conf.py --workers 2 --threads 4")
+    with start(mode) as server:
+        until(lambda: server.log().count("one of 2: 1 copies of the model") == 2)
+        assert f"{max(1, cores // 2)} threads each" in server.log()
+        assert metrics_add_up(server, crowd)
+
+
+def metrics_add_up(server: Server, crowd: Crowd) -> bool:
+    """Every scrape shows the requests of all workers, whichever answers it."""
+    for reply in crowd.post(server, *[PARIS] * 20):
+        assert reply.result().status == 200
+    counts = {metric(server, "model_requests_total") for _ in range(8)}
+    return counts == {20.0}
+
+
+def test_counts_outlive_a_killed_worker_which_is_replaced(crowd: Crowd) -> None:
+    with start(MODES["uvicorn-2"]) as server:
+        assert metrics_add_up(server, crowd)
+        victim = workers_of(server)[0]
+        victim.kill()
+        until(lambda: server.log().count("Serving ") == 3, 60)
+        assert post(server, PARIS).status == 200
+        assert metric(server, "model_requests_total") == 21
+        assert metric(server, "model_queue_depth") == 0
+
+
+def test_no_healthy_worker_is_killed_by_the_heartbeat(crowd: Crowd) -> None:
+    """Long calls, one after the other, under a heartbeat as short as one of them."""
+    mode = Mode("heartbeat", "gunicorn -c gunicorn.conf.py --timeout 1")
+    with start(mode, {"TORCH_THREADS": "1", "BATCH_SIZE": "8"}) as server:
+        replies = [reply.result() for reply in crowd.post(server, *[SLOW] * 40)]
+        assert {reply.status for reply in replies} <= {200, 503}
+        assert "TIMEOUT" not in server.log()
+
+
+def test_memory_that_will_not_fit_is_said_in_plain_words() -> None:
+    assert memory.warning(workers=4, worker_bytes=3 * 10**9, limit=16 * 10**9) == ""
+    assert memory.warning(workers=4, worker_bytes=5 * 10**9, limit=16 * 10**9) == (
+        "4 workers need 20.0 GB with their copies of the model, but there are 16.0 GB: use fewer workers or INSTANCES"
+    )
+    assert 10**6 < memory.resident_bytes([os.getpid()]) < memory.limit_bytes()
+
+
+def test_instances_get_disjoint_cores() -> None:
+    cores = os.sched_getaffinity(0)
+    if len(cores) < 2:
+        pytest.skip("one core")
+    with start(MODES["instances-2"]) as server:
+        models = [p for p in server.processes() if "spawn_main" in " ".join(p.cmdline())]
+        first, second = (set(p.cpu_affinity()) for p in models)
+        assert first
+        assert second
+        assert not first & second
+        assert first | second <= cores
