@@ -215,20 +215,21 @@ seconds_per_long_text = long.seconds.median() / 32
 short = Mode("timeout-4", "gunicorn -c workers/uvicorn.conf.py --workers 1 --timeout 4")
 fates, killed, burst = {}, {}, 0
 for place in ("thread", "inline"):
-    server = serve(short, OFFLOAD=place, BATCH_SIZE=512, BATCH_WINDOW_MS=1000, DEADLINE_S=60)
+    server = serve(short, OFFLOAD=place, BATCH_SIZE=512, BATCH_WINDOW_MS=1000, MAX_QUEUE=1000, DEADLINE_S=60)
     burst = min(burst or int(8 / seconds_per_long_text), 500)
     df = load(server, "slow", duration_s=1, burst=burst, burst_every_s=5, limit_s=30, timeout_s=30)
     fates[place] = df.outcome.value_counts().to_dict()
     killed[place] = "WORKER TIMEOUT" in server.log()
     stop(server)
     print(f"{place:7} {fates[place]}  a worker was killed: {killed[place]}")
+stop()
 
 # %% [markdown]
 # (The timeout is 4 s and not 1 s, because loading counts, too: with 1 s the worker is killed while it loads, again and
 # again.)
 #
-# The inline worker was healthy. It computed what it was asked for, and was shot in the middle: all of the batch is lost,
-# and the model has to be loaded again. It happens under load, when batches are large, and so it happens again.
+# The inline worker was healthy. It computed what it was asked for, and was shot in the middle: not one client of the batch
+# got an answer, and the model has to be loaded again. It happens under load, when batches are large: so it happens again.
 #
 # The rule of `workers/deployment.py`: the timeout is longer than any healthy silence, and the model never sits on the
 # loop.
