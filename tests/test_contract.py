@@ -304,7 +304,9 @@ def test_sigterm_under_load_answers_everybody_exactly_once(narrow: Server, crowd
     """The last test of `narrow`: it ends it."""
     texts = numbered(16, SLOW)
     replies = crowd.post(narrow, *texts)
-    until(lambda: any(reply.done() for reply in replies))
+    # A connection that waits in the kernel is reset when the socket closes: wait until the server has seen them all.
+    in_it = 2 * (2 if mode in ("uvicorn-2", "sync-2") else 1)  # one runs and one waits in each worker
+    until(lambda: sum(reply.done() for reply in replies) >= len(replies) - in_it)
     narrow.process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     outcomes: dict[str, int] = {}
