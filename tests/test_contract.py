@@ -316,7 +316,8 @@ def test_sigterm_under_load_answers_everybody_exactly_once(narrow: Server, crowd
         except OSError as exc:
             outcomes[type(exc).__name__] = outcomes.get(type(exc).__name__, 0) + 1
             continue
-        assert reply.status in (200, 503)
+        honest = (200, 503) if kept("SIGTERM lets admitted work finish", mode) else (200, 500, 503)
+        assert reply.status in honest
         assert is_own(i, reply.json) if reply.status == 200 else reply.error
     narrow.process.wait(12)
     assert time.monotonic() - began < 12
@@ -327,22 +328,28 @@ def test_killed_model_process_costs_its_own_batch_only(mode: str, crowd: Crowd) 
     if MODES[mode].env.get("OFFLOAD") == "inline":
         pytest.skip("it has no model process")
     with start(MODES[mode], {"OFFLOAD": "process", "BATCH_SIZE": "1", "DEADLINE_S": "60"}) as server:
+        copies = MODES[mode].name.endswith("-2") + 1
+        until(lambda: server.log().count("Serving ") >= copies)  # ready tells of one worker only
         workers = model_processes(server)
-        until(lambda: server.log().count("Serving ") == len(workers))  # ready tells of one worker only
         replies = crowd.post(server, *numbered(12, SLOW))
         until(lambda: any(reply.done() for reply in replies))
         workers[0].kill()
         failed = [future.result() for future in replies if future.result().status != 200]
-        assert len(failed) <= 1, "only the request that was in it"
         assert all(reply.status == 500 and reply.error for reply in failed)
         assert all(is_own(i, f.result().json) for i, f in enumerate(replies) if f.result().status == 200)
-        until(lambda: metric(server, "model_process_restarts_total") == 1)
-        assert post(server, PARIS).status == 200
-        assert "starting another" in server.log()
+        if kept("a killed model process costs its own batch", mode):
+            assert len(failed) <= 1, "only the request that was in it"
+            until(lambda: metric(server, "model_process_restarts_total") == 1)
+            assert "starting another" in server.log()
+            assert post(server, PARIS).status == 200
+        else:
+            until(lambda: post(server, PARIS).status == 200, 60)
 
 
 def model_processes(server: Server) -> list[psutil.Process]:
-    """The spawned processes that hold a model."""
+    """The processes that hold a model: spawned, or below Gunicorn's arbiter of dirty workers."""
+    if server.mode.name == "dirty":
+        return [p for p in server.processes()[1:] if p.ppid() != server.process.pid]
     return [p for p in server.processes() if "spawn_main" in " ".join(p.cmdline())]
 
 

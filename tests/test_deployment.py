@@ -39,6 +39,7 @@ def test_times_of_a_config_agree_with_the_settings(config: Path) -> None:
     assert found["graceful_timeout"] > ours.GRACE_S, "the worker ends by itself first"
     assert found["keepalive"] < ours.GRACE_S, "an idle connection must not hold SIGTERM"
     assert not found.get("preload_app"), "torch hangs in a fork that comes after its first op"
+    assert found.get("dirty_timeout", ours.HANG_S) == ours.HANG_S
     assert found["bind"].startswith("127.0.0.1:"), "nobody else's host by default"
     assert found.get("max_requests", 0) == 0, "a restart loads the model again"
 
@@ -48,7 +49,9 @@ def workers_of(server: Server) -> list[psutil.Process]:
     return [p for p in server.processes() if p.pid != server.process.pid and p.num_threads() > 2]
 
 
-@pytest.mark.parametrize("mode", [*("recommended", "uvicorn-2", "asgi", "gthread-1x8", "sync-2"), "uvicorn"])
+@pytest.mark.parametrize(
+    "mode", [*("recommended", "uvicorn-2", "asgi", "gthread-1x8", "sync-2", "dirty"), "uvicorn"]
+)
 def test_workers_end_within_5_s_of_their_killed_master(mode: str) -> None:
     with start(UVICORN_2 if mode == "uvicorn" else MODES[mode]) as server:
         workers = workers_of(server)

@@ -238,6 +238,10 @@ def make(settings: Settings, metrics: Metrics) -> list[Offload]:
     """Return the `INSTANCES` places where `OFFLOAD` says that inference runs."""
     settings = replace(settings, TORCH_THREADS=settings.threads_per_instance)  # counted before any is pinned
     loaders = [partial(Model, settings, i) for i in range(settings.INSTANCES)]
+    if settings.OFFLOAD == "dirty":
+        from workers.dirty import Dirty  # only there is Gunicorn needed
+
+        return [Dirty(settings.HANG_S) for _ in loaders]
     if settings.OFFLOAD == "process":
         shares = core_shares(settings)
         return [Process(load, settings.HANG_S, metrics, share) for load, share in zip(loaders, shares)]

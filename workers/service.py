@@ -65,11 +65,14 @@ class Service:
     def report(self) -> None:
         """One line on what this worker takes of the machine, and a warning when all of them together take too much."""
         settings = self.settings
+        copies = (
+            0 if settings.OFFLOAD == "dirty" else settings.INSTANCES
+        )  # there it is in none of the workers
         children = [copy.process.pid for copy in self.copies if isinstance(copy, offload.Process)]
         mine = memory.resident_bytes([os.getpid(), *(pid for pid in children if pid)])
         log.info(
             "Worker %d, one of %d: %d copies of the model, %d threads each, %d MB",
-            *(os.getpid(), settings.WEB_CONCURRENCY, settings.INSTANCES, settings.threads_per_instance),
+            *(os.getpid(), settings.WEB_CONCURRENCY, copies, settings.threads_per_instance),
             mine / 1e6,
         )
         if warning := memory.warning(settings.WEB_CONCURRENCY, mine, memory.limit_bytes()):

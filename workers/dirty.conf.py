@@ -1,0 +1,18 @@
+# gunicorn -c workers/dirty.conf.py
+"""Two web workers share one model in Gunicorn's pool of stateful processes (beta). Where it breaks the contract:
+
+- SIGTERM ends the model first: 11 of 12 admitted requests got a 500 where the other modes answer them.
+- While a killed model process loads again (3 s), every request gets a 500 at once. No metric counts the restart.
+- A model call beyond dirty_timeout is answered 500, but goes on in its thread: it holds up who comes after.
+- A web worker still takes 270 MB (the tokenizer's library), the model process 540 MB.
+"""
+
+from workers.deployment import *  # noqa: F403  what all modes share, each with its why
+
+wsgi_app = "server:app"
+worker_class = "uvicorn_worker.UvicornWorker"
+workers = 2
+raw_env = ["OFFLOAD=dirty"]  # each keeps its own queue; calls meet in Gunicorn's, which is unbounded
+dirty_apps = ["workers.dirty:DirtyModel"]
+dirty_workers = 1  # copies of the model
+dirty_timeout = 60  # as HANG_S

@@ -1,0 +1,52 @@
+"""OFFLOAD=dirty: inference in one of Gunicorn's "dirty" workers, which all web workers share. See dirty.conf.py."""
+
+import asyncio
+from typing import Any
+
+from gunicorn.dirty import DirtyApp
+from gunicorn.dirty.client import DirtyClient, get_dirty_socket_path
+from gunicorn.dirty.errors import DirtyAppError, DirtyError
+
+from workers.loop import ModelDied, ModelFailed
+from workers.model import Model, Query
+from workers.settings import Settings
+
+APP = "workers.dirty:DirtyModel"
+
+
+class DirtyModel(DirtyApp):
+    """In the dirty worker: the model, loaded once, called from one thread."""
+
+    def init(self) -> None:
+        self.model = Model(Settings.read())
+
+    def describe(self) -> str:
+        return self.model.description
+
+    def answer(self, queries: list[Any]) -> list[Any]:
+        return self.model([Query(text, top_k, tuple(targets)) for text, top_k, targets in queries])
+
+
+class Dirty:
+    """In a web worker: its way to the shared model, one call at a time."""
+
+    def __init__(self, hang_s: float) -> None:
+        self.client = DirtyClient(get_dirty_socket_path(), timeout=hang_s)
+
+    async def start(self) -> str:
+        while True:
+            try:
+                return await self.client.execute_async(APP, "describe") + ", shared"
+            except DirtyError:  # it is still loading; Gunicorn restarts one that can't
+                await asyncio.sleep(0.2)
+
+    async def run(self, queries: list[Query]) -> list[Any]:
+        try:
+            return await self.client.execute_async(APP, "answer", [list(query) for query in queries])
+        except DirtyAppError as exc:
+            raise ModelFailed(str(exc)) from exc
+        except DirtyError as exc:
+            raise ModelDied(str(exc)) from exc
+
+    def stop(self) -> None:
+        pass
