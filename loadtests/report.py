@@ -227,16 +227,19 @@ def draw_overload(results: Results) -> Figure:
     return figure
 
 
-def draw_distribution(results: Results) -> Figure:
+def draw_distribution(results: Results) -> Figure | None:
     """At 80 % of its own capacity: the median, the middle half, nine tenths, and the 99th percentile of each mode."""
-    figure, axes = frame("Latency at 80 % of the mode's own capacity", 2.2 + 0.42 * len(results.modes))
-    for row, mode in enumerate(results.modes):
+    modes = [mode for mode in results.modes if (mode, "own 80 %", "q50_ms") in results.medians]
+    if not modes:
+        return None
+    figure, axes = frame("Latency at 80 % of the mode's own capacity", 2.2 + 0.42 * len(modes))
+    for row, mode in enumerate(modes):
         q = {n: results.get(mode, "own 80 %", f"q{n}_ms") for n in (5, 25, 50, 75, 95, 99)}
         axes.plot([q[5], q[95]], [row, row], color="#56B4E9", linewidth=3, solid_capstyle="butt")
         axes.plot([q[25], q[75]], [row, row], color="#0072B2", linewidth=9, solid_capstyle="butt")
         axes.plot(q[50], row, "o", color="white", markersize=6, markeredgecolor="#000000")
         axes.plot(q[99], row, "D", color="#D55E00", markersize=6)
-    list_modes(axes, results.modes)
+    list_modes(axes, modes)
     axes.set(xscale="log", xlabel="ms; ○ median, thick: half, thin: 90 %, ◆ 99th percentile")
     plain_numbers(axes.xaxis)
     return figure
@@ -281,7 +284,12 @@ def draw_memory(results: Results) -> Figure:
 
 def draw_prediction(results: Results) -> Figure | None:
     """The planner's lines, the measured dots."""
-    modes = [m for m in results.modes if not math.isnan(results.get(m, "own 80 %", "p99_ms", "predictions"))]
+    modes = [
+        mode
+        for mode in results.modes
+        if not math.isnan(results.get(mode, "own 80 %", "p99_ms", "predictions"))
+        and not math.isnan(results.get(mode, "own 80 %", "p99_ms"))
+    ]
     if not modes:
         return None
     figure, axes = frame("Predicted by the planner (lines), measured (dots)", 8)
