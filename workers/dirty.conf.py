@@ -1,11 +1,11 @@
 # gunicorn -c workers/dirty.conf.py
 """Two web workers share one model in Gunicorn's pool of stateful processes (beta). Where it breaks the contract:
 
-- SIGTERM ends the model first: 11 of 12 admitted requests got a 500 where the other modes answer them.
-- While a killed model process loads again (3 s), every request gets a 500 at once. No metric counts the restart.
-- A model call beyond dirty_timeout is answered 500, but goes on in its thread: it holds up who comes after.
-- A web worker still takes 270 MB (the tokenizer's library), the model process 540 MB.
+SIGTERM ends the model first: 11 of 12 admitted requests got a 500. While a killed model process loads again (3 s),
+every request gets a 500. A call beyond dirty_timeout goes on in its thread. A web worker still takes 270 MB.
 """
+
+import os
 
 from workers.deployment import *  # noqa: F403  what all modes share, each with its why
 
@@ -16,3 +16,4 @@ raw_env = ["OFFLOAD=dirty"]  # each keeps its own queue; calls meet in Gunicorn'
 dirty_apps = ["workers.dirty:DirtyModel"]
 dirty_workers = 1  # copies of the model
 dirty_timeout = 60  # as HANG_S
+proc_name = f"dirty-{os.getpid()}"  # under one name, a second server kills the first one's model as an orphan

@@ -1,11 +1,12 @@
 """OFFLOAD=dirty: inference in one of Gunicorn's "dirty" workers, which all web workers share. See dirty.conf.py."""
 
 import asyncio
+import signal
 from typing import Any
 
-from gunicorn.dirty import DirtyApp
-from gunicorn.dirty.client import DirtyClient, get_dirty_socket_path
-from gunicorn.dirty.errors import DirtyAppError, DirtyError
+from gunicorn.dirty import DirtyApp  # type: ignore[import-untyped]
+from gunicorn.dirty.client import DirtyClient, get_dirty_socket_path  # type: ignore[import-untyped]
+from gunicorn.dirty.errors import DirtyAppError, DirtyError  # type: ignore[import-untyped]
 
 from workers.loop import ModelDied, ModelFailed
 from workers.model import Model, Query
@@ -14,7 +15,7 @@ from workers.settings import Settings
 APP = "workers.dirty:DirtyModel"
 
 
-class DirtyModel(DirtyApp):
+class DirtyModel(DirtyApp):  # type: ignore[misc]
     """In the dirty worker: the model, loaded once, called from one thread."""
 
     def init(self) -> None:
@@ -46,6 +47,9 @@ class Dirty:
         except DirtyAppError as exc:
             raise ModelFailed(str(exc)) from exc
         except DirtyError as exc:
+            if isinstance(exc.__cause__, FileNotFoundError):
+                # Its arbiter was replaced by one with another address, which only a new worker learns.
+                signal.raise_signal(signal.SIGTERM)
             raise ModelDied(str(exc)) from exc
 
     def stop(self) -> None:
