@@ -2,8 +2,8 @@
 
 import asyncio
 import json
+import random
 import re
-import secrets
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -159,7 +159,7 @@ class Envelope:
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"")
         if not re.fullmatch(rb"[\w.-]{1,128}", request_id):
-            request_id = secrets.token_hex(16).encode()
+            request_id = b"%032x" % random.getrandbits(128)  # no system call, which would hand the model our turn
         scope["request_id"] = request_id.decode()
 
         async def send_with_id(message: Message) -> None:
