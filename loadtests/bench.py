@@ -196,7 +196,7 @@ def main() -> None:
         "--quick", action="store_true", help="one short round: shows that it runs, measures nothing"
     )
     quick = parser.parse_args().quick
-    rounds, duration_s = (1, 1.0) if quick else (5, 5.0)
+    rounds, duration_s = (1, 1.0) if quick else (3, 4.0)
     rows = (
         overhead(rounds, duration_s)
         + saturated(rounds, duration_s)

@@ -159,7 +159,9 @@ class Envelope:
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"")
         if not re.fullmatch(rb"[\w.-]{1,128}", request_id):
-            request_id = b"%032x" % random.getrandbits(128)  # no system call, which would hand the model our turn
+            request_id = b"%032x" % random.getrandbits(
+                128
+            )  # no system call, which would hand the model our turn
         scope["request_id"] = request_id.decode()
 
         async def send_with_id(message: Message) -> None:
