@@ -35,8 +35,8 @@ metrics = Metrics()
 async def fill_mask(request: Request) -> Response:
     """POST /: the model's answer to one text."""
     service: Service = request.state.service
-    if service.loop.closing:
-        raise Refused("the server is stopping; try another one")  # before a body that may stall beyond GRACE_S
+    if service.loop.closing:  # ask before reading: a body may stall beyond GRACE_S
+        raise Refused("the server is stopping; try another one")
     try:
         body = await contract.read_body(request, settings, service.reading)
     except TimeoutError:
