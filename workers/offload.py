@@ -113,7 +113,6 @@ class Process:
     ) -> None:
         self.load, self.hang_s, self.metrics, self.cores = load, hang_s, metrics, cores
         self.ready: asyncio.Task[str] | None = None
-        self.idle = False
 
     async def start(self) -> str:
         self.ready = asyncio.create_task(self._spawn())
