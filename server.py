@@ -8,19 +8,16 @@ A request's way: `fill_mask` reads and checks it, `workers/loop.py` queues it an
 runs `workers/model.py` on it, and the answer comes back here. Every setting is in `workers/settings.py`.
 """
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive
 
 from workers import contract
 from workers.loop import Refused
@@ -35,64 +32,18 @@ metrics = Metrics()
 async def fill_mask(request: Request) -> Response:
     """POST /: the model's answer to one text."""
     service: Service = request.state.service
-    if service.loop.closing:  # ask before reading: a body may stall beyond GRACE_S
-        raise Refused("the server is stopping; try another one")
-    try:
-        body = await contract.read_body(request, settings, service.reading)
-    except TimeoutError:
-        if service.loop.closing:
-            raise Refused("the server is stopping; try another one") from None
-        raise HTTPException(408, "the body did not arrive in time; send it faster", contract.CLOSE) from None
-    except ClientDisconnect:
-        return Response(status_code=contract.CLIENT_GONE)
+    body = await service.clients.read_body(request)
     query = contract.parse(body, request.headers, settings)
     if not service.check:
         raise Refused("the model is still loading")
     size = service.check(query.text)
     budget_s = contract.client_budget_s(request.headers, settings.DEADLINE_S)
-
-    watcher = Watcher(request.receive)
-    try:
-        answer = await service.loop.submit(query, size=size, budget_s=budget_s)
-    except asyncio.CancelledError:
-        if not watcher.client_gone:
-            raise  # somebody else cancelled: the server
-        return Response(status_code=contract.CLIENT_GONE)
-    finally:
-        watcher.stop()
+    answer = await service.clients.wait(request, service.loop.submit(query, size=size, budget_s=budget_s))
     timing = (
         f"queue;dur={answer.queue_s * 1000:.2f}, model;dur={answer.model_s * 1000:.2f}, "
         f'batch;desc="size {answer.batch_size}, closed by {answer.closed_by}"'
     )
     return JSONResponse(answer.value, headers={"Server-Timing": timing})
-
-
-class Watcher:
-    """Cancels the current task when its client has left: Starlette itself would let it run for nobody.
-
-    It begins to look after a moment: most answers are there by then, and a task each would double the overhead.
-    """
-
-    def __init__(self, receive: Receive, after_s: float = 0.02) -> None:
-        self.receive, self.handler = receive, asyncio.current_task()
-        self.looking: asyncio.Task[None] | None = None
-        self.client_gone = False
-        self.timer = asyncio.get_running_loop().call_later(after_s, self.start)
-
-    def start(self) -> None:
-        self.looking = asyncio.create_task(self.look())
-
-    async def look(self) -> None:
-        while (await self.receive())["type"] != "http.disconnect":
-            pass
-        self.client_gone = True
-        assert self.handler
-        self.handler.cancel()
-
-    def stop(self) -> None:
-        self.timer.cancel()
-        if self.looking:
-            self.looking.cancel()
 
 
 async def health(request: Request) -> Response:

@@ -1,17 +1,18 @@
 """What HTTP says: reads a request into a query, or refuses it with a sentence; gives every error its status and form."""
 
-import asyncio
 import json
 import random
 import re
+from itertools import chain
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from workers.clients import CLOSE
 from workers.loop import Late, ModelFailed, Refused
 from workers.metrics import Metrics
 from workers.model import CannotAnswer, Query
@@ -24,8 +25,8 @@ SENTENCES = {
     404: "there is nothing here; POST a text to /",
     405: "this method is not allowed here; see the Allow header",
 }
+REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
 MAX_HEADER_BYTES = 65_536  # httptools itself would take megabytes
-CLOSE = {"Connection": "close"}  # what is left of such a request must not be read as the next one
 CLIENT_GONE = 499  # nginx's name for it; never sent, only counted
 
 
@@ -88,35 +89,12 @@ def is_list_of_words(value: Any, most: int) -> bool:
     )
 
 
-async def read_body(request: Request, settings: Settings, reading: set[asyncio.Timeout]) -> bytes:
-    """Return the whole body. Raises HTTPException 413 as soon as it is known to be too large, TimeoutError when it
-
-    stalls or the server ends what is in `reading`. (Starlette's own `max_body_size` answers in plain text, past every
-    handler, where Content-Length tells; uvicorn waits for ever.)
-    """
-    too_large = f"the body is too large; send at most {settings.MAX_BODY_BYTES} bytes"
-    declared = request.headers.get("content-length", "0")
-    if declared.isdecimal() and int(declared) > settings.MAX_BODY_BYTES:
-        raise HTTPException(413, too_large, CLOSE)
-    body = b""
-    async with asyncio.timeout(settings.BODY_TIMEOUT_S) as limit:
-        reading.add(limit)
-        try:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > settings.MAX_BODY_BYTES:
-                    raise HTTPException(413, too_large, CLOSE)
-        finally:
-            reading.discard(limit)
-    return body
-
-
 def client_budget_s(headers: Headers, default_s: float) -> float:
     """Return the seconds that `Prefer: wait=SECONDS` (RFC 7240) allows; it shortens the default, never lengthens it."""
-    wait = re.search(
-        r'(?:^|[,\s])wait\s*=\s*"?(\d{1,9})\b', ",".join(headers.getlist("prefer")), re.IGNORECASE
-    )
-    return min(float(wait[1]), default_s) if wait else default_s
+    if preferences := headers.getlist("prefer"):
+        wait = re.search(r'(?:^|[,\s])wait\s*=\s*"?(\d{1,9})\b', ",".join(preferences), re.IGNORECASE)
+        return min(float(wait[1]), default_s) if wait else default_s
+    return default_s
 
 
 async def error_reply(request: Request, exc: Exception) -> JSONResponse:
@@ -133,6 +111,8 @@ async def error_reply(request: Request, exc: Exception) -> JSONResponse:
             headers["Retry-After"] = str(exc.retry_after_s)
         case Late():
             status, sentence = 504, str(exc)
+        case ClientDisconnect():
+            status, sentence = CLIENT_GONE, "the client has left"
         case _:
             status, sentence = (
                 500,
@@ -143,7 +123,8 @@ async def error_reply(request: Request, exc: Exception) -> JSONResponse:
 
 
 ERROR_HANDLERS: dict[Any, Any] = {
-    kind: error_reply for kind in (HTTPException, CannotAnswer, Refused, Late, ModelFailed, Exception)
+    kind: error_reply
+    for kind in (HTTPException, ClientDisconnect, CannotAnswer, Refused, Late, ModelFailed, Exception)
 }
 
 
@@ -158,22 +139,21 @@ class Envelope:
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", b"")
-        if not re.fullmatch(rb"[\w.-]{1,128}", request_id):
-            request_id = b"%032x" % random.getrandbits(
-                128
-            )  # no system call, which would hand the model our turn
+        if not REQUEST_ID.fullmatch(request_id):
+            # No uuid4: it is a system call, which would hand the model our turn.
+            request_id = b"%032x" % random.getrandbits(128)
         scope["request_id"] = request_id.decode()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"].append((b"x-request-id", request_id))
                 if scope["path"] == "/":
-                    self.metrics.requests.labels(message["status"]).inc()
+                    self.metrics.requests_with(message["status"]).inc()
             await send(message)
 
         app: ASGIApp = self.app
         if b"transfer-encoding" in headers and b"content-length" in headers:
             app = JSONResponse({"error": "send Content-Length or Transfer-Encoding, not both"}, 400, CLOSE)
-        elif sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+        elif sum(map(len, chain.from_iterable(scope["headers"]))) > MAX_HEADER_BYTES:
             app = JSONResponse({"error": f"send at most {MAX_HEADER_BYTES} bytes of headers"}, 431, CLOSE)
         await app(scope, receive, send_with_id)

@@ -28,6 +28,8 @@ log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its
 Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
 MARGIN = 1.1  # predictions are taken this much longer: an admitted job that ends late has cost model time for nothing
 
+STOPPING = "the server is stopping; try another one"
+
 
 class Refused(Exception):
     """Not admitted. `retry_after_s`: when the work now ahead will be done, at the measured speed."""
@@ -106,6 +108,11 @@ class Call(NamedTuple):
     size: int
 
 
+def expire(job: Job) -> None:
+    """End `job` with `Late`, at its deadline, unless it has ended."""
+    fail(job, Late(f"no answer within {job.deadline - job.enqueued_at:g} s; allow more time"))
+
+
 def fail(job: Job, error: Exception) -> None:
     """End `job` with `error` unless it has ended."""
     if job.alive:
@@ -123,13 +130,14 @@ class ModelLoop:
     budget_s: float = 10.0
     hang_s: float = math.inf
     metrics: Metrics = field(default_factory=Metrics)
+    now: Callable[[], float] = lambda: asyncio.get_running_loop().time()
 
     def __post_init__(self) -> None:
         self.queue: JobQueue = JobQueue()
         self.speed = Speed()
         self.live: set[Job] = set()  # admitted and not yet answered
         self.running = 0  # those of them that the model works on
-        self.calls: list[Call] = []
+        self.calls: list[Call] = []  # the oldest first
         self.consumers = 0
         self.closing = False
         self._taking = asyncio.Lock()  # one consumer gathers a batch at a time, or two would split it
@@ -143,14 +151,13 @@ class ModelLoop:
 
         Cancel it when the client has left: its place in the queue is free at once.
         """
-        loop = asyncio.get_running_loop()
+        loop, now = asyncio.get_running_loop(), self.now()
         budget_s = min(budget_s, self.budget_s)
         self.admit(size, budget_s)
-        job = Job(query, size, loop.time(), loop.time() + budget_s, loop.create_future())
+        job = Job(query, size, now, now + budget_s, loop.create_future())
         self.live.add(job)
         self.queue.put_nowait(job)
-        late = Late(f"no answer within {budget_s:g} s; allow more time")
-        timer = loop.call_at(job.deadline, fail, job, late)
+        timer = loop.call_later(budget_s, expire, job)
         try:
             return await job.future
         except asyncio.CancelledError:
@@ -171,21 +178,20 @@ class ModelLoop:
 
     def stuck_s(self) -> float:
         """How long the longest model call beyond `hang_s` has been running, 0 when none is."""
-        now = asyncio.get_running_loop().time()
-        longest_s = max((now - call.started_at for call in self.calls), default=0.0)
+        longest_s = self.now() - self.calls[0].started_at if self.calls else 0.0
         return longest_s if longest_s > self.hang_s else 0.0
 
     def predicted_wait_s(self) -> float:
         """When the model would start on a job that came now, from the measured speed and the work ahead."""
-        now = asyncio.get_running_loop().time()
-        running_s = sum(max(0.0, self.speed.predict_s(c.size) - (now - c.started_at)) for c in self.calls)
-        queued_s = self.speed.predict_s(self.queue.size, calls=math.ceil(self.depth / self.batch_size))
+        now, speed = self.now(), self.speed
+        running_s = sum([max(0.0, c.started_at + speed.predict_s(c.size) - now) for c in self.calls])
+        queued_s = speed.predict_s(self.queue.size, calls=math.ceil(self.depth / self.batch_size))
         return (running_s + queued_s) / max(1, self.consumers)
 
     def admit(self, size: int, budget_s: float) -> None:
         """Raise Refused where a job that came now would not be admitted."""
         if self.closing:
-            raise Refused("the server is stopping; try another one")
+            raise Refused(STOPPING)
         if not self.consumers:
             raise Refused("the model is still loading")
         if stuck_s := self.stuck_s():
@@ -236,7 +242,7 @@ class ModelLoop:
                 (min(job.deadline for job in batch) - run_s, "deadline"),
             )
             try:
-                async with asyncio.timeout_at(closes_at) as self._window:
+                async with asyncio.timeout(closes_at - self.now()) as self._window:
                     batch.append(await self.queue.get())
             except TimeoutError:
                 return batch, "draining" if self.closing else closed_by
@@ -246,7 +252,7 @@ class ModelLoop:
     def _worth_running(self, batch: list[Job]) -> list[Job]:
         """Drop whom nobody waits for; answer at once those who can't make it: they would make everyone else late."""
         batch = [job for job in batch if job.alive]
-        latest = asyncio.get_running_loop().time() + self.speed.predict_s(sum(job.size for job in batch))
+        latest = self.now() + self.speed.predict_s(sum(job.size for job in batch))
         in_time = [job for job in batch if job.deadline >= latest]
         if not in_time and self.queue.empty():
             return batch  # nobody else to protect, and only a run can correct a slow estimate
@@ -257,8 +263,7 @@ class ModelLoop:
 
     async def _run(self, run: Run, batch: list[Job], closed_by: str) -> None:
         """Run the model on `batch` and answer every job of it, whatever the model throws."""
-        loop = asyncio.get_running_loop()
-        call = Call(loop.time(), sum(job.size for job in batch))
+        call = Call(self.now(), sum(job.size for job in batch))
         self.calls.append(call)
         for job in batch:
             self.running += not job.running
@@ -274,7 +279,7 @@ class ModelLoop:
             error = exc
         finally:
             self.calls.remove(call)
-        model_s = loop.time() - call.started_at
+        model_s = self.now() - call.started_at
         waits_s = [call.started_at - job.enqueued_at for job in batch]
         self.metrics.batch(len(batch), closed_by, model_s, waits_s)
         if error is None:
@@ -307,7 +312,7 @@ class ModelLoop:
         """Refuse new jobs from now on and close an open window."""
         self.closing = True
         if self._window and not self._window.expired():
-            self._window.reschedule(asyncio.get_running_loop().time())
+            self._window.reschedule(0)
 
     async def drain(self, grace_s: float) -> None:
         """Let what is admitted finish within `grace_s`, then refuse the rest: nobody is left without an answer."""

@@ -3,6 +3,7 @@
 Under Gunicorn, where PROMETHEUS_MULTIPROC_DIR is set, every worker shows the sum over all of them.
 """
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -37,6 +38,10 @@ class Metrics:
         self.batches = Counter(
             "model_batches", "Model calls by why the batch closed", ["closed_by"], registry=registry
         )
+        self.requests_with = functools.cache(
+            self.requests.labels
+        )  # a look-up of labels is half the cost of a count
+        self.batches_closed_by = functools.cache(self.batches.labels)
         self.dropped = Counter("model_abandoned", "Jobs dropped: nobody waited for them", registry=registry)
         self.restarts = Counter("model_process_restarts", "Model processes replaced", registry=registry)
 
@@ -58,7 +63,7 @@ class Metrics:
 
     def batch(self, size: int, closed_by: str, model_s: float, waits_s: list[float]) -> None:
         """Count one model call."""
-        self.batches.labels(closed_by).inc()
+        self.batches_closed_by(closed_by).inc()
         self.batch_size.observe(size)
         self.call.observe(model_s)
         for wait_s in waits_s:

@@ -15,6 +15,7 @@ from functools import partial
 from types import FrameType
 
 from workers import memory, offload
+from workers.clients import Clients
 from workers.loop import ModelLoop, Refused
 from workers.metrics import Metrics
 from workers.model import InputCheck
@@ -37,10 +38,11 @@ class Service:
             budget_s=settings.DEADLINE_S,
             hang_s=settings.HANG_S,
             metrics=metrics,
+            now=time.monotonic,  # uvloop's own time has whole milliseconds only
         )
         self.copies = offload.make(settings, metrics)
         self.check: InputCheck | None = None
-        self.reading: set[asyncio.Timeout] = set()  # bodies on their way in
+        self.clients = Clients(settings)
         self.exit_code = 0
         self.loaded = asyncio.Event()  # or failed to
         metrics.watch(lambda: self.loop.depth, lambda: self.loop.running)
@@ -48,19 +50,24 @@ class Service:
     async def run(self) -> None:
         """Load the model, then serve it until cancelled. A failure of either ends the process: never up but deaf."""
         try:
-            self.check = await asyncio.to_thread(offload.attempt_load, partial(InputCheck, self.settings))
-            for description in await asyncio.gather(*(copy.start() for copy in self.copies)):
-                log.info("Serving %s", description)
-            gc.collect()
-            gc.freeze()  # 360,000 objects of torch and transformers: to look through them for garbage takes 0.16 s
-            self.report()
-            self.loaded.set()
-            await asyncio.gather(*(self.loop.consume(copy.run) for copy in self.copies))
+            await asyncio.gather(self.serve(), self.tick())
         except offload.CannotLoad as exc:
             self.exit(3, f"cannot load MODEL={self.settings.MODEL}: {exc}")
         except Exception:
             log.exception("the model loop has ended")
             self.exit(1, "the model loop has ended; this is a bug")
+
+    async def serve(self) -> None:
+        """Load every copy of the model, then let each consume the one queue."""
+        self.check = await asyncio.to_thread(offload.attempt_load, partial(InputCheck, self.settings))
+        for description in await asyncio.gather(*(copy.start() for copy in self.copies)):
+            log.info("Serving %s", description)
+        gc.collect()
+        gc.freeze()  # 360,000 objects of torch and transformers: to look through them for garbage takes 0.16 s
+        gc.set_threshold(10_000)  # not every 700 objects: those of the requests in flight are no garbage
+        self.report()
+        self.loaded.set()
+        await asyncio.gather(*(self.loop.consume(copy.run) for copy in self.copies))
 
     def report(self) -> None:
         """One line on what this worker takes of the machine, and a warning when all of them together take too much."""
@@ -79,14 +86,17 @@ class Service:
             log.warning(warning)
 
     async def tick(self) -> None:
-        """Once a second: keep the gauges fresh for scrapes that come to another worker; don't outlive the master.
+        """Ten times a second: look after the clients; keep the gauges fresh for scrapes that come to another worker;
+
+        don't outlive the master.
 
         Gunicorn's workers watch theirs in `deployment.py`; those of `uvicorn --workers` would go on serving.
         """
         master = multiprocessing.parent_process()
         while not master or master.is_alive():
+            self.clients.sweep()
             self.metrics.sample()
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.1)
         signal.raise_signal(signal.SIGTERM)
 
     def exit(self, code: int, reason: str) -> None:
@@ -100,9 +110,7 @@ class Service:
     def stop(self) -> None:
         """Refuse new work and finish what is admitted, within the grace time less a second to send the answers."""
         self.loop.stop_admitting()
-        for limit in self.reading:
-            if not limit.expired():
-                limit.reschedule(0)
+        self.clients.stop_reading()
         self.draining = asyncio.create_task(self.loop.drain(max(0.0, self.settings.GRACE_S - 1)))
 
     def stop_on_signals(self) -> None:
@@ -133,13 +141,11 @@ class Service:
         """Run it as long as the context lasts."""
         self.stop_on_signals()
         task = asyncio.create_task(self.run(), name="model loop")
-        ticking = asyncio.create_task(self.tick(), name="tick")
         if self.settings.WEB_CONCURRENCY > 1:
             await self.loaded.wait()  # the other workers answer meanwhile: take no request only to refuse it
         yield self
         await self.loop.drain(max(0.0, self.settings.GRACE_S - 1))
         task.cancel()
-        ticking.cancel()
         for copy in self.copies:
             copy.stop()
         if self.exit_code:

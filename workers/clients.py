@@ -1,0 +1,114 @@
+"""The clients of the requests in progress: whose body stalls, who has left. One sweep looks after all of them.
+
+A timer or a task for each request would do the same and cost as much as everything else that the server adds to it.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
+
+from workers.loop import STOPPING, Answer, Refused
+from workers.settings import Settings
+
+CLOSE = {"Connection": "close"}  # what is left of such a request must not be read as the next one
+Handler = asyncio.Task[Any]
+
+
+class Clients:
+    """Reads bodies and waits for answers on the clients' behalf. `sweep` it a few times a second."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.reading: dict[Handler, float] = {}  # until when
+        self.waiting: dict[Handler, Receive] = {}
+        self.stopping = False
+
+    async def read_body(self, request: Request) -> bytes:
+        """Return the whole body. Raises HTTPException 413 as soon as it is known to be too large, 408 when it stalls;
+
+        Refused once the server stops, ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past
+        every handler, where Content-Length tells; uvicorn waits for a body for ever.)
+        """
+        declared = request.headers.get("content-length", "0")
+        self.check_length(int(declared) if declared.isdecimal() else 0)
+        if self.stopping:
+            raise Refused(STOPPING)
+        handler = this_task()
+        self.reading[handler] = time.monotonic() + self.settings.BODY_TIMEOUT_S
+        body = b""
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                self.check_length(len(body))
+        except asyncio.CancelledError:
+            if handler in self.reading:
+                raise  # somebody else's doing
+            if self.stopping:
+                raise Refused(STOPPING) from None
+            raise HTTPException(408, "the body did not arrive in time; send it faster", CLOSE) from None
+        finally:
+            self.reading.pop(handler, None)
+        return body
+
+    def check_length(self, length: int) -> None:
+        """Raise HTTPException 413 where a body is too long."""
+        if length > self.settings.MAX_BODY_BYTES:
+            sentence = f"the body is too large; send at most {self.settings.MAX_BODY_BYTES} bytes"
+            raise HTTPException(413, sentence, CLOSE)
+
+    async def wait(self, request: Request, answer: Awaitable[Answer]) -> Answer:
+        """Return the answer; cancel it and raise ClientDisconnect when the client leaves before it is there."""
+        handler = this_task()
+        self.waiting[handler] = request.receive
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            if handler in self.waiting:
+                raise
+            raise ClientDisconnect from None
+        finally:
+            self.waiting.pop(handler, None)
+
+    def sweep(self) -> None:
+        """End the reading of stalled bodies and the waiting for those who left."""
+        now = time.monotonic()
+        cancel(self.reading, [handler for handler, until in self.reading.items() if until < now])
+        cancel(self.waiting, [handler for handler, receive in self.waiting.items() if has_left(receive)])
+
+    def stop_reading(self) -> None:
+        """Refuse whose body is still on its way, and whoever comes from now on."""
+        self.stopping = True
+        cancel(self.reading, list(self.reading))
+
+
+def this_task() -> Handler:
+    task = asyncio.current_task()
+    assert task
+    return task
+
+
+def cancel(handlers: dict[Handler, Any], some: list[Handler]) -> None:
+    """Cancel `some`, which can tell by their absence from `handlers` that it was us."""
+    for handler in some:
+        del handlers[handler]
+        handler.cancel()
+
+
+def has_left(receive: Receive) -> bool:
+    """Whether the server would tell that the client has left, without waiting: the coroutine's first step tells.
+
+    Starlette's `request.is_disconnected()` does the same by a cancel scope, at the cost of a turn of the event loop.
+    """
+    step = receive()
+    try:
+        step.send(None)  # type: ignore[attr-defined]
+    except StopIteration as returned:
+        return bool(returned.value["type"] == "http.disconnect")
+    finally:
+        step.close()  # type: ignore[attr-defined]
+    return False
