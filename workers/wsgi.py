@@ -86,21 +86,15 @@ class Bridge:
         }
 
     async def gone(self, connection: socket.socket) -> None:
-        """Return when the client has closed the connection; at once when it has already."""
+        """Return when the client has closed the connection."""
         readable = asyncio.Event()
-        while True:
-            try:
-                if not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                    return
-                await self.loop.create_future()  # the next request already: it's there
-            except BlockingIOError:
-                self.loop.add_reader(connection, readable.set)
-                try:
-                    await readable.wait()
-                finally:
-                    self.loop.remove_reader(connection)
-            except ConnectionError:
-                return
+        self.loop.add_reader(connection, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            self.loop.remove_reader(connection)
+        if connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            await self.loop.create_future()  # the next request already: it's there
 
 
 app = Bridge()
