@@ -5,6 +5,14 @@ The tests read it: what is kept is asserted, and so is what is not.
 
 TESTED = ["thread", "recommended", "uvicorn-2", "asgi", "gthread-1x8", "sync-2", "dirty"]
 
+# How a promise is not kept, where a test asserts just that.
+GUNICORNS_PAGE = "Gunicorn's own page"
+ITS_HALF = "its worker's half"
+ITS_THREADS = "8 at most, its threads"
+NEVER = "never"
+WHILE_A_THREAD_IS_FREE = "while a thread is free"
+WHILE_A_WORKER_IS_FREE = "while a worker is free"
+
 # What the tests assert for every mode alike, then what differs: promise -> the modes that can't, and why.
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "answers are the plain pipeline's, raw and JSON": {},
@@ -15,20 +23,20 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "a killed model process costs its own batch": {"dirty": "and all until it is back"},
     "keeps connections open": {"sync-2": "one request each"},
     "over-long headers are refused in JSON": {
-        "asgi": "Gunicorn's own page",
-        "gthread-1x8": "Gunicorn's own page",
-        "sync-2": "Gunicorn's own page",
+        "asgi": GUNICORNS_PAGE,
+        "gthread-1x8": GUNICORNS_PAGE,
+        "sync-2": GUNICORNS_PAGE,
     },
     "a batch gathers all connections": {
-        "uvicorn-2": "its worker's half",
-        "dirty": "its worker's half",
-        "gthread-1x8": "8 at most, its threads",
-        "sync-2": "never",
+        "uvicorn-2": ITS_HALF,
+        "dirty": ITS_HALF,
+        "gthread-1x8": ITS_THREADS,
+        "sync-2": NEVER,
     },
     "too much work is refused (503)": {"sync-2": "waits unseen in the kernel"},
     "/health answers while the model runs": {
-        "gthread-1x8": "while a thread is free",
-        "sync-2": "while a worker is free",
+        "gthread-1x8": WHILE_A_THREAD_IS_FREE,
+        "sync-2": WHILE_A_WORKER_IS_FREE,
     },
     "SIGTERM lets admitted work finish": {"dirty": "500: its model ends first"},
     "SIGTERM resets nobody": {"sync-2": "resets who waits in the kernel"},
@@ -44,6 +52,11 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
 def kept(promise: str, mode: str) -> bool:
     """Whether `mode` keeps it."""
     return mode not in EXCEPTIONS[promise]
+
+
+def exception(promise: str, mode: str) -> str | None:
+    """How `mode` does not keep it, None where it does."""
+    return EXCEPTIONS[promise].get(mode)
 
 
 def table() -> str:

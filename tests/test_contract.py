@@ -6,7 +6,10 @@ What a mode can't do by its nature is in `promises.py`, which prints the table f
 import contextlib
 import http.client
 import os
+import re
+import select
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +17,23 @@ from typing import Any
 
 import psutil
 import pytest
-from client import POISON, SLOW, Crowd, dial, get, hear, metric, post, post_json, request, say, until
-from promises import TESTED, kept
+from client import POISON, SLOW, Crowd, Reply, dial, get, hear, metric, post, post_json, request, say, until
+from promises import (
+    GUNICORNS_PAGE,
+    ITS_HALF,
+    ITS_THREADS,
+    NEVER,
+    TESTED,
+    WHILE_A_THREAD_IS_FREE,
+    WHILE_A_WORKER_IS_FREE,
+    exception,
+    kept,
+)
 
 from loadtests.modes import MODES, Server, start
 
 PARIS = "Paris is the [MASK] of France."
+GATHERS = "a batch gathers all connections"
 
 
 @pytest.fixture(scope="module", params=TESTED)
@@ -27,18 +41,47 @@ def mode(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+# A server takes seconds to start: each mode's tests share these, and the last test of each ends it.
+
+
 @pytest.fixture(scope="module")
 def server(mode: str) -> Iterator[Server]:
-    """The embedded model, one text a call, patient with nobody."""
-    with start(MODES[mode], {"BATCH_SIZE": "1", "BODY_TIMEOUT_S": "1"}) as server:
+    """The embedded model, one text a call, on one core, patient with nobody."""
+    with start(MODES[mode], {"BATCH_SIZE": "1", "TORCH_THREADS": "1", "BODY_TIMEOUT_S": "1"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def narrow(mode: str) -> Iterator[Server]:
+    """A queue of one place before the embedded model, which takes its time over long texts."""
+    with start(MODES[mode], {"MAX_QUEUE": "1", "BATCH_SIZE": "1", "TORCH_THREADS": "1"}) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def sick(mode: str, sick_model: Path) -> Iterator[Server]:
     """A model that raises on one word, in batches that wait for company."""
-    settings = {"MODEL": str(sick_model), "BATCH_SIZE": "4", "BATCH_WINDOW_MS": "500", "DEADLINE_S": "5"}
-    with start(MODES[mode], settings) as server:
+    window_ms = "0" if exception(GATHERS, mode) == NEVER else "500"
+    batches = {"BATCH_SIZE": "4", "BATCH_WINDOW_MS": window_ms, "DEADLINE_S": "5"}
+    with start(MODES[mode], {"MODEL": str(sick_model), **batches}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def patient(mode: str) -> Iterator[Server]:
+    """It waits as good as for ever for a body, and for a batch to be full where one ever is."""
+    window_ms = {ITS_THREADS: "1000", NEVER: "50"}.get(exception(GATHERS, mode) or "", "60000")
+    batches = {"BATCH_SIZE": "16", "BATCH_WINDOW_MS": window_ms, "DEADLINE_S": "90"}
+    with start(MODES[mode], {**batches, "BODY_TIMEOUT_S": "60", "GRACE_S": "3"}) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def spawning(mode: str) -> Iterator[Server]:
+    """The model in a process of its own."""
+    with start(MODES[mode], {"OFFLOAD": "process", "BATCH_SIZE": "1", "DEADLINE_S": "60"}) as server:
+        copies = 2 if mode.endswith("-2") else 1
+        until(lambda: server.log().count("Serving ") >= copies)  # ready tells of one worker only
         yield server
 
 
@@ -97,9 +140,13 @@ def test_request_id_is_taken_over_or_made(server: Server) -> None:
 
 def test_connection_is_kept_for_the_next_request(server: Server, mode: str) -> None:
     with dial(server) as connection:
-        for _ in range(2 if kept("keeps connections open", mode) else 1):
+        connection.sendall(request("POST", "/", PARIS.encode()))
+        assert hear(connection).status == 200
+        if kept("keeps connections open", mode):
             connection.sendall(request("POST", "/", PARIS.encode()))
             assert hear(connection).status == 200
+        else:
+            assert connection.recv(1) == b"", "it is closed"
 
 
 # --- what is refused, at once and in one form -------------------------------------------------------------------------
@@ -191,7 +238,11 @@ def test_over_long_headers_are_refused(server: Server, mode: str) -> None:
     raw = request("POST", "/", PARIS.encode(), **{f"X_{i}": "a" * 8000 for i in range(9)})
     reply = say(server, raw)
     assert reply.status in (400, 431)
-    assert reply.error if kept("over-long headers are refused in JSON", mode) else reply.body
+    if exception("over-long headers are refused in JSON", mode) == GUNICORNS_PAGE:
+        assert reply.headers.get_content_type() == "text/html"
+        assert "X-Request-ID" not in reply.headers, "the app has never seen it"
+    else:
+        assert reply.error
 
 
 # --- operating it -----------------------------------------------------------------------------------------------------
@@ -237,19 +288,53 @@ def test_many_at_once_each_get_their_own_answer(sick: Server, crowd: Crowd, mode
     replies = [reply.result() for reply in crowd.post(sick, *numbered(40))]
     assert [reply.status for reply in replies] == [200] * 40
     assert all(is_own(i, reply.json) for i, reply in enumerate(replies))
-    sizes = {reply.headers["Server-Timing"].split("size ")[1].split(",")[0] for reply in replies}
-    assert ("4" in sizes) is (mode != "sync-2"), "a sync worker has one request, so never a batch"
 
 
-def test_health_answers_while_the_model_runs(narrow: Server, crowd: Crowd, mode: str) -> None:
-    busy = crowd.post(narrow, *[SLOW] * 24)
-    during = get(narrow, "/health")
-    finished = [reply.done() for reply in busy]
-    assert during.status == 200
-    if kept("/health answers while the model runs", mode):
-        assert not all(finished)
-    for reply in busy:
-        reply.result()
+def batch(reply: Reply) -> tuple[int, str]:
+    """The size of the batch that the answer comes from, and what closed it."""
+    assert reply.status == 200
+    said = re.search(r'batch;desc="size (\d+), closed by (\w+)"', reply.headers["Server-Timing"])
+    assert said
+    return int(said[1]), said[2]
+
+
+def test_batch_gathers_the_connections_that_it_can(patient: Server, crowd: Crowd, mode: str) -> None:
+    how = exception(GATHERS, mode)
+    if how == ITS_HALF:
+        gathers_those_of_its_worker(patient)
+        return
+    batches = {batch(reply.result()) for reply in crowd.post(patient, *[PARIS] * 16)}
+    if how is None:
+        assert batches == {(16, "full")}
+    elif how == ITS_THREADS:
+        assert 1 < max(batches)[0] <= 8
+    else:
+        assert how == NEVER
+        assert {size for size, _ in batches} == {1}
+
+
+def gathers_those_of_its_worker(server: Server) -> None:
+    """Sixteen wait, enough for a batch, but one of them in the other worker: they wait on until it has one more."""
+    with contextlib.ExitStack() as connections:
+
+        def send(raw: bytes) -> socket.socket:
+            connection = connections.enter_context(dial(server))
+            connection.sendall(raw)
+            return connection
+
+        first = send(ask := request("POST", "/", PARIS.encode()))
+        until(lambda: metric(server, "model_queue_depth") == 1)
+        mates: list[socket.socket] = []
+        others: list[socket.socket] = []
+        while len(mates) < 15 or not others:
+            connection = send(request("GET", "/health"))
+            (mates if hear(connection).json["queue_depth"] else others).append(connection)
+        for connection in (others[0], *mates[:14]):
+            connection.sendall(ask)
+        until(lambda: metric(server, "model_queue_depth") == 16)
+        mates[14].sendall(ask)
+        assert [batch(hear(connection)) for connection in (first, *mates[:15])] == [(16, "full")] * 16
+        until(lambda: metric(server, "model_queue_depth") == 1)
 
 
 def test_poison_fails_alone_and_its_neighbours_get_answers(sick: Server, crowd: Crowd) -> None:
@@ -270,13 +355,6 @@ def test_client_may_shorten_its_deadline(sick: Server) -> None:
     assert reply.error
     assert time.monotonic() - began < 0.4, "it must not wait for the window's end"
     assert post(sick, PARIS, Prefer="wait=1000").status == 200
-
-
-@pytest.fixture(scope="module")
-def narrow(mode: str) -> Iterator[Server]:
-    """A queue of one place before the embedded model, which takes its time over long texts."""
-    with start(MODES[mode], {"MAX_QUEUE": "1", "BATCH_SIZE": "1", "TORCH_THREADS": "1"}) as server:
-        yield server
 
 
 def test_too_much_work_gets_503_with_retry_after(narrow: Server, crowd: Crowd, mode: str) -> None:
@@ -302,8 +380,50 @@ def test_client_that_leaves_frees_its_place(narrow: Server, mode: str) -> None:
     assert post(narrow, PARIS).status == 200
 
 
+def test_health_answers_while_the_model_runs(server: Server, mode: str) -> None:
+    with contextlib.ExitStack() as connections:
+        busy = [connections.enter_context(dial(server)) for _ in range(24)]
+        for connection in busy:
+            connection.sendall(request("POST", "/", SLOW.encode()))
+        assert get(server, "/health").status == 200
+        answered = len(select.select(busy, [], [], 0)[0])
+        match exception("/health answers while the model runs", mode):
+            case None:
+                assert answered < 24
+            case how:  # its turn comes when only the others are still busy
+                assert answered > 24 - {WHILE_A_THREAD_IS_FREE: 8, WHILE_A_WORKER_IS_FREE: 2}[how]
+        for connection in busy:
+            hear(connection)
+
+
+# --- how it ends ------------------------------------------------------------------------------------------------------
+
+
+def test_second_ctrl_c_exits_at_once(server: Server, crowd: Crowd) -> None:
+    """The last test of `server`."""
+    replies = crowd.post(server, *[SLOW] * 24)
+    until(lambda: any(reply.done() for reply in replies))
+    os.killpg(server.process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+    until(lambda: server.process.poll() is not None or get_or_none(server, "/ready") != 200)
+    began = time.monotonic()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.process.pid, signal.SIGINT)
+    server.process.wait(10)
+    assert time.monotonic() - began < 2
+    for reply in replies:
+        reply.exception()
+
+
+def get_or_none(server: Server, path: str) -> int | None:
+    """The status, None when there is no answer."""
+    try:
+        return get(server, path).status
+    except (OSError, http.client.HTTPException):
+        return None
+
+
 def test_sigterm_under_load_answers_everybody_exactly_once(narrow: Server, crowd: Crowd, mode: str) -> None:
-    """The last test of `narrow`: it ends it."""
+    """The last test of `narrow`."""
     texts = numbered(16, SLOW)
     replies = crowd.post(narrow, *texts)
     # A connection that waits in the kernel is reset when the socket closes: wait until the server has seen them all.
@@ -326,26 +446,47 @@ def test_sigterm_under_load_answers_everybody_exactly_once(narrow: Server, crowd
     assert (not outcomes) is kept("SIGTERM resets nobody", mode), outcomes
 
 
-def test_killed_model_process_costs_its_own_batch_only(mode: str, crowd: Crowd) -> None:
-    if MODES[mode].env.get("OFFLOAD") == "inline":
-        pytest.skip("it has no model process")
-    with start(MODES[mode], {"OFFLOAD": "process", "BATCH_SIZE": "1", "DEADLINE_S": "60"}) as server:
-        copies = MODES[mode].name.endswith("-2") + 1
-        until(lambda: server.log().count("Serving ") >= copies)  # ready tells of one worker only
-        workers = model_processes(server)
-        replies = crowd.post(server, *numbered(12, SLOW))
-        until(lambda: any(reply.done() for reply in replies))
-        workers[0].kill()
-        failed = [future.result() for future in replies if future.result().status != 200]
-        assert all(reply.status == 500 and reply.error for reply in failed)
-        assert all(is_own(i, f.result().json) for i, f in enumerate(replies) if f.result().status == 200)
-        if kept("a killed model process costs its own batch", mode):
-            assert len(failed) <= 1, "only the request that was in it"
-            until(lambda: metric(server, "model_process_restarts_total") == 1)
-            assert "starting another" in server.log()
-            assert post(server, PARIS).status == 200
-        else:
-            until(lambda: post(server, PARIS).status == 200, 60)
+def test_stalled_body_does_not_hold_sigterm(patient: Server) -> None:
+    """The last test of `patient`."""
+    with dial(patient) as stalled:
+        stalled.sendall(request("POST", Content_Length="100") + b"Paris")
+        get(patient, "/health")  # so it has the other, too
+        began = time.monotonic()
+        patient.process.send_signal(signal.SIGTERM)
+        assert hear(stalled).status == 503
+        patient.process.wait(20)
+        assert time.monotonic() - began < 4
+
+
+def test_dead_worker_is_replaced(sick: Server, mode: str) -> None:
+    """The last test of `sick`."""
+    copies = 2 if mode.endswith("-2") or mode == "dirty" else 1
+    *_, victim = until(
+        lambda: (found := re.findall(r"Worker (\d+), one of", sick.log()))[copies - 1 :] and found
+    )
+    os.kill(int(victim), signal.SIGKILL)
+    if kept("a dead worker is replaced", mode):
+        until(lambda: sick.log().count(", one of ") == copies + 1, 60)
+        assert post(sick, PARIS).status == 200
+    else:
+        sick.process.wait(10)
+
+
+def test_killed_model_process_costs_its_own_batch_only(spawning: Server, crowd: Crowd, mode: str) -> None:
+    replies = crowd.post(spawning, *numbered(12, SLOW))
+    until(lambda: any(reply.done() for reply in replies))
+    model_processes(spawning)[0].kill()
+    failed = [future.result() for future in replies if future.result().status != 200]
+    assert all(reply.status == 500 and reply.error for reply in failed)
+    assert all(is_own(i, f.result().json) for i, f in enumerate(replies) if f.result().status == 200)
+    if kept("a killed model process costs its own batch", mode):
+        assert len(failed) <= 1, "only the request that was in it"
+        until(lambda: metric(spawning, "model_process_restarts_total") == 1)
+        assert "starting another" in spawning.log()
+        assert post(spawning, PARIS).status == 200
+    else:
+        assert len(failed) > 1
+        until(lambda: post(spawning, PARIS).status == 200, 60)
 
 
 def model_processes(server: Server) -> list[psutil.Process]:
@@ -355,56 +496,35 @@ def model_processes(server: Server) -> list[psutil.Process]:
     return [p for p in server.processes() if "spawn_main" in " ".join(p.cmdline())]
 
 
-def test_stalled_body_does_not_hold_sigterm(mode: str) -> None:
-    with start(MODES[mode], {"GRACE_S": "3", "BODY_TIMEOUT_S": "60"}) as server, dial(server) as stalled:
-        stalled.sendall(request("POST", Content_Length="100") + b"Paris")
-        get(server, "/health")  # so it has the other, too
-        began = time.monotonic()
-        server.process.send_signal(signal.SIGTERM)
-        assert hear(stalled).status == 503
-        server.process.wait(20)
-        assert time.monotonic() - began < 4
+def test_nobody_outlives_the_killed_master(spawning: Server) -> None:
+    """The last test of `spawning`."""
+    others = spawning.processes()[1:]
+    spawning.process.kill()
+    _, alive = psutil.wait_procs(others, timeout=5)
+    for orphan in alive:
+        orphan.kill()
+    assert not alive
 
 
-def test_second_ctrl_c_exits_at_once(mode: str, crowd: Crowd) -> None:
-    with start(MODES[mode], {"BATCH_SIZE": "1", "TORCH_THREADS": "1"}) as server:
-        replies = crowd.post(server, *[SLOW] * 24)
-        until(lambda: any(reply.done() for reply in replies))
-        os.killpg(server.process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
-        until(lambda: server.process.poll() is not None or get_or_none(server, "/ready") != 200)
-        began = time.monotonic()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.process.pid, signal.SIGINT)
-        server.process.wait(10)
-        assert time.monotonic() - began < 2
-        for reply in replies:
-            reply.exception()
+WRONG_SETTINGS = {
+    "MODEL='/nowhere/at-all' is not allowed: it must be a folder that exists or a hub id": {
+        "MODEL": "/nowhere/at-all"
+    },
+    "cannot load MODEL=nobody/no-such-model: OSError: ": {"MODEL": "nobody/no-such-model"},
+    "MAX_QUEUE='0' is not allowed: it must be a whole number of at least 1": {"MAX_QUEUE": "0"},
+}
 
 
-def get_or_none(server: Server, path: str) -> int | None:
-    """The status, None when there is no answer."""
-    try:
-        return get(server, path).status
-    except (OSError, http.client.HTTPException):
-        return None
-
-
-@pytest.mark.parametrize(
-    ("wrong", "sentence"),
-    [
-        (
-            {"MODEL": "/nowhere/at-all"},
-            "MODEL='/nowhere/at-all' is not allowed: it must be a folder that exists or a hub id",
-        ),
-        ({"MODEL": "nobody/no-such-model"}, "cannot load MODEL=nobody/no-such-model: OSError: "),
-        ({"MAX_QUEUE": "0"}, "MAX_QUEUE='0' is not allowed: it must be a whole number of at least 1"),
-    ],
-)
-def test_wrong_setting_ends_the_server_with_a_sentence(
-    mode: str, wrong: dict[str, str], sentence: str
-) -> None:
-    with start(MODES[mode], {"HF_HUB_OFFLINE": "1", **wrong}, wait=False) as server:
-        assert server.process.wait(30) != 0
-        assert sentence in server.log()
-        if kept("a wrong setting ends it with one sentence", mode):
-            assert "Traceback" not in server.log()
+def test_wrong_setting_ends_the_server_with_a_sentence(mode: str) -> None:
+    with contextlib.ExitStack() as all_at_once:
+        servers = {
+            sentence: all_at_once.enter_context(
+                start(MODES[mode], {"HF_HUB_OFFLINE": "1", **wrong}, wait=False)
+            )
+            for sentence, wrong in WRONG_SETTINGS.items()
+        }
+        for sentence, server in servers.items():
+            assert server.process.wait(60) != 0
+            assert sentence in server.log()
+            if kept("a wrong setting ends it with one sentence", mode):
+                assert "Traceback" not in server.log()

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +57,18 @@ class Gated:
 
 def broken() -> Echo:
     raise OSError("no such model\nsecond line")
+
+
+def load_by(plan: Path) -> Echo:
+    """Load, die or fail as the next line of the file says: each process takes one."""
+    now, *later = plan.read_text().split()
+    plan.write_text("\n".join(later))
+    match now:
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "fail":
+            broken()
+    return Echo()
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
@@ -176,6 +189,20 @@ def test_a_process_that_is_killed_while_idle_is_replaced_before_anyone_asks() ->
         assert query == "a"
 
     with_process(scenario)
+
+
+def test_a_replacement_that_cannot_load_is_replaced_in_its_turn(tmp_path: Path) -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        for reason in ("exit code -9", "exit code -9", "OSError: no such model"):
+            with pytest.raises(ModelDied, match=reason):
+                await offload.run(["die"])
+        ((query, _, _),) = await offload.run(["a"])
+        assert query == "a"
+        assert restarts(metrics) == 3
+
+    plan = tmp_path / "plan"
+    plan.write_text("load die fail load")
+    with_process(scenario, load=partial(load_by, plan))
 
 
 def test_a_process_ends_when_its_server_is_gone() -> None:
