@@ -19,7 +19,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "wrong input is refused at once, in one JSON form": {},
     "a stalled body gets 408, and 503 on SIGTERM": {},
     "a poison text fails alone": {},
-    "a client that leaves frees its place": {},
+    "a client that leaves frees its place": {"sync-2": "it waits unseen in the kernel"},
     "a killed model process costs its own batch": {"dirty": "and all until it is back"},
     "keeps connections open": {"sync-2": "one request each"},
     "over-long headers are refused in JSON": {

@@ -26,7 +26,8 @@ class Clients:
         self.settings = settings
         self.reading: dict[Handler, float] = {}  # until when
         self.waiting: dict[Handler, Receive] = {}
-        self.watching: dict[Handler, asyncio.Task[None]] = {}  # those of them that wait for long
+        self.seen: set[Handler] = set()  # those of them that waited at the last sweep already
+        self.watching: dict[Handler, asyncio.Task[None]] = {}  # and those that did at the one before
         self.stopping = False
 
     async def read_body(self, request: Request) -> bytes:
@@ -84,11 +85,12 @@ class Clients:
         cancel(self.waiting, [handler])
 
     def sweep(self) -> None:
-        """End the reading of stalled bodies; watch whoever still waits. Most have their answer before the next sweep."""
+        """End the reading of stalled bodies; watch whoever waited at the last sweep and still does: few, as a rule."""
         now = time.monotonic()
         cancel(self.reading, [handler for handler, until in self.reading.items() if until < now])
-        for handler in self.waiting.keys() - self.watching.keys():
+        for handler in (self.waiting.keys() & self.seen) - self.watching.keys():
             self.watching[handler] = asyncio.create_task(self.watch(handler, self.waiting[handler]))
+        self.seen = set(self.waiting)
 
     def stop_reading(self) -> None:
         """Refuse whose body is still on its way, and whoever comes from now on."""

@@ -86,7 +86,7 @@ class Service:
             log.warning(warning)
 
     async def tick(self) -> None:
-        """Ten times a second: look after the clients; keep the gauges fresh for scrapes that come to another worker;
+        """Four times a second: look after the clients; keep the gauges fresh for scrapes that come to another worker;
 
         don't outlive the master.
 
@@ -96,7 +96,7 @@ class Service:
         while not master or master.is_alive():
             self.clients.sweep()
             self.metrics.sample()
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.25)
         signal.raise_signal(signal.SIGTERM)
 
     def exit(self, code: int, reason: str) -> None:

@@ -63,7 +63,7 @@ class Settings:
     )  # inline blocks the event loop: for comparison
     INSTANCES: int = at_least(1, 1)  # copies of the model on one queue
     TORCH_THREADS: int = at_least(0, 0)  # per copy; 0: cores / copies
-    WEB_CONCURRENCY: int = at_least(1, 1)  # worker processes: uvicorn's own --workers reads it; Gunicorn's sets it
+    WEB_CONCURRENCY: int = at_least(1, 1)  # worker processes; uvicorn and Gunicorn read it too
     HANG_S: float = seconds(60.0)  # a model call this long is a hang
 
     # What is taken in
