@@ -14,25 +14,11 @@ from geventhttpclient.response import HTTPParseError, HTTPSocketResponse
 from locust import User
 
 from loadtests import texts
+from loadtests.rows import Row
 
 IDLE_S = 1.0  # servers close idle connections (Gunicorn after 2 s): a younger one is safe to use again
 SERVER_TIMING = re.compile(r'queue;dur=([\d.]+), model;dur=([\d.]+), batch;desc="size (\d+)')
 NAN = math.nan
-
-
-class Row(NamedTuple):
-    """One request. Outcome `left`: the client hung up by its own will; `lost`: no reply, or none in time."""
-
-    due_s: float
-    sent_s: float
-    latency_ms: float
-    outcome: str
-    kind: str
-    queue_ms: float
-    model_ms: float
-    batch_size: float
-    retry_after_s: float
-    attempt: int
 
 
 class Reply(NamedTuple):

@@ -51,7 +51,7 @@ class Scenario:
 
 SCENARIOS = (
     Scenario("own 50 %", 2.5, 0.5),
-    Scenario("own 80 %", 4.0, 0.8, health=True),
+    Scenario("own 80 %", 6.0, 0.8, health=True),
     Scenario("common 50 %", 2.0, 0.5, "common"),
     Scenario("common 80 %", 2.5, 0.8, "common"),
     Scenario("own 2 x", 2.5, 2.0, health=True),

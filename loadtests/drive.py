@@ -16,8 +16,9 @@ from typing import Any
 
 import pandas as pd
 
+from loadtests.rows import OUTCOMES
+
 ROOT = Path(__file__).resolve().parent.parent
-OUTCOMES = ("200", "503", "504", "other", "wrong", "lost", "left")
 SCENARIOS = ("closed", "open", "ramp", "spike", "mixed", "slow", "impatient", "retry")
 CAPACITY_USERS = 64
 
@@ -80,19 +81,7 @@ def generator(cpus: set[int] | None = None) -> Iterator[Generator]:
             raise
 
 
-def run(
-    url: str,
-    scenario: str,
-    *,
-    duration_s: float,
-    rate_per_s: float | None = None,
-    users: int | None = None,
-    limit_s: float = 2.0,
-    seed: int = 0,
-    cpus: set[int] | None = None,
-    texts: str = "short",
-    **options: Any,
-) -> pd.DataFrame:
+def run(url: str, scenario: str, *, cpus: set[int] | None = None, **options: Any) -> pd.DataFrame:
     """Run one of SCENARIOS against `url` and return a row for every request, none left out.
 
     due_s, sent_s   seconds since the start at which it was due and was sent; a difference is the generator's fault
@@ -102,20 +91,10 @@ def run(
     queue_ms, model_ms, batch_size, retry_after_s   what the server said, NaN where it didn't
     attempt         0, or the number of the retry
 
-    `users` is for the closed loop, `rate_per_s` for the others; more options are listed in locustfile.OPTIONS.
+    `users` is for the closed loop, `rate_per_s` for the others; see `Generator.run`, and locustfile.OPTIONS for more.
     """
     with generator(cpus) as locust:
-        return locust.run(
-            url,
-            scenario,
-            duration_s=duration_s,
-            rate_per_s=rate_per_s,
-            users=users,
-            limit_s=limit_s,
-            seed=seed,
-            texts=texts,
-            **options,
-        )
+        return locust.run(url, scenario, **options)
 
 
 def good(df: pd.DataFrame, limit_s: float) -> pd.Series:

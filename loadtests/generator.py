@@ -16,7 +16,7 @@ from typing import Any
 from locust.env import Environment
 
 from loadtests import locustfile
-from loadtests.client import Row
+from loadtests.rows import Row
 
 
 def main() -> None:

@@ -16,12 +16,13 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from loadtests import drive, texts
+from loadtests.rows import Row
 from workers.loop import Answer, Late, ModelLoop, Refused
 from workers.settings import Settings
 
@@ -148,21 +149,6 @@ class Silent:
         return ignore
 
 
-class Arrival(NamedTuple):
-    """One simulated request, as drive.run would report it."""
-
-    due_s: float
-    sent_s: float
-    latency_ms: float
-    outcome: str
-    kind: str
-    queue_ms: float
-    model_ms: float
-    batch_size: float
-    retry_after_s: float
-    attempt: int
-
-
 def simulate(
     cost: CostLaw,
     *,
@@ -184,7 +170,7 @@ def simulate(
         await asyncio.sleep(seconds)
         return queries
 
-    async def traffic() -> list[Arrival]:
+    async def traffic() -> list[Row]:
         loop = ModelLoop(
             batch_size=batch_size,
             window_s=window_ms / 1000,
@@ -209,12 +195,12 @@ def simulate(
         return rows
 
     with asyncio.Runner(loop_factory=VirtualClock) as runner:
-        df = pd.DataFrame(runner.run(traffic()), columns=Arrival._fields)
+        df = pd.DataFrame(runner.run(traffic()), columns=Row._fields)
     df.attrs["duration_s"] = duration_s
     return df.sort_values("due_s", ignore_index=True)
 
 
-async def arrive(loop: ModelLoop, due_s: float, rows: list[Arrival]) -> None:
+async def arrive(loop: ModelLoop, due_s: float, rows: list[Row]) -> None:
     """One request: submit it and note what came of it."""
     nan, answer, retry_after_s = math.nan, None, math.nan
     clock = asyncio.get_running_loop()
@@ -227,7 +213,7 @@ async def arrive(loop: ModelLoop, due_s: float, rows: list[Arrival]) -> None:
         outcome = "504"
     latency_ms = (clock.time() - began) * 1000
     times = in_ms(answer) if answer else (nan, nan, nan)
-    rows.append(Arrival(due_s, due_s, latency_ms, outcome, "model", *times, retry_after_s, 0))
+    rows.append(Row(due_s, due_s, latency_ms, outcome, "model", *times, retry_after_s, 0))
 
 
 def ignore(*args: Any, **kwargs: Any) -> None:

@@ -135,7 +135,8 @@ def prediction_table(results: Results) -> str:
             predicted, measured = (
                 results.get(mode, scenario, metric, of) for of in ("predictions", "medians")
             )
-            cells[title] = f"{predicted:.0f}, measured {measured:.0f}: {predicted / measured - 1:+.0%}"
+            error = f"{predicted / measured - 1:+.0%}" if measured else "-"
+            cells[title] = f"{predicted:.0f}, measured {measured:.0f}: {error}"
         rows.append(cells)
     return f"\nThe planner's prediction and its error:\n\n{markdown(rows)}\n" if rows else ""
 
@@ -147,7 +148,7 @@ def frame(title: str, height: float = 7.5) -> tuple[Figure, Axes]:
     """A picture that a phone shows upright: large type, no clutter."""
     plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.025, 1, 0.975))  # type: ignore[union-attr]
+    figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))  # type: ignore[union-attr]
     axes.set_title(title, loc="left", fontsize=14, fontweight="bold")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -198,6 +199,7 @@ def draw_latency(results: Results) -> Figure:
 def plain_numbers(*axes: Any) -> None:
     """200, not 2 x 10^2."""
     for axis in axes:
+        axis.set_tick_params(which="both", length=3, pad=4)  # one line of numbers, not two
         axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(
             matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
