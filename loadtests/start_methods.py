@@ -10,16 +10,21 @@ import multiprocessing
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from multiprocessing.connection import Connection
 
+import pandas as pd
 import psutil
+
+from loadtests.modes import ROOT
+from loadtests.planner import markdown
 
 PARENT = {
     "nothing": "",
     "imported torch": "import torch, transformers",
     "computed with torch": "import torch; torch.ones(512, 512) @ torch.ones(512, 512)",
 }
-PATIENCE_S = 20.0  # a child that has not answered by then hangs
+PATIENCE_S = 20.0  # a child that has not answered by then hangs: others take 2 to 4 s
 
 
 def child(pipe: Connection) -> None:
@@ -31,64 +36,61 @@ def child(pipe: Connection) -> None:
     pipe.poll(None)
 
 
-def measure(method: str, parent: str) -> dict[str, float | str]:
-    """Start one model process by `method` after the parent did `parent`: {start_s, pss_mb, shared_mb, outcome}."""
+def measure(method: str, parent: str, patience_s: float) -> dict[str, float | str]:
+    """Start two model processes by `method`, one after the other, after the parent did `parent`."""
     exec(PARENT[parent], {})
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload(
-            ["torch", "transformers"]
-        )  # imported once, by the server, which never computes
-    durations = []
-    for _ in range(2):  # the forkserver itself starts with the first
+        # Imported once, by the server of forks, which itself never computes.
+        context.set_forkserver_preload(["torch", "transformers"])
+    took_s: list[float] = []
+    while len(took_s) < 2:  # the server of forks itself starts with the first
         began = time.perf_counter()
         ours, theirs = context.Pipe()
         process = context.Process(target=child, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
-        try:
-            answered = ours.poll(PATIENCE_S) and ours.recv() == "capital"
-        except EOFError:
-            answered = False
-        durations.append(time.perf_counter() - began)
+        outcome = f"hangs (given {patience_s:g} s)"
+        if ours.poll(patience_s):
+            try:
+                outcome = ours.recv()
+            except EOFError:
+                outcome = "dies"
+        took_s.append(time.perf_counter() - began)
         memory = psutil.Process(process.pid).memory_full_info()
         process.kill()
         process.join()
         ours.close()
-        if not answered:
-            break
+        if outcome != "capital":
+            return {"outcome": outcome}
     return {
-        "first_s": durations[0],
-        "next_s": durations[-1],
-        "own_mb": memory.uss / 1e6,
-        "pss_mb": memory.pss / 1e6,
-        "outcome": "answers" if answered else f"hangs (given {PATIENCE_S:g} s)",
+        "first answer, s": round(took_s[0], 1),
+        "the next process, s": round(took_s[1], 1),
+        "its own memory, MB": round(memory.uss / 1e6),
+        "with its share, MB": round(memory.pss / 1e6),
+        "outcome": "answers",
     }
 
 
-def table() -> str:
-    """All combinations, in Markdown."""
-    lines = [
-        "| start method | the parent has | first answer after | the next process | memory of its own | its share | |",
-        "|---|---|---:|---:|---:|---:|---|",
-    ]
-    for method in multiprocessing.get_all_start_methods():
-        for parent in PARENT:
-            argv = [sys.executable, "-m", "loadtests.start_methods", method, parent]
-            row = json.loads(subprocess.run(argv, check=True, capture_output=True, text=True).stdout)
-            numbers = (
-                [
-                    f"{row['first_s']:.1f} s",
-                    f"{row['next_s']:.1f} s",
-                    f"{row['own_mb']:.0f} MB",
-                    f"{row['pss_mb']:.0f} MB",
-                ]
-                if row["outcome"] == "answers"
-                else ["-"] * 4
+def compare(
+    methods: Iterable[str] = ("fork", "spawn", "forkserver"),
+    parents: Iterable[str] = tuple(PARENT),
+    patience_s: float = PATIENCE_S,
+) -> pd.DataFrame:
+    """Measure every combination, each from a fresh interpreter; what hangs has no numbers."""
+    rows = []
+    for method in methods:
+        for parent in parents:
+            argv = [sys.executable, "-m", "loadtests.start_methods", method, parent, str(patience_s)]
+            found = json.loads(
+                subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
             )
-            lines.append(f"| {' | '.join([method, parent, *numbers, row['outcome']])} |")
-    return "\n".join(lines)
+            rows.append({"start method": method, "the parent has": parent} | found)
+    return pd.DataFrame(rows)
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(*sys.argv[1:])) if sys.argv[1:] else table())
+    if sys.argv[1:]:
+        print(json.dumps(measure(sys.argv[1], sys.argv[2], float(sys.argv[3]))))
+    else:
+        print(markdown(compare().astype(object).fillna("-").astype(str).to_dict("records")))

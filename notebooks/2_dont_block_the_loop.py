@@ -230,6 +230,29 @@ print(
 stop()
 
 # %% [markdown]
+# ## How to start the process
+#
+# Python knows three ways. *fork* copies the parent as it is, its locks included, but only the one thread that forks.
+# *spawn* starts a new interpreter, which imports and loads everything itself. *forkserver* forks a process that did
+# nothing but import. **Your prediction:** fork is the quickest and takes the least memory, as it has everything already.
+# And what if the parent has computed with torch before?
+
+# %%
+from loadtests import start_methods
+
+starts = start_methods.compare(
+    methods=quick(("fork", "spawn"), ("fork", "spawn", "forkserver")),
+    parents=quick(("computed with torch",), tuple(start_methods.PARENT)),
+    patience_s=quick(6, 20),
+)
+starts
+
+# %% [markdown]
+# A fork after torch has computed never answers. The threads that torch computes with stay behind in the parent, and the
+# child waits for them. Nothing fails, it hangs: that is why the server spawns. What a fork would save is the imports, a
+# second or two at every start, and the memory that they take.
+
+# %% [markdown]
 # ## What each costs per call
 #
 # **Your prediction.** Inline: nothing. A thread: two hand-overs between threads, some 0.1 ms. A process: two messages
@@ -340,6 +363,8 @@ checks.exercise_2_3(Blocking)
 # ## What must hold
 
 # %%
+computed = starts[starts["the parent has"] == "computed with torch"].set_index("start method")["outcome"]
+assert "hangs" in computed["fork"] and computed["spawn"] == "answers", "never fork after torch has computed"
 assert busy["inline"] > 3 * busy["thread"], "a model on the loop blocks /health, one in a thread does not"
 assert busy["inline"] > 3 * busy["process"]
 assert sum_ms > 3 * matmul_ms, "torch lets go of the lock, a C call need not"
