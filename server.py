@@ -36,9 +36,11 @@ async def fill_mask(request: Request) -> Response:
     query = contract.parse(body, request.headers, settings)
     if not service.check:
         raise Refused("the model is still loading")
-    size = service.check(query.text)
+    query = service.check(query)
     budget_s = contract.client_budget_s(request.headers, settings.DEADLINE_S)
-    answer = await service.clients.wait(request, service.loop.submit(query, size=size, budget_s=budget_s))
+    answer = await service.clients.wait(
+        request, service.loop.submit(query, size=len(query.ids) or 1, budget_s=budget_s)
+    )
     timing = (
         f"queue;dur={answer.queue_s * 1000:.2f}, model;dur={answer.model_s * 1000:.2f}, "
         f'batch;desc="size {answer.batch_size}, closed by {answer.closed_by}"'

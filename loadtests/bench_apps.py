@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Starlette:
     if name != "instant":
         raise AttributeError(name)
     offload.Model = Instant  # type: ignore[assignment, misc]
-    service.InputCheck = lambda settings: len  # type: ignore[assignment, misc]
+    service.InputCheck = lambda settings: lambda query: query._replace(ids=(1, 2, 3))  # type: ignore[assignment, misc]
     import server
 
     return server.app

@@ -73,7 +73,7 @@ def measure(
         if len(rows) >= len(cases) and time.perf_counter() > until:
             break
         queries = [Query(next(streams[kind]).text) for _ in range(n)]
-        size = sum(tokens(query.text) for query in queries)
+        size = sum(len(tokens(query).ids) for query in queries)
         began = time.perf_counter()
         model(queries)
         rows.append((n, kind, size, time.perf_counter() - began))

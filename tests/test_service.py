@@ -38,7 +38,7 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> type[Gated]:
         loads, calls = threading.Event(), threading.Event()
 
     monkeypatch.setattr(offload, "Model", Fresh)
-    monkeypatch.setattr(service, "InputCheck", lambda settings: len)
+    monkeypatch.setattr(service, "InputCheck", lambda settings: lambda query: query)
     return Fresh
 
 

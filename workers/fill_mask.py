@@ -93,17 +93,24 @@ class FastFillMaskPipeline(FillMaskPipeline):  # type: ignore[misc]
         ids = params.get("target_ids")
         want = (params.get("top_k", 5), None if ids is None else tuple(ids.tolist()))
         batches = (texts[start : start + size] for start in range(0, len(texts), size))
-        answers = [answer for batch in batches for answer in self._answer(batch, [want] * len(batch))]
+        answers = [
+            answer for batch in batches for answer in self._answer(self._ids(batch), [want] * len(batch))
+        ]
         return answers[0] if len(texts) == 1 else answers
 
-    def answer(self, queries: Sequence[tuple[str, int, tuple[str, ...]]]) -> list[Any]:
-        """One answer per (text, top_k, targets), in order: what the stock pipeline returns for it alone."""
+    def answer(self, queries: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """One answer per (text, top_k, targets), in order: what the stock pipeline returns for it alone.
+
+        A fourth item may hold the text's token ids, special ones included, where they are known already.
+        """
+        if not queries:
+            return []
         if not self.fast:
-            return [self(text, top_k=top_k, targets=targets or None) for text, top_k, targets in queries]
-        wants = [
-            (k, tuple(self.get_target_ids(names).tolist()) if names else None) for _, k, names in queries
-        ]
-        return self._answer([text for text, _, _ in queries], wants) if queries else []
+            return [self(text, top_k=top_k, targets=targets or None) for text, top_k, targets, *_ in queries]
+        texts, top_ks, targets, *known = zip(*queries)
+        ids = known[0] if known and all(known[0]) else self._ids(texts)
+        target_ids = [tuple(self.get_target_ids(words).tolist()) if words else None for words in targets]
+        return self._answer(ids, list(zip(top_ks, target_ids)))
 
     def get_target_ids(self, targets: str | Sequence[str]) -> np.ndarray:
         """The stock ids for `targets`, without the 10 ms that the stock class spends on listing the vocabulary."""
@@ -124,15 +131,14 @@ class FastFillMaskPipeline(FillMaskPipeline):  # type: ignore[misc]
         return np.array(list(set(ids)))
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def _answer(self, texts: list[str], wants: list[Want]) -> list[Any]:
-        encoded = self.tokenizer(texts)
-        ids, masks = encoded["input_ids"], self._masks(encoded["input_ids"])
+    def _answer(self, ids: Sequence[Sequence[int]], wants: list[Want]) -> list[Any]:
+        masks = self._masks(ids)
         for row, found in zip(ids, masks):
             if not found:
                 self._ensure_exactly_one_mask_token(
                     torch.tensor(row)
                 )  # raises, in the stock pipeline's words
-        hidden = self._hidden(encoded, masks)
+        hidden = self._hidden(ids, masks)
         same: dict[Want, list[int]] = defaultdict(list)  # the masks that one top-k can serve
         for number, want in enumerate(want for want, found in zip(wants, masks) for _ in found):
             same[want].append(number)
@@ -143,22 +149,26 @@ class FastFillMaskPipeline(FillMaskPipeline):  # type: ignore[misc]
         stop = accumulate(map(len, masks))
         return [self._result(row, at, best[end - len(at) : end]) for row, at, end in zip(ids, masks, stop)]
 
-    def _masks(self, ids: list[list[int]]) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return self.tokenizer(list(texts))["input_ids"]
+
+    def _masks(self, ids: Sequence[Sequence[int]]) -> list[list[int]]:
         mask = self.tokenizer.mask_token_id
         return [[i for i, token in enumerate(row) if token == mask] for row in ids]
 
-    def _hidden(self, encoded: Any, masks: list[list[int]]) -> Tensor:
+    def _hidden(self, ids: Sequence[Sequence[int]], masks: list[list[int]]) -> Tensor:
         """The base model's last hidden state at each mask, text by text: [masks, hidden size]."""
-        tokenizer, lengths = self.tokenizer, list(map(len, encoded["input_ids"]))
-        fill = {"input_ids": tokenizer.pad_token_id or 0, "token_type_ids": tokenizer.pad_token_type_id}
+        pad, lengths = self.tokenizer.pad_token_id or 0, list(map(len, ids))
         start, kept, order = [0, *accumulate(map(len, masks))], [], []
         for chunk in self._chunks(lengths):
-            width, batch = lengths[chunk[-1]], {}
-            for key, rows in encoded.items():
-                # With nothing to hide, no attention mask: the faster kernel, and on a GPU no wait to look into it.
-                if key != "attention_mask" or lengths[chunk[0]] < width:
-                    padded = [rows[text] + [fill.get(key, 0)] * (width - lengths[text]) for text in chunk]
-                    batch[key] = self._tensor(padded)
+            width = lengths[chunk[-1]]
+            padded = [[*ids[text], *[pad] * (width - lengths[text])] for text in chunk]
+            batch = {"input_ids": self._tensor(padded)}
+            if (
+                lengths[chunk[0]] < width
+            ):  # else no mask: a faster kernel, and a GPU need not wait to look into it
+                seen = [[1] * lengths[text] + [0] * (width - lengths[text]) for text in chunk]
+                batch["attention_mask"] = self._tensor(seen)
             where = [n * width + i for n, text in enumerate(chunk) for i in masks[text]]
             states = self.model.base_model(**batch, return_dict=True).last_hidden_state
             kept.append(states.flatten(0, 1)[self._tensor(where)])
@@ -207,7 +217,7 @@ class FastFillMaskPipeline(FillMaskPipeline):  # type: ignore[misc]
         finally:
             del base.forward
 
-    def _result(self, ids: list[int], masks: list[int], best: list[Candidates]) -> Any:
+    def _result(self, ids: Sequence[int], masks: list[int], best: list[Candidates]) -> Any:
         rows = []
         for mask, candidates in zip(masks, best):
             sequences = self._sequences(ids, mask, [token for _, token in candidates], len(masks) == 1)
@@ -217,7 +227,7 @@ class FastFillMaskPipeline(FillMaskPipeline):  # type: ignore[misc]
             )
         return rows[0] if len(masks) == 1 else rows
 
-    def _sequences(self, ids: list[int], mask: int, tokens: list[int], skip: bool) -> Iterator[str]:
+    def _sequences(self, ids: Sequence[int], mask: int, tokens: list[int], skip: bool) -> Iterator[str]:
         """The text with each of `tokens` at the mask; special tokens are left out if `skip`, padding always."""
         decode, pad, after = self.tokenizer.decode, self.tokenizer.pad_token_id, None
         before = (
@@ -250,8 +260,8 @@ class FastFillMaskPipeline(FillMaskPipeline):  # type: ignore[misc]
         """Pack the weights and compare with the stock way on a probe; undone where the model doesn't fit."""
         mask, name = self.tokenizer.mask_token, type(self.model).__name__
         texts = [f"{mask} a b c {mask} d e", f"{mask}"]
-        encoded = self.tokenizer(texts)
-        masks = self._masks(encoded["input_ids"])
+        ids = self._ids(texts)
+        masks = self._masks(ids)
         stock = [
             self.model(**self.tokenizer(text, return_tensors="pt").to(self.device)).logits[0]
             for text in texts
@@ -262,7 +272,7 @@ class FastFillMaskPipeline(FillMaskPipeline):  # type: ignore[misc]
             for parent, child, linear in linears:
                 setattr(parent, child, PackedLinear(linear))
             try:
-                if (self._logits(self._hidden(encoded, masks)) - expected).abs().max() <= tolerance:
+                if (self._logits(self._hidden(ids, masks)) - expected).abs().max() <= tolerance:
                     return True
                 logger.warning(
                     f"{name}: the fast path gives another result, with {len(linears)} layers packed."

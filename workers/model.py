@@ -17,11 +17,15 @@ LOADING = threading.Lock()  # while Transformers loads, torch makes tensors with
 
 
 class Query(NamedTuple):
-    """One text and what is asked of it. `targets`: the only words to score, all when empty (fill-mask)."""
+    """One text and what is asked of it. `targets`: the only words to score, all when empty (fill-mask).
+
+    `ids`: the tokens of the text where the input check has found them, so that they are not looked for twice.
+    """
 
     text: str
     top_k: int = 5
     targets: tuple[str, ...] = ()
+    ids: tuple[int, ...] = ()
 
 
 class CannotAnswer(ValueError):
@@ -102,7 +106,7 @@ class Model:
         answers: dict[int, Any] = {}
         groups: dict[tuple[Any, ...], list[int]] = {}
         for i, query in enumerate(queries):
-            groups.setdefault(query[1:], []).append(i)
+            groups.setdefault((query.top_k, query.targets), []).append(i)
         for (top_k, targets), members in groups.items():
             texts = [queries[i].text for i in members]
             found = self.pipe(texts, top_k=top_k, targets=list(targets) or None, batch_size=len(texts))
@@ -141,9 +145,9 @@ class InputCheck:
         backend.no_padding()
         return lambda text: backend.encode(text).ids
 
-    def __call__(self, text: str) -> int:
-        """Return the number of tokens of `text`; raises CannotAnswer."""
-        ids = self.ids(text)
+    def __call__(self, query: Query) -> Query:
+        """Return the query with the tokens of its text; raises CannotAnswer."""
+        ids = self.ids(query.text)
         if len(ids) > self.limit:
             raise CannotAnswer(f"the text has {len(ids)} tokens; send at most {self.limit}")
         if self.mask:
@@ -152,4 +156,4 @@ class InputCheck:
                 raise CannotAnswer(f"the text has no {self.mask}; put {self.mask} where the missing word is")
             if masks > self.max_masks:
                 raise CannotAnswer(f"the text has {masks} {self.mask}; send at most {self.max_masks}")
-        return len(ids)
+        return query._replace(ids=tuple(ids))
