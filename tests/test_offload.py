@@ -14,7 +14,8 @@ import pytest
 
 from workers.loop import ModelDied, ModelFailed
 from workers.metrics import Metrics
-from workers.offload import CannotLoad, Inline, Process, Thread
+from workers.offload import CannotLoad, Inline, Process, Thread, core_shares, make
+from workers.settings import Settings
 
 
 class Echo:
@@ -203,6 +204,32 @@ def test_a_replacement_that_cannot_load_is_replaced_in_its_turn(tmp_path: Path) 
     plan = tmp_path / "plan"
     plan.write_text("load die fail load")
     with_process(scenario, load=partial(load_by, plan))
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_finishes_its_work_when_the_terminal_or_systemd_signals_it_too(stop: int) -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        os.kill(offload.process.pid, stop)
+        ((query, _, _),) = await offload.run(["a"])
+        assert query == "a"
+        assert restarts(metrics) == 0
+
+    with_process(scenario)
+
+
+def test_threads_are_counted_before_a_process_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    copies = make(Settings(OFFLOAD="process", INSTANCES=2), Metrics())
+    assert [copy.cores for copy in copies] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+    assert {copy.load.args[0].TORCH_THREADS for copy in copies} == {4}
+
+
+@pytest.mark.parametrize("crowded", [{"WEB_CONCURRENCY": 2}, {"TORCH_THREADS": 5}, {"INSTANCES": 9}], ids=str)
+def test_no_process_is_pinned_to_cores_that_another_one_needs(
+    crowded: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    assert set(core_shares(Settings(**{"INSTANCES": 2, **crowded}))) == {None}
 
 
 def test_a_process_ends_when_its_server_is_gone() -> None:
