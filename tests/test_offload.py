@@ -14,7 +14,7 @@ import pytest
 
 from workers.loop import ModelDied, ModelFailed
 from workers.metrics import Metrics
-from workers.offload import CannotLoad, Inline, Process, Thread, core_shares, make
+from workers.offload import CannotLoad, Inline, Process, Thread, attempt_load, core_shares, make
 from workers.settings import Settings
 
 
@@ -72,6 +72,14 @@ def load_by(plan: Path) -> Echo:
     return Echo()
 
 
+def test_the_reason_is_the_last_line_where_the_message_is_a_traceback() -> None:
+    def load() -> Echo:
+        raise ValueError("it failed:\nTraceback (most recent call last):\n  File ...\nOSError: no such file")
+
+    with pytest.raises(CannotLoad, match=r"^ValueError: OSError: no such file$"):
+        attempt_load(load)
+
+
 async def eventually(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(60):
         while not condition():
@@ -116,6 +124,8 @@ def test_a_thread_runs_one_call_at_a_time_even_when_its_callers_have_left() -> N
         model = Gated()
         offload = Thread(lambda: model)
         await offload.start()
+        complaints: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
         left = asyncio.create_task(offload.run(["left"]))
         await eventually(lambda: model.inside == 1)
         left.cancel()
@@ -123,6 +133,7 @@ def test_a_thread_runs_one_call_at_a_time_even_when_its_callers_have_left() -> N
         model.open.set()
         assert await stays == ["stays"]
         assert model.most == 1
+        assert not complaints
         offload.stop()
 
     asyncio.run(scenario())
@@ -182,10 +193,14 @@ def test_a_hung_process_is_killed_and_replaced() -> None:
     with_process(scenario, hang_s=5.0)
 
 
-def test_a_process_that_is_killed_while_idle_is_replaced_before_anyone_asks() -> None:
+def test_a_process_that_is_killed_while_idle_is_replaced_before_anyone_asks(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
+        await offload.run(["a"])
         os.kill(offload.process.pid, signal.SIGKILL)
         await eventually(lambda: restarts(metrics) == 1)
+        assert "ended with exit code -9; starting another" in caplog.text
         ((query, _, _),) = await offload.run(["a"])
         assert query == "a"
 
@@ -204,6 +219,19 @@ def test_a_replacement_that_cannot_load_is_replaced_in_its_turn(tmp_path: Path) 
     plan = tmp_path / "plan"
     plan.write_text("load die fail load")
     with_process(scenario, load=partial(load_by, plan))
+
+
+def test_a_stop_during_a_call_cancels_it_and_starts_no_other_process() -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        call = asyncio.create_task(offload.run(["hang"]))
+        await asyncio.sleep(0)  # it has asked
+        call.cancel()
+        offload.stop()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert restarts(metrics) == 0
+
+    with_process(scenario)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])

@@ -126,7 +126,6 @@ class Process:
             self._replace(f"was not replaced: {exc}")
             raise ModelDied(str(exc)) from exc
         loop = asyncio.get_running_loop()
-        loop.remove_reader(self.pipe.fileno())
         try:
             self.pipe.send(queries)
             answers, error = await self._receive(self.hang_s)
@@ -135,9 +134,6 @@ class Process:
         except (EOFError, OSError):
             self.process.join(1)
             reason = f"ended with exit code {self.process.exitcode}"
-        except asyncio.CancelledError:
-            self.stop()
-            raise
         else:
             loop.add_reader(self.pipe.fileno(), self._died_idle)
             if error is not None:
@@ -183,13 +179,13 @@ class Process:
 
     async def _receive(self, timeout_s: float | None) -> tuple[Any, str | None]:
         loop = asyncio.get_running_loop()
-        readable = loop.create_future()
-        loop.add_reader(self.pipe.fileno(), settle, readable, None)
+        readable, pipe = loop.create_future(), self.pipe.fileno()  # `stop` may close it meanwhile
+        loop.add_reader(pipe, settle, readable, None)
         try:
             async with asyncio.timeout(timeout_s):
                 await readable
         finally:
-            loop.remove_reader(self.pipe.fileno())
+            loop.remove_reader(pipe)
         return self.pipe.recv()
 
 
