@@ -230,10 +230,16 @@ def test_chunked_body_is_read(server: Server) -> None:
     assert reply.json[0]["token_str"] == "capital"
 
 
-def test_stalled_body_gets_408(server: Server) -> None:
-    reply = say(server, request("POST", Content_Length="100") + b"Paris")
-    assert reply.status == 408
-    assert reply.error
+def test_stalled_bodies_get_408_and_hold_nobody_up(server: Server, mode: str) -> None:
+    with contextlib.ExitStack() as connections:
+        one_by_one = exception(GATHERS, mode) == NEVER
+        stalled = [connections.enter_context(dial(server)) for _ in range(1 if one_by_one else 8)]
+        for connection in stalled:
+            connection.sendall(request("POST", Content_Length="100") + b"Paris")
+        for connection in stalled:
+            assert (reply := hear(connection)).status == 408
+            assert reply.error
+        assert post(server, PARIS).status == 200
 
 
 def test_unknown_path_and_method_are_json_too(server: Server) -> None:
