@@ -410,16 +410,18 @@ def test_too_much_work_gets_503_with_retry_after(server: Server, crowd: Crowd, m
 
 def test_client_that_leaves_frees_its_place(spawning: Server, mode: str) -> None:
     before, calls = metric(spawning, "model_abandoned_total"), metric(spawning, "model_call_seconds_count")
+    # A sync worker waits 2 s for a client to close what it has answered, so there are few of them.
+    n = 24 if kept("a client that leaves frees its place", mode) else 4
     with contextlib.ExitStack() as connections:
-        for _ in range(24):
+        for _ in range(n):
             connections.enter_context(dial(spawning)).sendall(request("POST", "/", SLOW.encode()))
         until(lambda: metric(spawning, "model_call_seconds_count") > calls)
     if kept("a client that leaves frees its place", mode):
         until(lambda: metric(spawning, "model_abandoned_total") > before)
         until(lambda: get(spawning, "/health").json["queue_depth"] == 0)
-        assert metric(spawning, "model_call_seconds_count") < calls + 24
+        assert metric(spawning, "model_call_seconds_count") < calls + n
     else:
-        until(lambda: metric(spawning, "model_call_seconds_count") == calls + 24)
+        until(lambda: metric(spawning, "model_call_seconds_count") == calls + n)
     assert post(spawning, PARIS).status == 200
 
 
