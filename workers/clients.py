@@ -42,10 +42,13 @@ class Clients:
             raise Refused(STOPPING)
         handler = this_task()
         self.reading[handler] = time.monotonic() + self.settings.BODY_TIMEOUT_S
-        body = b""
+        body, more = b"", True
         try:
-            async for chunk in request.stream():
-                body += chunk
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body, more = body + message.get("body", b""), message.get("more_body", False)
                 self.check_length(len(body))
         except asyncio.CancelledError:
             if handler in self.reading:

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections.abc import Awaitable
 from itertools import chain
 from typing import Any
 
@@ -144,12 +145,12 @@ class Envelope:
             request_id = b"%032x" % random.getrandbits(128)
         scope["request_id"] = request_id.decode()
 
-        async def send_with_id(message: Message) -> None:
+        def send_with_id(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 message["headers"].append((b"x-request-id", request_id))
                 if scope["path"] == "/":
                     self.metrics.requests_with(message["status"]).inc()
-            await send(message)
+            return send(message)
 
         app: ASGIApp = self.app
         if b"transfer-encoding" in headers and b"content-length" in headers:
