@@ -25,7 +25,9 @@ class DirtyModel(DirtyApp):  # type: ignore[misc]
         return self.model.description
 
     def answer(self, queries: list[Any]) -> list[Any]:
-        return self.model([Query(text, top_k, tuple(targets)) for text, top_k, targets in queries])
+        return self.model(
+            [Query(text, top_k, tuple(words), tuple(ids)) for text, top_k, words, ids in queries]
+        )
 
 
 class Dirty:
