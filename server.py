@@ -20,7 +20,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from workers import contract
-from workers.loop import Refused
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import Settings
@@ -33,10 +32,9 @@ async def fill_mask(request: Request) -> Response:
     """POST /: the model's answer to one text."""
     service: Service = request.state.service
     body = await service.clients.read_body(request)
-    query = contract.parse(body, request.headers, settings)
-    if not service.check:
-        raise Refused("the model is still loading")
-    query = service.check(query)
+    service.loop.admit(1, settings.DEADLINE_S)  # refuse before any work goes into what is refused
+    assert service.check  # or the loop would have refused: no model yet
+    query = service.check(contract.parse(body, request.headers, settings))
     budget_s = contract.client_budget_s(request.headers, settings.DEADLINE_S)
     answer = await service.clients.wait(
         request, service.loop.submit(query, size=len(query.ids) or 1, budget_s=budget_s)
