@@ -57,7 +57,11 @@ class ClosedLoop(Asker):
     def ask_and_wait(self) -> None:
         if 0 < self.options.duration_s <= self.now_s():
             raise StopUser
-        if self.ask().outcome == "lost":
+        row = self.ask()
+        if row.outcome == "503":
+            # As told, or who asks on at once storms the server; NaN, where it told nothing, is not below 1.
+            gevent.sleep(min(1.0, row.retry_after_s))
+        elif row.outcome == "lost":
             gevent.sleep(0.01)  # a dead server refuses thousands of times a second
 
 

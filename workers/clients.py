@@ -53,6 +53,7 @@ class Clients:
         except asyncio.CancelledError:
             if handler in self.reading:
                 raise  # somebody else's doing
+            handler.uncancel()
             if self.stopping:
                 raise Refused(STOPPING) from None
             raise HTTPException(408, "the body did not arrive in time; send it faster", CLOSE) from None
@@ -75,6 +76,7 @@ class Clients:
         except asyncio.CancelledError:
             if handler in self.waiting:
                 raise
+            handler.uncancel()
             raise ClientDisconnect from None
         finally:
             self.waiting.pop(handler, None)

@@ -2,8 +2,9 @@
 
     submit(query) -> queue -> take_batch -> run(queries) -> each job's own future
 
-Everything runs on one event loop, so there are no locks on state. The loop asks that event loop for the time and takes
-`async run(queries) -> answers` for the model: the tests run it on a virtual clock with a model that is a formula.
+Everything runs on one event loop, so there are no locks on state. The loop asks `now`, that event loop's own clock unless
+told otherwise, for the time and takes `async run(queries) -> answers` for the model: the tests run it on a virtual clock
+with a model that is a formula.
 
 Exception
  +- Refused       not admitted: stopping, queue full, or it would be too late anyway     (503)
