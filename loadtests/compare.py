@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
         "scale": scale,
     }
     about |= {"most_per_s": MOST_PER_S}
-    about |= {"common_per_s": round(common_per_s, 1), "repeats": visits[-1][1] + 1, "failed": []}
+    about |= {"common_per_s": round(common_per_s, 1), "failed": []}
     with drive.generator(client_cpus) as locust:
         comparison = Comparison(scenarios, server_cpus, locust, common_per_s, options.device, scale, rows)
         for name, repeat in (progress := tqdm(visits, unit="visit", file=sys.stderr)):

@@ -44,6 +44,7 @@ class Results:
     def __init__(self, out: Path) -> None:
         rows = pd.read_csv(out / "measurements.csv")
         self.about: dict[str, Any] = json.loads((out / "machine.json").read_text())
+        self.rounds = int(rows["repeat"].max()) + 1
         measured = rows[rows["repeat"] >= 0].groupby(["mode", "scenario", "metric"])["value"]
         self.medians, self.least, self.most = measured.median(), measured.min(), measured.max()
         self.predictions = rows[rows["repeat"] < 0].set_index(["mode", "scenario", "metric"])["value"]
@@ -95,7 +96,7 @@ def table(results: Results) -> str:
     about = results.about
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return (
-        f"{markdown(rows)}\n\nMedians of {about['repeats']} rounds, with the least and greatest where they differ; "
+        f"{markdown(rows)}\n\nMedians of {results.rounds} rounds, with the least and greatest where they differ; "
         f"{about['pinning']}. A client waits {about['limit_s']:g} s. Own loads are multiples of the mode's capacity, "
         f"common ones of {about['common_per_s']:g} requests a second. "
         f"No load is above {about['most_per_s']:g} a second, which is all that the generator sends on time: "
