@@ -201,8 +201,10 @@ def settle(server: Server, timeout_s: float = 20.0, window_s: float = 0.25) -> N
 
 
 def count_copies(server: Server) -> float:
-    """How many times the model is in memory: each copy has logged that it serves."""
-    return float(server.log().count("Serving ")) or math.nan
+    """How many times the model is in memory: each copy has logged that it serves, each sharer of one that it does."""
+    served = [line for line in server.log().splitlines() if "Serving " in line]
+    own = sum(not line.endswith(", shared") for line in served)
+    return float(own or bool(served)) or math.nan
 
 
 # --- the planner's prediction -----------------------------------------------------------------------------------------
