@@ -275,7 +275,7 @@ class ModelLoop:
             if len(values) != len(batch):
                 raise ModelFailed(f"the model gave {len(values)} answers to {len(batch)} queries")
         except asyncio.CancelledError:
-            raise  # close(): every job has been answered
+            raise  # the server has stopped: every job has been answered
         except BaseException as exc:  # also SystemExit and MemoryError: no query may end the loop
             error = exc
         finally:
