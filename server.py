@@ -37,7 +37,7 @@ async def fill_mask(request: Request) -> Response:
     query = service.check(contract.parse(body, request.headers, settings))
     budget_s = contract.client_budget_s(request.headers, settings.DEADLINE_S)
     answer = await service.clients.wait(
-        request, service.loop.submit(query, size=len(query.ids) or 1, budget_s=budget_s)
+        request, service.loop.submit(query, size=len(query.ids), budget_s=budget_s)
     )
     timing = (
         f"queue;dur={answer.queue_s * 1000:.2f}, model;dur={answer.model_s * 1000:.2f}, "

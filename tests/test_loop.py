@@ -373,6 +373,13 @@ async def test_a_wrong_number_of_answers_is_an_error_and_not_a_mix_up() -> None:
 
 
 @on_virtual_clock
+async def test_queries_of_no_size_do_not_end_the_loop() -> None:
+    async with serving(FakeModel()) as loop:
+        assert await outcomes(submit_all(loop, "", "", size=0)) == ["answer to ", "answer to "]
+        assert await outcomes(submit_all(loop, "a", size=5)) == ["answer to a"]
+
+
+@on_virtual_clock
 async def test_queries_that_killed_the_models_process_are_not_run_again() -> None:
     model = FakeModel()
     async with serving(model, batch_size=3) as loop:

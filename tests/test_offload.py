@@ -204,7 +204,10 @@ def test_a_process_that_is_killed_while_idle_is_replaced_before_anyone_asks(
         ((query, _, _),) = await offload.run(["a"])
         assert query == "a"
 
-    with_process(scenario)
+    with caplog.at_level(
+        "ERROR", logger="uvicorn.error"
+    ):  # the lessons' helpers, imported earlier, silence it
+        with_process(scenario)
 
 
 def test_a_replacement_that_cannot_load_is_replaced_in_its_turn(tmp_path: Path) -> None:

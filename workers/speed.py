@@ -24,9 +24,10 @@ class Speed:
         mean_size, mean_s = self.size / self.weight, self.seconds / self.weight
         variance = self.size_size / self.weight - mean_size**2
         covariance = self.size_seconds / self.weight - mean_size * mean_s
+        proportional = mean_s / mean_size if mean_size else 0.0
         # All calls of about one size: the slope is noise, so take the time as proportional to size.
-        b = covariance / variance if variance > 1e-3 * mean_size**2 else mean_s / mean_size
-        self.b = min(max(b, 0.0), mean_s / mean_size)
+        b = covariance / variance if variance > 1e-3 * mean_size**2 else proportional
+        self.b = min(max(b, 0.0), proportional)
         self.a = mean_s - self.b * mean_size
 
     def predict_s(self, size: float, calls: int = 1) -> float:
