@@ -186,7 +186,7 @@ def small():
 
 
 def test_embedded_model_answers_as_the_plain_pipeline_does(embedded):
-    audit(*embedded, queries("[MASK]", 120))
+    audit(*embedded, queries("[MASK]", 240))
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra", "modernbert"])

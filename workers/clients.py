@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
-from workers.loop import STOPPING, Answer, Refused
+from workers.loop import STOPPING, Answer, ModelLoop, Refused
 from workers.settings import Settings
 
 CLOSE = {"Connection": "close"}  # what is left of such a request must not be read as the next one
@@ -22,23 +22,23 @@ Handler = asyncio.Task[Any]
 class Clients:
     """Reads bodies and waits for answers on the clients' behalf. `sweep` it a few times a second."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, loop: ModelLoop) -> None:
+        self.settings, self.loop = settings, loop
         self.reading: dict[Handler, float] = {}  # until when
         self.waiting: dict[Handler, Receive] = {}
         self.seen: set[Handler] = set()  # those of them that waited at the last sweep already
         self.watching: dict[Handler, asyncio.Task[None]] = {}  # and those that did at the one before
-        self.stopping = False
 
     async def read_body(self, request: Request) -> bytes:
-        """Return the whole body. Raises HTTPException 413 as soon as it is known to be too large, 408 when it stalls;
+        """Return the whole body.
 
-        Refused once the server stops, ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past
-        every handler, where Content-Length tells; uvicorn waits for a body for ever.)
+        Raises HTTPException 413 as soon as it is known to be too large, 408 when it stalls; Refused once the server
+        stops; ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past every handler, where
+        Content-Length tells; uvicorn waits for a body for ever.)
         """
         declared = request.headers.get("content-length", "0")
         self.check_length(int(declared) if declared.isdecimal() else 0)
-        if self.stopping:
+        if self.loop.closing:  # ask before reading: a body may stall beyond the grace time
             raise Refused(STOPPING)
         handler = this_task()
         self.reading[handler] = time.monotonic() + self.settings.BODY_TIMEOUT_S
@@ -54,7 +54,7 @@ class Clients:
             if handler in self.reading:
                 raise  # somebody else's doing
             handler.uncancel()
-            if self.stopping:
+            if self.loop.closing:
                 raise Refused(STOPPING) from None
             raise HTTPException(408, "the body did not arrive in time; send it faster", CLOSE) from None
         finally:
@@ -98,8 +98,7 @@ class Clients:
         self.seen = set(self.waiting)
 
     def stop_reading(self) -> None:
-        """Refuse whose body is still on its way, and whoever comes from now on."""
-        self.stopping = True
+        """Refuse those whose bodies are still on their way, once the loop is closing."""
         cancel(self.reading, list(self.reading))
 
 

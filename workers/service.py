@@ -42,7 +42,7 @@ class Service:
         )
         self.copies = offload.make(settings, metrics)
         self.check: InputCheck | None = None
-        self.clients = Clients(settings)
+        self.clients = Clients(settings, self.loop)
         self.exit_code = 0
         self.loaded = asyncio.Event()  # or failed to
         metrics.watch(lambda: self.loop.depth, lambda: self.loop.running)
@@ -72,25 +72,21 @@ class Service:
     def report(self) -> None:
         """One line on what this worker takes of the machine, and a warning when all of them together take too much."""
         settings = self.settings
-        copies = (
-            0 if settings.OFFLOAD == "dirty" else settings.INSTANCES
-        )  # there it is in none of the workers
         children = [copy.process.pid for copy in self.copies if isinstance(copy, offload.Process)]
         mine = memory.resident_bytes([os.getpid(), *(pid for pid in children if pid)])
+        copies = 0 if settings.OFFLOAD == "dirty" else settings.INSTANCES  # there none of the workers has it
         log.info(
             "Worker %d, one of %d: %d copies of the model, %d threads each, %d MB",
-            *(os.getpid(), settings.WEB_CONCURRENCY, copies, settings.threads_per_instance),
-            mine / 1e6,
+            *(os.getpid(), settings.WEB_CONCURRENCY, copies, settings.threads_per_instance, mine / 1e6),
         )
         if warning := memory.warning(settings.WEB_CONCURRENCY, mine, memory.limit_bytes()):
             log.warning(warning)
 
     async def tick(self) -> None:
-        """Four times a second: look after the clients; keep the gauges fresh for scrapes that come to another worker;
+        """Four times a second look after the clients, the gauges and the master.
 
-        don't outlive the master.
-
-        Gunicorn's workers watch theirs in `deployment.py`; those of `uvicorn --workers` would go on serving.
+        The gauges must be fresh for scrapes that come to another worker. A worker must not outlive its master: Gunicorn's
+        watch theirs in `deployment.py`, but those of `uvicorn --workers` would go on serving.
         """
         master = multiprocessing.parent_process()
         while not master or master.is_alive():

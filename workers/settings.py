@@ -58,9 +58,8 @@ class Settings:
     DEADLINE_S: float = seconds(10.0)  # an answer after this helps nobody; clients may ask for less
 
     # Where inference runs
-    OFFLOAD: str = one_of(
-        "thread", "inline", "process", "dirty"
-    )  # inline blocks the event loop: for comparison
+    # inline blocks the event loop: for comparison; dirty: Gunicorn's own pool, see dirty.conf.py
+    OFFLOAD: str = one_of("thread", "inline", "process", "dirty")
     INSTANCES: int = at_least(1, 1)  # copies of the model on one queue
     TORCH_THREADS: int = at_least(0, 0)  # per copy; 0: cores / copies
     WEB_CONCURRENCY: int = at_least(1, 1)  # worker processes; uvicorn and Gunicorn read it too
