@@ -4,16 +4,19 @@
     2. Texts per second over HTTP, saturated, as a fraction of calling the same model in a bare loop.
     3. p99 of /health while saturated: thread, and inline for contrast.
 
-The server runs on the first core, the client on the last. Rounds are interleaved; medians are printed.
+The server runs on the first core, the client on the last. Rounds are short and interleaved;
+medians are printed, with the quartiles of the ratios.
 """
 
 import argparse
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 
 import pandas as pd
 import uvloop
@@ -21,10 +24,9 @@ import uvloop
 from loadtests.modes import MODES, Mode, Server, start
 
 SERVER_CPU, CLIENT_CPU = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
-TEXT = "Paris is the [MASK] of France."
 
 
-class Connection(asyncio.Protocol):
+class Client(asyncio.Protocol):
     """Sends one request again and again over one connection; notes when each reply was complete, and its latency."""
 
     def __init__(self, request: bytes, pause_s: float = 0.0) -> None:
@@ -61,6 +63,11 @@ class Connection(asyncio.Protocol):
             self.send()
 
 
+def texts(n: int) -> list[str]:
+    """Texts of different lengths, as real ones are; every one has its mask."""
+    return ["Paris is the [MASK] of France." + " Or so they say." * (i % 3) for i in range(n)]
+
+
 def http(url: str, method: str, path: str, body: str = "") -> bytes:
     host = url.split("/")[2]
     head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body.encode())}\r\n\r\n"
@@ -71,10 +78,8 @@ async def drive(url: str, users: int, duration_s: float, health: bool) -> tuple[
     """Return requests per second of `users` that ask without a pause, and the latencies of a /health asker beside."""
     loop = asyncio.get_running_loop()
     host, port = url.split("/")[2].split(":")
-    # Texts of different lengths, as real ones are; every one has its mask.
-    texts = [TEXT + " Or so they say." * (i % 3) for i in range(users)]
-    askers = [Connection(http(url, "POST", "/", text)) for text in texts]
-    prober = Connection(http(url, "GET", "/health"), pause_s=0.01)
+    askers = [Client(http(url, "POST", "/", text)) for text in texts(users)]
+    prober = Client(http(url, "GET", "/health"), pause_s=0.01)
     for connection in [*askers, *([prober] if health else [])]:
         await loop.create_connection(lambda c=connection: c, host, int(port))
     await asyncio.sleep(duration_s / 5)  # warm
@@ -94,77 +99,94 @@ def measure(server: Server, users: int, duration_s: float, health: bool = False)
         return runner.run(drive(server.url, users, duration_s, health))
 
 
-def bare_loop(batch_size: int, duration_s: float, results: "multiprocessing.SimpleQueue[float]") -> None:
-    """Texts per second of calling the same model object in a loop, nothing around it."""
+def bare_loop(batch_size: int, pipe: Connection) -> None:
+    """For every duration from the pipe: texts per second of calling the model in a loop, nothing around it."""
     os.sched_setaffinity(0, {SERVER_CPU})
     from workers.model import Model, Query
     from workers.settings import Settings
 
     model = Model(Settings(BATCH_SIZE=batch_size))
-    queries = [Query(TEXT + " Or so they say." * (i % 3)) for i in range(batch_size)]
-    done, began = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - began) < duration_s:
-        model(queries)
-        done += batch_size
-    results.put(done / elapsed)
+    queries = [Query(text) for text in texts(batch_size)]
+    while duration_s := pipe.recv():
+        done, began = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - began) < duration_s:
+            model(queries)
+            done += batch_size
+        pipe.send(done / elapsed)
 
 
-def in_process(function: Callable[..., None], *arguments: float) -> float:
-    """Run `function` in a process of its own and return what it puts into the queue."""
+@contextlib.contextmanager
+def calling_the_model(batch_size: int) -> Iterator[Callable[[float], float]]:
+    """`bare_loop` in a process of its own, as a function of the duration."""
     spawn = multiprocessing.get_context("spawn")
-    results = spawn.SimpleQueue()
-    process = spawn.Process(target=function, args=(*arguments, results))
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=bare_loop, args=(batch_size, theirs), daemon=True)
     process.start()
+    theirs.close()  # or its death would not close the pipe
+
+    def rate(duration_s: float) -> float:
+        ours.send(duration_s)
+        return float(ours.recv())
+
+    yield rate
+    ours.send(0)
     process.join()
-    return float(results.get())
 
 
-def on_one_core(name: str, app: str = "server:app", **env: str) -> dict[str, object]:
-    """Arguments of `start` for a server on one core, without an access log (its cost is the same for both)."""
-    return {"mode": Mode(name, f"uvicorn {app} --no-access-log", env), "cpus": {SERVER_CPU}}
+@contextlib.contextmanager
+def serving(name: str, users: int, app: str = "server:app", **env: str) -> Iterator[Callable[[float], float]]:
+    """A server on one core, without an access log, as a function: requests per second in a duration."""
+    with start(Mode(name, f"uvicorn {app} --no-access-log", env), cpus={SERVER_CPU}) as server:
+        yield lambda duration_s: measure(server, users, duration_s)[0]
 
 
-def overhead(rounds: int, duration_s: float) -> list[dict[str, object]]:
+Rates = dict[str, list[float]]
+
+
+def side_by_side(measures: dict[str, Callable[[float], float]], rounds: int, duration_s: float) -> Rates:
+    """Measure each in turn, for a short time, again and again: a neighbour's noise meets all of them alike."""
+    for measure_rate in measures.values():
+        measure_rate(duration_s)  # warm
+    rates: Rates = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, measure_rate in measures.items():
+            rates[name].append(measure_rate(duration_s))
+    return rates
+
+
+def row(what: str, rates: Rates, measured: str, against: str) -> dict[str, str]:
+    """Medians of the rates, and of the rounds' ratios with their quartiles."""
+    ratios = [one / other for one, other in zip(rates[measured], rates[against])]
+    low, middle, high = statistics.quantiles(ratios) if len(ratios) > 1 else ratios * 3
+    return {
+        "what": what,
+        "measured": f"{statistics.median(rates[measured]):,.0f}",
+        "against": f"{statistics.median(rates[against]):,.0f} {against}",
+        "ratio": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+    }
+
+
+def overhead(rounds: int, duration_s: float) -> list[dict[str, str]]:
     """Requests per second of the server around an instant model, against a bare handler."""
-    rates: dict[str, list[float]] = {"bare": [], "batch 1": [], "batch 32": []}
-    for _ in range(rounds):
-        for name in rates:
-            app = "loadtests.bench_apps:" + ("bare" if name == "bare" else "instant")
-            with start(
-                **on_one_core(name, app, BATCH_SIZE=name.split()[-1] if name != "bare" else "1")
-            ) as server:  # type: ignore[arg-type]
-                rates[name].append(measure(server, 32, duration_s)[0])
-    bare = statistics.median(rates["bare"])
-    return [
-        {
-            "what": f"requests/s, instant model, {name}",
-            "measured": f"{statistics.median(found):,.0f}",
-            "against": f"{bare:,.0f} bare Starlette",
-            "ratio": f"{statistics.median(found) / bare:.2f}",
-        }
-        for name, found in rates.items()
-        if name != "bare"
-    ]
+    instant, names = "loadtests.bench_apps:instant", ("batch 1", "batch 32")
+    with (
+        serving("bare", 32, "loadtests.bench_apps:bare") as bare,
+        serving("batch 1", 32, instant, BATCH_SIZE="1") as batch_1,
+        serving("batch 32", 32, instant, BATCH_SIZE="32") as batch_32,
+    ):
+        measures = {"bare Starlette": bare, "batch 1": batch_1, "batch 32": batch_32}
+        rates = side_by_side(measures, rounds, duration_s)
+    return [row(f"requests/s, instant model, {name}", rates, name, "bare Starlette") for name in names]
 
 
-def saturated(rounds: int, duration_s: float) -> list[dict[str, object]]:
-    """Texts per second over HTTP against a bare loop around the same model; /health beside it."""
-    over_http, bare = [], []
-    for _ in range(rounds):
-        bare.append(in_process(bare_loop, 32, duration_s))
-        with start(**on_one_core("batch", BATCH_SIZE="32")) as server:  # type: ignore[arg-type]
-            over_http.append(measure(server, 96, duration_s)[0])
-    return [
-        {
-            "what": "texts/s over HTTP, batch 32",
-            "measured": f"{statistics.median(over_http):,.0f}",
-            "against": f"{statistics.median(bare):,.0f} in a bare loop",
-            "ratio": f"{statistics.median(over_http) / statistics.median(bare):.2f}",
-        }
-    ]
+def saturated(rounds: int, duration_s: float) -> list[dict[str, str]]:
+    """Texts per second over HTTP against a bare loop around the same model."""
+    with calling_the_model(32) as bare, serving("batch", 96, BATCH_SIZE="32") as over_http:
+        rates = side_by_side({"in a bare loop": bare, "over HTTP": over_http}, rounds, duration_s)
+    return [row("texts/s over HTTP, batch 32", rates, "over HTTP", "in a bare loop")]
 
 
-def health_under_load(duration_s: float) -> list[dict[str, object]]:
+def health_under_load(duration_s: float) -> list[dict[str, str]]:
     """p99 of /health while 32 users keep the model busy with batches."""
     rows = []
     for mode in ("thread", "inline"):
@@ -175,7 +197,7 @@ def health_under_load(duration_s: float) -> list[dict[str, object]]:
             rows.append(
                 {
                     "what": f"/health p99 while saturated, {mode}",
-                    "measured": f"{p99_ms:.1f} ms",
+                    "measured": f"{p99_ms:,.1f} ms",
                     "against": f"{call_ms:.0f} ms a model call",
                     "ratio": f"{p99_ms / call_ms:.2f}",
                 }
@@ -183,7 +205,7 @@ def health_under_load(duration_s: float) -> list[dict[str, object]]:
     return rows
 
 
-def markdown(rows: list[dict[str, object]]) -> str:
+def markdown(rows: list[dict[str, str]]) -> str:
     """A Markdown table of rows with the same keys."""
     table = pd.DataFrame(rows)
     lines = [list(table.columns), ["---"] * len(table.columns), *table.values.tolist()]
@@ -196,13 +218,8 @@ def main() -> None:
         "--quick", action="store_true", help="one short round: shows that it runs, measures nothing"
     )
     quick = parser.parse_args().quick
-    rounds, duration_s = (1, 1.0) if quick else (3, 4.0)
-    rows = (
-        overhead(rounds, duration_s)
-        + saturated(rounds, duration_s)
-        + health_under_load(max(4.0, duration_s * 2))
-    )
-    print(markdown(rows))
+    rounds = 1 if quick else 15
+    print(markdown(overhead(rounds, 1.0) + saturated(rounds, 2.0) + health_under_load(4.0 if quick else 8.0)))
 
 
 if __name__ == "__main__":

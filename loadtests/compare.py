@@ -311,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         report.write(options.out)
         return 0
 
-    scale = 0.35 if options.quick else 1.0
+    scale = 0.2 if options.quick else 1.0
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in options.scenarios]
     visits = list(order(options.modes, options.repeats or (1 if options.quick else 3)))
     server_cpus, client_cpus = cores(options.server_cores)

@@ -15,6 +15,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,8 +83,9 @@ def measure(
 
 def measure_on(cpus: set[int] | None, settings: Settings, **options: Any) -> pd.DataFrame:
     """`measure` in a process of its own, on `cpus` only."""
-    with multiprocessing.get_context("spawn").Pool(1, _pin, (cpus,)) as pool:
-        return pool.apply(measure, (settings,), options)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, _pin, (cpus,)) as pool:
+        return pool.submit(measure, settings, **options).result()
 
 
 def _pin(cpus: set[int] | None) -> None:
