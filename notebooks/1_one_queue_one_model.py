@@ -74,8 +74,6 @@ from recipe import recipe_broken, recipe_fixed
 
 print(inspect.getsource(recipe_broken.endpoint))
 print(inspect.getsource(recipe_broken.model_loop))
-
-# %%
 broken = serve_recipe("recipe_broken")
 [guess["token_str"] for guess in ask(broken).json]
 
@@ -86,8 +84,6 @@ broken = serve_recipe("recipe_broken")
 # %%
 print(inspect.getsource(recipe_fixed.endpoint))
 print(inspect.getsource(recipe_fixed.lifespan))
-
-# %%
 fixed = serve_recipe("recipe_fixed")
 [guess["token_str"] for guess in ask(fixed).json]
 
@@ -167,8 +163,6 @@ print(f"404 after {blocked_ms:.0f} ms from the recipe, {free_ms:.0f} ms from its
 # %%
 bad, good = ask(broken, "no mask here", patience_s=1), ask(broken, patience_s=1)
 print("recipe: bad text", bad.status or "no reply", "· good text", good.status or "no reply")
-
-# %%
 bad_fixed, good_fixed = ask(fixed, "no mask here"), ask(fixed)
 print("fixed:  bad text", bad_fixed.status, bad_fixed.body, "· good text", good_fixed.status)
 
@@ -260,9 +254,6 @@ with picture(
 # %%
 thread_copy_mb = (in_threads[-1] - in_threads[0]) / (counts[-1] - 1)
 process_copy_mb = (in_processes[-1] - in_processes[0]) / (counts[-1] - 1)
-print(f"a further copy: {thread_copy_mb:.0f} MB in a thread, {process_copy_mb:.0f} MB in a process")
-
-# %%
 claim(
     "One copy of the model saves RAM",
     f"{weights_mb:.0f} MB of weights; a second copy takes {thread_copy_mb:.0f} MB in a thread of the same process and"
@@ -301,7 +292,6 @@ own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 kept_mb = sum(size for pointer, size in kept.items() if pointer not in own) / 1e6
 
 
-# %%
 def without_grad():
     with torch.no_grad():
         return model(**batch)
@@ -311,11 +301,7 @@ with_s, without_s = (
     seconds_a_call(lambda: model(**batch), quick(5, 15)),
     seconds_a_call(without_grad, quick(5, 15)),
 )
-print(f"kept for nothing: {kept_mb:.0f} MB beside {weights_mb:.0f} MB of weights")
-print(f"speed without gradients: {with_s / without_s:.2f} times")
 print("what a pipeline calls its model in:", pipe.get_inference_context().__name__)
-
-# %%
 claim(
     "no_grad halves the memory and doubles the speed",
     f"16 texts keep {kept_mb:.0f} MB for a backward pass, beside {weights_mb:.0f} MB of weights; without, a call is"

@@ -43,11 +43,9 @@ from workers.settings import Settings
 # Measure both for this model: the stock pipeline, and the fast path that this server uses. (`planner` is in `loadtests`.)
 
 # %%
-seconds = quick(3, 10)
+options = {"kinds": ("short", "mixed"), "sizes": quick((1, 8, 32), planner.SIZES), "budget_s": quick(1.5, 10)}
 timings = {
-    name: planner.measure_on(
-        SERVER_CORES, Settings(TORCH_THREADS=1, FAST=fast), kinds=("short", "mixed"), budget_s=seconds
-    )
+    name: planner.measure_on(SERVER_CORES, Settings(TORCH_THREADS=1, FAST=fast), **options)
     for name, fast in (("stock", False), ("fast", True))
 }
 laws = {name: planner.fit(df[df.kind == "short"]) for name, df in timings.items()}
@@ -82,7 +80,7 @@ with picture("The cost law", "texts in the call", "time of the call, ms") as ax:
 # %%
 law = laws["fast"]
 singly, batched = serve_all({}, {"BATCH_SIZE": 32}, cores=SERVER_CORES)
-found = {1: capacity(singly, quick(3, 8), users=64), 32: capacity(batched, quick(3, 8), users=64)}
+found = {1: capacity(singly, quick(1.5, 8), users=64), 32: capacity(batched, quick(1.5, 8), users=64)}
 for n, per_s in found.items():
     print(
         f"batches of {n:2}: {planner.predict_capacity(law, n):4.0f} texts/s predicted, {per_s:4.0f} measured"
@@ -142,7 +140,7 @@ planned = {
 (waiting,) = serve_all({"BATCH_SIZE": 32, "BATCH_WINDOW_MS": 10}, cores=SERVER_CORES)
 servers = {"no batching": singly, "no window": batched, "window 10 ms": waiting}
 measured = {
-    (name, at): load(server, "open", rate_per_s=loads[at], duration_s=quick(4, 20), limit_s=20).latency_ms
+    (name, at): load(server, "open", rate_per_s=loads[at], duration_s=quick(2, 20), limit_s=20).latency_ms
     for name, server in servers.items()
     for at in ("low", "middle")
 }

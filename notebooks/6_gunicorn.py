@@ -64,12 +64,12 @@ users = 32
 def saturate(mode, **settings):
     """Its memory, its texts a second with 32 users, and the largest batch that anybody was in."""
     server = serve(mode, cores=None, **settings)
-    load(server, "closed", users=users, duration_s=1)  # warm
+    load(server, "closed", users=users, duration_s=quick(0.3, 1))  # warm
     memory_mb = server.memory_mb()
-    df = load(server, "closed", users=users, duration_s=quick(3, 8), limit_s=20)
+    df = load(server, "closed", users=users, duration_s=quick(1.5, 8), limit_s=20)
     stop(server)
     right = df[df.outcome == "200"]
-    return {"MB": memory_mb, "per_s": len(right) / quick(3, 8), "batch": int(right.batch_size.max())}
+    return {"MB": memory_mb, "per_s": len(right) / quick(1.5, 8), "batch": int(right.batch_size.max())}
 
 
 found = {name: saturate(name, BATCH_SIZE=1 if name == "sync-2" else 32) for name in names}
@@ -81,7 +81,7 @@ COPIES = {"sync-2": 2, "gthread-2x4": 2, "uvicorn-2": 2}
 one_mb = found["batch"]["MB"]
 top = 1.15 * max(row["per_s"] for row in found.values())
 with picture(
-    "Memory against throughput", "memory, MB", "texts/s, 32 users", xlim=(0, None), ylim=(0, None)
+    "Memory against throughput", "memory, MB", "texts/s, 32 users", xlim=(0, None), ylim=(0, top)
 ) as ax:
     for copies, style in ((1, "-"), (2, "--")):
         ax.axvline(copies * one_mb, color="black", linestyle=style, label=f"predicted: {copies} × one")
@@ -157,7 +157,8 @@ with picture(
     line(ax, numbers, [min(k, cores) / min(numbers[0], cores) for k in numbers], "texts/s, predicted")
     dots(ax, numbers, [workers[k]["per_s"] / least["per_s"] for k in numbers], "texts/s, measured")
     line(ax, numbers, [k / numbers[0] for k in numbers], "memory, predicted", GREY, linestyle="--")
-    dots(ax, numbers, [workers[k]["MB"] / least["MB"] for k in numbers], "memory, measured", ORANGE)
+    memory = [workers[k]["MB"] / least["MB"] for k in numbers]
+    ax.plot(numbers, memory, "s", color=ORANGE, fillstyle="none", markersize=12, label="memory, measured")
 
 # %%
 most = workers[numbers[-1]]
@@ -210,13 +211,13 @@ claim(
 # call of about 8 s? And with the model in a thread?
 
 # %%
-long = planner.measure_on({CORES[0]}, Settings(TORCH_THREADS=1), kinds=("long",), sizes=(32,), budget_s=2)
-seconds_per_long_text = long.seconds.median() / 32
+long = planner.measure_on({CORES[0]}, Settings(TORCH_THREADS=1), kinds=("long",), sizes=(8,), budget_s=2)
+seconds_per_long_text = long.seconds.median() / 8
 short = Mode("timeout-4", "gunicorn -c workers/uvicorn.conf.py --workers 1 --timeout 4")
 fates, killed, burst = {}, {}, 0
 for place in ("thread", "inline"):
     server = serve(short, OFFLOAD=place, BATCH_SIZE=512, BATCH_WINDOW_MS=1000, MAX_QUEUE=1000, DEADLINE_S=60)
-    burst = min(burst or int(8 / seconds_per_long_text), 500)
+    burst = min(burst or int(quick(6, 8) / seconds_per_long_text), 500)
     df = load(server, "slow", duration_s=1, burst=burst, burst_every_s=5, limit_s=30, timeout_s=30)
     fates[place] = df.outcome.value_counts().to_dict()
     killed[place] = "WORKER TIMEOUT" in server.log()

@@ -45,7 +45,7 @@ def execute(script: Path, *, quick: bool) -> nbformat.NotebookNode:
     return notebook
 
 
-def report_slow(cell: nbformat.NotebookNode, limit_s: float = 5.0) -> None:
+def report_slow(cell: nbformat.NotebookNode, limit_s: float = 2.0) -> None:
     """Print where a lesson's time goes, from what nbclient notes on the cell."""
     if noted := cell.metadata.get("execution"):
         start, end = (
@@ -93,14 +93,17 @@ def ledger() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("lessons", nargs="*", help="their numbers; all when none is given")
-    parser.add_argument("--quick", action="store_true", help="short experiments: shows that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="short experiments: shows that it runs, stores nothing"
+    )
     arguments = parser.parse_args()
     for script in LESSONS:
         if arguments.lessons and script.stem.split("_")[0] not in arguments.lessons:
             continue
         began = time.monotonic()
         notebook = execute(script, quick=arguments.quick)
-        nbformat.write(notebook, script.with_suffix(".ipynb"))
+        if not arguments.quick:
+            nbformat.write(notebook, script.with_suffix(".ipynb"))
         print(f"{script.stem}: {time.monotonic() - began:.0f} s", flush=True)
     (HERE / "claims.md").write_text(ledger())
 
