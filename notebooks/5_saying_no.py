@@ -178,8 +178,8 @@ claim(
 patient, careful = serve_all(
     {"MAX_QUEUE": 10**6, "DEADLINE_S": 600}, {"DEADLINE_S": LIMIT_S}, cores=SERVER_CORES
 )
-mu = capacity(careful, quick(2, 6), texts="long", users=8)
-seconds = quick(4, 15)
+mu = capacity(careful, quick(3, 6), texts="long", users=8)
+seconds = quick(7, 15)
 options = {"rate_per_s": 2 * mu, "duration_s": seconds, "texts": "long", "limit_s": LIMIT_S}
 real = {
     name: load(server, "open", **options) for name, server in (("patient", patient), ("careful", careful))
