@@ -239,12 +239,15 @@ with picture("Who is refused asks again", "time, s", "requests sent in half a se
     for honour, color, name in ((1, BLUE, "wait for Retry-After"), (0, ORANGE, "again after 50 ms")):
         dots(ax, bins[:-1], np.histogram(storms[honour].sent_s, bins)[0], name, color)
     ax.set_ylim(0, None)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
 
 # %% [markdown]
-# The impatient send several times as many requests and get no more answers; they only make the server busy with noes.
-# `Retry-After` turns the storm into a second wave that is spread out. It is computed from the work ahead and the measured
-# speed, so it is true when it is given. *Where it fails:* if all are told the same second, they come back in the same
-# second. Clients should add a random bit.
+# The impatient spend their five questions within a quarter of a second: a burst of noes at once, more requests in all, and
+# fewer of them get an answer. Those who wait come back later: as long as the overload lasts, the blue dots climb too, and
+# when it ends, the server still has somebody to answer. `Retry-After` turns the storm into a second wave that is spread
+# out. It is computed from the work ahead and the measured speed, so it is true when it is given. *Where it fails:* it moves
+# an overload, it doesn't remove it; and if all are told the same second, they come back in the same second. Clients
+# should add a random bit.
 
 # %% [markdown]
 # ## The poison text
