@@ -4,7 +4,7 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx2
@@ -13,6 +13,7 @@ import pytest
 import server
 from loadtests.modes import ROOT, free_port
 from workers import offload, service
+from workers.loop import STOPPING
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import Settings
@@ -110,6 +111,42 @@ def test_a_model_call_that_hangs_turns_health_to_503_with_the_reason_until_it_re
         await eventually(client, "/health", 200)
 
     with_app(Settings(HANG_S=0.2), scenario)
+
+
+def test_whoever_sends_a_body_after_the_stop_is_refused_without_waiting_for_the_body(
+    gated: type[Gated],
+) -> None:
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"a "
+        await asyncio.Event().wait()
+
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        service.stop()
+        async with asyncio.timeout(60):
+            reply = await client.post("/", content=stalled())
+        assert (reply.status_code, reply.json()) == (503, {"error": STOPPING})
+
+    with_app(Settings(BODY_TIMEOUT_S=3600), scenario)
+
+
+def test_nothing_is_kept_of_a_request_that_has_ended(gated: type[Gated]) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        gated.loads.set()
+        await eventually(client, "/ready", 200)
+        waiting = asyncio.create_task(client.post("/", content="a text"))
+        while not service.clients.waiting:
+            await asyncio.sleep(0)
+        service.clients.sweep()
+        service.clients.sweep()  # from the second on its client is watched
+        assert service.clients.watching
+        gated.calls.set()
+        assert (await waiting).status_code == 200
+        clients, loop = service.clients, service.loop
+        service.clients.sweep()
+        assert not (clients.reading or clients.waiting or clients.seen or clients.watching)
+        assert not (loop.live or loop.running or loop.queue.qsize() or loop.queue.size or loop.calls)
+
+    with_app(Settings(), scenario)
 
 
 def test_a_bug_in_the_loop_answers_whoever_waits_and_ends_the_process_with_a_code() -> None:
