@@ -35,7 +35,7 @@ async def fill_mask(request: Request) -> Response:
     service.loop.admit(1, settings.DEADLINE_S)  # refuse before any work goes into what is refused
     assert service.check  # or the loop would have refused: no model yet
     query = service.check(contract.parse(body, request.headers, settings))
-    budget_s = contract.client_budget_s(request.headers, settings.DEADLINE_S)
+    budget_s = contract.client_budget_s(request.headers)
     answer = await service.clients.wait(
         request, service.loop.submit(query, size=len(query.ids), budget_s=budget_s)
     )

@@ -256,7 +256,7 @@ def test_both_content_length_and_transfer_encoding_are_refused(server: Server) -
         connection.sendall(
             request("POST", "/", body, Content_Length=str(len(body)), Transfer_Encoding="chunked")
         )
-        assert hear(connection).status == 400  # mostly by the HTTP parser, in its own words
+        assert hear(connection).status == 400  # by the HTTP parser, in its own words
         assert connection.recv(1) == b"", "the smuggled request must not be answered"
 
 

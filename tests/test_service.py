@@ -1,10 +1,13 @@
 """What the server says of itself while it loads, when its model hangs, and when its own loop fails."""
 
 import asyncio
+import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import httpx2
@@ -15,6 +18,7 @@ from loadtests.modes import ROOT, free_port
 from workers import offload, service
 from workers.loop import STOPPING
 from workers.metrics import Metrics
+from workers.model import Query
 from workers.service import Service
 from workers.settings import Settings
 
@@ -44,7 +48,7 @@ def gated(monkeypatch: pytest.MonkeyPatch) -> type[Gated]:
 
 
 def with_app(settings: Settings, scenario: Callable[[httpx2.AsyncClient, Service], Awaitable[None]]) -> None:
-    """Run `scenario` against the app on an event loop in a thread: only the main one may take the signals."""
+    """Run `scenario` against the app."""
 
     async def run() -> None:
         async with Service(settings, Metrics()).running() as running:
@@ -56,15 +60,20 @@ def with_app(settings: Settings, scenario: Callable[[httpx2.AsyncClient, Service
             async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
                 await scenario(client, running)
 
+    in_thread(run)
+
+
+def in_thread(run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run it on an event loop in a thread: only the main one may take the signals."""
     failures: list[BaseException] = []
 
-    def in_thread() -> None:
+    def target() -> None:
         try:
             asyncio.run(run())
         except BaseException as exc:
             failures.append(exc)
 
-    thread = threading.Thread(target=in_thread)
+    thread = threading.Thread(target=target)
     thread.start()
     thread.join(120)
     if failures:
@@ -147,6 +156,51 @@ def test_nothing_is_kept_of_a_request_that_has_ended(gated: type[Gated]) -> None
         assert not (loop.live or loop.running or loop.queue.qsize() or loop.queue.size or loop.calls)
 
     with_app(Settings(), scenario)
+
+
+def test_a_service_that_ends_without_a_signal_answers_what_it_has_admitted(gated: type[Gated]) -> None:
+    async def run() -> None:
+        gated.loads.set()
+        async with Service(Settings(), Metrics()).running() as service:
+            await service.loaded.wait()
+            job = asyncio.create_task(service.loop.submit(Query("a text")))
+            while not service.loop.running:
+                await asyncio.sleep(0)
+            asyncio.get_running_loop().call_soon(gated.calls.set)
+        assert job.done() and (await job).value == "a text"
+
+    in_thread(run)
+
+
+def test_a_call_that_holds_the_event_loop_does_not_hold_the_exit_longer_than_the_grace_time() -> None:
+    port = free_port()
+    program = f"""
+import time, uvicorn, server
+from workers import offload, service
+class Hangs:
+    description = "hangs"
+    def __init__(self, *args): pass
+    def __call__(self, queries):
+        print("called", flush=True)
+        time.sleep(3600)
+offload.Model = Hangs
+service.InputCheck = lambda settings: lambda query: query
+uvicorn.run(server.app, port={port}, access_log=False)
+"""
+    env = {**os.environ, "OFFLOAD": "inline", "GRACE_S": "1"}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
+        with httpx2.Client(transport=httpx2.HTTPTransport(retries=100)) as client:
+            while client.get(f"http://127.0.0.1:{port}/ready").status_code != 200:
+                assert process.poll() is None
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"POST / HTTP/1.1\r\nHost: server\r\nContent-Length: 6\r\n\r\na text")
+            assert process.stdout and process.stdout.readline() == "called\n"
+            process.terminate()
+            try:
+                assert process.wait(60) == -signal.SIGALRM
+            finally:
+                process.kill()
 
 
 def test_a_bug_in_the_loop_answers_whoever_waits_and_ends_the_process_with_a_code() -> None:

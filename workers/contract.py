@@ -1,6 +1,7 @@
 """What HTTP says: reads a request into a query, or refuses it with a sentence; gives every error its status and form."""
 
 import json
+import math
 import random
 import re
 from collections.abc import Awaitable
@@ -90,12 +91,11 @@ def is_list_of_words(value: Any, most: int) -> bool:
     )
 
 
-def client_budget_s(headers: Headers, default_s: float) -> float:
-    """Return the seconds that `Prefer: wait=SECONDS` (RFC 7240) allows; it shortens the default, never lengthens it."""
-    if preferences := headers.getlist("prefer"):
-        wait = re.search(r'(?:^|[,\s])wait\s*=\s*"?(\d{1,9})\b', ",".join(preferences), re.IGNORECASE)
-        return min(float(wait[1]), default_s) if wait else default_s
-    return default_s
+def client_budget_s(headers: Headers) -> float:
+    """Return the seconds that `Prefer: wait=SECONDS` (RFC 7240) allows, infinity where it says nothing."""
+    preferences = ",".join(headers.getlist("prefer"))
+    wait = re.search(r'(?:^|[,\s])wait\s*=\s*"?(\d{1,9})\b', preferences, re.IGNORECASE)
+    return float(wait[1]) if wait else math.inf
 
 
 async def error_reply(request: Request, exc: Exception) -> JSONResponse:
@@ -130,7 +130,7 @@ ERROR_HANDLERS: dict[Any, Any] = {
 
 
 class Envelope:
-    """Around every request: refuses what a proxy might read otherwise, gives it an id, counts the model's by status."""
+    """Around every request: refuses over-long headers, gives it an id, counts the model's by status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
@@ -153,8 +153,6 @@ class Envelope:
             return send(message)
 
         app: ASGIApp = self.app
-        if b"transfer-encoding" in headers and b"content-length" in headers:
-            app = JSONResponse({"error": "send Content-Length or Transfer-Encoding, not both"}, 400, CLOSE)
-        elif sum(map(len, chain.from_iterable(scope["headers"]))) > MAX_HEADER_BYTES:
+        if sum(map(len, chain.from_iterable(scope["headers"]))) > MAX_HEADER_BYTES:
             app = JSONResponse({"error": f"send at most {MAX_HEADER_BYTES} bytes of headers"}, 431, CLOSE)
         await app(scope, receive, send_with_id)

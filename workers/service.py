@@ -119,7 +119,8 @@ class Service:
             previous = signal.getsignal(signum)
 
             def handler(number: int, frame: FrameType | None) -> None:
-                # The kernel's clock: ends the process even while a C call holds the interpreter.
+                # The kernel's clock: ends the process even while a call holds the event loop. (One that holds the whole
+                # interpreter holds this handler, too: there only the supervisor's SIGKILL helps.)
                 signal.alarm(math.ceil(self.settings.GRACE_S))
                 self.event_loop.call_soon_threadsafe(self.stop)
                 if callable(previous):
