@@ -1,5 +1,6 @@
-"""Two apps for bench.py: a bare Starlette handler, and the real server with a model and input check that cost nothing."""
+"""For bench.py and planner.py: a bare Starlette handler, and the real server with a model that costs nothing."""
 
+import importlib
 import json
 from typing import Any
 
@@ -41,12 +42,16 @@ async def is_ready(request: Request) -> JSONResponse:
 bare = Starlette(routes=[Route("/", echo, methods=["POST"]), Route("/ready", is_ready)])
 
 
-def __getattr__(name: str) -> Starlette:
-    """`instant`: made only when asked for, because making it replaces the model."""
-    if name != "instant":
+def __getattr__(name: str) -> Any:
+    """Made only when asked for, because making them replaces the model.
+
+    instant        the server with a model and an input check that cost nothing
+    checked        the server with a model that costs nothing
+    checked_wsgi   the same for Gunicorn's sync and gthread workers
+    """
+    if name not in ("instant", "checked", "checked_wsgi"):
         raise AttributeError(name)
     offload.Model = Instant  # type: ignore[assignment, misc]
-    service.InputCheck = lambda settings: lambda query: query._replace(ids=(1, 2, 3))  # type: ignore[assignment, misc]
-    import server
-
-    return server.app
+    if name == "instant":
+        service.InputCheck = lambda settings: lambda query: query._replace(ids=(1, 2, 3))  # type: ignore[assignment, misc]
+    return importlib.import_module("workers.wsgi" if name == "checked_wsgi" else "server").app

@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ SCENARIOS = (
     Scenario("own 10 x", 2.0, 10.0),
     Scenario("spike", 4.3, 0.5, kind="spike"),
 )
+PREDICTED_SCENARIOS = ("own 50 %", "own 80 %", "own 2 x")
 WARM_UP_S, CAPACITY_S, SPIKE_S = 0.8, 3.0, 1.0
 BESIDE_S = 10.0  # start, stop and drains of one visit
 
@@ -69,6 +70,7 @@ class Comparison:
     scenarios: list[Scenario]
     server_cpus: set[int]
     locust: drive.Generator
+    foresight: "Foresight"
     common_per_s: float
     device: str
     scale: float  # of the durations
@@ -98,11 +100,16 @@ class Comparison:
             settle(server)
             self.load(server, "closed", users=16, duration_s=WARM_UP_S * self.scale)
             capacity = self.capacity(server, note, repeat)
+            setting = self.foresight.setting(mode) if mode.name in PREDICTED else None
+            if setting:
+                note("cost law", **vars(setting.cost), overhead_s=setting.overhead_s)
+                note("capacity", predicted_per_s=setting.capacity_per_s)
             for scenario in self.scenarios:
                 per_s = capacity if scenario.of == "own" else self.common_per_s
-                self.open_loop(
-                    server, scenario, max(1.0, min(scenario.load * per_s, MOST_PER_S)), note, repeat
-                )
+                rate_per_s = max(1.0, min(scenario.load * per_s, MOST_PER_S))
+                df = self.open_loop(server, scenario, rate_per_s, note, repeat)
+                if setting and scenario.name in PREDICTED_SCENARIOS:
+                    note(scenario.name, **predict(setting, df))
             note("start", copies=count_copies(server))
         note("start", visit_s=time.monotonic() - began)
 
@@ -140,8 +147,8 @@ class Comparison:
 
     def open_loop(
         self, server: Server, scenario: Scenario, rate_per_s: float, note: Callable[..., None], repeat: int
-    ) -> None:
-        """Run one scenario and note what became of its requests."""
+    ) -> pd.DataFrame:
+        """Run one scenario and note what became of its requests; return those to the model."""
         options: dict[str, Any] = {"health_per_s": HEALTH_PER_S} if scenario.health else {}
         if scenario.kind == "spike":
             options |= {"spike_x": SPIKE_X, "spike_s": SPIKE_S}
@@ -152,7 +159,7 @@ class Comparison:
         if scenario.kind == "spike":
             recovery = drive.recovery_s(df, LIMIT_S, SPIKE_S)
             note("spike", recovery_s=recovery, **counts(df))
-            return
+            return df
         found = drive.summary(df, LIMIT_S)
         model = df[df["kind"] == "model"]
         # For a client a refusal or a late answer is no better than the limit itself.
@@ -166,6 +173,7 @@ class Comparison:
         if scenario.health:
             health = df[df["kind"] == "health"]
             note(scenario.name, health_p99_ms=float(health["latency_ms"].quantile(0.99)))
+        return model
 
 
 def counts(df: pd.DataFrame) -> dict[str, float]:
@@ -209,59 +217,52 @@ def count_copies(server: Server) -> float:
 
 # --- the planner's prediction -----------------------------------------------------------------------------------------
 
-# The modes that are one ModelLoop; on one core it does not matter where it computes.
+# The modes that are one ModelLoop, with its batch size; on one core it does not matter where it computes.
 PREDICTED = {
-    "inline": {"batch_size": 1},
-    "thread": {"batch_size": 1},
-    "process": {"batch_size": 1},
-    "batch": {"batch_size": 32},
-    "inline-stock": {"batch_size": 1, "stock": True},
-    "batch-stock": {"batch_size": 32, "stock": True},
-    "gthread-1x8": {"batch_size": 4},  # the batch that runs and the one that gathers share 8 threads
-    "asgi": {"batch_size": 1},
+    "inline": 1,
+    "inline-stock": 1,
+    "thread": 1,
+    "process": 1,
+    "asgi": 1,
+    "batch": 32,
+    "batch-stock": 32,
+    "gthread-1x8": 4,  # the batch that runs and the one that gathers share 8 threads
 }
 
 
-def predict(
-    modes: list[str], cpus: set[int], device: str, budget_s: float
-) -> tuple[list[dict[str, Any]], float]:
-    """Rows like the measured ones (repeat -1), from the cost of the bare model; and the common capacity."""
-    settings = Settings(DEVICE=device, TORCH_THREADS=0 if len(cpus) > 1 else 1)
-    overhead_s = planner.measure_overhead(cpus, duration_s=min(2.0, budget_s))
-    stock = {bool(PREDICTED[mode].get("stock")) for mode in modes if mode in PREDICTED} | {False}
-    laws = {}
-    for is_stock in sorted(stock):
-        settings_of = Settings(**vars(settings) | {"FAST": not is_stock})
-        laws[is_stock] = planner.fit(
-            planner.measure_on(cpus, settings_of, kinds=["short"], budget_s=budget_s)
-        )
-    rows: list[dict[str, Any]] = [
-        {
-            "mode": f"cost law{' stock' * is_stock}",
-            "repeat": -1,
-            "scenario": "law",
-            "metric": name,
-            "value": value,
-        }
-        for is_stock, law in laws.items()
-        for name, value in {**vars(law), "overhead_s": overhead_s}.items()
-    ]
-    for mode in modes:
-        if mode not in PREDICTED:
-            continue
-        setting = planner.Setting(
-            laws[bool(PREDICTED[mode].get("stock"))], overhead_s, int(PREDICTED[mode]["batch_size"])
-        )
-        found: dict[tuple[str, str], float] = {("capacity", "per_s"): setting.capacity_per_s}
-        for scenario, load in (("own 50 %", 0.5), ("own 80 %", 0.8), ("own 2 x", 2.0)):
-            summary = setting.summary(load * setting.capacity_per_s, LIMIT_S, 20.0)
-            for metric in ("offered_per_s", "goodput_per_s", "p50_ms", "p99_ms"):
-                found[scenario, metric] = float(summary[metric])
-        rows += [
-            {"mode": mode, "repeat": -1, "scenario": scenario, "metric": metric, "value": value}
-            for (scenario, metric), value in found.items()
-        ]
-    return rows, planner.predict_capacity(laws[False], overhead_s=overhead_s)
+@dataclass
+class Foresight:
+    """What the planner needs to know to predict a visit.
+
+    It times the bare model on the server's core beside each visit: the machine's speed drifts by more than the planner errs.
+    """
+
+    measure: Callable[..., pd.DataFrame]  # see planner.measuring_on
+    settings: Settings
+    overheads_s: dict[str, float]
+    budget_s: float
+
+    def setting(self, mode: Mode) -> planner.Setting:
+        """What the model costs now, and what a request of this mode costs besides."""
+        settings = replace(self.settings, FAST=mode.env.get("FAST") != "0")
+        batch_size = PREDICTED[mode.name]
+        sizes = [size for size in planner.SIZES if size <= batch_size]
+        df = self.measure(settings, kinds=["short"], sizes=sizes, budget_s=self.budget_s)
+        return planner.Setting(planner.fit(df), self.overheads_s[mode.name], batch_size)
+
+
+def predict(setting: planner.Setting, df: pd.DataFrame) -> dict[str, float]:
+    """What becomes of the requests of a run: the planner is told when they came, and nothing else."""
+    simulated = planner.simulate(
+        setting.cost,
+        batch_size=setting.batch_size,
+        deadline_s=LIMIT_S,
+        duration_s=df.attrs["duration_s"],
+        arrivals_s=df["due_s"],
+        overhead_s=setting.overhead_s,
+    )
+    found = drive.summary(simulated, LIMIT_S)
+    return {f"predicted_{name}": float(found[name]) for name in ("goodput_per_s", "p50_ms", "p99_ms")}
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def cores(server_cores: int) -> tuple[set[int], set[int]]:
 def predicted_minutes(visits: int, scenarios: list[Scenario], scale: float) -> float:
     """How long it will take."""
     loads_s = WARM_UP_S + CAPACITY_S + sum(scenario.seconds for scenario in scenarios)
-    return (visits * (scale * loads_s + BESIDE_S) + 30) / 60
+    return (visits * (scale * loads_s + BESIDE_S) + 60) / 60
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -321,17 +322,30 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{len(visits)} visits, about {predicted_minutes(len(visits), scenarios, scale):.0f} minutes; {pinning}"
     )
-    rows, common_per_s = predict(options.modes, server_cpus, options.device, 1.0 if options.quick else 6.0)
     about = machine.describe() | {
         "device": options.device,
         "pinning": pinning,
         "limit_s": LIMIT_S,
         "scale": scale,
+        "most_per_s": MOST_PER_S,
+        "failed": [],
     }
-    about |= {"most_per_s": MOST_PER_S}
-    about |= {"common_per_s": round(common_per_s, 1), "failed": []}
-    with drive.generator(client_cpus) as locust:
-        comparison = Comparison(scenarios, server_cpus, locust, common_per_s, options.device, scale, rows)
+    budget_s = 0.5 if options.quick else 2.0
+    settings = Settings(DEVICE=options.device, TORCH_THREADS=0 if len(server_cpus) > 1 else 1)
+    overheads_s = {
+        name: planner.OVERHEAD_S
+        if options.quick
+        else planner.measure_overhead(server_cpus, budget_s, MODES[name])
+        for name in PREDICTED
+        if name in options.modes or name == "thread"
+    }
+    with planner.measuring_on(server_cpus) as measure, drive.generator(client_cpus) as locust:
+        foresight = Foresight(measure, settings, overheads_s, budget_s)
+        common_per_s = foresight.setting(MODES["thread"]).capacity_per_s
+        about |= {"common_per_s": round(common_per_s, 1)}
+        comparison = Comparison(
+            scenarios, server_cpus, locust, foresight, common_per_s, options.device, scale
+        )
         for name, repeat in (progress := tqdm(visits, unit="visit", file=sys.stderr)):
             progress.set_description(f"round {repeat + 1}: {name}")
             try:

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -60,6 +60,14 @@ MODES = {
         Mode("dirty", "gunicorn -c workers/dirty.conf.py"),
     )
 }
+
+
+def without_model(mode: Mode) -> Mode:
+    """The same mode with a model that returns at once."""
+    is_wsgi = any(worker in mode.command for worker in ("sync.conf", "gthread.conf"))
+    app = "loadtests.bench_apps:checked" + "_wsgi" * is_wsgi
+    command = mode.command.replace("server:app", app)
+    return replace(mode, command=command if app in command else f"{command} {app}")
 
 
 @dataclass

@@ -8,21 +8,24 @@ The law: a call with n texts takes a + b * n seconds. Batching can save a, never
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import math
 import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from loadtests import drive, texts
+from loadtests.modes import MODES, Mode, start, without_model
 from loadtests.rows import Row
 from workers.loop import Answer, Late, ModelLoop, Refused
 from workers.settings import Settings
@@ -61,10 +64,9 @@ def measure(
     seed: int = 0,
 ) -> pd.DataFrame:
     """Time the real model: a row (texts, kind, size_tokens, seconds) for every call, sizes and kinds taken in turn."""
-    from workers.model import InputCheck, Model, Query
+    from workers.model import Query
 
-    model = Model(replace(settings, BATCH_SIZE=max(sizes)))
-    tokens = InputCheck(settings)
+    model, check = load_model(settings)
     rng = random.Random(seed)
     streams = {kind: texts.stream(kind, rng) for kind in kinds}
     rows: list[tuple[int, str, int, float]] = []
@@ -73,19 +75,34 @@ def measure(
     for n, kind in itertools.cycle(cases):  # in turn: a slow moment of the machine hits all of them
         if len(rows) >= len(cases) and time.perf_counter() > until:
             break
-        queries = [Query(next(streams[kind]).text) for _ in range(n)]
-        size = sum(len(tokens(query).ids) for query in queries)
+        queries = [check(Query(next(streams[kind]).text)) for _ in range(n)]  # as the server has checked them
+        size = sum(len(query.ids) for query in queries)
         began = time.perf_counter()
         model(queries)
         rows.append((n, kind, size, time.perf_counter() - began))
     return pd.DataFrame(rows, columns=["texts", "kind", "size_tokens", "seconds"])
 
 
-def measure_on(cpus: set[int] | None, settings: Settings, **options: Any) -> pd.DataFrame:
-    """`measure` in a process of its own, on `cpus` only."""
+@cache
+def load_model(settings: Settings) -> tuple[Any, Any]:
+    """The model and its input check, loaded once for all measurements of a process."""
+    from workers.model import InputCheck, Model
+
+    return Model(replace(settings, BATCH_SIZE=max(SIZES))), InputCheck(settings)
+
+
+@contextlib.contextmanager
+def measuring_on(cpus: set[int] | None) -> Iterator[Callable[..., pd.DataFrame]]:
+    """`measure` in a process of its own, on `cpus` only, where the models stay loaded from one call to the next."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, _pin, (cpus,)) as pool:
-        return pool.submit(measure, settings, **options).result()
+        yield lambda settings, **options: pool.submit(measure, settings, **options).result()
+
+
+def measure_on(cpus: set[int] | None, settings: Settings, **options: Any) -> pd.DataFrame:
+    """`measure` once, in a process of its own, on `cpus` only."""
+    with measuring_on(cpus) as measure_there:
+        return measure_there(settings, **options)
 
 
 def _pin(cpus: set[int] | None) -> None:
@@ -159,13 +176,18 @@ def simulate(
     max_queue: int = 256,
     deadline_s: float = 10.0,
     instances: int = 1,
-    rate_per_s: float,
+    rate_per_s: float = 0.0,
     duration_s: float = 60.0,
+    arrivals_s: Iterable[float] | None = None,
     seed: int = 0,
     overhead_s: float = OVERHEAD_S,
 ) -> pd.DataFrame:
-    """Run the real ModelLoop under Poisson arrivals on a virtual clock; same columns as `drive.run`."""
+    """Run the real ModelLoop on a virtual clock; same columns as `drive.run`.
+
+    Requests come by a Poisson process of `rate_per_s` for `duration_s`, or at `arrivals_s` where given.
+    """
     rng = random.Random(seed)
+    arrivals_s = poisson(rng, rate_per_s, duration_s) if arrivals_s is None else arrivals_s
 
     async def model(queries: list[Any]) -> list[Any]:
         seconds = (cost.seconds(len(queries)) + overhead_s * len(queries)) * noise(rng, cost.spread)
@@ -184,12 +206,11 @@ def simulate(
         await asyncio.sleep(0)
         for n in (1, batch_size) * 4:  # a server that has just started has been warmed up too
             loop.speed.observe(n, cost.seconds(n) + overhead_s * n)
-        clock, rows, due_s = asyncio.get_running_loop(), [], rng.expovariate(rate_per_s)
-        began, requests = clock.time(), []
-        while due_s < duration_s:
+        clock, rows, requests = asyncio.get_running_loop(), [], []
+        began = clock.time()
+        for due_s in arrivals_s:
             await asyncio.sleep(began + due_s - clock.time())
             requests.append(asyncio.create_task(arrive(loop, due_s, rows)))
-            due_s += rng.expovariate(rate_per_s)
         await asyncio.gather(*requests)
         for consumer in consumers:
             consumer.cancel()
@@ -200,6 +221,14 @@ def simulate(
         df = pd.DataFrame(runner.run(traffic()), columns=Row._fields)
     df.attrs["duration_s"] = duration_s
     return df.sort_values("due_s", ignore_index=True)
+
+
+def poisson(rng: random.Random, rate_per_s: float, duration_s: float) -> Iterator[float]:
+    """When requests come that know nothing of each other."""
+    due_s = rng.expovariate(rate_per_s)
+    while due_s < duration_s:
+        yield due_s
+        due_s += rng.expovariate(rate_per_s)
 
 
 async def arrive(loop: ModelLoop, due_s: float, rows: list[Row]) -> None:
@@ -235,15 +264,21 @@ def noise(rng: random.Random, spread: float) -> float:
 # --- planning ---------------------------------------------------------------------------------------------------------
 
 
-def measure_overhead(cpus: set[int] | None = None, duration_s: float = 2.0) -> float:
-    """Processor seconds that one request costs besides the model: the real server with a model that returns at once."""
-    from loadtests.modes import Mode, start
+def measure_overhead(
+    cpus: set[int] | None = None,
+    duration_s: float = 2.0,
+    mode: Mode = MODES["thread"],
+    rate_per_s: float = 300.0,
+) -> float:
+    """Processor seconds that one request costs besides the model: the real server with a model that returns at once.
 
-    mode = Mode("instant", "uvicorn loadtests.bench_apps:instant")
-    with start(mode, cpus=cpus) as server, drive.generator() as locust:
-        locust.run(server.url, "closed", users=16, duration_s=0.5)
+    In an open loop: beside a busy model, too, a request wakes the event loop for itself alone. In a closed loop many
+    share one waking, and each seems to cost a third.
+    """
+    with start(without_model(mode), cpus=cpus) as server, drive.generator() as locust:
+        locust.run(server.url, "open", rate_per_s=rate_per_s, duration_s=0.5)
         before_s = server.cpu_s()
-        answers = len(locust.run(server.url, "closed", users=16, duration_s=duration_s))
+        answers = len(locust.run(server.url, "open", rate_per_s=rate_per_s, duration_s=duration_s))
         return (server.cpu_s() - before_s) / answers
 
 

@@ -189,5 +189,10 @@ def test_quick_comparison_of_three_modes_leaves_table_and_pictures(tmp_path: Any
     for mode in ("thread", "batch", "uvicorn-2"):
         assert values[mode, "capacity", "per_s"] > 0
         assert sum(values[mode, scenario, "n_wrong"] for scenario in ("capacity", "own 80 %", "own 2 x")) == 0
+    for mode in ("thread", "batch"):
+        assert (
+            values[mode, "capacity", "predicted_per_s"] > 0
+            and values[mode, "own 80 %", "predicted_p99_ms"] > 0
+        )
     assert values["thread", "start", "copies"] == 1 and values["uvicorn-2", "start", "copies"] == 2
     assert "/root" not in (tmp_path / "machine.json").read_text()

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from loadtests import drive, planner
+from loadtests.modes import MODES
 from loadtests.planner import CostLaw, Setting
 
 LAW = CostLaw(a_s=0.004, b_s=0.001)
@@ -72,6 +73,18 @@ def test_in_overload_goodput_is_the_predicted_capacity(batch_size: int, instance
 def test_the_same_seed_gives_the_same_traffic() -> None:
     once, again = (planner.simulate(LAW, rate_per_s=100, duration_s=5, seed=7) for _ in range(2))
     pd.testing.assert_frame_equal(once, again)
+
+
+def test_a_request_of_gthread_costs_something_besides_the_model() -> None:
+    assert 0 < planner.measure_overhead(duration_s=0.5, mode=MODES["gthread-1x8"]) < 0.1
+
+
+def test_requests_come_when_they_are_said_to() -> None:
+    df = planner.simulate(
+        CostLaw(a_s=0.004, b_s=0.0), arrivals_s=[0.5, 0.501, 2.0], duration_s=3.0, overhead_s=0.0
+    )
+    assert df["due_s"].tolist() == [0.5, 0.501, 2.0]
+    assert df["queue_ms"].tolist() == pytest.approx([0, 3, 0])
 
 
 def test_the_rows_are_those_of_a_load_test() -> None:
