@@ -273,10 +273,11 @@ def draw_memory(results: Results) -> Figure:
     most_y = max(y for _, y in points.values())
     for mode, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
         axes.plot(x, y, markersize=9, **results.style(mode))
-        label_y = y  # push labels up until they overlap no other
+        dots = [(dot_x, dot_y) for dot_x, dot_y in points.values() if 0 < dot_x - x < 0.2 * most_x]
+        label_y = y  # push labels up until they overlap no other, and no dot beside theirs
         while any(
             abs(label_y - other_y) < 0.03 * most_y and abs(x - other_x) < 0.3 * most_x
-            for other_x, other_y in placed
+            for other_x, other_y in placed + dots
         ):
             label_y += 0.01 * most_y
         placed.append((x, label_y))
