@@ -99,8 +99,9 @@ def test_errors_that_would_break_asyncio_reach_the_caller_and_the_next_call_is_s
         offload = PLACES[place]()
         assert "echo" in await offload.start()
         for poison in ("stop", "exit", "cancel"):
-            with pytest.raises(ModelFailed):
+            with pytest.raises(ModelFailed) as failed:
                 await offload.run([poison])
+            assert not isinstance(failed.value, ModelDied), "its neighbours may be tried again"
             assert [answer[0] for answer in await offload.run(["a", "b"])] == ["a", "b"]
         offload.stop()
 
@@ -137,6 +138,23 @@ def test_a_thread_runs_one_call_at_a_time_even_when_its_callers_have_left() -> N
         offload.stop()
 
     asyncio.run(scenario())
+
+
+def test_a_call_that_outlives_its_event_loop_ends_in_silence() -> None:
+    model = Gated()
+    others = set(threading.enumerate())
+
+    async def scenario() -> None:
+        offload = Thread(lambda: model)
+        await offload.start()
+        call = asyncio.create_task(offload.run(["a"]))
+        await eventually(lambda: model.inside == 1)
+        call.cancel()
+
+    asyncio.run(scenario())
+    (worker,) = set(threading.enumerate()) - others
+    model.open.set()
+    worker.join()  # pytest fails on an exception in a thread
 
 
 def test_the_event_loop_stays_responsive_while_a_thread_computes() -> None:
@@ -193,11 +211,13 @@ def test_a_hung_process_is_killed_and_replaced() -> None:
     with_process(scenario, hang_s=5.0)
 
 
+@pytest.mark.parametrize("asked_before", [True, False])
 def test_a_process_that_is_killed_while_idle_is_replaced_before_anyone_asks(
-    caplog: pytest.LogCaptureFixture,
+    asked_before: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
-        await offload.run(["a"])
+        if asked_before:
+            await offload.run(["a"])
         os.kill(offload.process.pid, signal.SIGKILL)
         await eventually(lambda: restarts(metrics) == 1)
         assert "ended with exit code -9; starting another" in caplog.text

@@ -121,7 +121,7 @@ class Process:
     async def run(self, queries: list[Query]) -> list[Any]:
         assert self.ready
         try:
-            await asyncio.shield(self.ready)  # a replacement may still be loading
+            await self.ready  # a replacement may still be loading
         except CannotLoad as exc:
             self._replace(f"was not replaced: {exc}")
             raise ModelDied(str(exc)) from exc
