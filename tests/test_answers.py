@@ -1,6 +1,8 @@
 """Answers never change with how they were computed. The oracle is the plain pipeline, one text at a time, in float32."""
 
 import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import transformers
 
 from workers import offload
 from workers.metrics import Metrics
-from workers.model import CannotAnswer, InputCheck, Model, Query
+from workers.model import CannotAnswer, InputCheck, Model, Query, load_pipeline
 from workers.settings import HERE, Settings
 
 MODEL = Settings().MODEL
@@ -119,3 +121,39 @@ def test_the_embedded_model_reaches_the_scores_of_its_card() -> None:
     pipe = transformers.pipeline("fill-mask", model=MODEL, dtype=torch.float32)
     top1, top5 = evaluate["score"](pipe, Path(MODEL) / "cloze60.tsv")
     assert (round(100 * top1, 1), round(100 * top5, 1)) == (53.3, 81.7)
+
+
+class Stopped(Exception):
+    """Loading has come to where the weights would be read."""
+
+
+def test_torch_gets_the_threads_that_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise Stopped(torch.get_num_threads())
+
+    monkeypatch.setattr("workers.fill_mask.pick_dtype", stop)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            with pytest.raises(Stopped, match=str(threads)):
+                load_pipeline(Settings(TORCH_THREADS=threads))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_models_are_loaded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting = threading.Barrier(2)
+
+    def stop(*_: Any) -> None:
+        with pytest.raises(threading.BrokenBarrierError):
+            meeting.wait(0.5)
+        raise Stopped
+
+    def load() -> None:
+        with pytest.raises(Stopped):
+            load_pipeline(Settings(TORCH_THREADS=torch.get_num_threads()))
+
+    monkeypatch.setattr("workers.fill_mask.pick_dtype", stop)
+    with ThreadPoolExecutor(2) as threads:  # Transformers' loader isn't thread-safe
+        for loaded in [threads.submit(load) for _ in range(2)]:
+            loaded.result()

@@ -104,6 +104,19 @@ def test_liveness_answers_while_the_model_loads_and_readiness_does_not(gated: ty
     with_app(Settings(), scenario)
 
 
+def test_a_server_that_takes_more_memory_than_there_is_warns_when_it_starts(
+    gated: type[Gated], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        gated.loads.set()
+        await eventually(client, "/ready", 200)
+
+    monkeypatch.setattr("workers.memory.limit_bytes", lambda: 10**6)
+    with caplog.at_level("WARNING", logger="uvicorn.error"):
+        with_app(Settings(), scenario)
+    assert "use fewer workers or INSTANCES" in caplog.text
+
+
 def test_a_model_call_that_hangs_turns_health_to_503_with_the_reason_until_it_returns(
     gated: type[Gated],
 ) -> None:
