@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -43,7 +42,7 @@ async def fill_mask(request: Request) -> Response:
         f"queue;dur={answer.queue_s * 1000:.2f}, model;dur={answer.model_s * 1000:.2f}, "
         f'batch;desc="size {answer.batch_size}, closed by {answer.closed_by}"'
     )
-    return JSONResponse(answer.value, headers={"Server-Timing": timing})
+    return contract.Answered(answer.value, headers={"Server-Timing": timing})
 
 
 async def health(request: Request) -> Response:
@@ -64,8 +63,7 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """GET /ready: 200 while a request would be admitted, 503 with the reason while not."""
-    if reason := request.state.service.unready():
-        return JSONResponse({"error": reason}, 503)
+    request.state.service.loop.admit(1, settings.DEADLINE_S)
     return JSONResponse({"status": "ready"})
 
 
@@ -75,19 +73,21 @@ async def prometheus(request: Request) -> Response:
 
 
 @contextlib.asynccontextmanager
-async def lifespan(app: Starlette) -> AsyncIterator[dict[str, Any]]:
+async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
     async with Service(settings, metrics).running() as service:
         yield {"service": service}
 
 
-app = Starlette(
-    routes=[
-        Route("/", fill_mask, methods=["POST"]),
-        Route("/health", health),
-        Route("/ready", ready),
-        Route("/metrics", prometheus),
-    ],
-    lifespan=lifespan,
-    middleware=[Middleware(contract.Envelope, metrics=metrics)],
-    exception_handlers=contract.ERROR_HANDLERS,
+app = contract.Envelope(
+    Starlette(
+        routes=[
+            Route("/", fill_mask, methods=["POST"]),
+            Route("/health", health),
+            Route("/ready", ready),
+            Route("/metrics", prometheus),
+        ],
+        lifespan=lifespan,
+        exception_handlers=contract.ERROR_HANDLERS,
+    ),
+    metrics,
 )

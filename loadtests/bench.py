@@ -13,26 +13,28 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
-import pandas as pd
 import uvloop
 
+from loadtests import drive
 from loadtests.modes import MODES, Mode, Server, start
+from loadtests.planner import markdown
 
 SERVER_CPU, CLIENT_CPU = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
 
 
 class Client(asyncio.Protocol):
-    """Sends one request again and again over one connection; notes when each reply was complete, and its latency."""
+    """Sends one request again and again over one connection; notes when each reply was complete."""
 
-    def __init__(self, request: bytes, pause_s: float = 0.0) -> None:
-        self.request, self.pause_s = request, pause_s
+    def __init__(self, request: bytes) -> None:
+        self.request = request
         self.done_at: list[float] = []
-        self.latencies_s: list[float] = []
         self.errors = 0
         self.buffer = b""
 
@@ -41,7 +43,6 @@ class Client(asyncio.Protocol):
         self.send()
 
     def send(self) -> None:
-        self.sent_at = time.perf_counter()
         self.transport.write(self.request)  # type: ignore[attr-defined]
 
     def data_received(self, data: bytes) -> None:
@@ -52,15 +53,10 @@ class Client(asyncio.Protocol):
         length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0])
         if len(body) < length:
             return
-        now = time.perf_counter()
         self.buffer = b""
         self.errors += not head.startswith(b"HTTP/1.1 200")
-        self.done_at.append(now)
-        self.latencies_s.append(now - self.sent_at)
-        if self.pause_s:
-            asyncio.get_running_loop().call_later(self.pause_s, self.send)
-        else:
-            self.send()
+        self.done_at.append(time.perf_counter())
+        self.send()
 
 
 def texts(n: int) -> list[str]:
@@ -68,19 +64,18 @@ def texts(n: int) -> list[str]:
     return ["Paris is the [MASK] of France." + " Or so they say." * (i % 3) for i in range(n)]
 
 
-def http(url: str, method: str, path: str, body: str = "") -> bytes:
+def http(url: str, body: str) -> bytes:
     host = url.split("/")[2]
-    head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body.encode())}\r\n\r\n"
+    head = f"POST / HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body.encode())}\r\n\r\n"
     return (head + body).encode()
 
 
-async def drive(url: str, users: int, duration_s: float, health: bool) -> tuple[float, list[float]]:
-    """Return requests per second of `users` that ask without a pause, and the latencies of a /health asker beside."""
+async def ask(url: str, users: int, duration_s: float) -> float:
+    """Return requests per second of `users` that ask without a pause."""
     loop = asyncio.get_running_loop()
     host, port = url.split("/")[2].split(":")
-    askers = [Client(http(url, "POST", "/", text)) for text in texts(users)]
-    prober = Client(http(url, "GET", "/health"), pause_s=0.01)
-    for connection in [*askers, *([prober] if health else [])]:
+    askers = [Client(http(url, text)) for text in texts(users)]
+    for connection in askers:
         await loop.create_connection(lambda c=connection: c, host, int(port))
     await asyncio.sleep(duration_s / 5)  # warm
     began = time.perf_counter()
@@ -89,14 +84,16 @@ async def drive(url: str, users: int, duration_s: float, health: bool) -> tuple[
     if errors := sum(asker.errors for asker in askers):
         raise RuntimeError(f"{errors} replies were not 200")
     done = sum(began <= at < ended for asker in askers for at in asker.done_at)
-    return done / (ended - began), [s for at, s in zip(prober.done_at, prober.latencies_s) if at >= began]
+    return done / (ended - began)
 
 
-def measure(server: Server, users: int, duration_s: float, health: bool = False) -> tuple[float, list[float]]:
-    """`drive` on a core of its own."""
+def measure(server: Server, users: int, duration_s: float) -> float:
+    """`ask` on a core of its own; returns when the server has done what was left."""
     os.sched_setaffinity(0, {CLIENT_CPU})
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(drive(server.url, users, duration_s, health))
+        rate = runner.run(ask(server.url, users, duration_s))
+    server.wait_until_idle()
+    return rate
 
 
 def bare_loop(batch_size: int, pipe: Connection) -> None:
@@ -137,7 +134,7 @@ def calling_the_model(batch_size: int) -> Iterator[Callable[[float], float]]:
 def serving(name: str, users: int, app: str = "server:app", **env: str) -> Iterator[Callable[[float], float]]:
     """A server on one core, without an access log, as a function: requests per second in a duration."""
     with start(Mode(name, f"uvicorn {app} --no-access-log", env), cpus={SERVER_CPU}) as server:
-        yield lambda duration_s: measure(server, users, duration_s)[0]
+        yield lambda duration_s: measure(server, users, duration_s)
 
 
 Rates = dict[str, list[float]]
@@ -187,13 +184,24 @@ def saturated(rounds: int, duration_s: float) -> list[dict[str, str]]:
 
 
 def health_under_load(duration_s: float) -> list[dict[str, str]]:
-    """p99 of /health while 32 users keep the model busy with batches."""
+    """p99 of /health, asked 40 times a second on a schedule, while 96 users keep the model busy with batches."""
     rows = []
     for mode in ("thread", "inline"):
-        with start(MODES[mode], {"BATCH_SIZE": "32"}, cpus={SERVER_CPU}) as server:
-            rate, latencies_s = measure(server, 96, duration_s, health=True)
-            p99_ms = statistics.quantiles(latencies_s, n=100, method="inclusive")[98] * 1000
-            call_ms = 32 / rate * 1000
+        with (
+            start(MODES[mode], {"BATCH_SIZE": "32"}, cpus={SERVER_CPU}) as server,
+            drive.generator({CLIENT_CPU}) as locust,
+        ):
+            df = locust.run(
+                server.url,
+                "closed",
+                users=96,
+                duration_s=duration_s,
+                health_per_s=40,
+                limit_s=10,
+                timeout_s=20,
+            )
+            p99_ms = df[df["kind"] == "health"]["latency_ms"].quantile(0.99)
+            call_ms = df["model_ms"].median()
             rows.append(
                 {
                     "what": f"/health p99 while saturated, {mode}",
@@ -205,19 +213,13 @@ def health_under_load(duration_s: float) -> list[dict[str, str]]:
     return rows
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
-    """A Markdown table of rows with the same keys."""
-    table = pd.DataFrame(rows)
-    lines = [list(table.columns), ["---"] * len(table.columns), *table.values.tolist()]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "--quick", action="store_true", help="one short round: shows that it runs, measures nothing"
     )
     quick = parser.parse_args().quick
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C does: leave no server behind
     rounds = 1 if quick else 15
     print(markdown(overhead(rounds, 1.0) + saturated(rounds, 2.0) + health_under_load(4.0 if quick else 8.0)))
 

@@ -34,7 +34,7 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "texts": ("short", "short, mixed (a long one among ten) or long (200 tokens)"),
     "seed": (0, "the same seed gives the same arrivals and texts"),
     "duration_s": (0.0, "0: until stopped"),
-    "health_per_s": (0.0, "health checks a second beside the load"),
+    "health_per_s": (0.0, "health checks a second beside the load (class HealthChecks)"),
     "steps": (8, "ramp: steps up to rate_per_s"),
     "spike_x": (4.0, "spike: this many times rate_per_s"),
     "spike_s": (1.0, "spike: how long"),
@@ -91,10 +91,12 @@ class OpenLoop(Asker):
         """A greenlet for every arrival: nobody waits for the one before. Ends when all have their outcome."""
         under_way = Group()
         offset_s = self.now_s()
-        for due_s in self.schedule():
-            gevent.sleep(max(0.0, offset_s + due_s - self.now_s()))  # 0: let the others run when late
-            under_way.spawn(self.arrive, offset_s + due_s)
-        under_way.join()  # each ends by itself: no client waits longer than timeout_s
+        try:
+            for due_s in self.schedule():
+                gevent.sleep(max(0.0, offset_s + due_s - self.now_s()))  # 0: let the others run when late
+                under_way.spawn(self.arrive, offset_s + due_s)
+        finally:  # also when Locust stops it: the slowest requests are not to be forgotten
+            under_way.join()  # each ends by itself: no client waits longer than timeout_s
         raise StopUser
 
     def arrive(self, due_s: float) -> None:

@@ -22,6 +22,8 @@ from typing import IO
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
+# What tells the modes apart, said to each, whatever the environment or `.env` says.
+BASE = {"OFFLOAD": "thread", "BATCH_SIZE": "1", "BATCH_WINDOW_MS": "0", "INSTANCES": "1", "FAST": "1"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,6 @@ class Server:
     url: str
     process: subprocess.Popen[bytes]
     log_file: IO[bytes]
-    ready_s: float = float("nan")
 
     def log(self) -> str:
         """Everything that it has printed."""
@@ -105,10 +106,22 @@ class Server:
                 contextlib.suppress(OSError, urllib.error.URLError),
                 urllib.request.urlopen(self.url + "ready", timeout=5),
             ):
-                self.ready_s = time.monotonic() - began
                 return
             time.sleep(0.05)
         raise RuntimeError(f"{self.mode.name} is not ready (exit code {self.process.poll()}):\n{self.log()}")
+
+    def wait_until_idle(self, timeout_s: float = 60.0, window_s: float = 0.25) -> None:
+        """Wait until its processes use no time: they may still load, or work for clients that have left.
+
+        Raises RuntimeError when they go on for `timeout_s`.
+        """
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            before_s = self.cpu_s()
+            time.sleep(window_s)
+            if self.cpu_s() - before_s < 0.1 * window_s:
+                return
+        raise RuntimeError(f"{self.mode.name} is still busy after {timeout_s:g} s:\n{self.log()[-2000:]}")
 
 
 def free_port() -> int:
@@ -124,7 +137,7 @@ def start(
 ) -> Iterator[Server]:
     """Start `mode` on a free port of the loopback interface with extra settings, on `cpus` only; stop it at the end."""
     port = free_port()
-    environ = {**os.environ, "PYTHONUNBUFFERED": "1", **mode.env, **(env or {})}
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1", **BASE, **mode.env, **(env or {})}
     with tempfile.NamedTemporaryFile(prefix=f"{mode.name}-", suffix=".log") as log_file:
         process = subprocess.Popen(
             mode.argv(port),

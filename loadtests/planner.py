@@ -16,7 +16,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -36,7 +36,7 @@ OVERHEAD_S = 0.0007  # HTTP, checks and JSON of one request, where not measured
 
 @dataclass(frozen=True)
 class CostLaw:
-    """seconds = a_s + b_s * n for a call with n texts; `spread`: the relative deviation of single calls from it."""
+    """seconds = a_s + b_s * n for a call with n texts; `spread`: the coefficient of variation of single calls."""
 
     a_s: float
     b_s: float
@@ -105,29 +105,36 @@ def measure_on(cpus: set[int] | None, settings: Settings, **options: Any) -> pd.
         return measure_there(settings, **options)
 
 
+def measure_together(cores: Iterable[int], settings: Settings, **options: Any) -> pd.DataFrame:
+    """`measure` on each of the cores at the same time: what they share makes all of them slower."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor() as threads:
+        measures = [stack.enter_context(measuring_on({core})) for core in cores]
+        return pd.concat(threads.map(lambda measure_there: measure_there(settings, **options), measures))
+
+
 def _pin(cpus: set[int] | None) -> None:
     if cpus:
         os.sched_setaffinity(0, cpus)
 
 
 def fit(df: pd.DataFrame) -> CostLaw:
-    """The law through the median time of each number of texts, by least squares of the relative errors.
+    """The law through the mean time of each number of texts, by least squares of the relative errors.
 
-    Medians, because a time is only ever disturbed upwards; relative, because 1 ms matters more at 1 text than at 32.
+    Means, because it is their sum that decides on the throughput; relative, because 1 ms matters more at 1 text than at 32.
     """
-    median = df.groupby("texts")["seconds"].median()
-    n, seconds = median.index.to_numpy(float), median.to_numpy()
+    mean = df.groupby("texts")["seconds"].mean()
+    n, seconds = mean.index.to_numpy(float), mean.to_numpy()
+    smallest = df[df["texts"] == n[0]]["seconds"]
+    spread = float(smallest.std() / smallest.mean()) if len(smallest) > 1 else 0.0
     if len(n) == 1:
-        return CostLaw(0.0, seconds[0] / n[0])
+        return CostLaw(0.0, seconds[0] / n[0], spread)
     matrix = np.stack([np.ones_like(n), n], axis=1) / seconds[:, None]
     (a, b), *_ = np.linalg.lstsq(matrix, np.ones_like(n), rcond=None)
     if a < 0:
         a, b = 0.0, float(np.median(seconds / n))
     elif b < 0:
         a, b = float(np.median(seconds)), 0.0
-    single = df[df["texts"] == n[0]]["seconds"]
-    low, high = single.quantile([0.16, 0.84])
-    return CostLaw(float(a), float(b), float((high - low) / 2 / single.median()))
+    return CostLaw(float(a), float(b), spread)
 
 
 def predict_capacity(
@@ -257,8 +264,9 @@ def in_ms(answer: Answer) -> tuple[float, float, float]:
 
 
 def noise(rng: random.Random, spread: float) -> float:
-    """A factor around 1: model calls are never quite alike."""
-    return rng.lognormvariate(-(spread**2) / 2, spread) if spread else 1.0
+    """A factor of mean 1 and this coefficient of variation (log-normal): model calls are never quite alike."""
+    variance = math.log(1 + spread**2)
+    return rng.lognormvariate(-variance / 2, math.sqrt(variance)) if spread else 1.0
 
 
 # --- planning ---------------------------------------------------------------------------------------------------------
@@ -408,6 +416,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="measure for 2 seconds, simulate less")
     options = parser.parse_args()
 
+    import torch  # takes seconds: not where only the twin is wanted
+
     settings, cores = Settings.read(), sorted(os.sched_getaffinity(0))
     budget_s, duration_s = (2.0, 10.0) if options.quick else (8.0, 30.0)
     print(f"Measuring {os.path.basename(settings.MODEL)} on {len(cores)} cores ...", flush=True)
@@ -432,10 +442,10 @@ def main() -> None:
         gain = predict_capacity(fit(measured[measured["kind"] == kind]), SIZES[-1], overhead_s=overhead_s)
         gain /= predict_capacity(fit(measured[measured["kind"] == kind]), overhead_s=overhead_s)
         print(f"For {kind} texts batches of {SIZES[-1]} give {gain:.2f} times the answers.")
-    if len(cores) > 1 and settings.DEVICE in ("auto", "cpu"):
+    on_cpu = settings.DEVICE == "cpu" or (settings.DEVICE == "auto" and not torch.cuda.is_available())
+    if len(cores) > 1 and on_cpu:
         single = replace(settings, TORCH_THREADS=1)
-        alone = measure_on({cores[0]}, single, kinds=[options.kind], budget_s=budget_s / 2)
-        laws[len(cores)] = fit(alone)
+        laws[len(cores)] = fit(measure_together(cores, single, kinds=[options.kind], budget_s=budget_s / 2))
 
     choices = choices_for(laws, overhead_s)
     shown = [c for c in choices if c.batch_size in (1, 8, 32) and (not c.window_ms or c.batch_size == 32)]

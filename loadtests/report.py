@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from loadtests.machine import one_line
+from loadtests.modes import BASE, MODES
 from loadtests.planner import markdown
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; more modes than colours, so markers and lines differ too
@@ -24,7 +25,7 @@ LINES = ("-", "--")
 TABLE = {  # column: (scenario, metric, digits)
     "capacity /s": ("capacity", "per_s", 0),
     "p50 ms at 80 %": ("own 80 %", "p50_ms", 0),
-    "p99 ms at 80 %": ("own 80 %", "p99_ms", 0),
+    "p99 ms at 80 %": ("own 80 %", "q99_ms", 0),
     "p99 ms at 80 % of common": ("common 80 %", "q99_ms", 0),
     "goodput /s at 2 x": ("own 2 x", "goodput_per_s", 0),
     "goodput /s at 10 x": ("own 10 x", "goodput_per_s", 0),
@@ -43,6 +44,8 @@ class Results:
 
     def __init__(self, out: Path) -> None:
         rows = pd.read_csv(out / "measurements.csv")
+        if rows.empty:
+            raise SystemExit("no mode could be measured")
         self.about: dict[str, Any] = json.loads((out / "machine.json").read_text())
         self.rounds = int(rows["repeat"].max()) + 1
         measured = rows.groupby(["mode", "scenario", "metric"])["value"]
@@ -72,8 +75,6 @@ class Results:
 def write(out: Path) -> None:
     """Write table.md and the pictures next to the measurements."""
     results = Results(out)
-    if not results.modes:
-        raise SystemExit("no mode could be measured")
     (out / "table.md").write_text(table(results) + "\n" + prediction_table(results))
     for name, draw in {
         "latency": draw_latency,
@@ -96,7 +97,7 @@ def table(results: Results) -> str:
     """All modes: medians, and in brackets the least and greatest of the rounds where they differ."""
     rows = []
     for mode in results.modes:
-        cells = {"mode": mode}
+        cells = {"mode": mode, "BATCH_SIZE": MODES[mode].env.get("BATCH_SIZE", BASE["BATCH_SIZE"])}
         for column, (scenario, metric, digits) in TABLE.items():
             cells[column] = cell(results, mode, scenario, metric, digits)
         rows.append(cells)
@@ -104,27 +105,31 @@ def table(results: Results) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return (
         f"{markdown(rows)}\n\nMedians of {results.rounds} rounds, with the least and greatest where they differ; "
-        f"{about['pinning']}. A client waits {about['limit_s']:g} s. Own loads are multiples of the mode's capacity, "
+        f"{about['pinning']}. A client waits {about['limit_s']:g} s, hangs up after {about['timeout_s']:g} s, and counts a "
+        f"refusal as {about['limit_s']:g} s of waiting. Goodput: right answers within that time, a second, while the load "
+        "lasts. Recovery: none, where it is not within the run. Own loads are multiples of the mode's capacity, "
         f"common ones of {about['common_per_s']:g} requests a second. "
         f"No load is above {about['most_per_s']:g} a second, which is all that the generator sends on time: "
         "the faster modes are asked for less than 10 times their capacity.\n"
-        f"{about['processor']}, {about['cores']} cores, {about['memory_gb']} GB, device {about['device']}, "
+        + (f"Failed and left out: {', '.join(about['failed'])}.\n" if about["failed"] else "")
+        + f"{about['processor']}, {about['cores']} cores, {about['memory_gb']} GB, device {about['device']}, "
         f"{about['date']}; Python {about['python']}, {versions}.\n"
     )
 
 
 def cell(results: Results, mode: str, scenario: str, metric: str, digits: int) -> str:
     """A median with its spread."""
-    value = results.get(mode, scenario, metric)
+    hung_up_ms = results.about["timeout_s"] * 1000 if metric.startswith("health") else math.inf
+
+    def write(number: float) -> str:
+        if math.isinf(number):
+            return "none"
+        return f"> {hung_up_ms:.0f}" if number >= hung_up_ms else f"{number:.{digits}f}"
+
+    value, low, high = (results.get(mode, scenario, metric, of) for of in ("medians", "least", "most"))
     if math.isnan(value):
-        return (
-            "none in the run"
-            if metric == "recovery_s" and (mode, scenario, "n_200") in results.medians
-            else "-"
-        )
-    low, high = (results.get(mode, scenario, metric, of) for of in ("least", "most"))
-    texts = [f"{number:.{digits}f}" for number in (value, low, high)]
-    return texts[0] if texts[1] == texts[2] else f"{texts[0]} ({texts[1]} to {texts[2]})"
+        return "-"
+    return write(value) if write(low) == write(high) else f"{write(value)} ({write(low)} to {write(high)})"
 
 
 def prediction_table(results: Results) -> str:
@@ -149,7 +154,8 @@ def prediction_table(results: Results) -> str:
     if not rows:
         return ""
     return (
-        "\nThe planner's prediction and its error: medians of the rounds, and the error's least and greatest. In each round "
+        "\nThe planner's prediction and its error: medians of the rounds (the error is the rounds' own, not that of the two "
+        "medians beside it), and the error's least and greatest. In each round "
         "it times the bare model on the server's core beside the visit, and is told when the requests came.\n\n"
         f"{markdown(rows)}\n"
     )
@@ -225,7 +231,6 @@ def draw_overload(results: Results) -> Figure:
     figure, axes = frame("Right answers in time when overloaded", 2.2 + 0.42 * len(results.modes))
     rows = range(len(results.modes))
     for (scenario, metric), label, marker, colour in (
-        (("capacity", "per_s"), "at most", "|", "#000000"),
         (("own 2 x", "goodput_per_s"), "asked for 2 times that", "o", "#0072B2"),
         (
             ("own 10 x", "goodput_per_s"),
@@ -233,9 +238,19 @@ def draw_overload(results: Results) -> Figure:
             "D",
             "#D55E00",
         ),
+        (("capacity", "per_s"), "capacity", "|", "#000000"),
     ):
         values = [results.get(mode, scenario, metric) for mode in results.modes]
-        axes.scatter(values, rows, marker=marker, s=110, color=colour, label=label, linewidth=2, zorder=3)
+        axes.scatter(
+            values,
+            rows,
+            marker=marker,
+            s=80 if marker != "|" else 260,
+            color=colour,
+            label=label,
+            linewidth=2,
+            zorder=3,
+        )
     list_modes(axes, results.modes)
     axes.set_xlim(left=0)
     axes.set_xlabel("requests per second")

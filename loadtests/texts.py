@@ -69,6 +69,8 @@ def corpus(kind: str) -> tuple[Text, ...]:
 
 def stream(kind: str, rng: random.Random) -> Iterator[Text]:
     """Texts of a kind without end; `mixed` is a long one among ten."""
+    if kind not in KINDS:
+        raise ValueError(f"texts={kind} is not allowed: it must be one of {', '.join(KINDS)}")
     while True:
         is_long = kind == "long" or (kind == "mixed" and rng.random() < MIXED_LONG_SHARE)
         yield rng.choice(corpus("long" if is_long else "short"))

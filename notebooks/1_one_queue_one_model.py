@@ -129,15 +129,18 @@ with picture("Everybody at once", "place in the queue", "time to the reply, ms")
 # %% [markdown]
 # The recipe's dots follow the line, and the line has no end: twice as many people, twice the wait. Nobody is told
 # "no". The fixed twin holds 32 in its queue at most and says 503 to the rest **at once**, so that they can go elsewhere.
-# (Its own dots lie below the line because it serves eight texts in one call. That is lesson 4.)
+# (From about the tenth on, its own dots lie below the line: it serves eight texts in one call. That is lesson 4.)
 #
 # *Where the formula fails:* it is for people who come in the same instant. Lesson 3 is about people who come at random.
 
 # %% [markdown]
 # ## Bug 3: the model sits on the event loop
 #
-# An asyncio server has one thread. While the model runs in it, nothing else can. **Your prediction:** a crowd of ten is
-# being served. You ask for a page that does not exist; a server needs about 2 ms for its 404. How long do *you* wait?
+# An asyncio server has one thread. While the model runs in it, nothing else can. A crowd of ten is being served. 30 ms
+# later you ask for a page that does not exist; a server needs about 2 ms for its 404. How long do *you* wait?
+#
+# **Your prediction:** neither `queue.get()` nor `reply.put()` pauses the loop's task while there is something to get and
+# room to put it. So it goes from text to text and lets nobody else in before all ten are done: $10\,S$ less the 30 ms.
 
 
 # %%
@@ -150,6 +153,7 @@ def wait_for_404(server, crowd=10):
 
 
 blocked_ms, free_ms = wait_for_404(broken), wait_for_404(fixed)
+print(f"prediction: {10 * one_ms - 30:.0f} ms")
 print(f"404 after {blocked_ms:.0f} ms from the recipe, {free_ms:.0f} ms from its twin")
 
 # %% [markdown]
@@ -210,7 +214,8 @@ print("three clients:", three := await guesses_for_each([TEXT] * 3))
 # %% [markdown]
 # The first client of each batch gets nothing: its text is overwritten before it is kept. And where one text is left, its
 # client gets one guess in place of five: `pipe([x])` does not return a list with one answer but the answer itself, and
-# `zip` takes it apart. Both are silent. A test with one client, or with ten, might never show them.
+# `zip` takes it apart. Both are silent. A test with one client shows the first: its answer never comes. The second
+# needs a batch that is left with exactly one text.
 
 # %%
 print("fixed, one at a time:", len(ask(fixed).json))

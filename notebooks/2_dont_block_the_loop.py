@@ -10,7 +10,7 @@
 # its own (`process`). Same server, same model; one setting differs.
 
 # %%
-from lesson import BLUE, GREEN, GREY, ORANGE, TEXT, ask, claim, dots, get, line, load, picture, quick
+from lesson import BLUE, GREEN, GREY, ORANGE, TEXT, ask, bars, claim, dots, get, line, load, picture, quick
 from lesson import serve_all, stop
 
 import inspect
@@ -164,7 +164,7 @@ silences = {name: longest_silence_ms(work) for name, (work, _) in works.items()}
 with picture("The longest silence of a 1 ms metronome", "ms", "", xscale="log") as ax:
     rows = range(len(works))
     predicted = [ms or silences[name][1] for name, (_, ms) in works.items()]
-    ax.plot(predicted, rows, "|", color="black", markersize=30, markeredgewidth=3, label="predicted")
+    bars(ax, predicted, rows)
     dots(ax, [silence for silence, _ in silences.values()], rows)
     ax.set_yticks(rows, works)
     ax.set_ylim(-0.6, len(rows) + 0.2)
@@ -290,15 +290,7 @@ costs = {name: await cost_ms(place) for name, place in places.items()}
 guess = {"inline": 0.001, "thread": 0.1, "process": 0.3}
 with picture("What a place costs per call of 8 texts", "ms", "", xscale="log", xlim=(1e-4, 20)) as ax:
     rows = range(3)
-    ax.plot(
-        [guess[name] for name in costs],
-        rows,
-        "|",
-        color="black",
-        markersize=30,
-        markeredgewidth=3,
-        label="predicted",
-    )
+    bars(ax, [guess[name] for name in costs], rows)
     dots(ax, costs.values(), rows)
     ax.axvline(10, color=GREY, linestyle=":")
     ax.text(9, -0.45, "a small model's call", ha="right", color=GREY)

@@ -13,6 +13,7 @@ from lesson import (
     ORANGE,
     RED,
     SERVER_CORES,
+    bars,
     capacity,
     claim,
     dots,
@@ -86,9 +87,14 @@ for n, per_s in found.items():
         f"batches of {n:2}: {planner.predict_capacity(law, n):4.0f} texts/s predicted, {per_s:4.0f} measured"
     )
 
+# %% [markdown]
+# *Where the prediction fails:* the law was measured some seconds before, and the machine has moods. Where both predictions
+# are off by the same factor, that is it; their ratio, the gain, does not depend on it.
+
 # %%
 gain = found[32] / found[1]
-stock_gain = 32 * laws["stock"].seconds(1) / laws["stock"].seconds(32)
+stock_s = timings["stock"].query("kind == 'short'").groupby("texts").seconds.median()
+stock_gain = 32 * stock_s[1] / stock_s[32]
 claim(
     "Dynamic batching gives 10×",
     f"{gain:.1f} times over HTTP with the fast path; {stock_gain:.1f} times in a stock pipeline's own calls of 32 short"
@@ -117,21 +123,27 @@ print(inspect.getsource(ModelLoop.take_batch))
 # %% [markdown]
 # **Your prediction.** At low load nobody else comes: a window of $w$ adds $w$ to everybody's time. At high load the queue
 # fills the batch at once: it adds nothing. And in the middle? Here the planner runs *the real loop* on a virtual clock
-# with your model's law.
+# with your model's law, several times for each point.
 
 # %%
 windows = [0, 1, 5, 10, 50]
 one_per_s = planner.predict_capacity(law)
 loads = {"low": 0.2 * one_per_s, "middle": 0.7 * one_per_s, "high": 0.9 * planner.predict_capacity(law, 32)}
-planned = {
-    name: [
-        simulate(
-            law, batch_size=32, window_ms=window, rate_per_s=rate, duration_s=quick(10, 60)
-        ).latency_ms.quantile(0.95)
-        for window in windows
-    ]
-    for name, rate in loads.items()
-}
+
+
+def median_ms(window, rate):
+    """The median time to the answer: its median over some runs, and how far these are apart."""
+    options = {"batch_size": 32, "window_ms": window, "rate_per_s": rate, "duration_s": quick(5, 40)}
+    found = sorted(simulate(law, seed=seed, **options).latency_ms.median() for seed in range(quick(3, 5)))
+    return found[len(found) // 2], found[-1] - found[0]
+
+
+planned = {name: [median_ms(window, rate) for window in windows] for name, rate in loads.items()}
+for name, points in planned.items():
+    print(
+        f"{name:6}",
+        "   ".join(f"{w} ms: {ms:.1f} ± {apart / 2:.1f}" for w, (ms, apart) in zip(windows, points)),
+    )
 
 # %% [markdown]
 # And measured, at low and middle load, with the real server: no window, and one of 10 ms. (No batching at all, too.)
@@ -144,24 +156,27 @@ measured = {
     for name, server in servers.items()
     for at in ("low", "middle")
 }
-p95_ms = {key: round(latency_ms.quantile(0.95), 1) for key, latency_ms in measured.items()}
-for (name, at), p95 in p95_ms.items():
-    print(f"{at:6} load, {name:12}: p95 {p95:5.1f} ms, median {measured[name, at].median():5.1f} ms")
+p95_ms, p50_ms = ({key: ms.quantile(q) for key, ms in measured.items()} for q in (0.95, 0.5))
+for name, at in measured:
+    print(f"{at:6} load, {name:12}: median {p50_ms[name, at]:5.1f} ms, p95 {p95_ms[name, at]:5.1f} ms")
 
 # %%
-with picture("What waiting for a batch costs", "window, ms", "time to the answer, p95, ms") as ax:
-    for (name, p95), color in zip(planned.items(), (BLUE, ORANGE, GREEN)):
-        line(ax, windows, p95, f"{name}: {loads[name]:.0f}/s", color)
+with picture(
+    "What waiting for a batch costs", "window, ms", "median time to the answer, ms", ylim=(0, None)
+) as ax:
+    for (name, points), color in zip(planned.items(), (BLUE, ORANGE, GREEN)):
+        line(ax, windows, [ms for ms, _ in points], f"{name}: {loads[name]:.0f}/s", color)
     for at, color in (("low", BLUE), ("middle", ORANGE)):
-        dots(ax, [0, 10], [p95_ms["no window", at], p95_ms["window 10 ms", at]], None, color)
+        dots(ax, [0, 10], [p50_ms["no window", at], p50_ms["window 10 ms", at]], None, color)
     ax.plot([], [], "o", color=GREY, label="measured")
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xticks(windows, windows)
 
 # %% [markdown]
-# A window hardly ever helped. At low load it is pure loss. The surprise is at high load, where you expected it to add
-# nothing: at nine tenths of the capacity the queue is often a little shorter than a full batch when the model becomes
-# free. The window then lets the model idle, and a server that busy has no time to give away.
+# A window did not help anywhere. At low load it is pure loss: all of it is added. In the middle it is nearly the same. At
+# high load the queue fills most batches without it: a short window changes less than two runs differ. A long one still
+# costs: at nine tenths of the capacity the queue is often a little shorter than a full batch when the model becomes
+# free; then the window lets the model idle, and a server that busy has no time to give away.
 #
 # *Where this could fail:* if $a$ is huge and $b$ almost nothing, larger batches might repay a short wait. Ask the planner
 # for such a model before you believe anybody, us included:
@@ -180,12 +195,13 @@ for rate in (10, 50, 200):
     )
 
 # %%
-low_cost = planned["low"][windows.index(10)] - planned["low"][0]
+at_10 = windows.index(10)
+cost_ms = {name: points[at_10][0] - points[0][0] for name, points in planned.items()}
 claim(
     "Wait 10 ms for a batch",
-    f"at low load a window of 10 ms adds {low_cost:.0f} ms to the p95 by the twin, and"
-    f" {p95_ms['window 10 ms', 'low'] - p95_ms['no window', 'low']:.0f} ms measured; at high load it adds"
-    f" {planned['high'][windows.index(10)] - planned['high'][0]:.0f} ms",
+    f"at low load a window of 10 ms adds {cost_ms['low']:.0f} ms to the median by the twin, and"
+    f" {p50_ms['window 10 ms', 'low'] - p50_ms['no window', 'low']:.0f} ms measured; at high load {cost_ms['high']:+.0f} ms"
+    f" by the twin, where runs of the same setting are {planned['high'][0][1]:.0f} ms apart",
     "fails: a queue that filled while the model ran is the batch",
 )
 claim(
@@ -224,16 +240,15 @@ claim(
 #
 # The stock pipeline makes all texts of a batch as long as the longest. One long text among short ones, and everybody pays
 # for its length. **Your prediction.** With ten texts in a hundred of 200 tokens and the rest of 12, the mean is 31 tokens,
-# but the batch computes 200 for each: 6 times too much. That is more than a batch can gain here.
+# but the batch computes 200 for each: 6.5 times too much. So in place of $(a+b)/b$ it gains that, divided by 6.5.
 
 # %%
-rows = [
-    (name, kind, n, n / timings[name].query("kind == @kind and texts == @n").seconds.median())
+per_s = {
+    (name, kind, n): n / timings[name].query("kind == @kind and texts == @n").seconds.mean()
     for name in ("stock", "fast")
     for kind in ("short", "mixed")
     for n in (1, 32)
-]
-per_s = {(name, kind, n): value for name, kind, n, value in rows}
+}  # of the mean, for a median would forget the one long text in ten
 for (name, kind, n), value in per_s.items():
     print(f"{name:5} {kind:5} batches of {n:2}: {value:5.0f} texts/s")
 
@@ -242,16 +257,8 @@ with picture("Who gains from a batch of 32?", "times the texts/s of calls of one
     pairs = [(name, kind) for name in ("fast", "stock") for kind in ("mixed", "short")]
     gains = [per_s[pair[0], pair[1], 32] / per_s[pair[0], pair[1], 1] for pair in pairs]
     ax.axvline(1, color=RED, linestyle=":", label="no gain")
-    limits = [laws[name].most_gained for name, _ in pairs]
-    ax.plot(
-        limits,
-        range(4),
-        "|",
-        color="black",
-        markersize=30,
-        markeredgewidth=3,
-        label="(a + b) / b, short texts",
-    )
+    padding = {("stock", "mixed"): 6.5}
+    bars(ax, [laws[pair[0]].most_gained / padding.get(pair, 1) for pair in pairs], range(4))
     dots(ax, gains, range(4))
     ax.set_ylim(-0.6, 3.6)
     ax.set_yticks(range(4), [f"{name}, {kind}" for name, kind in pairs])
@@ -260,6 +267,9 @@ with picture("Who gains from a batch of 32?", "times the texts/s of calls of one
 # %% [markdown]
 # The stock pipeline loses by batching mixed lengths. The fast path sorts texts by length, and starts another forward pass
 # rather than pad too much, so it does not.
+#
+# *Where the prediction fails:* $(a+b)/b$ is from a line through all sizes; where the last point lies below the line, the
+# dot of 32 lies beyond the bar. And $b$ is a short text's: to a long one $a$ matters little, so mixed lengths gain less.
 #
 # **The rule.** 1. Measure $a$ and $b$. 2. If $(a+b)/b$ is below 1.5, don't batch. 3. Else batch without a window.
 # 4. If texts differ in length, check with your own mix, not with one sentence. `make plan` does all of it.
@@ -305,13 +315,11 @@ checks.exercise_4_3(mean_wait_s)
 # ## What must hold
 
 # %%
-assert 1 < gain < 1.3 * law.most_gained + 1, "no batch gains more than (a + b) / b"
+assert 1 < gain < 1.3 * law.most_gained + 1, "no batch gains more than (a + b) / b, give or take the fit"
 assert found[32] > found[1]
-assert planned["low"][0] < planned["low"][windows.index(10)] < planned["low"][-1], (
-    "a window costs time at low load"
-)
-assert planned["middle"][0] < planned["middle"][-1]
-assert measured["window 10 ms", "low"].median() > measured["no window", "low"].median()
+for at in ("low", "middle"):
+    assert planned[at][0] < planned[at][at_10] < planned[at][-1], "a window costs time"
+assert p50_ms["window 10 ms", "low"] > p50_ms["no window", "low"]
 assert (
     0.5 < full.latency_ms.mean() / predicted_ms < 2 and full.latency_ms.mean() > 3 * greedy.latency_ms.mean()
 )

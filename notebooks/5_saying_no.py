@@ -45,8 +45,8 @@ from workers.settings import Settings
 # ## Goodput
 #
 # An answer that comes too late is worth nothing, but it costs as much as any. So count only what arrives in time:
-# **goodput** is the right answers within the client's limit, per second. Our clients hang up after $l$ = 2 s. Our model
-# does $\mu$ = 50 texts a second.
+# **goodput** is the right answers within the client's limit, per second. To our clients an answer is worth nothing after
+# $l$ = 2 s. Our model does $\mu$ = 50 texts a second.
 #
 # Four ways to run the same queue:
 #
@@ -118,8 +118,8 @@ with picture("Overload", "offered load, times the capacity", "goodput, per s") a
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
 
 # %% [markdown]
-# Look at *bounded*. A bound of 256 sounds careful. But 256 texts at 50 a second are 5 s of waiting, and the clients leave
-# after 2: the server works flat out, and nobody gets anything. **A queue's bound is a time**, not a number: bound, divided
+# Look at *bounded*. A bound of 256 sounds careful. But 256 texts at 50 a second are 5 s of waiting, and an answer is worth
+# nothing after 2: the server works flat out, and nobody gets anything. **A queue's bound is a time**, not a number: bound, divided
 # by speed, must be below the clients' patience.
 #
 # (Goodput a little above μ: the answers to the last two seconds' texts come after the end, and count.)
@@ -172,7 +172,8 @@ claim(
 # ## Measured
 #
 # So far it was the loop on a virtual clock. Now the real server, with long texts so that little load is enough. One takes
-# everything and is patient; the other knows that its clients leave after 2 s. Twice the capacity.
+# everything and is patient; the other knows that an answer is worth nothing after 2 s. Twice the capacity. (The clients
+# hang up after 4 s.)
 
 # %%
 patient, careful = serve_all(
@@ -206,17 +207,17 @@ with picture("Twice the capacity, for real", "time of arrival, s", "time to the 
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
 
 # %% [markdown]
-# The patient server's clients hang up at twice their limit, so its dots end there; it helps those who came first and then
-# hardly anybody. The careful one goes on giving answers at its capacity, all just in time, and says no within
+# The patient server helps those who came first, and then nobody. Who hangs up frees a place, so the wait stays at 4 s: it
+# answers to the end, and always too late. The careful one goes on giving answers at its capacity, all just in time, and says no within
 # milliseconds. *Where the prediction fails:* saying no is not free, either. It costs a fraction of a millisecond of the
 # same core, so at 100 times the capacity the noes alone would fill it.
 
 # %% [markdown]
 # ## Retry storms
 #
-# Refused clients come back. If they come back at once, every no makes a new question. **Your prediction.** A client asks
-# at most 5 times. At twice the capacity half are refused: storm or not?
-# `honour=1` waits as `Retry-After` says; `honour=0` comes back after 50 ms.
+# Refused clients come back. If they come back at once, every no makes a new question. A client asks at most 5 times.
+# `honour=1` waits as `Retry-After` says; `honour=0` comes back after 50 ms. **Your prediction.** At 1.7 times the capacity
+# $1/1.7$ = 59 % of the clients can get an answer while the overload lasts, and more only if some come back after it.
 
 # %%
 storms = {
@@ -233,7 +234,8 @@ for honour, df in storms.items():
 
 # %%
 with picture("Who is refused asks again", "time, s", "requests sent in half a second") as ax:
-    bins = np.arange(0, seconds + 0.5, 0.5)
+    bins = np.arange(0, max(df.sent_s.max() for df in storms.values()) + 0.5, 0.5)
+    ax.axvline(seconds, color=GREY, linestyle=":")
     first = np.histogram(storms[0][storms[0].attempt == 0].sent_s, bins)[0]
     line(ax, bins[:-1], first, "new clients only")
     for honour, color, name in ((1, BLUE, "wait for Retry-After"), (0, ORANGE, "again after 50 ms")):
@@ -243,9 +245,8 @@ with picture("Who is refused asks again", "time, s", "requests sent in half a se
 
 # %% [markdown]
 # The impatient spend their five questions within a quarter of a second: a burst of noes at once, more requests in all, and
-# fewer of them get an answer. Those who wait come back later: as long as the overload lasts, the blue dots climb too, and
-# when it ends, the server still has somebody to answer. `Retry-After` turns the storm into a second wave that is spread
-# out. It is computed from the work ahead and the measured speed, so it is true when it is given. *Where it fails:* it moves
+# fewer of them get an answer: about the 59 %. Those who wait come back later: as long as the overload lasts, the blue dots
+# climb too, and when it ends (at the dotted line), the server still has somebody to answer. It is computed from the work ahead and the measured speed, so it is true when it is given. *Where it fails:* it moves
 # an overload, it doesn't remove it; and if all are told the same second, they come back in the same second. Clients
 # should add a random bit.
 
@@ -262,7 +263,7 @@ stop()
 
 # %% [markdown]
 # So hand it to the real loop behind the real model, past that check. **Your prediction:** the batch of 8 fails, then its 8
-# texts run alone, once: 9 more calls than nothing; 7 answers, 1 error.
+# texts run alone, once: 9 calls in place of 1; 7 answers, 1 error.
 
 # %%
 copy = offload.Thread(functools.partial(Model, Settings(TORCH_THREADS=1, BATCH_SIZE=8)))
@@ -326,8 +327,8 @@ checks.exercise_5_2(my_goodput)
 
 
 # %% [markdown]
-# **★★★** An unbounded queue, empty at first, is offered `rho` times its capacity `mu` for `t` seconds (`rho` > 1). How many
-# answers come within `limit_s`?
+# **★★★** An unbounded queue, empty at first, is offered `rho` times its capacity `mu` for `t` seconds (`rho` > 1), then
+# nothing more. How many of the texts get their answer within `limit_s`?
 
 
 # %%

@@ -253,6 +253,12 @@ def line(ax: Axes, x: Any, y: Any, label: str = "predicted", color: str = "black
     ax.plot(x, y, label=label, color=color, **style)
 
 
+def bars(ax: Axes, x: Any, y: Any, label: str = "predicted") -> None:
+    """Predictions, one upright bar for each row y."""
+    ax.plot(x, y, "|", color="black", markersize=30, markeredgewidth=3)
+    ax.plot([], [], "|", color="black", markersize=12, markeredgewidth=3, label=label)  # in the legend
+
+
 def dots(ax: Axes, x: Any, y: Any, label: str = "measured", color: str = BLUE, **style: Any) -> None:
     """A measurement."""
     ax.plot(x, y, "o", label=label, color=color, **style)

@@ -17,6 +17,9 @@ WHILE_A_WORKER_IS_FREE = "while a worker is free"
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "answers are the plain pipeline's, raw and JSON": {},
     "wrong input is refused at once, in one JSON form": {},
+    "a body far too large gets its 413": dict.fromkeys(
+        ("asgi", "gthread-1x8", "sync-2"), "or a reset, if it goes on sending"
+    ),
     "a stalled body gets 408, and 503 on SIGTERM": {},
     "a poison text fails alone": {},
     "a client that leaves frees its place": {"sync-2": "it waits unseen in the kernel"},

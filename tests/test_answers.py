@@ -1,6 +1,7 @@
 """Answers never change with how they were computed. The oracle is the plain pipeline, one text at a time, in float32."""
 
 import asyncio
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from workers import offload
+from workers.contract import Answered
 from workers.metrics import Metrics
 from workers.model import CannotAnswer, InputCheck, Model, Query, load_pipeline
 from workers.settings import HERE, Settings
@@ -77,7 +79,7 @@ def test_another_task_is_answered_as_its_pipeline_answers(tmp_path: Path) -> Non
     torch.manual_seed(0)
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
-    settings = Settings(MODEL=str(tmp_path), TASK="text-classification")
+    settings = Settings(MODEL=str(tmp_path), TASK="text-classification", BATCH_SIZE=4)
     pipe = transformers.pipeline("text-classification", model=str(tmp_path), dtype=torch.float32)
     texts = ["good", "a bad one", "so so " * 30]
     model = Model(settings)
@@ -87,6 +89,25 @@ def test_another_task_is_answered_as_its_pipeline_answers(tmp_path: Path) -> Non
         for answer, want in zip(answers, wanted, strict=True):
             assert answer == [{**want[0], "score": pytest.approx(want[0]["score"], abs=1e-4)}]
     assert len(InputCheck(settings)(Query("no mask needed")).ids) == 5  # and its two special tokens
+
+
+def test_numbers_that_a_pipeline_leaves_to_numpy_are_json(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(MODEL, num_hidden_layers=1)
+    transformers.BertForTokenClassification(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
+    (answer,) = Model(Settings(MODEL=str(tmp_path), TASK="token-classification"))([Query("a text")])
+    for sent, found in zip(json.loads(Answered(answer).body), answer, strict=True):
+        assert sent["word"] == found["word"] and sent["score"] == pytest.approx(found["score"])
+
+
+def test_a_model_that_cannot_batch_serves_one_at_a_time(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(MODEL, num_hidden_layers=1)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    (answer,) = Model(Settings(MODEL=str(tmp_path), TASK="text-classification"))([Query("a text")])
+    assert answer[0]["label"]
 
 
 def test_a_pickled_model_is_not_loaded(tmp_path: Path) -> None:
@@ -112,6 +133,19 @@ def test_what_the_model_cannot_answer_is_refused_with_a_sentence_that_says_what_
 ) -> None:
     with pytest.raises(CannotAnswer, match=problem):
         InputCheck(Settings())(Query(text))
+
+
+@pytest.mark.parametrize(
+    ("query", "problem"),
+    [
+        (Query("a [MASK]", targets=("\u200d", "\u0301")), "no words to this model; send others"),
+        (Query("a [MASK]", top_k=40_000), "the model knows 30522 tokens"),
+    ],
+)
+def test_what_would_fail_a_whole_batch_is_refused_before_it(query: Query, problem: str) -> None:
+    with pytest.raises(CannotAnswer, match=problem):
+        InputCheck(Settings())(query)
+    assert InputCheck(Settings())(query._replace(targets=("\u200d", "city"), top_k=5))
 
 
 def test_the_embedded_model_reaches_the_scores_of_its_card() -> None:

@@ -10,6 +10,7 @@ import re
 import select
 import signal
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -163,8 +164,9 @@ def test_connection_is_kept_for_the_next_request(server: Server, mode: str) -> N
         connection.sendall(request("POST", "/", PARIS.encode()))
         assert hear(connection).status == 200
         if kept("keeps connections open", mode):
-            connection.sendall(request("POST", "/", PARIS.encode()))
-            assert hear(connection).status == 200
+            for ask in (request("GET", "/health"), request("POST", "/", PARIS.encode())):
+                connection.sendall(ask)
+                assert hear(connection).status == 200
         else:
             assert connection.recv(1) == b"", "it is closed"
 
@@ -178,6 +180,12 @@ WRONG = {
     "malformed JSON": (b'{"inputs": ', {"Content_Type": "application/json"}, 400),
     "JSON that is no object": (b"[1]", {"Content_Type": "application/json"}, 400),
     "unknown field": (b'{"inputs": "a [MASK]", "model": "x"}', {"Content_Type": "application/json"}, 400),
+    "parameters that are no object": (
+        b'{"inputs": "a [MASK]", "parameters": []}',
+        {"Content_Type": "application/json"},
+        400,
+    ),
+    "an endless number": (b'{"inputs": ' + b"1" * 5000 + b"}", {"Content_Type": "application/json"}, 400),
     "unknown parameter": (
         b'{"inputs": "a [MASK]", "parameters": {"seed": 1}}',
         {"Content_Type": "application/json"},
@@ -222,6 +230,13 @@ def test_body_said_to_be_too_large_is_refused_before_it_is_sent(server: Server) 
     reply = say(server, request("POST", Content_Length="1000000000"))
     assert reply.status == 413
     assert "16384" in reply.error
+
+
+def test_body_far_too_large_is_refused_while_it_is_sent(server: Server, mode: str) -> None:
+    is_kept = kept("a body far too large gets its 413", mode)
+    with contextlib.nullcontext() if is_kept else contextlib.suppress(ConnectionError):
+        assert post(server, b"a" * 5_000_000).status == 413
+    assert post(server, PARIS).status == 200
 
 
 def test_chunked_body_is_read(server: Server) -> None:
@@ -388,12 +403,11 @@ def test_client_that_asks_again_before_the_answer_has_not_left(sick: Server, mod
 
 
 def test_client_may_shorten_its_deadline(sick: Server) -> None:
-    began = time.monotonic()
     reply = post(sick, PARIS, Prefer="wait=0")
     assert reply.status == 504
     assert reply.error
-    assert time.monotonic() - began < 0.4, "it must not wait for the window's end"
-    assert post(sick, PARIS, Prefer="wait=1000").status == 200
+    for seconds in ("1000", "4.5"):
+        assert post(sick, PARIS, Prefer=f"wait={seconds}").status == 200
 
 
 def test_too_much_work_gets_503_with_retry_after(server: Server, crowd: Crowd, mode: str) -> None:
@@ -414,8 +428,11 @@ def test_client_that_leaves_frees_its_place(spawning: Server, mode: str) -> None
     # A sync worker waits 2 s for a client to close what it has answered, so there are few of them.
     n = 24 if kept("a client that leaves frees its place", mode) else 4
     with contextlib.ExitStack() as connections:
-        for _ in range(n):
-            connections.enter_context(dial(spawning)).sendall(request("POST", "/", SLOW.encode()))
+        for i in range(n):
+            connection = connections.enter_context(dial(spawning))
+            if i % 2:  # it leaves by a reset
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(request("POST", "/", SLOW.encode()))
         until(lambda: metric(spawning, "model_call_seconds_count") > calls)
     if kept("a client that leaves frees its place", mode):
         until(lambda: metric(spawning, "model_abandoned_total") > before)

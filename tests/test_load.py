@@ -2,7 +2,11 @@
 
 import contextlib
 import json
+import math
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +14,7 @@ import pandas as pd
 import pytest
 
 from loadtests import compare, drive, texts
-from loadtests.modes import Mode, start
+from loadtests.modes import ROOT, Mode, start
 
 
 @contextlib.contextmanager
@@ -137,14 +141,16 @@ def rows(latencies_ms: list[float], outcomes: list[str], duration_s: float = 10.
 
 
 def test_goodput_counts_right_answers_within_the_clients_limit() -> None:
-    df = rows([100.0, 100.0, 3000.0, 100.0, 100.0], ["200", "503", "200", "wrong", "200"])
-    assert drive.summary(df, limit_s=2)["goodput_per_s"] == 0.2
-    assert drive.summary(df, limit_s=4)["goodput_per_s"] == 0.3
+    df = rows([100.0, 100.0, 3000.0, 100.0, 100.0] * 20, ["200", "503", "200", "wrong", "200"] * 20)
+    assert drive.summary(df, limit_s=2)["goodput_per_s"] == pytest.approx(4)
+    assert drive.summary(df, limit_s=4)["goodput_per_s"] == pytest.approx(6)
 
 
-def test_a_backlog_answered_after_the_end_is_no_speed() -> None:
-    df = rows([5000.0] * 100, ["200"] * 100)
-    assert drive.summary(df, limit_s=60)["goodput_per_s"] == pytest.approx(100 / 14.9)
+def test_goodput_counts_neither_a_queue_that_was_empty_at_first_nor_one_that_is_emptied_afterwards() -> None:
+    df = rows([1.0] * 20 + [900.0] * 80, ["200"] * 20 + ["503"] * 60 + ["200"] * 20, duration_s=5.0)
+    assert drive.summary(df, limit_s=1)["goodput_per_s"] == pytest.approx(
+        2 / 4
+    )  # of the last 20, two in time
 
 
 def test_percentiles_are_not_rounded() -> None:
@@ -162,7 +168,7 @@ def test_recovery_counts_from_the_end_of_the_spike() -> None:
     df.loc[(df["due_s"] >= 3) & (df["due_s"] < 6), "outcome"] = "503"
     assert drive.recovery_s(df) == pytest.approx(2.0)
     df.loc[df["due_s"] >= 3, "outcome"] = "503"
-    assert np.isnan(drive.recovery_s(df))
+    assert drive.recovery_s(df) == math.inf
 
 
 @pytest.mark.parametrize("kind", ["short", "long"])
@@ -195,4 +201,45 @@ def test_quick_comparison_of_three_modes_leaves_table_and_pictures(tmp_path: Any
             and values[mode, "own 80 %", "predicted_p99_ms"] > 0
         )
     assert values["thread", "start", "copies"] == 1 and values["uvicorn-2", "start", "copies"] == 2
+    assert json.loads((tmp_path / "machine.json").read_text())["failed"] == []
     assert "/root" not in (tmp_path / "machine.json").read_text()
+
+
+def test_a_visit_that_fails_is_named_and_leaves_nothing_half(tmp_path: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(
+        compare.Comparison, "visit", lambda *_: (_ for _ in ()).throw(RuntimeError("it broke"))
+    )
+    with pytest.raises(SystemExit, match="no mode could be measured"):
+        compare.main(["--quick", "--modes", "thread", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "machine.json").read_text())["failed"] == ["thread, round 1"]
+
+
+def test_a_partial_comparison_does_not_overwrite_the_full_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        compare.main(["--modes", "thread"])
+    assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["compare", "planner", "bench", "bench_model"])
+def test_each_program_explains_itself(program: str) -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", f"loadtests.{program}", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert said.returncode == 0 and "--quick" in said.stdout, said.stderr
+
+
+def test_a_stopped_open_loop_counts_those_who_still_wait() -> None:
+    with fake("stalls") as url:
+        said = subprocess.run(
+            [
+                *(str(Path(sys.executable).parent / "locust"), "-f", "loadtests/locustfile.py", "--headless"),
+                *("--host", url.rstrip("/"), "-t", "1s", "-u", "1", "OpenLoop"),
+                *("--rate-per-s", "20", "--timeout-s", "2", "--exit-code-on-error", "1", "--json"),
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+    assert said.returncode == 1, said.stderr
+    (entry,) = json.loads(said.stdout)
+    assert entry["num_failures"] == entry["num_requests"] > 0

@@ -401,6 +401,37 @@ async def test_a_call_that_hangs_is_reported_and_new_jobs_are_refused() -> None:
             await loop.submit("b")
 
 
+@on_virtual_clock
+async def test_a_copy_that_loads_again_is_no_call_of_the_model() -> None:
+    loaded = asyncio.Event()
+
+    async def ready() -> None:
+        await loaded.wait()
+
+    loop = ModelLoop(hang_s=60, budget_s=1000)
+    consumer = asyncio.create_task(loop.consume(FakeModel(), ready))
+    await asyncio.sleep(0)
+    task = submit_all(loop, "a")
+    await asyncio.sleep(100)
+    assert loop.stuck_s() == 0 and not loop.running
+    loaded.set()
+    answer = await task[0]
+    assert (answer.queue_s, answer.model_s) == (100, 1)
+    assert loop.predicted_wait_s() == 0 and loop.speed.predict_s(1) == pytest.approx(1)
+    consumer.cancel()
+
+
+@on_virtual_clock
+async def test_a_call_that_nobody_waits_for_any_more_still_has_to_end() -> None:
+    async with serving(FakeModel(b=3)) as loop:
+        loop.speed.observe(1, 3)
+        assert await outcomes(submit_all(loop, "a", budget_s=0.5)) == [Late]
+        with pytest.raises(Refused):
+            await loop.submit("b", budget_s=1)
+        await asyncio.sleep(3)
+        assert await outcomes(submit_all(loop, "c", budget_s=1)) == [Late], "idle: it is tried"
+
+
 # --- stopping ---------------------------------------------------------------------------------------------------------
 
 

@@ -230,6 +230,28 @@ def test_a_process_that_is_killed_while_idle_is_replaced_before_anyone_asks(
         with_process(scenario)
 
 
+def test_a_replacement_that_cannot_even_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        def fail(*_: Any) -> None:
+            raise OSError(24, "Too many open files")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("multiprocessing.context.SpawnContext.Pipe", fail)
+            with pytest.raises(ModelDied, match="exit code -9"):
+                await offload.run(["die"])
+            await offload.ready()
+            for _ in range(2):
+                with pytest.raises(ModelDied, match="Too many open files"):
+                    await offload.run(["a"])
+                await offload.ready()
+        with pytest.raises(ModelDied, match="Too many open files"):
+            await offload.run(["a"])
+        ((query, _, _),) = await offload.run(["a"])
+        assert query == "a"
+
+    with_process(scenario)
+
+
 def test_a_replacement_that_cannot_load_is_replaced_in_its_turn(tmp_path: Path) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         for reason in ("exit code -9", "exit code -9", "OSError: no such model"):

@@ -27,10 +27,14 @@ def test_fit_recovers_a_known_law(a_s: float, b_s: float) -> None:
     assert noisy.spread == pytest.approx(0.05, rel=0.4)
 
 
-def test_a_slow_moment_of_the_machine_does_not_bend_the_law() -> None:
+def test_the_law_is_that_of_the_mean_call_as_the_throughput_is() -> None:
     calls = measured(0.004, 0.001)
-    calls.loc[::5, "seconds"] *= 20
-    assert planner.fit(calls).seconds(32) == pytest.approx(0.036)
+    calls.loc[::10, "seconds"] *= 11  # one text in ten is long
+    law = planner.fit(calls)
+    assert law.seconds(32) == pytest.approx(2 * 0.036)
+    assert law.spread == pytest.approx(1.5, rel=0.05)
+    alike = planner.fit(calls[calls["texts"] == 1])
+    assert (alike.seconds(1), alike.spread) == (pytest.approx(0.01), pytest.approx(1.5, rel=0.05))
 
 
 @pytest.mark.parametrize("load", [0.3, 0.5, 0.7])

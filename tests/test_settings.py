@@ -17,6 +17,7 @@ from workers.settings import Settings
         ("BATCH_WINDOW_MS", "nan", "at least 0"),
         ("DEADLINE_S", "0", "above 0"),
         ("DEADLINE_S", "inf", "above 0"),
+        ("GRACE_S", "5e9", "below a million"),
         ("OFFLOAD", "fork", "thread or inline or process"),
         ("DTYPE", "float31", "float32 or auto or bfloat16 or float16"),
         ("FAST", "perhaps", "1 or 0"),
@@ -47,3 +48,6 @@ def test_threads_of_all_instances_together_never_exceed_the_cores(monkeypatch: p
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     assert [Settings(INSTANCES=n).threads_per_instance for n in (1, 2, 3, 9)] == [8, 4, 2, 1]
     assert Settings(INSTANCES=2, TORCH_THREADS=6).threads_per_instance == 6  # unless asked for
+    monkeypatch.delattr("os.sched_getaffinity")  # as on a Mac
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    assert Settings(INSTANCES=2).threads_per_instance == 2

@@ -65,7 +65,7 @@ class Clients:
         """Raise HTTPException 413 where a body is too long."""
         if length > self.settings.MAX_BODY_BYTES:
             sentence = f"the body is too large; send at most {self.settings.MAX_BODY_BYTES} bytes"
-            raise HTTPException(413, sentence, CLOSE)
+            raise HTTPException(413, sentence)
 
     async def wait(self, request: Request, answer: Awaitable[Answer]) -> Answer:
         """Return the answer; cancel it and raise ClientDisconnect when the client leaves before it is there."""

@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Awaitable
 from itertools import chain
+from operator import methodcaller
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -61,12 +62,11 @@ def parse_json(body: bytes, settings: Settings) -> Query:
         content = json.loads(body)
         json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is JSON but not text
     except (ValueError, RecursionError) as exc:
-        raise HTTPException(
-            400, f"the JSON can't be read ({exc}); send {{'inputs': 'a text'}}".replace("'", '"')
-        ) from None
+        where = f" ({exc})" if isinstance(exc, json.JSONDecodeError) else ""
+        raise HTTPException(400, f'the JSON cannot be read{where}; send {{"inputs": "a text"}}') from None
     if not isinstance(content, dict) or not isinstance(content.get("inputs"), str):
         raise HTTPException(400, '"inputs" must be one text: {"inputs": "a text"}')
-    parameters = content.get("parameters") or {}
+    parameters = {} if content.get("parameters") is None else content["parameters"]
     known = {"top_k", "targets"} if settings.TASK == "fill-mask" else set()
     if not isinstance(parameters, dict):
         raise HTTPException(400, '"parameters" must be an object, such as {"top_k": 3}')
@@ -94,8 +94,21 @@ def is_list_of_words(value: Any, most: int) -> bool:
 def client_budget_s(headers: Headers) -> float:
     """Return the seconds that `Prefer: wait=SECONDS` (RFC 7240) allows, infinity where it says nothing."""
     preferences = ",".join(headers.getlist("prefer"))
-    wait = re.search(r'(?:^|[,\s])wait\s*=\s*"?(\d{1,9})\b', preferences, re.IGNORECASE)
+    wait = re.search(r'(?:^|[,\s])wait\s*=\s*"?(\d{1,9}(?:\.\d+)?)\b', preferences, re.IGNORECASE)
     return float(wait[1]) if wait else math.inf
+
+
+class Answered(JSONResponse):
+    """What the pipeline returned; some return numbers of NumPy's."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(
+            content,
+            ensure_ascii=False,
+            allow_nan=False,
+            separators=(",", ":"),
+            default=methodcaller("tolist"),
+        ).encode()
 
 
 async def error_reply(request: Request, exc: Exception) -> JSONResponse:

@@ -34,7 +34,8 @@ timeout = int(max(_settings.HANG_S, _settings.BODY_TIMEOUT_S + _settings.DEADLIN
 graceful_timeout = (
     int(_settings.GRACE_S) + 2
 )  # the worker ends itself within GRACE_S; this only catches one that can't
-keepalive = 5  # seconds: longer than a busy client's pause, shorter than GRACE_S: an idle connection must not hold SIGTERM
+# Seconds: longer than a busy client's pause, shorter than GRACE_S: an idle connection must not hold SIGTERM.
+keepalive = max(1, min(5, int(_settings.GRACE_S) - 1))
 control_socket_disable = (
     True  # one path in the home folder, the same for every server: two would fight for it
 )

@@ -10,6 +10,7 @@ from gunicorn.dirty.errors import DirtyAppError, DirtyError  # type: ignore[impo
 
 from workers.loop import ModelDied, ModelFailed
 from workers.model import Model, Query
+from workers.offload import CannotLoad, Offload
 from workers.settings import Settings
 
 APP = "workers.dirty:DirtyModel"
@@ -30,13 +31,17 @@ class DirtyModel(DirtyApp):  # type: ignore[misc]
         )
 
 
-class Dirty:
+class Dirty(Offload):
     """In a web worker: its way to the shared model, one call at a time."""
 
     def __init__(self, hang_s: float) -> None:
-        self.client = DirtyClient(get_dirty_socket_path(), timeout=hang_s)
+        self.hang_s = hang_s
 
     async def start(self) -> str:
+        try:
+            self.client = DirtyClient(get_dirty_socket_path(), timeout=self.hang_s)
+        except DirtyError as exc:
+            raise CannotLoad("OFFLOAD=dirty needs `gunicorn -c workers/dirty.conf.py`") from exc
         while True:
             try:
                 return await self.client.execute_async(APP, "describe") + ", shared"

@@ -27,6 +27,7 @@ from workers.speed import Speed
 log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its own start-up lines
 
 Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
+Ready = Callable[[], Awaitable[None]]
 MARGIN = 1.1  # predictions are taken this much longer: an admitted job that ends late has cost model time for nothing
 
 STOPPING = "the server is stopping; try another one"
@@ -107,6 +108,10 @@ class Call(NamedTuple):
 
     started_at: float
     size: int
+
+
+async def at_once() -> None:
+    """A copy of the model that is always ready."""
 
 
 def expire(job: Job) -> None:
@@ -197,7 +202,7 @@ class ModelLoop:
             raise Refused("the model is still loading")
         if stuck_s := self.stuck_s():
             raise Refused(f"the model has not returned for {stuck_s:.0f} s")
-        if not self.live:
+        if not self.live and not self.calls:
             return  # always when idle: a slow estimate must not lock the server shut
         wait_s = self.predicted_wait_s()
         if self.depth >= self.max_queue:
@@ -207,13 +212,14 @@ class ModelLoop:
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
-    async def consume(self, run: Run) -> None:
-        """Serve the queue with `run` until cancelled. Start it once for every copy of the model."""
+    async def consume(self, run: Run, ready: Ready = at_once) -> None:
+        """Serve the queue with `run`, once `ready`, until cancelled. Start it once for every copy of the model."""
         self.consumers += 1
         try:
             while True:
                 async with self._taking:
                     batch, closed_by = await self.take_batch()
+                await ready()  # a copy that died may still load again: no call of the model
                 if batch := self._worth_running(batch):
                     await self._run(run, batch, closed_by)
                 await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out for ever

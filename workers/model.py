@@ -13,7 +13,7 @@ from workers.settings import Settings
 # do for so long that 2 of them, beside 2 busy processes on 2 cores, do 18 texts/s; so they do 86, and 238 where 224.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-LOADING = threading.Lock()  # while Transformers loads, torch makes tensors without data, in every thread
+LOADING = threading.Lock()  # two loads at once collide in Transformers: "Tensor on device meta"
 
 
 class Query(NamedTuple):
@@ -49,7 +49,7 @@ def load_pipeline(settings: Settings, instance: int = 0) -> Any:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{instance % torch.cuda.device_count()}"
+        device = f"cuda:{instance % max(1, torch.cuda.device_count())}"
     fast = settings.FAST and settings.TASK == "fill-mask"
     with LOADING:
         return transformers.pipeline(
@@ -95,7 +95,7 @@ class Model:
         mask = getattr(self.pipe.tokenizer, "mask_token", None) or ""
         probe = Query(f"a {mask}")
         alone = self([probe])[0]
-        if self.settings.TASK != "fill-mask":
+        if self.settings.TASK != "fill-mask" and self.settings.BATCH_SIZE > 1:
             # Some tasks answer a text with [x] but the same text in a list with x: learn which.
             in_batch = self([probe, probe])[0]
             self.wraps_single = isinstance(alone, list) and not isinstance(in_batch, list)
@@ -133,7 +133,9 @@ class InputCheck:
         self.max_masks = settings.MAX_MASKS
         self.mask = tokenizer.mask_token if settings.TASK == "fill-mask" else None
         self.mask_id = tokenizer.mask_token_id if self.mask else None
+        self.words = len(tokenizer)
         self.ids = self._encoder(tokenizer)
+        self.around = len(self.ids(""))  # tokens around every text
 
     @staticmethod
     def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
@@ -156,4 +158,8 @@ class InputCheck:
                 raise CannotAnswer(f"the text has no {self.mask}; put {self.mask} where the missing word is")
             if masks > self.max_masks:
                 raise CannotAnswer(f"the text has {masks} {self.mask}; send at most {self.max_masks}")
+            if query.top_k > self.words:
+                raise CannotAnswer(f"top_k is {query.top_k}; the model knows {self.words} tokens")
+            if query.targets and all(len(self.ids(word)) == self.around for word in query.targets):
+                raise CannotAnswer("the targets are no words to this model; send others")
         return query._replace(ids=tuple(ids))

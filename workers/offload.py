@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
 from workers.loop import ModelDied, ModelFailed
@@ -31,6 +32,10 @@ class Offload(Protocol):
     async def start(self) -> str:
         """Load the model; return what was loaded, in one line. Raises CannotLoad."""
 
+    async def ready(self) -> None:
+        """Return when `run` would not have to wait for another one to load."""
+        return
+
     async def run(self, queries: list[Query]) -> list[Any]:
         """Answer the queries, one call at a time. Raises ModelFailed whatever the model raised."""
 
@@ -38,7 +43,7 @@ class Offload(Protocol):
         """Let go of it, without waiting for a call in progress."""
 
 
-class Inline:
+class Inline(Offload):
     """On the event loop, which is blocked meanwhile: nothing else is answered. Here to be measured against."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
@@ -58,7 +63,7 @@ class Inline:
         pass
 
 
-class Thread:
+class Thread(Offload):
     """In a dedicated thread, so that calls can't overlap. A daemon: a hung call can't hold the interpreter at exit."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
@@ -102,7 +107,7 @@ class Thread:
                 return  # the event loop is closed: the server has stopped without us
 
 
-class Process:
+class Process(Offload):
     """In a spawned process that loads the model itself (a fork after torch has run hangs at its first op).
 
     A crash or a hang costs its own batch; the process is killed, replaced, and the reason logged.
@@ -112,16 +117,19 @@ class Process:
         self, load: Callable[[], Any], hang_s: float, metrics: Metrics, cores: set[int] | None = None
     ) -> None:
         self.load, self.hang_s, self.metrics, self.cores = load, hang_s, metrics, cores
-        self.ready: asyncio.Task[str] | None = None
+        self.process: SpawnProcess
+        self.spawning: asyncio.Task[str]
 
     async def start(self) -> str:
-        self.ready = asyncio.create_task(self._spawn())
-        return await asyncio.shield(self.ready)
+        self.spawning = asyncio.create_task(self._spawn())
+        return await asyncio.shield(self.spawning)
+
+    async def ready(self) -> None:
+        await asyncio.wait([self.spawning])
 
     async def run(self, queries: list[Query]) -> list[Any]:
-        assert self.ready
         try:
-            await self.ready  # a replacement may still be loading
+            await self.spawning
         except CannotLoad as exc:
             self._replace(f"was not replaced: {exc}")
             raise ModelDied(str(exc)) from exc
@@ -143,27 +151,31 @@ class Process:
         raise ModelDied(f"the model process {reason}")
 
     def stop(self) -> None:
-        if self.ready:  # else it was never started
+        if hasattr(self, "process"):  # else it was never started
             self.process.kill()
             self.pipe.close()
 
     async def _spawn(self) -> str:
         spawn = multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(
-            target=serve_pipe, args=(theirs, self.load, self.cores), name="model", daemon=True
-        )
-        self.process.start()
+        try:
+            pipe, theirs = spawn.Pipe()
+            process = spawn.Process(
+                target=serve_pipe, args=(theirs, self.load, self.cores), name="model", daemon=True
+            )
+            process.start()
+        except OSError as exc:
+            raise CannotLoad(f"no process can be started: {exc}") from exc
+        self.pipe, self.process = pipe, process
         theirs.close()  # or its death would not close the pipe
         try:
             description, error = await self._receive(None)
         except (EOFError, OSError):
-            self.process.join(1)
-            raise CannotLoad(f"the model process ended with exit code {self.process.exitcode}") from None
+            process.join(1)
+            raise CannotLoad(f"the model process ended with exit code {process.exitcode}") from None
         if error is not None:
             raise CannotLoad(error)
         asyncio.get_running_loop().add_reader(self.pipe.fileno(), self._died_idle)
-        return f"{description}, process {self.process.pid}"
+        return f"{description}, process {process.pid}"
 
     def _died_idle(self) -> None:
         """Nothing was asked, yet the pipe has something to read: its end."""
@@ -173,9 +185,10 @@ class Process:
     def _replace(self, reason: str) -> None:
         log.error("model process %s %s; starting another", self.process.pid, reason)
         self.metrics.restarts.inc()
-        asyncio.get_running_loop().remove_reader(self.pipe.fileno())
+        if not self.pipe.closed:  # else its replacement could not even be started
+            asyncio.get_running_loop().remove_reader(self.pipe.fileno())
         self.stop()
-        self.ready = asyncio.create_task(self._spawn())
+        self.spawning = asyncio.create_task(self._spawn())
 
     async def _receive(self, timeout_s: float | None) -> tuple[Any, str | None]:
         loop = asyncio.get_running_loop()

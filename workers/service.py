@@ -16,7 +16,7 @@ from types import FrameType
 
 from workers import memory, offload
 from workers.clients import Clients
-from workers.loop import ModelLoop, Refused
+from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.model import InputCheck
 from workers.settings import Settings
@@ -59,15 +59,17 @@ class Service:
 
     async def serve(self) -> None:
         """Load every copy of the model, then let each consume the one queue."""
+        # Look for garbage every 10,000 objects, not every 700: those that loading makes, a tenth of whose time it would
+        # take, and those of the requests in flight are none.
+        gc.set_threshold(10_000)
         self.check = await asyncio.to_thread(offload.attempt_load, partial(InputCheck, self.settings))
         for description in await asyncio.gather(*(copy.start() for copy in self.copies)):
             log.info("Serving %s", description)
         gc.collect()
         gc.freeze()  # 360,000 objects of torch and transformers: to look through them for garbage takes 0.16 s
-        gc.set_threshold(10_000)  # not every 700 objects: those of the requests in flight are no garbage
         self.report()
         self.loaded.set()
-        await asyncio.gather(*(self.loop.consume(copy.run) for copy in self.copies))
+        await asyncio.gather(*(self.loop.consume(copy.run, copy.ready) for copy in self.copies))
 
     def report(self) -> None:
         """One line on what this worker takes of the machine, and a warning when all of them together take too much."""
@@ -81,6 +83,10 @@ class Service:
         )
         if warning := memory.warning(settings.WEB_CONCURRENCY, mine, memory.limit_bytes()):
             log.warning(warning)
+        if multiprocessing.parent_process() and settings.WEB_CONCURRENCY == 1:
+            log.warning(
+                "each worker takes all cores for its own; start n with WEB_CONCURRENCY=n, not --workers n"
+            )
 
     async def tick(self) -> None:
         """Four times a second look after the clients, the gauges and the master.
@@ -148,11 +154,3 @@ class Service:
         if self.exit_code:
             logging.shutdown()
             os._exit(self.exit_code)  # every client has its answer, and a lifespan can't choose the exit code
-
-    def unready(self) -> str:
-        """Why a request would not be admitted now; empty when it would."""
-        try:
-            self.loop.admit(1, self.settings.DEADLINE_S)
-        except Refused as exc:
-            return str(exc)
-        return ""

@@ -23,7 +23,7 @@ def at_least(least: int, default: int) -> Any:
 
 def seconds(default: float) -> Any:
     """A positive duration."""
-    return knob(default, "a number of seconds above 0", lambda value: 0 < value < float("inf"))
+    return knob(default, "a number of seconds above 0, below a million", lambda value: 0 < value < 1e6)
 
 
 def one_of(*choices: str) -> Any:
@@ -62,7 +62,9 @@ class Settings:
     OFFLOAD: str = one_of("thread", "inline", "process", "dirty")
     INSTANCES: int = at_least(1, 1)  # copies of the model on one queue
     TORCH_THREADS: int = at_least(0, 0)  # per copy; 0: cores / copies
-    WEB_CONCURRENCY: int = at_least(1, 1)  # worker processes; uvicorn and Gunicorn read it too
+    WEB_CONCURRENCY: int = at_least(
+        1, 1
+    )  # worker processes: uvicorn starts as many; Gunicorn's configs set it
     HANG_S: float = seconds(60.0)  # a model call this long is a hang
 
     # What is taken in
@@ -97,5 +99,5 @@ class Settings:
     @property
     def threads_per_instance(self) -> int:
         """Torch threads of one copy: never more in total than there are cores, unless asked for."""
-        copies = self.INSTANCES * self.WEB_CONCURRENCY
-        return self.TORCH_THREADS or max(1, len(os.sched_getaffinity(0)) // copies)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.TORCH_THREADS or max(1, cores // (self.INSTANCES * self.WEB_CONCURRENCY))

@@ -6,9 +6,11 @@ reply is whole. So the queue, the batches and the answers are those of `workers/
 
 import asyncio
 import atexit
+import contextlib
 import socket
 import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.types import Message, Scope
@@ -22,6 +24,9 @@ class Bridge:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
+        self.loop.set_default_executor(
+            ThreadPoolExecutor(64)
+        )  # more than requests: each may read a stalled body
         threading.Thread(target=self.loop.run_forever, name="event loop", daemon=True).start()
         self.lifespan = server.lifespan(server.app)
         self.state = self.call(self.lifespan.__aenter__())
@@ -34,6 +39,8 @@ class Bridge:
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         response: Response = self.call(self.reply(Request(environ, populate_request=False)))
+        if response.headers.get("Connection") == "close":
+            start_response.__self__.force_close()  # Gunicorn ignores the header itself
         return response(environ, start_response)
 
     async def reply(self, request: Request) -> Response:
@@ -61,10 +68,9 @@ class Bridge:
 
         await server.app(self.scope(request), receive, send)
         response.data = bytes(body)
-        if not complete:
-            connection.shutdown(
-                socket.SHUT_RD
-            )  # frees the thread that waits for a stalled body; no keep-alive
+        if not complete and (request.content_length or "HTTP_TRANSFER_ENCODING" in request.environ):
+            response.headers["Connection"] = "close"
+            connection.shutdown(socket.SHUT_RD)  # frees the thread that waits for a stalled body
         return response
 
     def scope(self, request: Request) -> Scope:
@@ -93,8 +99,9 @@ class Bridge:
             await readable.wait()
         finally:
             self.loop.remove_reader(connection)
-        if connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-            await self.loop.create_future()  # the next request already: it's there
+        with contextlib.suppress(ConnectionError):  # it was reset
+            if connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                await self.loop.create_future()  # the next request already: it's there
 
 
 app = Bridge()

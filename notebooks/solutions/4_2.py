@@ -4,4 +4,4 @@ import math
 
 
 def answer(a_s, b_s, share):
-    return max(1, math.ceil(round(share * a_s / ((1 - share) * b_s), 9)))
+    return max(1, math.ceil(share * a_s / ((1 - share) * b_s)))

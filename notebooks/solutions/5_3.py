@@ -1,5 +1,5 @@
-"""Who comes before limit / (rho - 1) is in time; of them, no more than mu t are done by the end."""
+"""Who comes at x waits (rho - 1) x: those before limit / (rho - 1) are in time."""
 
 
 def answer(mu, rho, limit_s, t):
-    return min(rho * mu * limit_s / (rho - 1), mu * t)
+    return rho * mu * min(t, limit_s / (rho - 1))

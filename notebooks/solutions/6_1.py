@@ -1,3 +1,3 @@
-"""Memory allows 4 (5.6 GB), cores allow 4."""
+"""Memory allows 3 (4.2 GB), cores allow 4."""
 
-answer = min(int(6 / 1.4), 4)
+answer = min(int(5 / 1.4), 4)
