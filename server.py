@@ -33,8 +33,8 @@ async def fill_mask(request: Request) -> Response:
     body = await service.clients.read_body(request)
     service.loop.admit(1, settings.DEADLINE_S)  # refuse before any work goes into what is refused
     assert service.check  # or the loop would have refused: no model yet
-    query = service.check(contract.parse(body, request.headers, settings))
-    budget_s = contract.client_budget_s(request.headers)
+    query = service.check(contract.parse(body, request, settings))
+    budget_s = contract.client_budget_s(request)
     answer = await service.clients.wait(
         request, service.loop.submit(query, size=len(query.ids), budget_s=budget_s)
     )

@@ -200,7 +200,7 @@ def draw_latency(results: Results) -> Figure:
         )
         if points:
             axes.plot(
-                *zip(*points, strict=True), label=mode, markersize=6, linewidth=1.8, **results.style(mode)
+                *zip(*points, strict=True), label=mode, markersize=7, linewidth=0.9, **results.style(mode)
             )
     limit_ms = results.about["limit_s"] * 1000
     axes.axhline(limit_ms, color="#555555", linewidth=1, linestyle=":")
@@ -208,7 +208,10 @@ def draw_latency(results: Results) -> Figure:
         0.01, limit_ms * 1.04, "the client's limit: refused or too late", transform=axes.get_yaxis_transform()
     )
     axes.set(
-        xscale="log", yscale="log", xlabel="offered load, requests per second", ylabel="99th percentile, ms"
+        xscale="log",
+        yscale="log",
+        xlabel="offered load, requests per second (lines only join the dots)",
+        ylabel="99th percentile, ms",
     )
     axes.set_ylim(top=limit_ms * 1.4)
     plain_numbers(axes.xaxis, axes.yaxis)
@@ -231,7 +234,7 @@ def draw_overload(results: Results) -> Figure:
     figure, axes = frame("Right answers in time when overloaded", 2.2 + 0.42 * len(results.modes))
     rows = range(len(results.modes))
     for (scenario, metric), label, marker, colour in (
-        (("own 2 x", "goodput_per_s"), "asked for 2 times that", "o", "#0072B2"),
+        (("own 2 x", "goodput_per_s"), "asked for 2 times the capacity", "o", "#0072B2"),
         (
             ("own 10 x", "goodput_per_s"),
             f"10 times, at most {results.about['most_per_s']:g}/s",
@@ -278,39 +281,16 @@ def draw_distribution(results: Results) -> Figure | None:
 
 def draw_memory(results: Results) -> Figure:
     """What a request a second costs in memory."""
-    figure, axes = frame("Memory against throughput", 7)
-    placed: list[tuple[float, float]] = []
-    points = {
-        mode: (results.get(mode, "capacity", "per_s"), results.get(mode, "capacity", "memory_mb"))
-        for mode in results.modes
-    }
-    most_x = max(x for x, _ in points.values())
-    most_y = max(y for _, y in points.values())
-    for mode, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
-        axes.plot(x, y, markersize=9, **results.style(mode))
-        dots = [(dot_x, dot_y) for dot_x, dot_y in points.values() if 0 < dot_x - x < 0.2 * most_x]
-        label_y = y  # push labels up until they overlap no other, and no dot beside theirs
-        while any(
-            abs(label_y - other_y) < 0.03 * most_y and abs(x - other_x) < 0.3 * most_x
-            for other_x, other_y in placed + dots
-        ):
-            label_y += 0.01 * most_y
-        placed.append((x, label_y))
-        right = x < 0.7 * most_x
-        axes.annotate(
-            mode,
-            (x, y),
-            (x + (0.03 if right else -0.03) * most_x, label_y),
-            ha="left" if right else "right",
-            va="center",
-            fontsize=10.5,
-            arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6},
-        )
+    figure, axes = frame("Memory against throughput", 8)
+    for mode in results.modes:
+        x, y = (results.get(mode, "capacity", metric) for metric in ("per_s", "memory_mb"))
+        axes.plot(x, y, markersize=10, **results.style(mode) | {"linestyle": "none"}, label=mode)
     axes.set(
         xlabel="capacity, requests per second", ylabel="memory of all processes, shared pages once (PSS), MB"
     )
-    axes.set_xlim(0, 1.12 * most_x)
-    axes.set_ylim(0, 1.15 * most_y)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    legend_below(axes)
     return figure
 
 

@@ -5,6 +5,7 @@ The experiments are in the lessons. The server, its loop, the load generator and
 
 import atexit
 import contextlib
+import datetime
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ sys.path.insert(0, str(HERE.parent))  # the project, from which the lessons impo
 warnings.filterwarnings("ignore", message="IProgress")  # we show no progress bars
 os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
-from loadtests import drive, modes, planner  # noqa: E402
+from loadtests import drive, machine, modes, planner  # noqa: E402
 
 QUICK = os.environ.get("QUICK") == "1"
 TEXT = "Paris is the [MASK] of France."
@@ -269,6 +270,7 @@ def dots(ax: Axes, x: Any, y: Any, label: str = "measured", color: str = BLUE, *
 
 def claim(text: str, measured: str, verdict: str) -> None:
     """Enter a piece of folk wisdom into notebooks/claims.md: what was measured here, and whether it holds."""
-    entry = {"claim": text, "measured": measured, "verdict": verdict}
+    on = f"{machine.processor()}, {len(CORES)} cores, {datetime.date.today()}"
+    entry = {"claim": text, "measured": measured, "verdict": verdict, "on": on}
     lines = [f"> **“{text}”**", f"> Measured here: {measured}", f"> Verdict: **{verdict}**"]
     display(Markdown("  \n".join(lines)), metadata={"claim": entry})

@@ -70,23 +70,24 @@ def claims(notebook: nbformat.NotebookNode) -> Iterator[dict[str, str]]:
 
 def ledger() -> str:
     """The claims of all stored notebooks, in Markdown."""
+    stored = {
+        script: script.with_suffix(".ipynb") for script in LESSONS if script.with_suffix(".ipynb").exists()
+    }
+    entries = [(script, entry) for script, path in stored.items() for entry in claims(nbformat.read(path, 4))]
+    machines = sorted({entry["on"] for _, entry in entries})
     text = [
         "# Claims",
         "",
-        "Folk wisdom about serving models, put to the test by the lessons on the machine that ran them last. Your own may",
+        f"Folk wisdom about serving models, put to the test by the lessons ({'; '.join(machines)}). Your own machine may",
         "tell otherwise: run them. This page is written by `notebooks/run.py` from the lessons' outputs.",
         "",
         "| the claim | measured here | verdict | where |",
         "|---|---|---|---|",
     ]
-    for script in LESSONS:
-        path = script.with_suffix(".ipynb")
-        if not path.exists():
-            continue
-        for entry in claims(nbformat.read(path, as_version=4)):
-            where = f"[lesson {script.stem[0]}]({path.name}), “{entry['heading']}”"
-            cells = (f"“{entry['claim']}”", entry["measured"], f"**{entry['verdict']}**", where)
-            text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    for script, entry in entries:
+        where = f"[lesson {script.stem[0]}]({stored[script].name}), “{entry['heading']}”"
+        cells = (f"“{entry['claim']}”", entry["measured"], f"**{entry['verdict']}**", where)
+        text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(text) + "\n"
 
 

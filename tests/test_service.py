@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
+from unittest.mock import Mock
 
 import httpx2
 import pytest
@@ -56,7 +57,7 @@ def with_app(settings: Settings, scenario: Callable[[httpx2.AsyncClient, Service
             async def app(scope: Any, receive: Any, send: Any) -> None:
                 await server.app({**scope, "state": {"service": running}}, receive, send)
 
-            transport = httpx2.ASGITransport(app=app)
+            transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)
             async with httpx2.AsyncClient(transport=transport, base_url="http://server") as client:
                 await scenario(client, running)
 
@@ -104,17 +105,47 @@ def test_liveness_answers_while_the_model_loads_and_readiness_does_not(gated: ty
     with_app(Settings(), scenario)
 
 
-def test_a_server_that_takes_more_memory_than_there_is_warns_when_it_starts(
-    gated: type[Gated], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("name", "value", "warning"),
+    [
+        ("workers.memory.limit_bytes", 10**6, "use fewer workers or INSTANCES"),
+        ("multiprocessing.parent_process", Mock(), "WEB_CONCURRENCY=n, not --workers n"),
+    ],
+)
+def test_a_server_that_takes_more_than_there_is_warns_when_it_starts(
+    name: str,
+    value: Any,
+    warning: str,
+    gated: type[Gated],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         gated.loads.set()
         await eventually(client, "/ready", 200)
 
-    monkeypatch.setattr("workers.memory.limit_bytes", lambda: 10**6)
+    monkeypatch.setattr(name, lambda: value)
     with caplog.at_level("WARNING", logger="uvicorn.error"):
         with_app(Settings(), scenario)
-    assert "use fewer workers or INSTANCES" in caplog.text
+    assert warning in caplog.text
+
+
+def test_an_error_of_ours_has_an_id_and_is_counted_too(
+    gated: type[Gated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count() -> float:
+        return server.metrics.registry.get_sample_value("model_requests_total", {"status": "500"}) or 0.0
+
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        gated.loads.set()
+        await eventually(client, "/ready", 200)
+        before = count()
+        reply = await client.post("/", content="a text")
+        assert reply.status_code == 500 and "error" in reply.json()
+        assert reply.headers["X-Request-ID"] and count() == before + 1
+
+    monkeypatch.setattr(gated, "__call__", lambda self, queries: [object() for _ in queries])  # no JSON
+    with_app(Settings(), scenario)
 
 
 def test_a_model_call_that_hangs_turns_health_to_503_with_the_reason_until_it_returns(

@@ -36,8 +36,8 @@ class Clients:
         stops; ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past every handler, where
         Content-Length tells; uvicorn waits for a body for ever.)
         """
-        declared = request.headers.get("content-length", "0")
-        self.check_length(int(declared) if declared.isdecimal() else 0)
+        declared = request.scope["fields"].get(b"content-length", b"0")
+        self.check_length(int(declared) if declared.isdigit() else 0)
         if self.loop.closing:  # ask before reading: a body may stall beyond the grace time
             raise Refused(STOPPING)
         handler = this_task()

@@ -9,7 +9,6 @@ from itertools import chain
 from operator import methodcaller
 from typing import Any
 
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -33,12 +32,13 @@ MAX_HEADER_BYTES = 65_536  # httptools itself would take megabytes
 CLIENT_GONE = 499  # nginx's name for it; never sent, only counted
 
 
-def parse(body: bytes, headers: Headers, settings: Settings) -> Query:
+def parse(body: bytes, request: Request, settings: Settings) -> Query:
     """Return what the body asks. Raises HTTPException 400 or 415 with a sentence that says what to send."""
-    media_type, _, parameters = headers.get("content-type", "").partition(";")
+    fields = request.scope["fields"]
+    media_type, _, parameters = fields.get(b"content-type", b"").decode("latin-1").partition(";")
     media_type = media_type.strip().lower()
     charset = re.search(r'charset="?([^";\s]+)', parameters, re.IGNORECASE) if parameters else None
-    if headers.get("content-encoding", "identity").lower() != "identity":
+    if fields.get(b"content-encoding", b"identity").lower() != b"identity":
         raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
     if charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
         raise HTTPException(415, f"the body is said to be {charset[1]}; send UTF-8")
@@ -91,9 +91,11 @@ def is_list_of_words(value: Any, most: int) -> bool:
     )
 
 
-def client_budget_s(headers: Headers) -> float:
+def client_budget_s(request: Request) -> float:
     """Return the seconds that `Prefer: wait=SECONDS` (RFC 7240) allows, infinity where it says nothing."""
-    preferences = ",".join(headers.getlist("prefer"))
+    if b"prefer" not in request.scope["fields"]:
+        return math.inf
+    preferences = ",".join(request.headers.getlist("prefer"))
     wait = re.search(r'(?:^|[,\s])wait\s*=\s*"?(\d{1,9}(?:\.\d+)?)\b', preferences, re.IGNORECASE)
     return float(wait[1]) if wait else math.inf
 
@@ -101,14 +103,12 @@ def client_budget_s(headers: Headers) -> float:
 class Answered(JSONResponse):
     """What the pipeline returned; some return numbers of NumPy's."""
 
+    encoder = json.JSONEncoder(
+        ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=methodcaller("tolist")
+    )
+
     def render(self, content: Any) -> bytes:
-        return json.dumps(
-            content,
-            ensure_ascii=False,
-            allow_nan=False,
-            separators=(",", ":"),
-            default=methodcaller("tolist"),
-        ).encode()
+        return self.encoder.encode(content).encode()
 
 
 async def error_reply(request: Request, exc: Exception) -> JSONResponse:
@@ -151,8 +151,8 @@ class Envelope:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        headers = dict(scope["headers"])
-        request_id = headers.get(b"x-request-id", b"")
+        scope["fields"] = fields = dict(scope["headers"])  # Starlette's own look-ups walk through all of them
+        request_id = fields.get(b"x-request-id", b"")
         if not REQUEST_ID.fullmatch(request_id):
             # No uuid4: it is a system call, which would hand the model our turn.
             request_id = b"%032x" % random.getrandbits(128)

@@ -189,10 +189,13 @@ class ModelLoop:
 
     def predicted_wait_s(self) -> float:
         """When the model would start on a job that came now, from the measured speed and the work ahead."""
-        now, speed = self.now(), self.speed
-        running_s = sum([max(0.0, c.started_at + speed.predict_s(c.size) - now) for c in self.calls])
-        queued_s = speed.predict_s(self.queue.size, calls=math.ceil(self.depth / self.batch_size))
-        return (running_s + queued_s) / max(1, self.consumers)
+        speed, batches = self.speed, -(-self.depth // self.batch_size)
+        wait_s = speed.predict_s(self.queue.size, batches) if batches else 0.0
+        if self.calls:
+            now = self.now()
+            for call in self.calls:
+                wait_s += max(0.0, call.started_at + speed.predict_s(call.size) - now)
+        return wait_s / (self.consumers or 1)
 
     def admit(self, size: int, budget_s: float) -> None:
         """Raise Refused where a job that came now would not be admitted."""
