@@ -88,8 +88,9 @@ for n, per_s in found.items():
     )
 
 # %% [markdown]
-# *Where the prediction fails:* the law was measured some seconds before, and the machine has moods. Where both predictions
-# are off by the same factor, that is it; their ratio, the gain, does not depend on it.
+# *Where the prediction fails:* the law was measured some seconds before, and the machine has moods: a tenth or a fifth is
+# common. A line through six sizes is also a compromise, and the planner takes a request's HTTP to cost the same in a batch,
+# where replies that leave together share some of it.
 
 # %%
 gain = found[32] / found[1]

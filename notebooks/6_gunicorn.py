@@ -91,15 +91,18 @@ with picture(
 
 # %% [markdown]
 # Up and to the left is better. Two copies cost twice the memory; what they give in texts depends on how many of them can
-# share a call. A sync worker takes one text at a time, so nothing can be batched.
+# share a call. A sync worker takes one text at a time, so nothing can be batched. Two copies with large batches, uvicorn × 2
+# and instances-2, give most: on two cores two models compute at the same time, though the clients want a share.
 #
 # *Where the prediction fails:* workers share the pages of the libraries' files, so two of them take a bit less than twice.
+# `instances-2` takes more: its web process has imported torch, too.
 
 # %% [markdown]
 # ## "You need as many threads as the batch size"
 #
 # With gthread, a text is in the queue because a thread waits for its answer. 8 threads, 8 texts. **Your prediction:** with
-# `BATCH_SIZE=32` and 32 users, the largest batch is 8 under gthread 1 × 8. On an event loop it is up to 32.
+# `BATCH_SIZE=32` and 32 users, the largest batch is at most 8 under gthread 1 × 8 (a thread that reads or writes has no
+# text in the queue). On an event loop it is up to 32.
 
 # %%
 threads = {"gthread-1x8": 8, "gthread-2x4": 4, "sync-2": 1}
@@ -224,13 +227,15 @@ stop()
 #
 # The inline worker was healthy. It computed what it was asked for, and was shot in the middle: not one client of the batch
 # got an answer, and the model has to be loaded again. It happens under load, when batches are large: so it happens again.
+# (Who was still in the kernel's backlog may get a 503: from the next worker, which has to load first.)
 #
 # The rule of `workers/deployment.py`: the timeout is longer than any healthy silence, and the model never sits on the
 # loop.
 
 # %% [markdown]
-# **The answer.** One worker, an event loop, the model in a thread, batches if they pay (lesson 4). More copies
-# (`INSTANCES`) only where a core or a GPU is idle, on the *same* queue. `gunicorn.conf.py` is that.
+# **The answer.** One worker, an event loop, the model in a thread, batches if they pay (lesson 4). For another core, first
+# give torch another thread: that brings most of what a second copy does, without its memory. More copies only where memory
+# and a core or a GPU are to spare: `INSTANCES`, on the *same* queue. `gunicorn.conf.py` is the first of these.
 
 # %% [markdown]
 # ## Exercises
