@@ -59,7 +59,6 @@ SCENARIOS = (
     Scenario("own 10 x", 4.0, 10.0),
     Scenario("spike", 6.0, 0.5, kind="spike"),
 )
-PREDICTED_SCENARIOS = ("own 50 %", "own 80 %", "own 2 x")
 WARM_UP_S, CAPACITY_S, SPIKE_S = 0.8, 5.0, 1.0
 BESIDE_S = 18.0  # start, stop and drains of one visit
 
@@ -101,7 +100,7 @@ class Comparison:
                 rate_per_s = max(1.0, min(scenario.load * per_s, MOST_PER_S))
                 server.wait_until_idle()
                 df = self.open_loop(server, scenario, rate_per_s, note, repeat)
-                if setting and scenario.name in PREDICTED_SCENARIOS:
+                if setting and scenario.name in report.PREDICTED_SCENARIOS:
                     note(scenario.name, **predict(setting, df))
             note("start", copies=count_copies(server))
         note("start", visit_s=time.monotonic() - began)

@@ -80,9 +80,8 @@ def measure(
         if turn >= len(cases) and time.perf_counter() > until:
             break
         for _ in range(max(sizes) // n):
-            queries = [
-                check(Query(next(streams[kind]).text)) for _ in range(n)
-            ]  # as the server has checked them
+            # Checked, as the server's are.
+            queries = [check(Query(next(streams[kind]).text)) for _ in range(n)]
             size = sum(len(query.ids) for query in queries)
             began = time.perf_counter()
             model(queries)

@@ -22,6 +22,7 @@ from loadtests.planner import markdown
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s")
 LINES = ("-", "--")
+PREDICTED_SCENARIOS = ("own 50 %", "own 80 %", "own 2 x")
 TABLE = {  # column: (scenario, metric, digits)
     "capacity /s": ("capacity", "per_s", 0),
     "p50 ms at 80 %": ("own 80 %", "p50_ms", 0),
@@ -300,12 +301,11 @@ def draw_prediction(results: Results) -> Figure | None:
     if not modes:
         return None
     figure, axes = frame("Predicted by the planner (lines), measured (dots)", 8)
-    scenarios = ("own 50 %", "own 80 %", "own 2 x")
     for mode in modes:
         style = results.style(mode)
-        offered = [results.get(mode, scenario, "offered_per_s") for scenario in scenarios]
+        offered = [results.get(mode, scenario, "offered_per_s") for scenario in PREDICTED_SCENARIOS]
         predicted, measured = (
-            [results.get(mode, scenario, metric) for scenario in scenarios]
+            [results.get(mode, scenario, metric) for scenario in PREDICTED_SCENARIOS]
             for metric in ("predicted_p99_ms", "p99_ms")
         )
         axes.plot(offered, predicted, color=style["color"], linestyle=style["linestyle"])

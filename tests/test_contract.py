@@ -239,6 +239,15 @@ def test_body_far_too_large_is_refused_while_it_is_sent(server: Server, mode: st
     assert post(server, PARIS).status == 200
 
 
+def test_body_that_is_refused_unread_is_not_the_next_request(server: Server) -> None:
+    smuggled = request("POST", "/", b"a [MASK]") * 300
+    with dial(server) as connection:
+        connection.sendall(request("POST", "/", smuggled) + request("GET", "/health"))
+        assert hear(connection).status == 413
+        with contextlib.suppress(ConnectionError, http.client.HTTPException):  # or it is closed
+            assert "uptime_s" in hear(connection).json
+
+
 def test_chunked_body_is_read(server: Server) -> None:
     body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (b"Paris is ", b"the [MASK] of France."))
     reply = post(server, body + b"0\r\n\r\n", Transfer_Encoding="chunked")

@@ -110,10 +110,6 @@ class Call(NamedTuple):
     size: int
 
 
-async def at_once() -> None:
-    """A copy of the model that is always ready."""
-
-
 def expire(job: Job) -> None:
     """End `job` with `Late`, at its deadline, unless it has ended."""
     fail(job, Late(f"no answer within {job.deadline - job.enqueued_at:g} s; allow more time"))
@@ -215,14 +211,15 @@ class ModelLoop:
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
-    async def consume(self, run: Run, ready: Ready = at_once) -> None:
-        """Serve the queue with `run`, once `ready`, until cancelled. Start it once for every copy of the model."""
+    async def consume(self, run: Run, ready: Ready | None = None) -> None:
+        """Serve the queue with `run`, whenever it is `ready`, until cancelled. Start it once for every copy of the model."""
         self.consumers += 1
         try:
             while True:
                 async with self._taking:
                     batch, closed_by = await self.take_batch()
-                await ready()  # a copy that died may still load again: no call of the model
+                if ready:
+                    await ready()  # a copy that died may still load again: no call of the model
                 if batch := self._worth_running(batch):
                     await self._run(run, batch, closed_by)
                 await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out for ever

@@ -62,9 +62,7 @@ class Settings:
     OFFLOAD: str = one_of("thread", "inline", "process", "dirty")
     INSTANCES: int = at_least(1, 1)  # copies of the model on one queue
     TORCH_THREADS: int = at_least(0, 0)  # per copy; 0: cores / copies
-    WEB_CONCURRENCY: int = at_least(
-        1, 1
-    )  # worker processes: uvicorn starts as many; Gunicorn's configs set it
+    WEB_CONCURRENCY: int = at_least(1, 1)  # worker processes; uvicorn reads it too, Gunicorn's configs set it
     HANG_S: float = seconds(60.0)  # a model call this long is a hang
 
     # What is taken in

@@ -24,9 +24,8 @@ class Bridge:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.loop.set_default_executor(
-            ThreadPoolExecutor(64)
-        )  # more than requests: each may read a stalled body
+        # More than Gunicorn's threads, each of which may read a stalled body.
+        self.loop.set_default_executor(ThreadPoolExecutor(64))
         threading.Thread(target=self.loop.run_forever, name="event loop", daemon=True).start()
         self.lifespan = server.lifespan(server.app)
         self.state = self.call(self.lifespan.__aenter__())
