@@ -266,6 +266,16 @@ def test_stalled_bodies_get_408_and_hold_nobody_up(server: Server, mode: str) ->
         assert post(server, PARIS).status == 200
 
 
+def test_stalled_bodies_do_not_keep_others_from_being_read(spawning: Server, mode: str) -> None:
+    one_by_one = exception(GATHERS, mode) == NEVER
+    with contextlib.ExitStack() as connections:
+        stalled = [connections.enter_context(dial(spawning)) for _ in range(1 if one_by_one else 7)]
+        for connection in stalled:
+            connection.sendall(request("POST", Content_Length="100") + b"Paris")
+        assert post(spawning, PARIS).status == 200
+        assert not select.select(stalled, [], [], 0)[0], "they still stall"
+
+
 def test_unknown_path_and_method_are_json_too(server: Server) -> None:
     assert (reply := get(server, "/nothing")).status == 404
     assert reply.error

@@ -44,6 +44,13 @@ def test_times_of_a_config_agree_with_the_settings(config: Path) -> None:
     assert found.get("max_requests", 0) == 0, "a restart loads the model again"
 
 
+def test_an_idle_connection_does_not_outlast_a_short_grace_time_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GRACE_S", "2")
+    assert runpy.run_module("workers.deployment")["keepalive"] < 2
+
+
 def workers_of(server: Server) -> list[psutil.Process]:
     """The processes that hold a model: those that have loaded torch."""
     return [p for p in server.processes() if p.pid != server.process.pid and p.num_threads() > 2]

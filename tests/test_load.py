@@ -1,20 +1,26 @@
 """The load tests tell the truth: they catch servers that are wrong, and a slow one does not slow them down."""
 
 import contextlib
+import itertools
 import json
 import math
+import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
+from client import until
 
 from loadtests import compare, drive, texts
-from loadtests.modes import ROOT, Mode, start
+from loadtests.modes import MODES, ROOT, Mode, Server, start
 
 
 @contextlib.contextmanager
@@ -243,3 +249,50 @@ def test_a_stopped_open_loop_counts_those_who_still_wait() -> None:
     assert said.returncode == 1, said.stderr
     (entry,) = json.loads(said.stdout)
     assert entry["num_failures"] == entry["num_requests"] > 0
+
+
+def test_a_mode_is_what_it_is_called_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, str] = {}
+
+    def popen(*_: Any, env: dict[str, str], **__: Any) -> None:
+        given.update(env)
+        raise OSError("not started")
+
+    monkeypatch.setenv("BATCH_SIZE", "8")
+    monkeypatch.setattr("loadtests.modes.subprocess.Popen", popen)
+    for name, batch_size in (("thread", "1"), ("batch", "32")):
+        with pytest.raises(OSError, match="not started"), start(MODES[name]):
+            pass
+        assert given["BATCH_SIZE"] == batch_size
+
+
+def test_a_busy_server_is_waited_for_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(MODES["thread"], "", Mock(), Mock())
+    used_s = iter([0.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(server, "cpu_s", lambda: next(used_s))
+    server.wait_until_idle(window_s=0.01)
+    assert next(used_s) == 2.0, "it looked twice, and was still the second time"
+    monkeypatch.setattr(server, "cpu_s", itertools.count().__next__)
+    monkeypatch.setattr(server, "log", lambda: "what it said")
+    with pytest.raises(RuntimeError, match="still busy"):
+        server.wait_until_idle(timeout_s=0.02, window_s=0.01)
+
+
+def test_an_interrupted_generator_leaves_no_process_behind() -> None:
+    with fake("stalls") as url, contextlib.suppress(KeyboardInterrupt), drive.generator() as generator:
+        options = {"rate_per_s": 20, "duration_s": 60, "timeout_s": 60}
+        threading.Thread(target=suppressed, args=(generator.run, url, "open"), kwargs=options).start()
+        until(lambda: psutil.Process(generator.process.pid).children())
+        children = psutil.Process(generator.process.pid).children()
+        raise KeyboardInterrupt
+    assert not psutil.wait_procs(children, timeout=5)[1]
+
+
+def suppressed(run: Any, *args: Any, **kwargs: Any) -> None:
+    with contextlib.suppress(RuntimeError):
+        run(*args, **kwargs)
+
+
+def test_an_unknown_kind_of_text_is_named() -> None:
+    with pytest.raises(ValueError, match="texts=lnog is not allowed: it must be one of short, mixed, long"):
+        next(texts.stream("lnog", random.Random(0)))
