@@ -65,6 +65,7 @@ def servers(mode: str, sick_model: Path) -> Iterator[dict[str, Server]]:
             "DEADLINE_S": "20",
             "BODY_TIMEOUT_S": "60",
             "GRACE_S": "3",
+            "HANG_S": "5",
         },
     }
     with contextlib.ExitStack() as running:
