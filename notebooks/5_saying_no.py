@@ -180,7 +180,7 @@ patient, careful = serve_all(
     {"MAX_QUEUE": 10**6, "DEADLINE_S": 600}, {"DEADLINE_S": LIMIT_S}, cores=SERVER_CORES
 )
 mu = capacity(careful, quick(3, 6), texts="long", users=8)
-seconds = quick(7, 15)
+seconds = quick(5, 15)
 options = {"rate_per_s": 2 * mu, "duration_s": seconds, "texts": "long", "limit_s": LIMIT_S}
 real = {
     name: load(server, "open", **options) for name, server in (("patient", patient), ("careful", careful))
@@ -217,7 +217,8 @@ with picture("Twice the capacity, for real", "time of arrival, s", "time to the 
 #
 # Refused clients come back. If they come back at once, every no makes a new question. A client asks at most 5 times.
 # `honour=1` waits as `Retry-After` says; `honour=0` comes back after 50 ms. **Your prediction.** At 1.7 times the capacity
-# $1/1.7$ = 59 % of the clients can get an answer while the overload lasts, and more only if some come back after it.
+# $1/1.7$ = 59 % of the clients can get an answer while the overload lasts. The queue that is left at its end, 2 s of work,
+# serves $2/(1.7 · 15)$ = 8 % more; and beyond these 67 % only those get one who come back later.
 
 # %%
 storms = {
@@ -245,10 +246,10 @@ with picture("Who is refused asks again", "time, s", "requests sent in half a se
 
 # %% [markdown]
 # The impatient spend their five questions within a quarter of a second: a burst of noes at once, more requests in all, and
-# fewer of them get an answer: about the 59 %. Those who wait come back later: as long as the overload lasts, the blue dots
-# climb too, and when it ends (at the dotted line), the server still has somebody to answer. It is computed from the work ahead and the measured speed, so it is true when it is given. *Where it fails:* it moves
-# an overload, it doesn't remove it; and if all are told the same second, they come back in the same second. Clients
-# should add a random bit.
+# fewer of them get an answer: about the 67 %. Those who wait come back later: as long as the overload lasts, the blue dots
+# climb too, and when it ends (at the dotted line), the server still has somebody to answer. `Retry-After` is computed from
+# the work ahead and the measured speed, so it is true when it is given. *Where it fails:* it moves an overload, it doesn't
+# remove it; and if all are told the same second, they come back in the same second. Clients should add a random bit.
 
 # %% [markdown]
 # ## The poison text

@@ -22,10 +22,11 @@ from lesson import (
     line,
     load,
 )
-from lesson import picture, quick, serve, stop
+from lesson import picture, quick, serve, serve_all, stop
 
 from pathlib import Path
 
+from loadtests import drive
 from loadtests.modes import Mode
 
 import checks
@@ -56,7 +57,7 @@ for name in ("sync", "gthread"):
 
 # %%
 names = quick(
-    ["sync-2", "gthread-1x8", "batch"],
+    ["gthread-1x8", "batch"],
     ["sync-2", "gthread-1x8", "gthread-2x4", "uvicorn-2", "instances-2", "asgi", "batch"],
 )
 users = 32
@@ -65,12 +66,12 @@ users = 32
 def saturate(mode, **settings):
     """Its memory, its texts a second with 32 users, and the largest batch that anybody was in."""
     server = serve(mode, cores=None, **settings)
-    load(server, "closed", users=users, duration_s=quick(0.3, 1))  # warm
+    # Three times: which worker a connection falls to is luck.
+    runs = [load(server, "closed", users=users, duration_s=quick(0.6, 4), limit_s=20) for _ in range(3)]
     memory_mb = server.memory_mb()
-    df = load(server, "closed", users=users, duration_s=quick(1.5, 8), limit_s=20)
     stop(server)
-    right = df[df.outcome == "200"]
-    return {"MB": memory_mb, "per_s": len(right) / quick(1.5, 8), "batch": int(right.batch_size.max())}
+    per_s = sum(drive.throughput_per_s(df, quick(0.2, 1)) for df in runs) / 3  # not counting how it began
+    return {"MB": memory_mb, "per_s": per_s, "batch": int(max(df.batch_size.max() for df in runs))}
 
 
 found = {name: saturate(name, BATCH_SIZE=1 if name == "sync-2" else 32) for name in names}
@@ -167,7 +168,9 @@ claim(
 
 # %% [markdown]
 # *Where the prediction fails:* the load generator needs a core, too, and here it takes its share of the same ones. So the
-# dots fall short of the line at $k = c$.
+# dots fall short of the line at $k = c$. And workers share no queue: a connection belongs to the one that took it first,
+# whatever waits there. Of 32 that come at once, two workers took 11 and 21, 16 and 16, and once in six times 0 and 32:
+# then the other one idles.
 
 # %% [markdown]
 # ## Threads × threads: oversubscription
@@ -208,9 +211,10 @@ claim(
 
 # %%
 short = Mode("timeout-4", "gunicorn -c workers/uvicorn.conf.py --workers 1 --timeout 4")
+many = {"BATCH_SIZE": 512, "BATCH_WINDOW_MS": 1000, "MAX_QUEUE": 1000, "DEADLINE_S": 60}
+places = ("thread", "inline")
 fates, killed, burst = {}, {}, 0
-for place in ("thread", "inline"):
-    server = serve(short, OFFLOAD=place, BATCH_SIZE=512, BATCH_WINDOW_MS=1000, MAX_QUEUE=1000, DEADLINE_S=60)
+for place, server in zip(places, serve_all(*({"OFFLOAD": place} | many for place in places), mode=short)):
     if not burst:  # as many as keep the model busy for that long
         eight = load(server, "slow", duration_s=1, burst=8, burst_every_s=5, limit_s=30)
         burst = min(int(quick(6, 8) * 8 / (eight.model_ms.median() / 1000)), 500)
@@ -278,11 +282,13 @@ checks.exercise_6_3((wait_in_turn, wait_shared))
 # ## What must hold
 
 # %%
-assert found["sync-2"]["batch"] == 1 and found["gthread-1x8"]["batch"] <= 8, "threads bound the batch"
-assert found["batch"]["batch"] > 8
-assert found["sync-2"]["MB"] > 1.3 * found["batch"]["MB"], "two copies cost memory"
-assert found["batch"]["per_s"] > found["sync-2"]["per_s"], "one copy with batches beats two without"
-assert most["MB"] > 1.5 * workers[cores]["MB"] and most["per_s"] < 1.4 * workers[cores]["per_s"]
+assert found["gthread-1x8"]["batch"] <= 8 < found["batch"]["batch"], "threads bound the batch"
+assert most["MB"] > 1.3 * found["batch"]["MB"], "copies cost memory"
+assert most["per_s"] < found["batch"]["per_s"], "one copy with batches beats many without"
+more_mb, more_per_s = (most[what] / workers[cores][what] for what in ("MB", "per_s"))
+assert more_mb > 1.5 and more_per_s < 0.8 * more_mb, (
+    "workers beyond the cores cost memory, and give nothing for it"
+)
 assert by_threads[cores] < 0.95 * cores * by_threads[1] or cores == 1, (
     "threads give less than their number says"
 )
