@@ -7,7 +7,7 @@ TESTED = ["thread", "recommended", "uvicorn-2", "asgi", "gthread-1x8", "sync-2",
 
 # How a promise is not kept, where a test asserts just that.
 GUNICORNS_PAGE = "Gunicorn's own page"
-ITS_HALF = "its worker's half"
+ITS_SHARE = "its worker's share"
 ITS_THREADS = "8 at most, its threads"
 NEVER = "never"
 WHILE_A_THREAD_IS_FREE = "while a thread is free"
@@ -31,8 +31,8 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "sync-2": GUNICORNS_PAGE,
     },
     "a batch gathers all connections": {
-        "uvicorn-2": ITS_HALF,
-        "dirty": ITS_HALF,
+        "uvicorn-2": ITS_SHARE,
+        "dirty": ITS_SHARE,
         "gthread-1x8": ITS_THREADS,
         "sync-2": NEVER,
     },

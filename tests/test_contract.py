@@ -21,7 +21,7 @@ import pytest
 from client import POISON, SLOW, Crowd, Reply, dial, get, hear, metric, post, post_json, request, say, until
 from promises import (
     GUNICORNS_PAGE,
-    ITS_HALF,
+    ITS_SHARE,
     ITS_THREADS,
     NEVER,
     TESTED,
@@ -364,7 +364,7 @@ def batch(reply: Reply) -> tuple[int, str]:
 
 def test_batch_gathers_the_connections_that_it_can(patient: Server, crowd: Crowd, mode: str) -> None:
     how = exception(GATHERS, mode)
-    if how == ITS_HALF:
+    if how == ITS_SHARE:
         gathers_those_of_its_worker(patient)
         return
     batches = {batch(reply.result()) for reply in crowd.post(patient, *[PARIS] * 16)}
