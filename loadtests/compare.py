@@ -143,14 +143,15 @@ class Comparison:
     ) -> pd.DataFrame:
         """Run one scenario and note what became of its requests; return those to the model."""
         options: dict[str, Any] = {"health_per_s": HEALTH_PER_S} if scenario.health else {}
+        spike_s = SPIKE_S * self.scale
         if scenario.kind == "spike":
-            options |= {"spike_x": SPIKE_X, "spike_s": SPIKE_S}
-        seconds = max(scenario.seconds * self.scale, 3 * SPIKE_S if scenario.kind == "spike" else 0.0)
+            options |= {"spike_x": SPIKE_X, "spike_s": spike_s}
+        seconds = scenario.seconds * self.scale
         df = self.load(
             server, scenario.kind, rate_per_s=rate_per_s, duration_s=seconds, seed=1000 + repeat, **options
         )
         if scenario.kind == "spike":
-            recovery = drive.recovery_s(df, LIMIT_S, SPIKE_S)
+            recovery = drive.recovery_s(df, LIMIT_S, spike_s)
             note("spike", recovery_s=recovery, **counts(df))
             return df
         found = drive.summary(df, LIMIT_S)

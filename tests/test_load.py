@@ -19,7 +19,7 @@ import psutil
 import pytest
 from client import until
 
-from loadtests import compare, drive, texts
+from loadtests import compare, drive, planner, texts
 from loadtests.modes import MODES, ROOT, Mode, Server, start
 
 
@@ -212,6 +212,8 @@ def test_quick_comparison_of_three_modes_leaves_table_and_pictures(tmp_path: Any
 
 
 def test_a_visit_that_fails_is_named_and_leaves_nothing_half(tmp_path: Any, monkeypatch: Any) -> None:
+    setting = planner.Setting(planner.CostLaw(0.0, 0.01), overhead_s=0.001)
+    monkeypatch.setattr(compare.Foresight, "setting", lambda *_: setting)
     monkeypatch.setattr(
         compare.Comparison, "visit", lambda *_: (_ for _ in ()).throw(RuntimeError("it broke"))
     )
