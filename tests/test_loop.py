@@ -422,6 +422,26 @@ async def test_a_copy_that_loads_again_is_no_call_of_the_model() -> None:
 
 
 @on_virtual_clock
+async def test_while_a_copy_loads_again_the_others_do_the_work() -> None:
+    loaded = asyncio.Event()
+    loaded.set()
+
+    async def ready() -> None:
+        await loaded.wait()
+
+    async def dies(queries: list[Any]) -> list[Any]:
+        loaded.clear()
+        raise ModelDied("it was killed")
+
+    async with serving(FakeModel(), budget_s=10) as loop:
+        mortal = asyncio.create_task(loop.consume(dies, ready))
+        await asyncio.sleep(0)
+        done = await outcomes(submit_all(loop, *range(5)))
+        assert done == ["answer to 0", ModelDied, "answer to 2", "answer to 3", "answer to 4"]
+        mortal.cancel()
+
+
+@on_virtual_clock
 async def test_a_call_that_nobody_waits_for_any_more_still_has_to_end() -> None:
     async with serving(FakeModel(b=3)) as loop:
         loop.speed.observe(1, 3)

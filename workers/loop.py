@@ -216,10 +216,12 @@ class ModelLoop:
         self.consumers += 1
         try:
             while True:
+                if ready:
+                    await ready()  # a copy that died loads again: meanwhile the work is the others'
                 async with self._taking:
                     batch, closed_by = await self.take_batch()
                 if ready:
-                    await ready()  # a copy that died may still load again: no call of the model
+                    await ready()  # it may have died while it waited for work: no call of the model
                 if batch := self._worth_running(batch):
                     await self._run(run, batch, closed_by)
                 await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out for ever
