@@ -215,9 +215,9 @@ many = {"BATCH_SIZE": 512, "BATCH_WINDOW_MS": 1000, "MAX_QUEUE": 1000, "DEADLINE
 places = ("thread", "inline")
 fates, killed, burst = {}, {}, 0
 for place, server in zip(places, serve_all(*({"OFFLOAD": place} | many for place in places), mode=short)):
-    if not burst:  # as many as keep the model busy for that long
-        eight = load(server, "slow", duration_s=1, burst=8, burst_every_s=5, limit_s=30)
-        burst = min(int(quick(6, 8) * 8 / (eight.model_ms.median() / 1000)), 500)
+    if not burst:  # as many as keep the model busy for 8 s
+        few = load(server, "slow", duration_s=1, burst=32, burst_every_s=5, limit_s=30)
+        burst = min(int(8 * 32 / (few.model_ms.median() / 1000)), 500)
     df = load(server, "slow", duration_s=1, burst=burst, burst_every_s=5, limit_s=30, timeout_s=30)
     fates[place] = df.outcome.value_counts().to_dict()
     killed[place] = "WORKER TIMEOUT" in server.log()
