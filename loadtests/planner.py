@@ -105,12 +105,6 @@ def measuring_on(cpus: set[int] | None) -> Iterator[Callable[..., pd.DataFrame]]
         yield lambda settings, **options: pool.submit(measure, settings, **options).result()
 
 
-def measure_on(cpus: set[int] | None, settings: Settings, **options: Any) -> pd.DataFrame:
-    """`measure` once, in a process of its own, on `cpus` only."""
-    with measuring_on(cpus) as measure_there:
-        return measure_there(settings, **options)
-
-
 def measure_together(cores: Iterable[int], settings: Settings, **options: Any) -> pd.DataFrame:
     """`measure` on each of the cores at the same time: what they share makes all of them slower."""
     with contextlib.ExitStack() as stack, ThreadPoolExecutor() as threads:
@@ -427,7 +421,8 @@ def main() -> None:
     settings, cores = Settings.read(), sorted(os.sched_getaffinity(0))
     budget_s, duration_s = (2.0, 10.0) if options.quick else (8.0, 30.0)
     print(f"Measuring {os.path.basename(settings.MODEL)} on {len(cores)} cores ...", flush=True)
-    measured = measure_on(None, settings, budget_s=budget_s)
+    with measuring_on(None) as measure_there:
+        measured = measure_there(settings, budget_s=budget_s)
     overhead_s = OVERHEAD_S if options.quick else measure_overhead()
     medians = (
         measured.assign(ms=measured["seconds"] * 1e3).groupby(["kind", "texts"])["ms"].median().unstack()
