@@ -125,7 +125,8 @@ class Process(Offload):
         return await asyncio.shield(self.spawning)
 
     async def ready(self) -> None:
-        await asyncio.wait([self.spawning])
+        if not self.spawning.done():  # asyncio.wait takes a turn of the event loop even then
+            await asyncio.wait([self.spawning])
 
     async def run(self, queries: list[Query]) -> list[Any]:
         try:
