@@ -401,16 +401,20 @@ async def test_a_call_that_hangs_is_reported_and_new_jobs_are_refused() -> None:
             await loop.submit("b")
 
 
+@pytest.mark.parametrize("died_idle", [False, True])
 @on_virtual_clock
-async def test_a_copy_that_loads_again_is_no_call_of_the_model() -> None:
+async def test_a_copy_that_loads_again_is_no_call_of_the_model(died_idle: bool) -> None:
     loaded = asyncio.Event()
+    if died_idle:
+        loaded.set()
 
     async def ready() -> None:
         await loaded.wait()
 
     loop = ModelLoop(hang_s=60, budget_s=1000)
     consumer = asyncio.create_task(loop.consume(FakeModel(), ready))
-    await asyncio.sleep(0)
+    await asyncio.sleep(1)
+    loaded.clear()
     task = submit_all(loop, "a")
     await asyncio.sleep(100)
     assert loop.stuck_s() == 0 and not loop.running
