@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -286,7 +287,9 @@ def test_an_interrupted_generator_leaves_no_process_behind() -> None:
         threading.Thread(target=suppressed, args=(generator.run, url, "open"), kwargs=options).start()
         until(lambda: psutil.Process(generator.process.pid).children())
         children = psutil.Process(generator.process.pid).children()
+        began = time.monotonic()
         raise KeyboardInterrupt
+    assert time.monotonic() - began < 30, "it did not wait for the load's own end, in 60 s"
     assert not psutil.wait_procs(children, timeout=5)[1]
 
 
