@@ -283,12 +283,9 @@ checks.exercise_6_3((wait_in_turn, wait_shared))
 
 # %%
 assert found["gthread-1x8"]["batch"] <= 8 < found["batch"]["batch"], "threads bound the batch"
-assert most["MB"] > 1.3 * found["batch"]["MB"], "copies cost memory"
-assert most["per_s"] < found["batch"]["per_s"], "one copy with batches beats many without"
-more_mb, more_per_s = (most[what] / workers[cores][what] for what in ("MB", "per_s"))
-assert more_mb > 1.5 and more_per_s < 0.8 * more_mb, (
-    "workers beyond the cores cost memory, and give nothing for it"
-)
+assert workers[cores]["MB"] > 1.3 * found["batch"]["MB"] or cores == 1, "two copies cost memory"
+assert found["batch"]["per_s"] > workers[cores]["per_s"], "one copy with batches beats two without"
+assert most["MB"] > 1.5 * workers[cores]["MB"] and most["per_s"] < 1.4 * workers[cores]["per_s"]
 assert by_threads[cores] < 0.95 * cores * by_threads[1] or cores == 1, (
     "threads give less than their number says"
 )
