@@ -95,21 +95,21 @@ def test_counts_outlive_a_killed_worker_and_end_with_the_server(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with start(MODES["uvicorn-2"]) as server:
+        until(lambda: server.log().count("Serving ") == 2)
         assert metrics_add_up(server, crowd)
         victim = workers_of(server)[0]
         victim.kill()
         until(lambda: server.log().count("Serving ") == 3, 60)
         assert post(server, PARIS).status == 200
         assert metric(server, "model_requests_total") == 21
-        assert metric(server, "model_queue_depth") == 0
         lost = crowd.post(server, *[SLOW] * 40)
         until(lambda: metric(server, "model_queue_depth") > 0)
         for victim in workers_of(server):
             victim.kill()
         until(lambda: server.log().count("Serving ") == 5, 60)
-        for reply in lost:
-            reply.exception()
-        assert metric(server, "model_queue_depth") == 0, "what waited has died with its worker"
+        ends = [reply.exception() for reply in lost]
+        assert any(ends)  # the others waited for the kernel to deal them out: a new worker answered
+        until(lambda: metric(server, "model_queue_depth") == 0)  # what waited has died with its worker
         assert [*tmp_path.glob("metrics-*")]
     assert not [*tmp_path.glob("metrics-*")]
 
