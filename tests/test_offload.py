@@ -1,6 +1,7 @@
 """A thread and a process both answer, survive what the model throws, and contain what only a process can contain."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 
 from workers.loop import ModelDied, ModelFailed
 from workers.metrics import Metrics
@@ -171,7 +173,11 @@ def test_the_event_loop_stays_responsive_while_a_thread_computes() -> None:
     asyncio.run(scenario())
 
 
-def with_process(scenario: Callable[[Process, Metrics], Awaitable[None]], **options: Any) -> None:
+def with_process(
+    scenario: Callable[[Process, Metrics], Awaitable[None]],
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,  # as uvicorn's
+    **options: Any,
+) -> None:
     async def run() -> None:
         metrics = Metrics()
         offload = process(metrics, **options)
@@ -181,11 +187,25 @@ def with_process(scenario: Callable[[Process, Metrics], Awaitable[None]], **opti
         finally:
             offload.stop()
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(run())
 
 
 def restarts(metrics: Metrics) -> float:
     return metrics.registry.get_sample_value("model_process_restarts_total") or 0.0
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_queries_and_answers_that_pass_in_pieces_arrive(
+    loop_factory: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        long = "a" * 10**7
+        for _ in range(3):
+            assert [query for query, _, _ in await offload.run([long, "b"])] == [long, "b"]
+        assert restarts(metrics) == 0
+
+    with_process(scenario, loop_factory)
 
 
 def test_a_killed_process_costs_its_own_queries_and_is_replaced() -> None:
@@ -203,8 +223,9 @@ def test_a_killed_process_costs_its_own_queries_and_is_replaced() -> None:
 def test_a_hung_process_is_killed_and_replaced() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         hung = offload.process
+        os.kill(hung.pid, signal.SIGSTOP)
         with pytest.raises(ModelDied, match="did not return within"):
-            await offload.run(["hang"])
+            await offload.run(["more than the kernel holds for it" * 10**6])
         ((query, _, _),) = await offload.run(["a"])
         assert query == "a" and not hung.is_alive()
 
@@ -236,7 +257,7 @@ def test_a_replacement_that_cannot_even_be_started_is_tried_again(monkeypatch: p
             raise OSError(24, "Too many open files")
 
         with monkeypatch.context() as patched:
-            patched.setattr("multiprocessing.context.SpawnContext.Pipe", fail)
+            patched.setattr("socket.socketpair", fail)
             with pytest.raises(ModelDied, match="exit code -9"):
                 await offload.run(["die"])
             await offload.ready()
@@ -279,6 +300,22 @@ def test_a_stop_during_a_call_cancels_it_and_starts_no_other_process() -> None:
     with_process(scenario)
 
 
+def test_a_stop_during_a_replacement_leaves_no_process() -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        for turns in range(4):
+            with pytest.raises(ModelDied):
+                await offload.run(["die"])
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            offload.stop()
+            await asyncio.wait([offload.spawning])
+            offload.process.join(10)
+            assert not multiprocessing.active_children()
+            await offload.start()
+
+    with_process(scenario)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_process_finishes_its_work_when_the_terminal_or_systemd_signals_it_too(stop: int) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
@@ -308,7 +345,7 @@ def test_no_process_is_pinned_to_cores_that_another_one_needs(
 def test_a_process_ends_when_its_server_is_gone() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         model = offload.process
-        offload.pipe.close()
+        offload.to_model.close()
         await asyncio.to_thread(model.join, 30)
         assert model.exitcode == 0
 
@@ -316,7 +353,7 @@ def test_a_process_ends_when_its_server_is_gone() -> None:
         metrics = Metrics()
         offload = process(metrics)
         await offload.start()
-        asyncio.get_running_loop().remove_reader(offload.pipe.fileno())
+        asyncio.get_running_loop().remove_reader(offload.process.sentinel)
         await scenario(offload, metrics)
 
     asyncio.run(run())

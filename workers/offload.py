@@ -1,16 +1,18 @@
 """Where inference runs: on the event loop, in a thread, in a process. Each is `start()`, `run(queries)`, `stop()`."""
 
 import asyncio
+import contextlib
 import logging
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
@@ -118,6 +120,8 @@ class Process(Offload):
     ) -> None:
         self.load, self.hang_s, self.metrics, self.cores = load, hang_s, metrics, cores
         self.process: SpawnProcess
+        self.from_model: asyncio.StreamReader
+        self.to_model: asyncio.StreamWriter
         self.spawning: asyncio.Task[str]
 
     async def start(self) -> str:
@@ -135,16 +139,18 @@ class Process(Offload):
             self._replace(f"was not replaced: {exc}")
             raise ModelDied(str(exc)) from exc
         loop = asyncio.get_running_loop()
+        loop.remove_reader(self.process.sentinel)  # while it works its end shows in the stream
         try:
-            self.pipe.send(queries)
-            answers, error = await self._receive(self.hang_s)
+            self.to_model.write(packed(queries))
+            async with asyncio.timeout(self.hang_s):
+                answers, error = await unpacked(self.from_model)
         except TimeoutError:
             reason = f"did not return within {self.hang_s:g} s"
         except (EOFError, OSError):
             self.process.join(1)
             reason = f"ended with exit code {self.process.exitcode}"
         else:
-            loop.add_reader(self.pipe.fileno(), self._died_idle)
+            loop.add_reader(self.process.sentinel, self._died_idle)
             if error is not None:
                 raise ModelFailed(error)
             return answers
@@ -152,78 +158,80 @@ class Process(Offload):
         raise ModelDied(f"the model process {reason}")
 
     def stop(self) -> None:
-        if hasattr(self, "process"):  # else it was never started
+        if hasattr(self, "spawning"):  # else it was never started
+            self.spawning.cancel()
+        if hasattr(self, "process"):
             self.process.kill()
-            self.pipe.close()
+            self.to_model.transport.abort()
 
     async def _spawn(self) -> str:
-        spawn = multiprocessing.get_context("spawn")
         try:
-            pipe, theirs = spawn.Pipe()
-            process = spawn.Process(
-                target=serve_pipe, args=(theirs, self.load, self.cores), name="model", daemon=True
-            )
-            process.start()
+            ours, theirs = socket.socketpair()
+            with theirs:  # closed here, or its death would not close the stream
+                # No multiprocessing.Pipe: uvloop makes what it watches non-blocking, and a reply in pieces an error.
+                self.from_model, self.to_model = await asyncio.open_unix_connection(sock=ours)
+                process = multiprocessing.get_context("spawn").Process(
+                    target=serve_socket, args=(theirs, self.load, self.cores), name="model", daemon=True
+                )
+                process.start()
         except OSError as exc:
             raise CannotLoad(f"no process can be started: {exc}") from exc
-        self.pipe, self.process = pipe, process
-        theirs.close()  # or its death would not close the pipe
+        self.process = process
         try:
-            description, error = await self._receive(None)
+            description, error = await unpacked(self.from_model)
         except (EOFError, OSError):
             process.join(1)
-            raise CannotLoad(f"the model process ended with exit code {process.exitcode}") from None
+            error = f"the model process ended with exit code {process.exitcode}"
         if error is not None:
+            self.to_model.transport.abort()
             raise CannotLoad(error)
-        asyncio.get_running_loop().add_reader(self.pipe.fileno(), self._died_idle)
+        asyncio.get_running_loop().add_reader(process.sentinel, self._died_idle)
         return f"{description}, process {process.pid}"
 
     def _died_idle(self) -> None:
-        """Nothing was asked, yet the pipe has something to read: its end."""
+        """Its sentinel is readable, though nothing was asked: it has ended."""
         self.process.join(1)
         self._replace(f"ended with exit code {self.process.exitcode}")
 
     def _replace(self, reason: str) -> None:
         log.error("model process %s %s; starting another", self.process.pid, reason)
         self.metrics.restarts.inc()
-        if not self.pipe.closed:  # else its replacement could not even be started
-            asyncio.get_running_loop().remove_reader(self.pipe.fileno())
+        asyncio.get_running_loop().remove_reader(self.process.sentinel)
         self.stop()
         self.spawning = asyncio.create_task(self._spawn())
 
-    async def _receive(self, timeout_s: float | None) -> tuple[Any, str | None]:
-        loop = asyncio.get_running_loop()
-        readable, pipe = loop.create_future(), self.pipe.fileno()  # `stop` may close it meanwhile
-        loop.add_reader(pipe, settle, readable, None)
-        try:
-            async with asyncio.timeout(timeout_s):
-                await readable
-        finally:
-            loop.remove_reader(pipe)
-        return self.pipe.recv()
+
+def packed(message: Any) -> bytes:
+    """A message on its way to the model process or back: its length, then its pickle."""
+    body = pickle.dumps(message)
+    return len(body).to_bytes(8) + body
 
 
-def serve_pipe(pipe: Connection, load: Callable[[], Any], cores: set[int] | None = None) -> None:
-    """The model process: answer lists of queries from the pipe until the parent is gone."""
+async def unpacked(reader: asyncio.StreamReader) -> Any:
+    """The next message. Raises EOFError or OSError where the process has ended."""
+    return pickle.loads(await reader.readexactly(int.from_bytes(await reader.readexactly(8))))
+
+
+def serve_socket(sock: socket.socket, load: Callable[[], Any], cores: set[int] | None = None) -> None:
+    """The model process: answer lists of queries from the socket until the parent is gone."""
     if cores:
         os.sched_setaffinity(0, cores)  # before torch makes its threads: they inherit it
     for stop in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal us too; the parent decides
         signal.signal(stop, signal.SIG_IGN)
-    try:
-        model = attempt_load(load)
-        pipe.send((model.description, None))
-        while True:
-            queries = pipe.recv()
-            reply: tuple[Any, str | None]
+    stream = sock.makefile("rb")
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        try:
+            model = attempt_load(load)
+        except CannotLoad as exc:
+            return sock.sendall(packed((None, str(exc))))
+        sock.sendall(packed((model.description, None)))
+        while length := stream.read(8):
+            queries = pickle.loads(stream.read(int.from_bytes(length)))
             try:
-                reply = model(queries), None
+                reply = packed((model(queries), None))
             except BaseException as exc:
-                reply = None, repr(exc)
-            pipe.send(reply)
-    except CannotLoad as exc:
-        pipe.send((None, str(exc)))
-    except (EOFError, BrokenPipeError):
-        pass
+                reply = packed((None, repr(exc)))
+            sock.sendall(reply)
 
 
 def attempt_load(load: Callable[[], Any]) -> Any:
