@@ -257,7 +257,7 @@ starts
 # ## What each costs per call
 #
 # **Your prediction.** Inline: nothing. A thread: two hand-overs between threads, some 0.1 ms. A process: two messages
-# through a pipe, packed and unpacked, some 0.3 ms. Measure with a model that returns at once.
+# through a socket, packed and unpacked, some 0.3 ms. Measure with a model that returns at once.
 
 # %%
 from loadtests.bench_apps import Instant
@@ -360,6 +360,7 @@ computed = starts[starts["the parent has"] == "computed with torch"].set_index("
 assert "hangs" in computed["fork"] and computed["spawn"] == "answers", "never fork after torch has computed"
 assert busy["inline"] > 3 * busy["thread"], "a model on the loop blocks /health, one in a thread does not"
 assert busy["inline"] > 3 * busy["process"]
+assert {*runs["thread"].outcome, *runs["process"].outcome} == {"200"}, "nobody pays for that with an answer"
 assert sum_ms > 3 * matmul_ms, "torch lets go of the lock, a C call need not"
 assert 500 in {reply.status for reply in in_flight}, "the killed call's texts get an error"
 assert (health_after.status, next_one.status) == (200, 200), "a crash is contained"

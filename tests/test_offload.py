@@ -300,6 +300,16 @@ def test_a_stop_during_a_call_cancels_it_and_starts_no_other_process() -> None:
     with_process(scenario)
 
 
+def test_a_stopped_process_is_not_replaced() -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        offload.stop()
+        await asyncio.to_thread(offload.process.join, 10)
+        await asyncio.sleep(0.01)  # the event loop looks at what has ended
+        assert restarts(metrics) == 0
+
+    with_process(scenario)
+
+
 def test_a_stop_during_a_replacement_leaves_no_process() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         for turns in range(4):

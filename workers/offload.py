@@ -161,6 +161,7 @@ class Process(Offload):
         if hasattr(self, "spawning"):  # else it was never started
             self.spawning.cancel()
         if hasattr(self, "process"):
+            asyncio.get_running_loop().remove_reader(self.process.sentinel)
             self.process.kill()
             self.to_model.transport.abort()
 
@@ -196,7 +197,6 @@ class Process(Offload):
     def _replace(self, reason: str) -> None:
         log.error("model process %s %s; starting another", self.process.pid, reason)
         self.metrics.restarts.inc()
-        asyncio.get_running_loop().remove_reader(self.process.sentinel)
         self.stop()
         self.spawning = asyncio.create_task(self._spawn())
 
