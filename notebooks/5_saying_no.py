@@ -94,7 +94,7 @@ def overload(policy, rho):
 # %%
 rhos = [0.5, 0.9, 1.2, 2, 4, 10]
 runs = {(policy, rho): overload(policy, rho) for policy in POLICIES for rho in rhos}
-goodput = {key: drive.good(df, LIMIT_S).sum() / SECONDS for key, df in runs.items()}
+goodput = {key: drive.summary(df, LIMIT_S)["goodput_per_s"] for key, df in runs.items()}
 
 # %%
 with picture("Overload", "offered load, times the capacity", "goodput, per s") as ax:
@@ -181,14 +181,15 @@ patient, careful = serve_all(
 )
 mu = capacity(careful, quick(3, 6), texts="long", users=8)
 seconds = quick(5, 15)
-options = {"rate_per_s": 2 * mu, "duration_s": seconds, "texts": "long", "limit_s": LIMIT_S}
+twice = quick(3, 2)  # times the capacity; the quick form is short, so it must be more to fill the queue
+options = {"rate_per_s": twice * mu, "duration_s": seconds, "texts": "long", "limit_s": LIMIT_S}
 real = {
     name: load(server, "open", **options) for name, server in (("patient", patient), ("careful", careful))
 }
 stop(patient)
 
 # %%
-real_goodput = {name: drive.good(df, LIMIT_S).sum() / seconds for name, df in real.items()}
+real_goodput = {name: drive.summary(df, LIMIT_S)["goodput_per_s"] for name, df in real.items()}
 print(
     f"capacity {mu:.0f}/s; goodput: {real_goodput['patient']:.0f}/s patient, {real_goodput['careful']:.0f}/s careful"
 )
@@ -222,7 +223,9 @@ with picture("Twice the capacity, for real", "time of arrival, s", "time to the 
 
 # %%
 storms = {
-    honour: load(careful, "retry", honour=honour, **(options | {"timeout_s": 8.0, "rate_per_s": 1.7 * mu}))
+    honour: load(
+        careful, "retry", honour=honour, **(options | {"timeout_s": 8.0, "rate_per_s": 0.85 * twice * mu})
+    )
     for honour in (1, 0)
 }
 for honour, df in storms.items():
