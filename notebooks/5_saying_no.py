@@ -104,7 +104,7 @@ with picture("Overload", "offered load, times the capacity", "goodput, per s") a
     line(
         ax,
         over,
-        np.minimum(50, 50 * over * LIMIT_S / (over - 1) / SECONDS),
+        50 * np.minimum(1, LIMIT_S / (over - 1) / (SECONDS - LIMIT_S)),
         "predicted: unbounded",
         GREY,
         linestyle="--",
@@ -122,7 +122,8 @@ with picture("Overload", "offered load, times the capacity", "goodput, per s") a
 # nothing after 2: the server works flat out, and nobody gets anything. **A queue's bound is a time**, not a number: bound, divided
 # by speed, must be below the clients' patience.
 #
-# (Goodput a little above μ: the answers to the last two seconds' texts come after the end, and count.)
+# (Goodput is counted from $l$ on and while the load lasts: a queue that was empty at first, or is emptied afterwards, is
+# no speed. So the last answer in time, at $l/(\rho-1) + l$, comes $l/(\rho-1)$ after the counting began.)
 #
 # *Where the formulas fail:* the dashed line counts a single FIFO burst from an empty start; the longer the run, the lower
 # it gets. An unbounded queue in overload has a goodput of zero; it only takes a while.
