@@ -285,6 +285,7 @@ checks.exercise_6_3((wait_in_turn, wait_shared))
 assert found["gthread-1x8"]["batch"] <= 8 < found["batch"]["batch"], "threads bound the batch"
 assert workers[cores]["MB"] > 1.3 * found["batch"]["MB"] or cores == 1, "two copies cost memory"
 assert found["batch"]["per_s"] > workers[cores]["per_s"], "one copy with batches beats two without"
+assert found["batch"]["per_s"] > most["per_s"], "and many"
 assert most["MB"] > 1.5 * workers[cores]["MB"] and most["per_s"] < 1.4 * workers[cores]["per_s"]
 assert by_threads[cores] < 0.95 * cores * by_threads[1] or cores == 1, (
     "threads give less than their number says"

@@ -102,6 +102,7 @@ def test_counts_outlive_a_killed_worker_and_end_with_the_server(
         until(lambda: server.log().count("Serving ") == 3, 60)
         assert post(server, PARIS).status == 200
         assert metric(server, "model_requests_total") == 21
+        until(lambda: metric(server, "model_queue_depth") == 0)  # a gauge is up to a second old
         lost = crowd.post(server, *[SLOW] * 40)
         until(lambda: metric(server, "model_queue_depth") > 0)
         for victim in workers_of(server):

@@ -220,12 +220,14 @@ def test_a_killed_process_costs_its_own_queries_and_is_replaced() -> None:
     with_process(scenario)
 
 
-def test_a_hung_process_is_killed_and_replaced() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_hung_process_is_killed_and_replaced(frozen: bool) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         hung = offload.process
-        os.kill(hung.pid, signal.SIGSTOP)
+        if frozen:
+            os.kill(hung.pid, signal.SIGSTOP)
         with pytest.raises(ModelDied, match="did not return within"):
-            await offload.run(["more than the kernel holds for it" * 10**6])
+            await offload.run(["more than the kernel holds for it" * 10**6, "hang"])
         ((query, _, _),) = await offload.run(["a"])
         assert query == "a" and not hung.is_alive()
 

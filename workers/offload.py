@@ -147,8 +147,7 @@ class Process(Offload):
         except TimeoutError:
             reason = f"did not return within {self.hang_s:g} s"
         except (EOFError, OSError):
-            self.process.join(1)
-            reason = f"ended with exit code {self.process.exitcode}"
+            reason = how_ended(self.process)
         else:
             loop.add_reader(self.process.sentinel, self._died_idle)
             if error is not None:
@@ -181,8 +180,7 @@ class Process(Offload):
         try:
             description, error = await unpacked(self.from_model)
         except (EOFError, OSError):
-            process.join(1)
-            error = f"the model process ended with exit code {process.exitcode}"
+            error = f"the model process {how_ended(process)}"
         if error is not None:
             self.to_model.transport.abort()
             raise CannotLoad(error)
@@ -191,14 +189,19 @@ class Process(Offload):
 
     def _died_idle(self) -> None:
         """Its sentinel is readable, though nothing was asked: it has ended."""
-        self.process.join(1)
-        self._replace(f"ended with exit code {self.process.exitcode}")
+        self._replace(how_ended(self.process))
 
     def _replace(self, reason: str) -> None:
         log.error("model process %s %s; starting another", self.process.pid, reason)
         self.metrics.restarts.inc()
         self.stop()
         self.spawning = asyncio.create_task(self._spawn())
+
+
+def how_ended(process: SpawnProcess) -> str:
+    """Collect a process that has ended; say how, as part of a sentence."""
+    process.join(1)
+    return f"ended with exit code {process.exitcode}"
 
 
 def packed(message: Any) -> bytes:
@@ -219,7 +222,8 @@ def serve_socket(sock: socket.socket, load: Callable[[], Any], cores: set[int] |
     for stop in (signal.SIGINT, signal.SIGTERM):  # a terminal and systemd signal us too; the parent decides
         signal.signal(stop, signal.SIG_IGN)
     stream = sock.makefile("rb")
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+    # What is raised when the parent is gone, the last one in the middle of its message.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError, pickle.UnpicklingError):
         try:
             model = attempt_load(load)
         except CannotLoad as exc:
