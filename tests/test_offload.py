@@ -16,7 +16,7 @@ import uvloop
 
 from workers.loop import ModelDied, ModelFailed
 from workers.metrics import Metrics
-from workers.offload import CannotLoad, Inline, Process, Thread, attempt_load, core_shares, make
+from workers.offload import CannotLoad, Inline, Process, Thread, attempt_load, core_shares, make, packed
 from workers.settings import Settings
 
 
@@ -183,7 +183,8 @@ def with_process(
         offload = process(metrics, **options)
         await offload.start()
         try:
-            await scenario(offload, metrics)
+            async with asyncio.timeout(120):
+                await scenario(offload, metrics)
         finally:
             offload.stop()
 
@@ -354,9 +355,12 @@ def test_no_process_is_pinned_to_cores_that_another_one_needs(
     assert set(core_shares(Settings(**{"INSTANCES": 2, **crowded}))) == {None}
 
 
-def test_a_process_ends_when_its_server_is_gone() -> None:
+@pytest.mark.parametrize("amid_a_message", [False, True])
+def test_a_process_ends_when_its_server_is_gone(amid_a_message: bool) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         model = offload.process
+        if amid_a_message:
+            offload.to_model.write(packed(["a"])[:-1])
         offload.to_model.close()
         await asyncio.to_thread(model.join, 30)
         assert model.exitcode == 0
