@@ -4,8 +4,8 @@
     $ curl -d "Paris is the [MASK] of France." http://127.0.0.1:8000/
     [{"score":0.95,"token":3007,"token_str":"capital","sequence":"paris is the capital of france."},...
 
-A request's way: `fill_mask` reads and checks it, `workers/loop.py` queues it and gathers the batch, `workers/offload.py`
-runs `workers/model.py` on it, and the answer comes back here. Every setting is in `workers/settings.py`.
+A request's way: `answer` reads it, its task in `workers/tasks/` checks it, `workers/loop.py` queues it and gathers the
+batch, `workers/offload.py` runs the task's model on it, and the answer comes back here. Every setting is in `workers/settings.py`.
 """
 
 import contextlib
@@ -27,22 +27,16 @@ settings = Settings.read()
 metrics = Metrics()
 
 
-async def fill_mask(request: Request) -> Response:
-    """POST /: the model's answer to one text."""
+async def answer(request: Request) -> Response:
+    """POST /: the model's answer to one input, or to each of a list."""
     service: Service = request.state.service
     body = await service.clients.read_body(request)
     service.loop.admit(1, settings.DEADLINE_S)  # refuse before any work goes into what is refused
-    assert service.check  # or the loop would have refused: no model yet
-    query = service.check(contract.parse(body, request, settings))
+    asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
+    queries = await service.check(asked.inputs, asked.parameters, len(body))
     budget_s = contract.client_budget_s(request)
-    answer = await service.clients.wait(
-        request, service.loop.submit(query, size=len(query.ids), budget_s=budget_s)
-    )
-    timing = (
-        f"queue;dur={answer.queue_s * 1000:.2f}, model;dur={answer.model_s * 1000:.2f}, "
-        f'batch;desc="size {answer.batch_size}, closed by {answer.closed_by}"'
-    )
-    return contract.Answered(answer.value, headers={"Server-Timing": timing})
+    answers = await service.clients.wait(request, service.loop.submit_all(*zip(*queries), budget_s=budget_s))
+    return contract.Answered.of(answers, asked.is_list)
 
 
 async def health(request: Request) -> Response:
@@ -51,7 +45,7 @@ async def health(request: Request) -> Response:
     stuck_s = service.loop.stuck_s()
     status = {
         "status": "stuck" if stuck_s else "ok" if service.loop.consumers else "loading",
-        "model": settings.MODEL,
+        "model": settings.model_name,
         "queue_depth": service.loop.depth,
         "running": service.loop.running,
         "uptime_s": round(time.monotonic() - service.started_at, 1),
@@ -81,7 +75,7 @@ async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
 app = contract.Envelope(
     Starlette(
         routes=[
-            Route("/", fill_mask, methods=["POST"]),
+            Route("/", answer, methods=["POST"]),
             Route("/health", health),
             Route("/ready", ready),
             Route("/metrics", prometheus),

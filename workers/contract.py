@@ -1,13 +1,14 @@
 """What HTTP says: reads a request into a query, or refuses it with a sentence; gives every error its status and form."""
 
 import json
+import logging
 import math
 import random
 import re
 from collections.abc import Awaitable
 from itertools import chain
 from operator import methodcaller
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -15,11 +16,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from workers.clients import CLOSE
-from workers.loop import Late, ModelFailed, Refused
+from workers.loop import Answer, Late, ModelFailed, Refused
 from workers.metrics import Metrics
-from workers.model import CannotAnswer, Query
-from workers.offload import log
-from workers.settings import Settings
+from workers.tasks import CannotAnswer, Malformed
+
+log = logging.getLogger("uvicorn.error")
 
 # What curl -d sends is called a form; nobody means one.
 TEXT_TYPES = ("", "text/plain", "application/x-www-form-urlencoded", "application/octet-stream")
@@ -32,63 +33,66 @@ MAX_HEADER_BYTES = 65_536  # httptools itself would take megabytes
 CLIENT_GONE = 499  # nginx's name for it; never sent, only counted
 
 
-def parse(body: bytes, request: Request, settings: Settings) -> Query:
-    """Return what the body asks. Raises HTTPException 400 or 415 with a sentence that says what to send."""
+class Asked(NamedTuple):
+    """What a body asks: inputs, each a query of its own, and the parameters that they share."""
+
+    inputs: list[Any]
+    parameters: dict[str, Any]
+    is_list: bool = False  # a list gets a list, also of one
+
+
+def parse(body: bytes, request: Request, media: tuple[str, ...], max_inputs: int) -> Asked:
+    """Return what the body asks. Raises HTTPException 400 or 415 with a sentence that says what to send.
+
+    `media`: what the task takes as raw bytes, such as "image/".
+    """
     fields = request.scope["fields"]
     media_type, _, parameters = fields.get(b"content-type", b"").decode("latin-1").partition(";")
     media_type = media_type.strip().lower()
     charset = re.search(r'charset="?([^";\s]+)', parameters, re.IGNORECASE) if parameters else None
     if fields.get(b"content-encoding", b"identity").lower() != b"identity":
         raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
+    if media and media_type.startswith(media):
+        return Asked([body], {})
     if charset and charset[1].lower() not in ("utf-8", "utf8", "us-ascii"):
         raise HTTPException(415, f"the body is said to be {charset[1]}; send UTF-8")
-    if media_type == "application/json":
-        query = parse_json(body, settings)
-    elif media_type in TEXT_TYPES:
-        try:
-            query = Query(body.decode())
-        except UnicodeDecodeError as exc:
-            raise HTTPException(400, f"byte {exc.start} of the text is not UTF-8; send UTF-8") from None
-    else:
+    if media_type != "application/json" and media_type not in TEXT_TYPES:
         raise HTTPException(415, f"{media_type} is not understood; send text/plain or application/json")
-    if not query.text.strip():
-        raise HTTPException(400, "the text is empty; send one")
-    return query
-
-
-def parse_json(body: bytes, settings: Settings) -> Query:
-    """Read the Hugging Face inference convention: {"inputs": "...", "parameters": {"top_k": 5, "targets": ["..."]}}."""
     try:
-        content = json.loads(body)
-        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is JSON but not text
+        text = body.decode()
+    except UnicodeDecodeError as exc:
+        raise HTTPException(400, f"byte {exc.start} of the body is not UTF-8; send UTF-8") from None
+    if media_type == "application/json":
+        return parse_json(text, max_inputs)
+    if not text.strip():
+        raise HTTPException(400, "the text is empty; send one")
+    return Asked([text], {})
+
+
+def parse_json(text: str, max_inputs: int) -> Asked:
+    """Read the Hugging Face inference convention: {"inputs": ..., "parameters": {...}}; a list is several inputs.
+
+    Its clients send some tasks' parameters beside the inputs: any other field is one.
+    """
+    try:
+        content = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is JSON but not text
     except (ValueError, RecursionError) as exc:
         where = f" ({exc})" if isinstance(exc, json.JSONDecodeError) else ""
         raise HTTPException(400, f'the JSON cannot be read{where}; send {{"inputs": "a text"}}') from None
-    if not isinstance(content, dict) or not isinstance(content.get("inputs"), str):
-        raise HTTPException(400, '"inputs" must be one text: {"inputs": "a text"}')
-    parameters = {} if content.get("parameters") is None else content["parameters"]
-    known = {"top_k", "targets"} if settings.TASK == "fill-mask" else set()
+    if not isinstance(content, dict) or content.get("inputs") is None:
+        raise HTTPException(400, 'there are no "inputs"; send {"inputs": "a text"}')
+    inputs, parameters = content.pop("inputs"), content.pop("parameters", None)
+    parameters = {} if parameters is None else parameters
     if not isinstance(parameters, dict):
         raise HTTPException(400, '"parameters" must be an object, such as {"top_k": 3}')
-    if unknown := sorted((content.keys() - {"inputs", "parameters"}) | (parameters.keys() - known)):
-        raise HTTPException(400, f'"{unknown[0]}" is not a known field; leave it out')
-    top_k, targets = parameters.get("top_k"), parameters.get("targets")
-    top_k = Query._field_defaults["top_k"] if top_k is None else top_k
-    if type(top_k) is not int or not 1 <= top_k <= settings.MAX_TOP_K:
-        raise HTTPException(400, f'"top_k" must be a whole number from 1 to {settings.MAX_TOP_K}')
-    targets = [targets] if isinstance(targets, str) else targets
-    if targets is not None and not is_list_of_words(targets, settings.MAX_TOP_K):
-        raise HTTPException(400, f'"targets" must be a list of 1 to {settings.MAX_TOP_K} words')
-    return Query(content["inputs"], top_k, tuple(targets or ()))
-
-
-def is_list_of_words(value: Any, most: int) -> bool:
-    """Whether `value` is a list of 1 to `most` texts, none of them blank."""
-    return (
-        isinstance(value, list)
-        and 1 <= len(value) <= most
-        and all(isinstance(w, str) and w.strip() for w in value)
-    )
+    parameters = {name: value for name, value in (content | parameters).items() if value is not None}
+    if not isinstance(inputs, list):
+        return Asked([inputs], parameters)
+    if not 1 <= len(inputs) <= max_inputs:
+        raise HTTPException(400, f"there are {len(inputs)} inputs; send 1 to {max_inputs} at once")
+    return Asked(inputs, parameters, is_list=True)
 
 
 def client_budget_s(request: Request) -> float:
@@ -101,7 +105,17 @@ def client_budget_s(request: Request) -> float:
 
 
 class Answered(JSONResponse):
-    """What the pipeline returned; some return numbers of NumPy's."""
+    """What the model returned, and where the time of the slowest of the answers went; NumPy's numbers are JSON, too."""
+
+    @classmethod
+    def of(cls, answers: list[Answer], is_list: bool) -> "Answered":
+        slowest = max(answers, key=lambda answer: answer.queue_s + answer.model_s)
+        timing = (
+            f"queue;dur={slowest.queue_s * 1000:.2f}, model;dur={slowest.model_s * 1000:.2f}, "
+            f'batch;desc="size {slowest.batch_size}, closed by {slowest.closed_by}"'
+        )
+        values = [answer.value for answer in answers]
+        return cls(values if is_list else values[0], headers={"Server-Timing": timing})
 
     encoder = json.JSONEncoder(
         ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=methodcaller("tolist")
@@ -118,6 +132,8 @@ async def error_reply(request: Request, exc: Exception) -> JSONResponse:
         case HTTPException():
             status, sentence = exc.status_code, SENTENCES.get(exc.status_code, exc.detail)
             headers = dict(exc.headers or {})
+        case Malformed():
+            status, sentence = 400, str(exc)
         case CannotAnswer():
             status, sentence = 422, str(exc)
         case Refused():
@@ -138,7 +154,7 @@ async def error_reply(request: Request, exc: Exception) -> JSONResponse:
 
 ERROR_HANDLERS: dict[Any, Any] = {
     kind: error_reply
-    for kind in (HTTPException, ClientDisconnect, CannotAnswer, Refused, Late, ModelFailed, Exception)
+    for kind in (HTTPException, ClientDisconnect, Malformed, CannotAnswer, Refused, Late, ModelFailed, Exception)
 }
 
 

@@ -1,6 +1,7 @@
 """OFFLOAD=dirty: inference in one of Gunicorn's "dirty" workers, which all web workers share. See dirty.conf.py."""
 
 import asyncio
+import pickle
 import signal
 from typing import Any
 
@@ -8,8 +9,8 @@ from gunicorn.dirty import DirtyApp  # type: ignore[import-untyped]
 from gunicorn.dirty.client import DirtyClient, get_dirty_socket_path  # type: ignore[import-untyped]
 from gunicorn.dirty.errors import DirtyAppError, DirtyError  # type: ignore[import-untyped]
 
+from workers import tasks
 from workers.loop import ModelDied, ModelFailed
-from workers.model import Model, Query
 from workers.offload import CannotLoad, Offload
 from workers.settings import Settings
 
@@ -20,15 +21,13 @@ class DirtyModel(DirtyApp):  # type: ignore[misc]
     """In the dirty worker: the model, loaded once, called from one thread."""
 
     def init(self) -> None:
-        self.model = Model(Settings.read())
+        self.model = tasks.load(Settings.read())
 
     def describe(self) -> str:
         return self.model.description
 
-    def answer(self, queries: list[Any]) -> list[Any]:
-        return self.model(
-            [Query(text, top_k, tuple(words), tuple(ids)) for text, top_k, words, ids in queries]
-        )
+    def answer(self, queries: bytes) -> bytes:
+        return pickle.dumps(self.model(pickle.loads(queries)))
 
 
 class Dirty(Offload):
@@ -48,9 +47,9 @@ class Dirty(Offload):
             except DirtyError:  # it is still loading; Gunicorn restarts one that can't
                 await asyncio.sleep(0.2)
 
-    async def run(self, queries: list[Query]) -> list[Any]:
+    async def run(self, queries: list[Any]) -> list[Any]:
         try:
-            return await self.client.execute_async(APP, "answer", [list(query) for query in queries])
+            return pickle.loads(await self.client.execute_async(APP, "answer", pickle.dumps(queries)))
         except DirtyAppError as exc:
             raise ModelFailed(str(exc)) from exc
         except DirtyError as exc:

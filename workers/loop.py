@@ -173,6 +173,17 @@ class ModelLoop:
             if not self.live:
                 self._drained.set()
 
+    async def submit_all(
+        self, queries: Sequence[Any], sizes: Sequence[int], *, budget_s: float = math.inf
+    ) -> list[Answer]:
+        """Return the model's answers to all of `queries`, each a job of its own."""
+        async with asyncio.TaskGroup() as group:
+            jobs = [
+                group.create_task(self.submit(query, size=size, budget_s=budget_s))
+                for query, size in zip(queries, sizes)
+            ]
+        return [job.result() for job in jobs]
+
     @property
     def depth(self) -> int:
         """How many admitted jobs wait for the model, in the queue or in an open window."""

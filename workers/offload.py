@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from workers.loop import ModelDied, ModelFailed
 from workers.metrics import Metrics
-from workers.model import Model, Query
+from workers import tasks
 from workers.settings import Settings
 
 log = logging.getLogger("uvicorn.error")
@@ -38,7 +38,7 @@ class Offload(Protocol):
         """Return when `run` would not have to wait for another one to load."""
         return
 
-    async def run(self, queries: list[Query]) -> list[Any]:
+    async def run(self, queries: list[Any]) -> list[Any]:
         """Answer the queries, one call at a time. Raises ModelFailed whatever the model raised."""
 
     def stop(self) -> None:
@@ -55,7 +55,7 @@ class Inline(Offload):
         self.model = attempt_load(self.load)
         return self.model.description
 
-    async def run(self, queries: list[Query]) -> list[Any]:
+    async def run(self, queries: list[Any]) -> list[Any]:
         try:
             return self.model(queries)
         except BaseException as exc:
@@ -79,7 +79,7 @@ class Thread(Offload):
         self.model = await self._call(lambda: attempt_load(self.load))
         return self.model.description
 
-    async def run(self, queries: list[Query]) -> list[Any]:
+    async def run(self, queries: list[Any]) -> list[Any]:
         return await self._call(lambda: self.model(queries))
 
     def stop(self) -> None:
@@ -132,7 +132,7 @@ class Process(Offload):
         if not self.spawning.done():  # asyncio.wait takes a turn of the event loop even then
             await asyncio.wait([self.spawning])
 
-    async def run(self, queries: list[Query]) -> list[Any]:
+    async def run(self, queries: list[Any]) -> list[Any]:
         try:
             await self.spawning
         except CannotLoad as exc:
@@ -255,18 +255,22 @@ def settle(future: asyncio.Future[Any], outcome: Any) -> None:
         future.set_result(outcome)
 
 
-def make(settings: Settings, metrics: Metrics) -> list[Offload]:
+def make(settings: Settings, metrics: Metrics, load: Callable[[int], Any]) -> list[Offload]:
     """Return the `INSTANCES` places where `OFFLOAD` says that inference runs."""
     settings = replace(settings, TORCH_THREADS=settings.threads_per_instance)  # counted before any is pinned
-    loaders = [partial(Model, settings, i) for i in range(settings.INSTANCES)]
+    instances = range(settings.INSTANCES)
     if settings.OFFLOAD == "dirty":
         from workers.dirty import Dirty  # only there is Gunicorn needed
 
-        return [Dirty(settings.HANG_S) for _ in loaders]
+        return [Dirty(settings.HANG_S) for _ in instances]
     if settings.OFFLOAD == "process":
         shares = core_shares(settings)
-        return [Process(load, settings.HANG_S, metrics, share) for load, share in zip(loaders, shares)]
-    return [(Inline if settings.OFFLOAD == "inline" else Thread)(load) for load in loaders]
+        return [
+            Process(partial(tasks.load, settings, i), settings.HANG_S, metrics, share)
+            for i, share in zip(instances, shares)
+        ]
+    kind = Inline if settings.OFFLOAD == "inline" else Thread
+    return [kind(partial(load, i)) for i in instances]
 
 
 def core_shares(settings: Settings) -> list[set[int] | None]:

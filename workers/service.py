@@ -13,15 +13,17 @@ import time
 from collections.abc import AsyncIterator
 from functools import partial
 from types import FrameType
+from typing import Any
 
-from workers import memory, offload
+from workers import memory, offload, tasks
 from workers.clients import Clients
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
-from workers.model import InputCheck
 from workers.settings import Settings
 
 log = logging.getLogger("uvicorn.error")
+
+QUICK_BYTES = 1024  # of text take 3 ms to tokenise at worst
 
 
 class Service:
@@ -40,8 +42,8 @@ class Service:
             metrics=metrics,
             now=time.monotonic,  # uvloop's own time has whole milliseconds only
         )
-        self.copies = offload.make(settings, metrics)
-        self.check: InputCheck | None = None
+        self.task: tasks.Task
+        self.copies = offload.make(settings, metrics, lambda i: self.task.load(i))
         self.clients = Clients(settings, self.loop)
         self.exit_code = 0
         self.loaded = asyncio.Event()  # or failed to
@@ -62,14 +64,37 @@ class Service:
         # Look for garbage every 10,000 objects, not every 700: those that loading makes, a tenth of whose time it would
         # take, and those of the requests in flight are none.
         gc.set_threshold(10_000)
-        self.check = await asyncio.to_thread(offload.attempt_load, partial(InputCheck, self.settings))
+        self.task = await asyncio.to_thread(offload.attempt_load, partial(tasks.make, self.settings))
         for description in await asyncio.gather(*(copy.start() for copy in self.copies)):
             log.info("Serving %s", description)
+        for copy in self.copies:
+            for batch in tasks.warm_up_batches(self.task, self.settings.BATCH_SIZE):
+                await copy.run([query.content for query in batch])
         gc.collect()
         gc.freeze()  # 360,000 objects of torch and transformers: to look through them for garbage takes 0.16 s
         self.report()
         self.loaded.set()
         await asyncio.gather(*(self.loop.consume(copy.run, copy.ready) for copy in self.copies))
+
+    async def check(self, inputs: list[Any], parameters: dict[str, Any], n_bytes: int) -> list[tasks.Query]:
+        """The queries that ask this. Raises Malformed or CannotAnswer, which name the input where there are several.
+
+        Long ones are checked in a thread: 16 KB of long words would hold the event loop for 40 ms.
+        """
+        if n_bytes > QUICK_BYTES:
+            return await asyncio.to_thread(self.check_all, inputs, parameters)
+        return self.check_all(inputs, parameters)
+
+    def check_all(self, inputs: list[Any], parameters: dict[str, Any]) -> list[tasks.Query]:
+        queries = []
+        for number, one in enumerate(inputs):
+            try:
+                queries.append(self.task.check(one, parameters))
+            except (tasks.Malformed, tasks.CannotAnswer) as exc:
+                if len(inputs) == 1:
+                    raise
+                raise type(exc)(f"input {number}: {exc}") from exc
+        return queries
 
     def report(self) -> None:
         """One line on what this worker takes of the machine, and a warning when all of them together take too much."""

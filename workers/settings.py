@@ -1,6 +1,7 @@
 """Every knob: name, default, unit, why. Each is an environment variable of the same name, or a line in `.env`."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -31,9 +32,14 @@ def one_of(*choices: str) -> Any:
     return knob(choices[0], " or ".join(choices), lambda value: value in choices)
 
 
+OWN_CLASS = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")  # my_model:Iris
+
+
 def is_model(name: str) -> bool:
-    """Whether `name` is a folder, or could be a hub id."""
-    return os.path.isdir(name) or (bool(name) and not name.startswith(("/", ".")))
+    """Whether `name` is a folder with a model, a class of one's own, or could be a hub id."""
+    if os.path.isdir(name):
+        return os.path.isfile(os.path.join(name, "config.json"))
+    return bool(name) and not name.startswith(("/", ".")) and not name.isspace()
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Settings:
     """What the server was told. Immutable, picklable: a spawned model process gets the same."""
 
     # What to serve
-    MODEL: str = knob(str(HERE / "models" / "minilm-mlm"), "a folder that exists or a hub id", is_model)
+    MODEL: str = knob(str(HERE / "models" / "minilm-mlm"), "a folder with a config.json, a hub id, or module:Class", is_model)
     TASK: str = knob("fill-mask", "a text-in pipeline task, such as text-classification", bool)
     DTYPE: str = one_of(
         "float32", "auto", "bfloat16", "float16"
@@ -71,6 +77,7 @@ class Settings:
     MAX_TOKENS: int = at_least(1, 512)  # or fewer, where the model takes fewer
     MAX_MASKS: int = at_least(1, 8)  # the reply grows with masks x top_k x text
     MAX_TOP_K: int = at_least(1, 100)
+    MAX_INPUTS: int = at_least(1, 64)  # in one request; each is a job of its own
 
     # Stopping
     GRACE_S: float = seconds(10.0)  # from SIGTERM to exit at the latest; keep it under your supervisor's own
@@ -93,6 +100,16 @@ class Settings:
         except ValueError:
             pass
         raise SystemExit(f"{knob.name}={raw!r} is not allowed: it must be {knob.metadata['allowed']}")
+
+    @property
+    def is_own_class(self) -> bool:
+        """Whether MODEL names a Python class."""
+        return bool(OWN_CLASS.fullmatch(self.MODEL)) and not os.path.isdir(self.MODEL)
+
+    @property
+    def model_name(self) -> str:
+        """MODEL without the folders above it: nobody's business."""
+        return os.path.basename(os.path.normpath(self.MODEL)) if os.path.isdir(self.MODEL) else self.MODEL
 
     @property
     def threads_per_instance(self) -> int:

@@ -1,0 +1,93 @@
+"""What a model is: a task says what may be asked of it, and answers. One file a task, found by its name.
+
+    TASK=fill-mask          workers/tasks/fill_mask.py
+    TASK=anything else      workers/tasks/pipeline.py: the stock pipeline of that name
+    MODEL=my_model:Iris     workers/tasks/own.py: your own class
+
+A task knows neither HTTP nor where it runs: its errors are sentences for whoever asked.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from workers.settings import Settings
+
+
+class Malformed(ValueError):
+    """What was sent is not of the form that the task takes; the message says what to send."""
+
+
+class CannotAnswer(ValueError):
+    """What was sent is well-formed but the model can't answer it; the message says what to change."""
+
+
+class Query(NamedTuple):
+    """One input that was checked: what the model gets of it, picklable, and its size in the model's unit of cost."""
+
+    content: Any
+    size: int = 1
+
+
+class Model(Protocol):
+    """A loaded copy of the model."""
+
+    description: str  # one line for the log: what, how large, where
+
+    def __call__(self, contents: list[Any]) -> list[Any]:
+        """Answer each query's content as if it were alone, in JSON's types, NumPy's or torch's. May raise anything."""
+
+
+class Description(NamedTuple):
+    """What a task says of itself, to people and to machines."""
+
+    takes: str  # a sentence on `inputs`
+    gives: str  # a sentence on the answer
+    example: dict[str, Any]  # a body that works: {"inputs": ..., "parameters": {...}}
+
+
+class Task(Protocol):
+    """Made from the settings where HTTP is. Only `load` may need the framework: the model may run elsewhere."""
+
+    media: tuple[str, ...] = ()  # media types that it takes as raw bytes, besides text and JSON: "image/", "audio/"
+
+    def __init__(self, settings: Settings) -> None: ...
+
+    def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        """Return the query that asks this. Raises Malformed or CannotAnswer. For one thread at a time or several."""
+
+    def load(self, instance: int) -> Model:
+        """Load a copy of the model; instance i goes to `cuda:i` where there are several. Raises whatever it raises."""
+
+    def examples(self) -> list[Query]:
+        """Queries of different sizes, from small to large, to warm up with; none where it knows none."""
+
+    def describe(self) -> Description: ...
+
+
+def make(settings: Settings) -> Task:
+    """Return the task that the settings name. Raises whatever reading its files raises."""
+    name = "own" if settings.is_own_class else settings.TASK.replace("-", "_")
+    known = name.isidentifier() and importlib.util.find_spec(f"{__name__}.{name}")
+    module = importlib.import_module(f"{__name__}.{name if known else 'pipeline'}")
+    task: Callable[[Settings], Task] = module.Task
+    return task(settings)
+
+
+def load(settings: Settings, instance: int = 0) -> Model:
+    """Load a copy of the model, where there is no task yet: in a process of its own."""
+    return make(settings).load(instance)
+
+
+def warm_up_batches(task: Task, batch_size: int) -> list[list[Query]]:
+    """Batches of at least three sizes, as far as the task has examples: each alone, a full batch, half of one."""
+    examples = task.examples()
+    alone = [[query] for query in examples]
+    return alone + [examples[:1] * n for n in (batch_size // 2, batch_size) if n > 1 and examples]
+
+
+def unknown_parameters(parameters: dict[str, Any], *known: str) -> None:
+    """Raise Malformed where `parameters` has any but the known ones."""
+    if unknown := sorted(parameters.keys() - set(known)):
+        raise Malformed(f'"{unknown[0]}" is not a known field; leave it out')

@@ -1,0 +1,90 @@
+"""MODEL=my_model:Iris: your own class, found where Python finds modules, the current folder first.
+
+    class Iris:
+        example = [5.1, 3.5, 1.4, 0.2]                  # optional: warms up, and shows what to send
+
+        def __call__(self, inputs: list) -> list: ...   # one answer for each, whatever JSON can say
+
+        def check(self, inputs, parameters): ...        # optional: a ValueError's sentence is the 422;
+                                                        # what it returns, if anything, is what __call__ gets
+        def size(self, inputs) -> int: ...              # optional: what one costs beside the others, 1 by default
+
+`check` and `size` are asked before the queue, on the event loop: be quick. In OFFLOAD=process they have an instance of
+their own where HTTP is, unless they are static methods.
+"""
+
+import importlib
+import inspect
+import sys
+from typing import Any
+
+from workers.settings import Settings
+from workers.tasks import CannotAnswer, Description, Query, unknown_parameters
+
+
+class Task:
+    """Any JSON in, any JSON out."""
+
+    media: tuple[str, ...] = ()
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.own = find_class(settings.MODEL)
+        self.instance: Any = None
+
+    def asked(self, name: str) -> Any:
+        """The class's method `name`, on an instance where it needs one; None where there is none."""
+        method = inspect.getattr_static(self.own, name, None)
+        if method is None or isinstance(method, staticmethod | classmethod):
+            return getattr(self.own, name, None)
+        if self.instance is None:
+            self.instance = self.own()
+        return getattr(self.instance, name)
+
+    def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        content = None
+        if check := self.asked("check"):
+            try:
+                content = check(inputs, parameters)
+            except ValueError as exc:
+                raise CannotAnswer(str(exc)) from exc
+        else:
+            unknown_parameters(parameters)
+        size = self.asked("size")
+        return Query(inputs if content is None else content, int(size(inputs)) if size else 1)
+
+    def load(self, instance: int) -> "Own":
+        made = self.own()
+        if self.instance is None:
+            self.instance = made  # a server that runs the model itself needs no second one to check with
+        return Own(made, self.settings.MODEL)
+
+    def examples(self) -> list[Query]:
+        return [self.check(self.own.example, {})] if hasattr(self.own, "example") else []
+
+    def describe(self) -> Description:
+        what = inspect.getdoc(self.own) or self.settings.MODEL
+        return Description("any JSON", what.splitlines()[0], {"inputs": getattr(self.own, "example", None)})
+
+
+class Own:
+    """An instance of the class, as a model."""
+
+    def __init__(self, instance: Any, name: str) -> None:
+        self.instance, self.description = instance, name
+
+    def __call__(self, contents: list[Any]) -> list[Any]:
+        return list(self.instance(contents))
+
+
+def find_class(name: str) -> type:
+    """The class that `module:Class` names. Raises ImportError with a sentence."""
+    module_name, _, class_name = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the current folder: `gunicorn` and spawned processes don't have it
+    found = getattr(importlib.import_module(module_name), class_name, None)
+    if not isinstance(found, type):
+        raise ImportError(f"there is no class {class_name} in {module_name}")
+    if "__call__" not in dir(found):
+        raise ImportError(f"{name} has no __call__(self, inputs)")
+    return found
