@@ -1,0 +1,392 @@
+"""The torch half of the text tasks: texts as token ids in, states or logits out, each text's as if it were alone.
+
+    encoder = Encoder(model, probe=[[101, 7592, 102], ...])
+    encoder(rows)                  the base model's last hidden states, all rows of all texts: [tokens, hidden]
+    encoder(rows, [[0], [0], ...]) those at the positions kept of each text: [kept, hidden]
+    encoder.logits(rows, keep)     the same through the model's own head: [kept, labels]
+
+Where the stock pipeline's time goes         What is done here instead
+padding to the longest text                  texts laid end to end, each one's attention within itself
+the last layer and the head, for every token for the rows that are kept only
+laying out the weights anew at every call    packed once for oneDNN
+GELU and the residual as passes of their own done while the product's result is in the cache
+
+A probe decides at load: what doesn't give the stock forward's results is not used.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, chain, groupby
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+log = logging.getLogger("uvicorn.error")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Rows = Sequence[Sequence[int]]
+Pass = Callable[[Rows, Rows, Rows | None], Tensor]  # texts sorted by length, what to keep, token types
+
+
+def pick_dtype(name: str, device: str | torch.device) -> torch.dtype:
+    """The dtype for a DTYPE setting; `auto` is bfloat16 where the device multiplies it natively, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    device = torch.device(device)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        can = torch.cpu.get_capabilities()
+        native = device.type == "cpu" and any(can.get(key) for key in ("amx_bf16", "avx512_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def rounded(rows: int) -> int:
+    """The row count that a product is given: oneDNN compiles code for each (290 KB) and keeps it, so there must be few."""
+    step = 4 if rows <= 64 else 32
+    return -(-rows // step) * step
+
+
+class PackedLinear(nn.Module):  # type: ignore[misc]
+    """A Linear for CPU inference that holds its weights in oneDNN's own layout, by the ops that inductor uses."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.packed, self.bias = nn.Parameter(packed, requires_grad=False), linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        if extra := rounded(rows) - rows:
+            padded = F.pad(x.reshape(rows, -1), (0, 0, 0, extra))
+            return self.then(padded)[:rows].view(*x.shape[:-1], -1)
+        return self.then(x)
+
+    def then(self, x: Tensor, activation: str = "none", algorithm: str = "none") -> Tensor:
+        """The activation of the product, in one go."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, activation, [], algorithm)
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """The product plus `other`, in one go."""
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, "add")
+
+
+class Way(NamedTuple):
+    """How a batch is computed: with packed Linears, with texts end to end, by the whole model, one text a pass."""
+
+    packed: bool = False
+    end_to_end: bool = False
+    whole: bool = False
+    alone: bool = False
+
+    def __str__(self) -> str:
+        return (
+            ", ".join(name.replace("_", " ") for name, is_so in self._asdict().items() if is_so) or "padded"
+        )
+
+
+# The fastest first.
+WAYS = [
+    Way(packed=True, end_to_end=True),
+    Way(packed=True),
+    Way(),
+    Way(packed=True, whole=True),
+    Way(whole=True),
+]
+
+
+class Encoder:
+    """A model's forward pass over many texts at once. For one thread at a time; it may change the model's layers.
+
+    `probe`: the ids of a few texts of different lengths, best of the kind that will come, with `probe_types` where the
+    model knows token types. `per_text`: the head gives one row a text (sequence classification), else one a token.
+    """
+
+    def __init__(
+        self, model: Any, probe: Rows, probe_types: Rows | None = None, per_text: bool = False
+    ) -> None:
+        self.model, self.base, self.per_text = model, model.base_model, per_text
+        self.device, self.has_head = model.device, model.base_model is not model
+        # A pass takes at most `pass_tokens`, so that its activations stay in the caches; a text that would cost a pass
+        # more padding than `pass_cost` tokens starts another. The head takes `head_rows` at a time: a row of logits may
+        # be 120 KB. Measured on a CPU; a GPU wants few and large passes, how large is a guess.
+        cpu = self.device.type == "cpu"
+        self.pass_tokens, self.pass_cost, self.head_rows = (512, 16, 32) if cpu else (65536, 4096, 1024)
+        self.pad = model.config.pad_token_id or 0
+        self.takes_types = "token_type_ids" in inspect.signature(self.base.forward).parameters
+        self.largest_pass = self.pass_tokens
+        self.way = self._choose(probe, probe_types)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def __call__(self, rows: Rows, keep: Rows | None = None, types: Rows | None = None) -> Tensor:
+        """The last hidden states at the positions `keep` of each text (None: at all), text by text: [n, hidden]."""
+        return self._run(rows, keep, types)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def logits(self, rows: Rows, keep: Rows | None = None, types: Rows | None = None) -> Tensor:
+        """The model's output at the positions `keep` of each text, text by text: [n, labels].
+
+        Of a question-answering model the starts' and the ends'. `per_text`: one row a text, whatever `keep` is.
+        """
+        if self.per_text:
+            keep = [[0]] * len(rows)
+        found = self._run(rows, keep, types)
+        return found if self.way.whole else self.head(found)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def head(self, states: Tensor) -> Tensor:
+        """The model's own output head on states [n, hidden]: [n, labels]."""
+        found = [self._head(part) for part in states.split(self.head_rows)]
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def _head(self, states: Tensor) -> Tensor:
+        """The whole model, over a base that knows its result."""
+        states, pooler = (
+            states[:, None] if self.per_text else states[None],
+            getattr(self.base, "pooler", None),
+        )
+        known = BaseModelOutputWithPooling(states, pooler(states) if pooler else None)
+        self.base.forward = lambda *args, **kwargs: known
+        try:
+            ids = torch.zeros(states.shape[:2], dtype=torch.long, device=self.device)
+            found = scores(self.model(input_ids=ids))
+            return found if self.per_text else found[0]
+        finally:
+            del self.base.forward
+
+    def _run(self, rows: Rows, keep: Rows | None, types: Rows | None) -> Tensor:
+        """One pass for each chunk of the texts; what they give, in the texts' order."""
+        lengths = list(map(len, rows))
+        keep = [range(n) for n in lengths] if keep is None else keep
+        found, order = [], []
+        for chunk in self.chunks(lengths):
+            order += chunk
+            picked = (
+                None if given is None else [given[text] for text in chunk] for given in (rows, keep, types)
+            )
+            found.append(self.forward(*picked))
+        states = torch.cat(found) if len(found) > 1 else found[0]
+        if order == sorted(order):
+            return states
+        start = [0, *accumulate(map(len, keep))]
+        came = [row for text in order for row in range(start[text], start[text + 1])]
+        return states[self.tensor(sorted(range(len(came)), key=came.__getitem__))]
+
+    def chunks(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """The texts in groups of similar length, one for each forward pass, the longest last."""
+        chunk: list[int] = []
+        tokens = 0
+        for text in sorted(range(len(lengths)), key=lengths.__getitem__):
+            padding = (
+                0 if self.way.end_to_end or not chunk else len(chunk) * (lengths[text] - lengths[chunk[-1]])
+            )
+            if chunk and (padding > self.pass_cost or tokens + padding + lengths[text] > self.pass_tokens):
+                yield chunk
+                chunk, tokens, padding = [], 0, 0
+            chunk.append(text)
+            tokens += padding + lengths[text]
+        yield chunk
+
+    def tensor(self, rows: Sequence[Any]) -> Tensor:
+        """Whole numbers on the model's device."""
+        cuda = self.device.type == "cuda"  # from pinned memory the copy runs beside the kernels
+        return torch.tensor(rows, pin_memory=cuda).to(self.device, non_blocking=cuda)
+
+    def _batch(self, rows: Rows, types: Rows | None) -> dict[str, Tensor]:
+        """The texts as the model's own forward takes them: padded to the longest, the last."""
+        width = len(rows[-1])
+        batch = {"input_ids": self.tensor([[*row, *[self.pad] * (width - len(row))] for row in rows])}
+        if len(rows[0]) < width:  # else no mask: a faster kernel, and a GPU need not wait to look into it
+            batch["attention_mask"] = self.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        if types is not None and self.takes_types:
+            batch["token_type_ids"] = self.tensor([[*row, *[0] * (width - len(row))] for row in types])
+        return batch
+
+    def _padded(self, rows: Rows, keep: Rows, types: Rows | None) -> Tensor:
+        """A pass of the model's own base."""
+        states = self.base(**self._batch(rows, types), return_dict=True).last_hidden_state
+        return self._kept(states, keep)
+
+    def _whole(self, rows: Rows, keep: Rows, types: Rows | None) -> Tensor:
+        """A pass of the whole model, its head on every token."""
+        found = scores(self.model(**self._batch(rows, types)))
+        return found if self.per_text else self._kept(found, keep)
+
+    def _kept(self, states: Tensor, keep: Rows) -> Tensor:
+        width = states.shape[1]
+        return states.flatten(0, 1)[self.tensor([n * width + i for n, row in enumerate(keep) for i in row])]
+
+    def _choose(self, probe: Rows, types: Rows | None) -> Way:
+        """Take the fastest way that gives the stock forward's results on the probe."""
+        linears = packable(self.model)
+        self._take(Way(whole=True, alone=True), linears)
+        expected = self._probe(probe, types)
+        tolerance = (1e-3 if expected.dtype == torch.float32 else 0.25) * float(expected.float().std()) + 1e-6
+        problems = []
+        for way in WAYS:
+            if way.packed and not linears or way.whole and not self.has_head:
+                continue
+            try:
+                self._take(way, linears)
+                gap = float((self._probe(probe, types) - expected).abs().max())
+                if gap <= tolerance:
+                    break
+                problems.append(f"{way}: off by {gap:.2g}")
+            except NotBuiltSo:
+                continue
+            except Exception as error:  # whatever a foreign model raises, another way serves it
+                problems.append(f"{way}: {error!r:.80}")
+        else:
+            self._take(way := Way(whole=True, alone=True), linears)
+        if way.whole:
+            name = type(self.model).__name__
+            log.warning(
+                "%s has no fast path, it is served by its own forward (%s)", name, "; ".join(problems)
+            )
+        return way
+
+    def _take(self, way: Way, linears: list[tuple[nn.Module, str, nn.Linear]]) -> None:
+        """Make the model ready for it."""
+        for parent, name, linear in linears:
+            if way.packed != isinstance(getattr(parent, name), PackedLinear):
+                setattr(parent, name, PackedLinear(linear) if way.packed else linear)
+        self.way, self.pass_tokens = way, 0 if way.alone else self.largest_pass
+        self.forward: Pass = self._whole if way.whole and self.has_head else self._padded
+        if way.end_to_end:
+            self.forward = EndToEnd(self.base)
+
+    def _probe(self, rows: Rows, types: Rows | None) -> Tensor:
+        return (self.logits if self.has_head else self)(rows, None, types)
+
+
+class NotBuiltSo(Exception):
+    """The model isn't built like BERT."""
+
+
+# Where the layers are and what is in one: query, key, value, out, its norm, up, down, its norm.
+LAYOUTS = {
+    "encoder.layer.0.attention.self": (
+        "attention.self.query attention.self.key attention.self.value attention.output.dense "
+        "attention.output.LayerNorm intermediate.dense output.dense output.LayerNorm"
+    ),
+    "encoder.layer.0.attention.attn": (  # MPNet
+        "attention.attn.q attention.attn.k attention.attn.v attention.attn.o "
+        "attention.LayerNorm intermediate.dense output.dense output.LayerNorm"
+    ),
+    "transformer.layer.0.ffn": (  # DistilBERT
+        "attention.q_lin attention.k_lin attention.v_lin attention.out_lin "
+        "sa_layer_norm ffn.lin1 ffn.lin2 output_layer_norm"
+    ),
+}
+ACTIVATIONS = {  # as oneDNN calls them
+    "gelu": ("gelu", "none"),
+    "gelu_new": ("gelu", "tanh"),
+    "gelu_pytorch_tanh": ("gelu", "tanh"),
+    "relu": ("relu", "none"),
+}
+Groups = list[
+    tuple[int, int, int, Tensor | None]
+]  # texts of one length: start, how many, how long, attention's bias
+
+
+class EndToEnd:
+    """The forward pass of BERT, and of the models built like it, over texts laid end to end.
+
+    Raises NotBuiltSo for any other. Its Linears must be packed.
+    """
+
+    def __init__(self, base: Any) -> None:
+        modules = dict(base.named_modules())
+        layout = next((name for name in LAYOUTS if name in modules), None)
+        activation = getattr(base.config, "hidden_act", None) or getattr(base.config, "activation", None)
+        if layout is None or activation not in ACTIVATIONS:
+            raise NotBuiltSo
+        layers = modules[layout.partition(".0")[0]]
+        self.layers = [[layer.get_submodule(name) for name in LAYOUTS[layout].split()] for layer in layers]
+        self.heads, self.activation = base.config.num_attention_heads, ACTIVATIONS[activation]
+        self.bias = getattr(modules.get("encoder"), "compute_position_bias", None)
+        self.project = modules.get("embeddings_project")
+        self.words, self.norm = modules["embeddings.word_embeddings"].weight, modules["embeddings.LayerNorm"]
+        positions, types = (
+            modules["embeddings.position_embeddings"],
+            modules.get("embeddings.token_type_embeddings"),
+        )
+        self.pad = positions.padding_idx  # RoBERTa counts from behind it, and not where it stands in a text
+        self.positions, self.types = positions.weight.detach(), None
+        if types is not None:
+            self.positions = self.positions + types.weight[0].detach()
+            self.types = types.weight.detach() - types.weight[0].detach()
+
+    def __call__(self, rows: Rows, keep: Rows, types: Rows | None) -> Tensor:
+        ids, lengths = list(chain(*rows)), list(map(len, rows))
+        starts = [0, *accumulate(lengths)]
+        total, kept = starts[-1], [start + i for start, row in zip(starts, keep) for i in row]
+        more = [0] * (rounded(total) - total)  # rows that belong to no text
+        at = [*chain.from_iterable(map(self.places, rows)), *more]
+        x = F.embedding(torch.tensor(ids + more), self.words) + F.embedding(torch.tensor(at), self.positions)
+        if types is not None and self.types is not None:
+            x = x + F.embedding(torch.tensor([*chain(*types), *more]), self.types)
+        x = self.norm(x)
+        if self.project is not None:
+            x = self.project.then(x)
+        groups = []
+        for length, texts in groupby(range(len(rows)), lengths.__getitem__):
+            first, *others = texts
+            bias = self.bias(x.new_empty(1, length)) if self.bias else None
+            groups.append((starts[first], 1 + len(others), length, bias))
+        for layer in self.layers[:-1]:
+            x = self.layer(x, layer, groups)
+        wanted = None
+        if len(kept) < total:
+            wanted = torch.tensor([*kept, *[0] * (rounded(len(kept)) - len(kept))])
+        return self.layer(x, self.layers[-1], groups, wanted)[: len(kept)]
+
+    def places(self, row: Sequence[int]) -> Sequence[int]:
+        """The rows of a text's tokens in the table of positions."""
+        if self.pad is None:
+            return range(len(row))
+        if self.pad not in row:
+            return range(self.pad + 1, self.pad + 1 + len(row))
+        seen = accumulate(token != self.pad for token in row)
+        return [self.pad + count * (token != self.pad) for token, count in zip(row, seen)]
+
+    def layer(self, x: Tensor, layer: list[Any], groups: Groups, wanted: Tensor | None = None) -> Tensor:
+        """One layer; behind its attention for the wanted rows only."""
+        query, key, value, out, norm, up, down, last_norm = layer
+        seen = self.attend(query.then(x), key.then(x), value.then(x), groups)
+        if wanted is not None:
+            x, seen = x[wanted], seen[wanted]
+        x = norm(out.plus(seen, x))
+        return last_norm(down.plus(up.then(x, *self.activation), x))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, groups: Groups) -> Tensor:
+        """The attention of each text within itself, those of the same length together: [tokens, hidden]."""
+        seen = torch.zeros_like(query)
+        for start, count, length, bias in groups:
+            rows = slice(start, start + count * length)
+            q, k, v = (
+                t[rows].view(count, length, self.heads, -1).transpose(1, 2) for t in (query, key, value)
+            )
+            found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            seen[rows].view(count, length, self.heads, -1).copy_(found.transpose(1, 2))
+        return seen
+
+
+def packable(model: Any) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """On a CPU, every Linear: float32 by MKL runs at half of oneDNN's speed on AMD; elsewhere each call saves."""
+    native = model.dtype in (torch.float32, pick_dtype("auto", model.device))
+    if model.device.type != "cpu" or not native or not torch.backends.mkldnn.is_available():
+        return []
+    return [(m, name, c) for m in model.modules() for name, c in m.named_children() if type(c) is nn.Linear]
+
+
+def scores(found: Any) -> Tensor:
+    """What a head says: [texts, labels] or [texts, tokens, labels]."""
+    if "start_logits" in found:
+        return torch.stack([found.start_logits, found.end_logits], -1)
+    return found.logits
