@@ -154,7 +154,16 @@ async def error_reply(request: Request, exc: Exception) -> JSONResponse:
 
 ERROR_HANDLERS: dict[Any, Any] = {
     kind: error_reply
-    for kind in (HTTPException, ClientDisconnect, Malformed, CannotAnswer, Refused, Late, ModelFailed, Exception)
+    for kind in (
+        HTTPException,
+        ClientDisconnect,
+        Malformed,
+        CannotAnswer,
+        Refused,
+        Late,
+        ModelFailed,
+        Exception,
+    )
 }
 
 
