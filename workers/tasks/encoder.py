@@ -108,7 +108,12 @@ class Encoder:
     """
 
     def __init__(
-        self, model: Any, probe: Rows, probe_types: Rows | None = None, per_text: bool = False
+        self,
+        model: Any,
+        probe: Rows,
+        probe_types: Rows | None = None,
+        per_text: bool = False,
+        fast: bool = True,
     ) -> None:
         self.model, self.base, self.per_text = model, model.base_model, per_text
         self.device, self.has_head = model.device, model.base_model is not model
@@ -120,7 +125,7 @@ class Encoder:
         self.pad = model.config.pad_token_id or 0
         self.takes_types = "token_type_ids" in inspect.signature(self.base.forward).parameters
         self.largest_pass = self.pass_tokens
-        self.way = self._choose(probe, probe_types)
+        self.way = self._choose(probe, probe_types, WAYS if fast else [])
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def __call__(self, rows: Rows, keep: Rows | None = None, types: Rows | None = None) -> Tensor:
@@ -166,10 +171,10 @@ class Encoder:
         found, order = [], []
         for chunk in self.chunks(lengths):
             order += chunk
-            picked = (
-                None if given is None else [given[text] for text in chunk] for given in (rows, keep, types)
+            types_of = types and [types[text] for text in chunk]
+            found.append(
+                self.forward([rows[text] for text in chunk], [keep[text] for text in chunk], types_of)
             )
-            found.append(self.forward(*picked))
         states = torch.cat(found) if len(found) > 1 else found[0]
         if order == sorted(order):
             return states
@@ -221,15 +226,15 @@ class Encoder:
         width = states.shape[1]
         return states.flatten(0, 1)[self.tensor([n * width + i for n, row in enumerate(keep) for i in row])]
 
-    def _choose(self, probe: Rows, types: Rows | None) -> Way:
+    def _choose(self, probe: Rows, types: Rows | None, ways: list[Way]) -> Way:
         """Take the fastest way that gives the stock forward's results on the probe."""
         linears = packable(self.model)
         self._take(Way(whole=True, alone=True), linears)
         expected = self._probe(probe, types)
         tolerance = (1e-3 if expected.dtype == torch.float32 else 0.25) * float(expected.float().std()) + 1e-6
         problems = []
-        for way in WAYS:
-            if way.packed and not linears or way.whole and not self.has_head:
+        for way in ways:
+            if (way.packed and not linears) or (way.whole and not self.has_head):
                 continue
             try:
                 self._take(way, linears)
@@ -243,7 +248,7 @@ class Encoder:
                 problems.append(f"{way}: {error!r:.80}")
         else:
             self._take(way := Way(whole=True, alone=True), linears)
-        if way.whole:
+        if way.whole and problems:
             name = type(self.model).__name__
             log.warning(
                 "%s has no fast path, it is served by its own forward (%s)", name, "; ".join(problems)
