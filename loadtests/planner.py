@@ -85,7 +85,7 @@ def measure(
     """
     model, check = load_model(settings)
     rng = random.Random(seed)
-    streams = {kind: texts.stream(kind, rng) for kind in kinds}
+    streams = {kind: texts.stream(kind, rng, settings) for kind in kinds}
     rows: list[tuple[int, str, int, float]] = []
     sizes = list(sizes)
     cases = list(itertools.product(sizes, streams))
@@ -95,7 +95,8 @@ def measure(
             break
         for _ in range(max(sizes) // n):
             # Checked, as the server's are.
-            queries = [check(next(streams[kind]).text, {}) for _ in range(n)]
+            questions = [next(streams[kind]) for _ in range(n)]
+            queries = [check(question.inputs, question.parameters) for question in questions]
             contents, size = [query.content for query in queries], sum(query.size for query in queries)
             began = time.perf_counter()
             model(contents)
