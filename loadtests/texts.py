@@ -112,7 +112,7 @@ def stream(kind: str, rng: random.Random, settings: Settings | None = None) -> I
     """
     if kind not in KINDS:
         raise ValueError(f"texts={kind} is not allowed: it must be one of {', '.join(KINDS)}")
-    example = None if settings is None or is_fill_mask(settings) else tasks.make(settings).describe().example
+    example = example_of(settings) if settings else None
     while True:
         is_long = kind == "long" or (kind == "mixed" and rng.random() < MIXED_LONG_SHARE)
         text = rng.choice(corpus("long" if is_long else "short"))
@@ -124,6 +124,9 @@ def stream(kind: str, rng: random.Random, settings: Settings | None = None) -> I
             yield Question(inputs, example.get("parameters", {}))
 
 
-def is_fill_mask(settings: Settings) -> bool:
-    """Whether the answers are those of a fill-mask model."""
-    return settings.TASK == "fill-mask" and not settings.is_own_class
+@cache
+def example_of(settings: Settings) -> dict[str, Any] | None:
+    """A body that the task takes; None for fill-mask, whose answers tell more. May take seconds, once."""
+    if settings.TASK == "fill-mask" and not settings.is_own_class:
+        return None
+    return tasks.make(settings).describe().example
