@@ -70,9 +70,9 @@ class QuestionAnswering(TextModel):
         """Add a window's best spans to what was found; return the score of there being no answer in it."""
         from transformers.pipelines.document_question_answering import select_starts_ends
 
-        whole_words = parameters.get("align_to_words", True)
+        whole_words, offsets, words = parameters.get("align_to_words", True), row.each("offsets"), row.each("word_ids")
         cls = self.pipe.tokenizer.cls_token_id
-        outside = [part != 1 and token != cls for part, token in zip(row.encoding.sequence_ids, row.ids)]
+        outside = [part != 1 and token != cls for part, token in zip(row.each("sequence_ids"), row.ids)]
         *spans, no_answer = select_starts_ends(
             logits[None, :, 0],
             logits[None, :, 1],
@@ -83,7 +83,7 @@ class QuestionAnswering(TextModel):
             max_answer_len=parameters.get("max_answer_len", 15),
         )
         for first, last, score in zip(*spans):
-            start, end = place(row.encoding, first.item(), last.item(), whole_words)
+            start, end = place(offsets, words if whole_words else None, first.item(), last.item())
             text = str(row.pair)[start:end]
             same = next((answer for answer in found if answer["answer"].lower() == text.lower()), None)
             if same:
@@ -93,9 +93,11 @@ class QuestionAnswering(TextModel):
         return no_answer
 
 
-def place(encoding: Any, first: int, last: int, whole_words: bool) -> tuple[int, int]:
-    """Where in the context the tokens `first` to `last` stand, or the words that they belong to."""
-    words = [encoding.token_to_word(token) if whole_words else None for token in (first, last)]
-    if None in words:
-        return encoding.offsets[first][0], encoding.offsets[last][1]
-    return encoding.word_to_chars(words[0], 1)[0], encoding.word_to_chars(words[1], 1)[1]
+def place(offsets: list[Any], words: list[int | None] | None, first: int, last: int) -> tuple[int, int]:
+    """Where in the context the tokens `first` to `last` stand, or the whole words that they belong to."""
+    if words and words[first] is not None and words[last] is not None:
+        while words[first - 1] == words[first]:
+            first -= 1
+        while words[last + 1 : last + 2] == [words[last]]:
+            last += 1
+    return offsets[first][0], offsets[last][1]

@@ -30,7 +30,13 @@ class Row(NamedTuple):
     types: list[int] | None = (
         None  # which of the pair each belongs to; None where that is the first, or nobody cares
     )
-    encoding: Any = None  # what else `tokenizers` knows: offsets, words
+    encoding: Any = None  # what else `tokenizers` knows of the whole text
+    window: list[int] | None = None  # which of its tokens these are; None: all
+
+    def each(self, name: str) -> list[Any]:
+        """What an encoding knows of each token: its "offsets", "word_ids", "sequence_ids", "special_tokens_mask"."""
+        values = getattr(self.encoding, name)
+        return values if self.window is None else [values[i] for i in self.window]
 
 
 class Content(NamedTuple):
@@ -109,25 +115,28 @@ class Tokens:
     def __call__(self, text: str, pair: str | None = None) -> Row:
         # encode() would keep the interpreter to itself.
         (encoding,) = self.backend.encode_batch([text if pair is None else (text, pair)])
-        return self._row(text, pair, encoding)
-
-    def _row(self, text: str, pair: str | None, encoding: Any) -> Row:
         types = encoding.type_ids if self.has_types else None
         return Row(text, pair, encoding.ids, types if types and any(types) else None, encoding)
 
     def windows(self, length: int, stride: int, text: str, pair: str | None = None) -> list[Row]:
-        """The text, or the pair's second text, in windows of `length` tokens that overlap by `stride`.
+        """The text, or the second of a pair, in windows of at most `length` tokens that overlap by `stride`.
 
-        Raises ValueError where there is no room for them.
+        The same windows as `tokenizers` makes. Raises ValueError where there is no room for them.
         """
-        texts = [text] if pair is None else [text, pair]
-        *before, last = self.backend.encode_batch(texts, add_special_tokens=False)
-        room = length - self.backend.num_special_tokens_to_add(bool(before)) - sum(map(len, before))
+        whole = self(text, pair)
+        count, part = len(whole.ids), 0 if pair is None else 1
+        inside = [i for i, of in enumerate(whole.encoding.sequence_ids) if of == part] or [count]
+        start, stop = inside[0], min(inside[-1] + 1, count)
+        room = length - (count - (stop - start))
         if room <= stride:
             raise ValueError(f"{length} tokens leave no room for a stride of {stride}")
-        last.truncate(room, stride)
-        found = self.backend.post_process(before[0], last) if before else self.backend.post_process(last)
-        return [self._row(text, pair, encoding) for encoding in (found, *found.overflowing)]
+        rows = []
+        for first in range(start, max(start + 1, stop - stride), room - stride):
+            last = min(first + room, stop)
+            window = [*range(start), *range(first, last), *range(stop, count)]
+            ids, types = ([of[i] for i in window] if of else None for of in (whole.ids, whole.types))
+            rows.append(whole._replace(ids=ids or [], types=types, window=window))
+        return rows
 
     def __len__(self) -> int:
         return self.backend.get_vocab_size()

@@ -55,13 +55,12 @@ class TokenClassification(TextModel):
 
     def output(self, row: Row, logits: Any) -> dict[str, Any]:
         """What the pipeline's model says of a row."""
-        encoding = row.encoding
         return {
             "sentence": row.text,
             "logits": logits[None],
             "input_ids": [row.ids],
-            "offset_mapping": [encoding.offsets],
-            "special_tokens_mask": logits.new_tensor([encoding.special_tokens_mask]),
+            "offset_mapping": [row.each("offsets")],
+            "special_tokens_mask": logits.new_tensor([row.each("special_tokens_mask")]),
         }
 
     def answer(self, content: Content, outputs: list[dict[str, Any]]) -> Any:
