@@ -8,6 +8,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # beside other tests' processes two that wait for each other are slower than one
+
 SPACED = "the of old dog runs isn't quickly , . unbelievable caf\u00e9 \u4e2d river ! 42 'tis over it's"
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 BYTE_LEVEL = {"modernbert", "mpnet", "roberta", "xlm-roberta"}

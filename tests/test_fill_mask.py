@@ -85,7 +85,9 @@ class Ours:
     """Our model of a folder, asked as the plain pipeline is."""
 
     def __init__(self, folder: str, **settings: Any) -> None:
-        self.task = tasks.make(Settings(MODEL=folder, MAX_MASKS=50, MAX_TOP_K=10_000, TORCH_THREADS=1, **settings))
+        self.task = tasks.make(
+            Settings(MODEL=folder, MAX_MASKS=50, MAX_TOP_K=10_000, TORCH_THREADS=1, **settings)
+        )
         self.model: Any = self.task.load(0)
 
     def __call__(self, asked: list[Asked]) -> list[Any]:

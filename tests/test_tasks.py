@@ -71,11 +71,6 @@ TASKS: dict[str, tuple[str, dict[str, Any], list[tuple[Any, dict[str, Any]]]]] =
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The folder of a small random model: `folder("bert", "TokenClassification", num_labels=3)`."""
@@ -120,10 +115,10 @@ def plain(folder: str, task: str, asked: list[tuple[Any, dict[str, Any]]]) -> li
     return [pipe(inputs, **parameters) for inputs, parameters in asked]
 
 
-FAST = "packed, end to end"
+FAST = "layers packed, texts end to end"
 WAYS = {
     **dict.fromkeys(["bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "electra"], FAST),
-    **dict.fromkeys(["deberta-v2", "modernbert"], "packed"),
+    **dict.fromkeys(["deberta-v2", "modernbert"], "layers packed"),
 }
 
 
@@ -300,10 +295,10 @@ def break_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("breaks", "way"),
     [
-        (break_end_to_end, "packed"),
-        (break_packing, "padded"),
-        (break_head, "packed, whole"),
-        (break_batches, "whole, alone"),
+        (break_end_to_end, "layers packed"),
+        (break_packing, "texts padded"),
+        (break_head, "layers packed, the whole model"),
+        (break_batches, "the whole model, text by text"),
     ],
 )
 def test_what_does_not_agree_is_not_used_and_the_answers_stay_right(

@@ -5,11 +5,11 @@
     encoder(rows, [[0], [0], ...]) those at the positions kept of each text: [kept, hidden]
     encoder.logits(rows, keep)     the same through the model's own head: [kept, labels]
 
-Where the stock pipeline's time goes         What is done here instead
-padding to the longest text                  texts laid end to end, each one's attention within itself
-the last layer and the head, for every token for the rows that are kept only
-laying out the weights anew at every call    packed once for oneDNN
-GELU and the residual as passes of their own done while the product's result is in the cache
+Where the stock pipeline's time goes       What is done here instead
+padding to the longest text                texts laid end to end, each one's attention within itself
+the last layer and the head on all tokens  on those that are kept
+laying out weights anew at every call      packed once for oneDNN
+GELU and residual as passes of their own   done while a product's result is still in the cache
 
 A probe decides at load: what doesn't give the stock forward's results is not used.
 """
@@ -29,7 +29,9 @@ log = logging.getLogger("uvicorn.error")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Rows = Sequence[Sequence[int]]
-Pass = Callable[[Rows, Rows, Rows | None], Tensor]  # texts sorted by length, what to keep, token types
+Pass = Callable[
+    ..., Tensor
+]  # of texts sorted by length, the positions to keep of each, their token types or None
 
 
 def pick_dtype(name: str, device: str | torch.device) -> torch.dtype:
@@ -77,27 +79,27 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
 
 
 class Way(NamedTuple):
-    """How a batch is computed: with packed Linears, with texts end to end, by the whole model, one text a pass."""
+    """How a batch is computed."""
 
-    packed: bool = False
-    end_to_end: bool = False
-    whole: bool = False
-    alone: bool = False
+    packed: bool = False  # by packed Linears
+    end_to_end: bool = False  # texts end to end, not padded
+    whole: bool = False  # by the whole model, not base and head apart
+    alone: bool = False  # one text a pass
 
     def __str__(self) -> str:
-        return (
-            ", ".join(name.replace("_", " ") for name, is_so in self._asdict().items() if is_so) or "padded"
-        )
+        names = ("layers packed", "texts end to end", "the whole model", "text by text")
+        return ", ".join(name for name, is_so in zip(names, self) if is_so) or "texts padded"
 
 
-# The fastest first.
-WAYS = [
+# The fastest first. The last is the stock forward, which the others are compared with.
+*WAYS, STOCK = (
     Way(packed=True, end_to_end=True),
     Way(packed=True),
     Way(),
     Way(packed=True, whole=True),
     Way(whole=True),
-]
+    Way(whole=True, alone=True),
+)
 
 
 class Encoder:
@@ -125,7 +127,7 @@ class Encoder:
         self.pad = model.config.pad_token_id or 0
         self.takes_types = "token_type_ids" in inspect.signature(self.base.forward).parameters
         self.largest_pass = self.pass_tokens
-        self.way = self._choose(probe, probe_types, WAYS if fast else [])
+        self.way = self._choose(probe, probe_types, WAYS if fast else ())
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def __call__(self, rows: Rows, keep: Rows | None = None, types: Rows | None = None) -> Tensor:
@@ -151,10 +153,8 @@ class Encoder:
 
     def _head(self, states: Tensor) -> Tensor:
         """The whole model, over a base that knows its result."""
-        states, pooler = (
-            states[:, None] if self.per_text else states[None],
-            getattr(self.base, "pooler", None),
-        )
+        pooler = getattr(self.base, "pooler", None)
+        states = states[:, None] if self.per_text else states[None]
         known = BaseModelOutputWithPooling(states, pooler(states) if pooler else None)
         self.base.forward = lambda *args, **kwargs: known
         try:
@@ -171,10 +171,8 @@ class Encoder:
         found, order = [], []
         for chunk in self.chunks(lengths):
             order += chunk
-            types_of = types and [types[text] for text in chunk]
-            found.append(
-                self.forward([rows[text] for text in chunk], [keep[text] for text in chunk], types_of)
-            )
+            given = (None if of is None else [of[text] for text in chunk] for of in (rows, keep, types))
+            found.append(self.forward(*given))
         states = torch.cat(found) if len(found) > 1 else found[0]
         if order == sorted(order):
             return states
@@ -187,9 +185,8 @@ class Encoder:
         chunk: list[int] = []
         tokens = 0
         for text in sorted(range(len(lengths)), key=lengths.__getitem__):
-            padding = (
-                0 if self.way.end_to_end or not chunk else len(chunk) * (lengths[text] - lengths[chunk[-1]])
-            )
+            longer = lengths[text] - lengths[chunk[-1]] if chunk else 0
+            padding = 0 if self.way.end_to_end else len(chunk) * longer
             if chunk and (padding > self.pass_cost or tokens + padding + lengths[text] > self.pass_tokens):
                 yield chunk
                 chunk, tokens, padding = [], 0, 0
@@ -226,10 +223,10 @@ class Encoder:
         width = states.shape[1]
         return states.flatten(0, 1)[self.tensor([n * width + i for n, row in enumerate(keep) for i in row])]
 
-    def _choose(self, probe: Rows, types: Rows | None, ways: list[Way]) -> Way:
+    def _choose(self, probe: Rows, types: Rows | None, ways: Sequence[Way]) -> Way:
         """Take the fastest way that gives the stock forward's results on the probe."""
         linears = packable(self.model)
-        self._take(Way(whole=True, alone=True), linears)
+        self._take(STOCK, linears)
         expected = self._probe(probe, types)
         tolerance = (1e-3 if expected.dtype == torch.float32 else 0.25) * float(expected.float().std()) + 1e-6
         problems = []
@@ -247,12 +244,10 @@ class Encoder:
             except Exception as error:  # whatever a foreign model raises, another way serves it
                 problems.append(f"{way}: {error!r:.80}")
         else:
-            self._take(way := Way(whole=True, alone=True), linears)
+            self._take(way := STOCK, linears)
         if way.whole and problems:
-            name = type(self.model).__name__
-            log.warning(
-                "%s has no fast path, it is served by its own forward (%s)", name, "; ".join(problems)
-            )
+            name, tried = type(self.model).__name__, "; ".join(problems)
+            log.warning("%s is served by its own forward, %s; tried: %s", name, way, tried)
         return way
 
     def _take(self, way: Way, linears: list[tuple[nn.Module, str, nn.Linear]]) -> None:

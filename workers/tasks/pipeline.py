@@ -55,10 +55,10 @@ def load_pipeline(settings: Settings, instance: int = 0) -> Any:
     Safetensors only (a pickled `.bin` can run code when loaded), no remote code. Raises OSError or ValueError when the
     model can't be had.
     """
-    device, dtype = place(settings, instance)
-    import transformers
-
     with LOADING:
+        device, dtype = place(settings, instance)
+        import transformers
+
         return transformers.pipeline(
             settings.TASK,
             model=settings.MODEL,
@@ -71,11 +71,11 @@ def load_pipeline(settings: Settings, instance: int = 0) -> Any:
 
 def load_model(settings: Settings, instance: int, kind: str) -> Any:
     """The same for what has no pipeline: its `model`, by one of Transformers' automatic classes, and its `tokenizer`."""
-    device, dtype = place(settings, instance)
-    import transformers
-
     safe = {"trust_remote_code": False}
     with LOADING:
+        device, dtype = place(settings, instance)
+        import transformers
+
         model = getattr(transformers, kind).from_pretrained(
             settings.MODEL, dtype=dtype, use_safetensors=True, **safe
         )

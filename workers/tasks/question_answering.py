@@ -70,7 +70,11 @@ class QuestionAnswering(TextModel):
         """Add a window's best spans to what was found; return the score of there being no answer in it."""
         from transformers.pipelines.document_question_answering import select_starts_ends
 
-        whole_words, offsets, words = parameters.get("align_to_words", True), row.each("offsets"), row.each("word_ids")
+        whole_words, offsets, words = (
+            parameters.get("align_to_words", True),
+            row.each("offsets"),
+            row.each("word_ids"),
+        )
         cls = self.pipe.tokenizer.cls_token_id
         outside = [part != 1 and token != cls for part, token in zip(row.each("sequence_ids"), row.ids)]
         *spans, no_answer = select_starts_ends(
