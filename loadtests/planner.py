@@ -93,12 +93,11 @@ def measure(
         for kind, stream in streams.items():
             questions = itertools.islice(stream, max(sizes))
             queries = [check(question.inputs, question.parameters) for question in questions]
-            for n, start in ((n, start) for n in sizes for start in range(0, max(sizes) - n + 1, n)):
-                batch = queries[start : start + n]
+            for batch in (queries[i : i + size] for size in sizes for i in range(0, len(queries), size)):
                 began = time.perf_counter()
                 model([query.content for query in batch])
                 took_s = time.perf_counter() - began
-                rows.append((n, kind, sum(query.size for query in batch), took_s))
+                rows.append((len(batch), kind, sum(query.size for query in batch), took_s))
     return pd.DataFrame(rows, columns=["texts", "kind", "size_tokens", "seconds"])
 
 
