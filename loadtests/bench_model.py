@@ -24,7 +24,7 @@ import transformers
 
 from workers import memory, tasks
 from workers.settings import HERE, Settings
-from workers.tasks.encoder import PackedLinear
+from workers.tasks.packed import PackedLinear
 from workers.tasks.pipeline import load_pipeline
 
 FOLDER = HERE / "models" / "minilm-mlm"

@@ -143,7 +143,7 @@ def test_torch_gets_the_threads_that_the_settings_say(monkeypatch: pytest.Monkey
     def stop(*_: Any) -> None:
         raise Stopped(torch.get_num_threads())
 
-    monkeypatch.setattr("workers.tasks.encoder.pick_dtype", stop)
+    monkeypatch.setattr("workers.tasks.packed.pick_dtype", stop)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
@@ -165,7 +165,7 @@ def test_models_are_loaded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(Stopped):
             load_pipeline(Settings(TORCH_THREADS=torch.get_num_threads()))
 
-    monkeypatch.setattr("workers.tasks.encoder.pick_dtype", stop)
+    monkeypatch.setattr("workers.tasks.packed.pick_dtype", stop)
     with ThreadPoolExecutor(2) as threads:  # Transformers' loader isn't thread-safe
         for loaded in [threads.submit(load) for _ in range(2)]:
             loaded.result()

@@ -12,7 +12,7 @@ from transformers import pipeline
 from workers import tasks
 from workers.settings import Settings
 from workers.tasks import fill_mask
-from workers.tasks.encoder import PackedLinear
+from workers.tasks.packed import PackedLinear
 
 MODEL = str(Path(__file__).parents[1] / "models" / "minilm-mlm")
 

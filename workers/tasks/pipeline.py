@@ -88,7 +88,7 @@ def place(settings: Settings, instance: int) -> tuple[str, Any]:
     import torch  # takes seconds: not at import, so that liveness answers meanwhile
     import transformers
 
-    from workers.tasks.encoder import pick_dtype
+    from workers.tasks.packed import pick_dtype
 
     torch.set_num_threads(settings.threads_per_instance)
     transformers.utils.logging.disable_progress_bar()
