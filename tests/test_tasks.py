@@ -262,6 +262,30 @@ def test_states_are_those_of_the_plain_forward_at_the_positions_kept(family: str
         torch.testing.assert_close(encode(PROBE, keep), wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_texts_of_several_lengths_share_one_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, where memory wants few lengths; in float32 it can be told whether it is exact."""
+    monkeypatch.setattr(EndToEnd, "attended", lambda self, length: packed.rounded(-(-length // 16) * 16))
+    for family in ("bert", "roberta", "mpnet"):
+        model = make_model(family, "MaskedLM").base_model
+        expected = torch.cat(states_of(model, PROBE))
+        encode = encoder.Encoder(model, PROBE)
+        assert str(encode.way) == FAST
+        torch.testing.assert_close(encode(PROBE), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_gives_the_scores_of_float32_but_for_rounding(folder: Any) -> None:
+    head, config, _ = TASKS["text-classification"]
+    where = folder("bert", head, **config)
+    answers = []
+    for dtype in ("float32", "bfloat16"):
+        task, model = load(where, "text-classification", DTYPE=dtype)
+        answers.append(model([task.check(text, {"top_k": 9}).content for text in TEXTS]))
+    for full, half in zip(*answers):
+        assert {one["label"]: one["score"] for one in half} == pytest.approx(
+            {one["label"]: one["score"] for one in full}, abs=0.15
+        )
+
+
 def test_token_types_count_where_the_model_knows_them() -> None:
     model = make_model("bert", "MaskedLM").base_model
     types = [[0, *[1] * (len(row) - 1)] for row in PROBE]

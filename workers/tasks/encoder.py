@@ -78,7 +78,8 @@ class Encoder:
         # more padding than `pass_cost` tokens starts another. The head takes `head_rows` at a time: a row of logits may
         # be 120 KB. Measured on a CPU; a GPU wants few and large passes, how large is a guess.
         cpu = self.device.type == "cpu"
-        self.pass_tokens, self.pass_cost, self.head_rows = (512, 16, 32) if cpu else (65536, 4096, 1024)
+        self.pass_tokens = 2048 // model.dtype.itemsize if cpu else 65536
+        self.pass_cost, self.head_rows = (16, 32) if cpu else (4096, 1024)
         self.pad = model.config.pad_token_id or 0
         self.takes_types = "token_type_ids" in inspect.signature(self.base.forward).parameters
         self.largest_pass = self.pass_tokens

@@ -1,7 +1,7 @@
 """What makes a forward pass fast on a CPU: packed Linears, and BERT's layers over texts laid end to end.
 
-oneDNN compiles code for every number of rows, 290 KB and more, and keeps it; it compiles attention in bfloat16 for every
-length, 700 KB. So products and lengths are rounded up, to 30 numbers below 512: memory stays flat.
+oneDNN compiles code for every number of rows, and keeps it: 290 KB and more each; for attention in bfloat16 for every
+length, 700 KB. So both are rounded up, to a few numbers: memory stays flat.
 """
 
 from collections.abc import Sequence
@@ -162,7 +162,9 @@ class EndToEnd:
         """Have oneDNN compile now what passes of up to so many tokens need, so that no request waits for it."""
         for rows in few(most):
             x = self.words.new_zeros(rows, self.layers[0][0].bias.shape[0])
-            self.layer(x, self.layers[0], [Group(slice(rows), 1, rows)])
+            self.layer(
+                x, self.layers[0], [Group(slice(rows), 1, rows)] if self.attended(rows) == rows else []
+            )
 
     def places(self, row: Sequence[int]) -> Sequence[int]:
         """The rows of a text's tokens in the table of positions."""
@@ -184,7 +186,7 @@ class EndToEnd:
 
     def attended(self, length: int) -> int:
         """The length that a text's attention is computed at."""
-        return length if self.words.dtype == torch.float32 else rounded(length)
+        return length if self.words.dtype == torch.float32 else rounded(-(-length // 16) * 16)
 
     def group(self, x: Tensor, starts: list[int], texts: list[int]) -> Group:
         """Texts whose attention has the same length, as a group."""
