@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -475,6 +477,26 @@ print(memory.resident_bytes([os.getpid()]) / 1e6)
     modules, megabytes = done.stdout.split("\n")[:2]
     assert modules == ""
     assert float(megabytes) <= 100
+
+
+def test_a_model_of_the_hub_is_read_from_its_cache(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("abc")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(Settings().MODEL, name), snapshot)
+    program = """
+import sys
+from workers import tasks
+from workers.settings import Settings
+print(tasks.make(Settings(MODEL="some/model")).check("a [MASK]", {}).size, "torch" in sys.modules)
+"""
+    cached = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=HERE, env=cached, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["4", "False"]
 
 
 # Any other pipeline

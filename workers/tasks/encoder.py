@@ -75,11 +75,11 @@ class Encoder:
         self.model, self.base, self.per_text = model, model.base_model, per_text
         self.device, self.has_head = model.device, model.base_model is not model
         # A pass takes at most `pass_tokens`, so that its activations stay in the caches; a text that would cost a pass
-        # more padding than `pass_cost` tokens starts another. The head takes `head_rows` at a time: a row of logits may
-        # be 120 KB. Measured on a CPU; a GPU wants few and large passes, how large is a guess.
+        # more padding than `pass_cost` tokens starts another; the head gives at most `head_cells` numbers at a time.
+        # Measured on a CPU; a GPU wants few and large passes, how large is a guess.
         cpu = self.device.type == "cpu"
         self.pass_tokens = 2048 // model.dtype.itemsize if cpu else 65536
-        self.pass_cost, self.head_rows = (16, 32) if cpu else (4096, 1024)
+        self.pass_cost, self.head_cells = (16, 1 << 20) if cpu else (4096, 1 << 25)
         self.pad = model.config.pad_token_id or 0
         self.takes_types = "token_type_ids" in inspect.signature(self.base.forward).parameters
         self.largest_pass = self.pass_tokens
@@ -186,6 +186,7 @@ class Encoder:
         linears = packable(self.model)
         self._take(STOCK, linears)
         expected = self._probe(probe, types)
+        self.head_rows = max(32, self.head_cells // expected.shape[-1] // 32 * 32)
         tolerance = (1e-3 if expected.dtype == torch.float32 else 0.25) * float(expected.float().std()) + 1e-6
         problems = []
         for way in ways:

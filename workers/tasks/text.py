@@ -152,7 +152,7 @@ class Tokens:
 
 
 class SlowTokens(Tokens):
-    """A tokenizer that Transformers has in Python only: where in the text a token stands it doesn't know."""
+    """A Transformers tokenizer, by its own call, for one thread: where in the text a token stands isn't known."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -236,11 +236,12 @@ class TextModel:
     def __init__(self, task: TextTask, pipe: Any) -> None:
         from workers.tasks.encoder import Encoder  # torch takes seconds: not at import
 
-        self.pipe, self.task = pipe, copy.copy(task)
-        self.task.tokens = Tokens.of(pipe.tokenizer)
-        self.checks_again = not self.task.tokens.agrees(task.tokens)
+        self.pipe, self.task = pipe, task
+        self.checks_again = not task.tokens.agrees(SlowTokens(pipe.tokenizer))
         if self.checks_again:
             log.warning("tokenizer.json isn't what Transformers makes of it: each text is tokenised twice")
+            self.task = copy.copy(task)
+            self.task.tokens = Tokens.of(pipe.tokenizer)
         probe = [row for query in self.task.examples() for row in query.content.rows]
         self.encoder = Encoder(pipe.model, *ids_and_types(probe), self.per_text, task.settings.FAST)
         self.description = f"{describe(pipe.model, task.settings)}, {self.encoder.way}"
