@@ -1,0 +1,161 @@
+"""What clients do wrong, or do and leave, over a real socket in four deployment modes; the model does as it is told."""
+
+import contextlib
+import http.client
+import json
+import re
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from client import Crowd, dial, get, hear, metric, post, post_json, request, say, until
+
+from loadtests.modes import MODES, Server, start
+
+OBEDIENT = {"MODEL": "tests.obedient:Obedient"}
+THREADS = {"thread": 8, "asgi": 8, "gthread-1x8": 8, "sync-2": 2}  # so many requests hold all that a mode has
+FAILED = "the model failed on this request; report it with the X-Request-ID of this reply"
+
+
+@pytest.fixture(scope="module", params=THREADS)
+def mode(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def server(mode: str) -> Iterator[Server]:
+    """Four texts a call."""
+    with start(MODES[mode], {**OBEDIENT, "BATCH_SIZE": "4"}) as server:
+        workers = 2 if mode == "sync-2" else 1
+        until(lambda: len(re.findall(r"Worker \d+, one of", server.log())) == workers)
+        yield server
+
+
+def run_so_far(server: Server) -> float:
+    """How many inputs the model has been given."""
+    return metric(server, "model_batch_size_sum")
+
+
+def counted(server: Server, status: int) -> float:
+    return metric(server, f'model_requests_total{{status="{status}"}}')
+
+
+# --- bodies that end too early ----------------------------------------------------------------------------------------
+
+LONG = request("POST", Content_Length="1000")
+CHUNKED = request("POST", Transfer_Encoding="chunked")
+CUT_OFF = {
+    "in a body with a length": LONG + b"a" * 30,
+    "before a body with a length": LONG,
+    "in a chunk": CHUNKED + b"64\r\n" + b"a" * 30,
+    "between two chunks": CHUNKED + b"2\r\naa\r\n",
+    "in the length of a chunk": CHUNKED + b"2\r\naa\r\n1",
+}
+
+
+@pytest.mark.parametrize("where", CUT_OFF)
+def test_a_body_that_is_cut_off_is_not_run(server: Server, where: str) -> None:
+    run, left = run_so_far(server), counted(server, 499)
+    with dial(server) as connection:
+        connection.sendall(CUT_OFF[where])
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b"", "it is closed without a word"
+    until(lambda: counted(server, 499) == left + 1)
+    assert run_so_far(server) == run
+
+
+def test_clients_that_reset_amid_their_bodies_are_no_errors_of_ours(server: Server) -> None:
+    log, left, errors = len(server.log()), counted(server, 499), counted(server, 500)
+    for _ in range(20):
+        connection = dial(server)
+        connection.sendall(LONG + b"a" * 30)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    until(lambda: counted(server, 499) == left + 20)
+    assert counted(server, 500) == errors
+    assert "Traceback" not in server.log()[log:]
+
+
+# --- failures that are ours -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", ["nan", "bug"])
+def test_a_failure_nobody_foresaw_is_a_500_in_our_form_and_one_entry_in_the_log(server: Server, told: str) -> None:
+    log, errors = len(server.log()), counted(server, 500)
+    reply = post_json(server, {"inputs": {told: 1}}, X_Request_ID=f"this-{told}")
+    assert (reply.status, reply.error) == (500, FAILED)
+    assert reply.headers["X-Request-ID"] == f"this-{told}"
+    assert counted(server, 500) == errors + 1
+    written = server.log()[log:]
+    assert written.count(f"request this-{told} failed") == 1
+    assert len(re.findall("ERROR", written)) == 1
+
+
+def test_an_answer_that_is_no_json_spares_the_others_of_its_batch(
+    server: Server, crowd: Crowd, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    blocker = crowd.submit(post_json, server, {"inputs": {"until": str(gate)}})
+    asked = [{"inputs": "a"}, {"inputs": {"nan": 1}}, {"inputs": "b"}]
+    replies = [crowd.submit(post_json, server, content) for content in asked]
+    gate.touch()
+    assert blocker.result().status == 200
+    assert [reply.result().status for reply in replies] == [200, 500, 200]
+    assert [replies[0].result().json, replies[2].result().json] == ["a", "b"]
+
+
+# --- clients that leave -----------------------------------------------------------------------------------------------
+
+
+def test_the_model_runs_nothing_for_clients_that_have_left(server: Server, mode: str, tmp_path: Path) -> None:
+    run, left, gate = run_so_far(server), counted(server, 499), tmp_path / "gate"
+    until_then = json.dumps({"inputs": {"until": str(gate)}}).encode()
+    with contextlib.ExitStack() as connections:
+        held = [connections.enter_context(dial(server)) for _ in range(THREADS[mode])]
+        for connection in held:
+            connection.sendall(request("POST", "/", until_then, Content_Type="application/json"))
+        for _ in range(100):
+            with dial(server) as leaver:
+                leaver.sendall(request("POST", "/", b"a text"))
+        if mode in ("thread", "asgi"):
+            until(lambda: counted(server, 499) == left + 100)
+        gate.touch()
+        assert [hear(connection).status for connection in held] == [200] * len(held)
+    until(lambda: counted(server, 499) == left + 100)
+    assert run_so_far(server) == run + len(held)
+
+
+def test_a_client_that_closes_its_side_has_left(server: Server) -> None:
+    run = run_so_far(server)
+    with dial(server) as connection:
+        connection.sendall(request("POST", "/", b"a text"))
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(100) == b""
+    assert run_so_far(server) <= run + 1
+
+
+# --- what is not what it seems ----------------------------------------------------------------------------------------
+
+
+def test_a_text_with_an_upgrade_is_answered_or_refused_with_the_reason(server: Server, mode: str) -> None:
+    """As `curl --http2` sends it to a server whose address begins with http."""
+    upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAoAAAAAIAAAAA"}
+    for raw in (
+        request("POST", "/", b"a text", **upgrade),
+        request("POST", "/", b"6\r\na text\r\n0\r\n\r\n", Transfer_Encoding="chunked", **upgrade),
+    ):
+        reply = say(server, raw)
+        if mode == "thread":
+            assert (reply.status, "Upgrade" in reply.error) == (400, True)
+            assert reply.headers["Connection"] == "close"
+        else:
+            assert (reply.status, reply.json) == (200, "a text")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-32-be"])
+def test_json_is_utf_8(server: Server, encoding: str) -> None:
+    reply = post(server, '{"inputs": "a text"}'.encode(encoding), Content_Type="application/json")
+    assert reply.status == 400
+    assert reply.error
