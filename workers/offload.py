@@ -16,9 +16,9 @@ from functools import partial
 from multiprocessing.context import SpawnProcess
 from typing import Any, Protocol
 
+from workers import tasks
 from workers.loop import ModelDied, ModelFailed
 from workers.metrics import Metrics
-from workers import tasks
 from workers.settings import Settings
 
 log = logging.getLogger("uvicorn.error")

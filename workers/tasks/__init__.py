@@ -50,7 +50,9 @@ class Description(NamedTuple):
 class Task(Protocol):
     """Made from the settings where HTTP is. Only `load` may need the framework: the model may run elsewhere."""
 
-    media: tuple[str, ...] = ()  # media types that it takes as raw bytes, besides text and JSON: "image/", "audio/"
+    media: tuple[
+        str, ...
+    ] = ()  # media types that it takes as raw bytes, besides text and JSON: "image/", "audio/"
 
     def __init__(self, settings: Settings) -> None: ...
 
