@@ -1,7 +1,6 @@
 """What clients do wrong, or do and leave, over a real socket in four deployment modes; the model does as it is told."""
 
 import contextlib
-import http.client
 import json
 import re
 import socket
@@ -10,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client import Crowd, dial, get, hear, metric, post, post_json, request, say, until
+from client import Crowd, dial, hear, metric, post, post_json, request, say, until
 
 from loadtests.modes import MODES, Server, start
 
-OBEDIENT = {"MODEL": "tests.obedient:Obedient"}
+OBEDIENT = {"MODEL": "tests.stand_in:Obedient"}
 THREADS = {"thread": 8, "asgi": 8, "gthread-1x8": 8, "sync-2": 2}  # so many requests hold all that a mode has
 FAILED = "the model failed on this request; report it with the X-Request-ID of this reply"
 
@@ -52,6 +51,7 @@ CUT_OFF = {
     "in a chunk": CHUNKED + b"64\r\n" + b"a" * 30,
     "between two chunks": CHUNKED + b"2\r\naa\r\n",
     "in the length of a chunk": CHUNKED + b"2\r\naa\r\n1",
+    "at the end of a chunk": CHUNKED + b"2\r\naa",
 }
 
 
@@ -82,7 +82,9 @@ def test_clients_that_reset_amid_their_bodies_are_no_errors_of_ours(server: Serv
 
 
 @pytest.mark.parametrize("told", ["nan", "bug"])
-def test_a_failure_nobody_foresaw_is_a_500_in_our_form_and_one_entry_in_the_log(server: Server, told: str) -> None:
+def test_a_failure_nobody_foresaw_is_a_500_in_our_form_and_one_entry_in_the_log(
+    server: Server, told: str
+) -> None:
     log, errors = len(server.log()), counted(server, 500)
     reply = post_json(server, {"inputs": {told: 1}}, X_Request_ID=f"this-{told}")
     assert (reply.status, reply.error) == (500, FAILED)
@@ -141,7 +143,11 @@ def test_a_client_that_closes_its_side_has_left(server: Server) -> None:
 
 def test_a_text_with_an_upgrade_is_answered_or_refused_with_the_reason(server: Server, mode: str) -> None:
     """As `curl --http2` sends it to a server whose address begins with http."""
-    upgrade = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAoAAAAAIAAAAA"}
+    upgrade = {
+        "Connection": "Upgrade, HTTP2-Settings",
+        "Upgrade": "h2c",
+        "HTTP2-Settings": "AAMAAABkAAQAoAAAAAIAAAAA",
+    }
     for raw in (
         request("POST", "/", b"a text", **upgrade),
         request("POST", "/", b"6\r\na text\r\n0\r\n\r\n", Transfer_Encoding="chunked", **upgrade),

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
-from gunicorn.http.errors import NoMoreData, ParseException
+from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Scope
 from werkzeug.wrappers import Request, Response
@@ -22,7 +22,7 @@ from werkzeug.wrappers import Request, Response
 import server
 from workers.contract import CLIENT_GONE, CLOSE
 
-STEP_BYTES = 8192
+STEP_BYTES = 65_536
 LEFT: Message = {"type": "http.disconnect"}
 
 
@@ -48,9 +48,11 @@ class Bridge:
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         exchange = Exchange(environ)
-        self.call(self.app(exchange.scope(self.state), exchange.receive, exchange.send))
+        self.call(exchange.run(self.app, self.state))
         if exchange.reply.status_code == CLIENT_GONE:
-            raise ConnectionResetError(errno.ECONNRESET, "the client has left")  # so Gunicorn closes without a word
+            raise ConnectionResetError(
+                errno.ECONNRESET, "the client has left"
+            )  # so Gunicorn closes without a word
         if exchange.must_close():
             start_response.__self__.force_close()  # Gunicorn ignores the header itself
         return exchange.reply(environ, start_response)
@@ -63,9 +65,16 @@ class Exchange:
         self.request = Request(environ, populate_request=False)
         self.connection: socket.socket = environ["gunicorn.socket"]
         self.chunked = "HTTP_TRANSFER_ENCODING" in environ
-        self.missing = self.request.content_length or 0  # bytes of the body that are still to come, if it has a length
+        self.missing = (
+            self.request.content_length or 0
+        )  # bytes of the body that are still to come, if it has a length
         self.is_read = False
-        self.reply = Response()
+        self.parts: list[bytes] = []
+        self.reply = Response(self.parts)
+
+    async def run(self, app: ASGIApp, state: dict[str, Any]) -> None:
+        """Let `app` answer it."""
+        await app(self.scope(state), self.receive, self.send)
 
     async def receive(self) -> Message:
         """The next part of the body; that the client has left, as soon as it has."""
@@ -75,10 +84,14 @@ class Exchange:
         try:
             # In steps, as the body may be longer than is allowed; from a thread, as the client may stall.
             part = await asyncio.to_thread(self.request.environ["wsgi.input"].read, STEP_BYTES)
-        except (NoMoreData, OSError):
+        except OSError:  # NoMoreData, for one
             return LEFT
         except ParseException:
-            raise HTTPException(400, "the chunks of the body can't be read; send it with a length", CLOSE) from None
+            if has_left(self.connection):
+                return LEFT
+            raise HTTPException(
+                400, "the chunks of the body can't be read; send it with a length", CLOSE
+            ) from None
         self.missing -= len(part)
         ended = len(part) < STEP_BYTES
         self.is_read = ended if self.chunked else self.missing == 0
@@ -94,7 +107,7 @@ class Exchange:
             for name, value in message["headers"]:
                 self.reply.headers.add(name.decode("latin-1"), value.decode("latin-1"))
         else:
-            self.reply.data += message.get("body", b"")
+            self.parts.append(message.get("body", b""))
 
     def must_close(self) -> bool:
         """Whether the connection can't be used again. Frees the thread that reads what is left of a body."""
