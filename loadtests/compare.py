@@ -93,7 +93,8 @@ class Comparison:
             capacity = self.capacity(server, note, repeat)
             setting = self.foresight.setting(mode) if mode.name in PREDICTED else None
             if setting:
-                note("cost law", **vars(setting.cost), overhead_s=setting.overhead_s)
+                cost = setting.cost
+                note("cost law", a_s=cost.a_s, b_s=cost.b_s, spread=cost.spread, **setting.overhead._asdict())
                 note("capacity", predicted_per_s=setting.capacity_per_s)
             for scenario in self.scenarios:
                 per_s = capacity if scenario.of == "own" else self.common_per_s
@@ -223,7 +224,7 @@ class Foresight:
 
     measure: Callable[..., pd.DataFrame]  # see planner.measuring_on
     settings: Settings
-    overheads_s: dict[str, float]
+    overheads: dict[str, planner.Overhead]
     budget_s: float
 
     def setting(self, mode: Mode) -> planner.Setting:
@@ -232,7 +233,7 @@ class Foresight:
         batch_size = PREDICTED[mode.name]
         sizes = [size for size in planner.SIZES if size <= batch_size]
         df = self.measure(settings, kinds=["short"], sizes=sizes, budget_s=self.budget_s)
-        return planner.Setting(planner.fit(df), self.overheads_s[mode.name], batch_size)
+        return planner.Setting(planner.fit(df), self.overheads[mode.name], batch_size)
 
 
 def predict(setting: planner.Setting, df: pd.DataFrame) -> dict[str, float]:
@@ -243,7 +244,7 @@ def predict(setting: planner.Setting, df: pd.DataFrame) -> dict[str, float]:
         deadline_s=LIMIT_S,
         duration_s=df.attrs["duration_s"],
         arrivals_s=df["due_s"],
-        overhead_s=setting.overhead_s,
+        **setting.overhead._asdict(),
     )
     found = drive.summary(simulated, LIMIT_S)
     return {f"predicted_{name}": float(found[name]) for name in ("goodput_per_s", "p50_ms", "p99_ms")}
@@ -328,15 +329,15 @@ def main(argv: list[str] | None = None) -> int:
         "failed": [],
     }
     budget_s = 1.0 if options.quick else 4.0
-    overheads_s = {
-        name: planner.OVERHEAD_S
+    overheads = {
+        name: planner.Overhead()
         if options.quick
         else planner.measure_overhead(server_cpus, budget_s, MODES[name])
         for name in PREDICTED
         if name in options.modes or name == "thread"
     }
     with planner.measuring_on(server_cpus) as measure, drive.generator(client_cpus) as locust:
-        foresight = Foresight(measure, settings, overheads_s, budget_s)
+        foresight = Foresight(measure, settings, overheads, budget_s)
         common_per_s = foresight.setting(MODES["thread"]).capacity_per_s
         about |= {"common_per_s": round(common_per_s, 1)}
         comparison = Comparison(

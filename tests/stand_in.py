@@ -10,23 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from loadtests.bench_apps import answer
+
 MASK, POISON = "[MASK]", "[POISON]"
-WORDS = ("thing", "one", "man", "day", "way")
 WORD_S = 0.0003
 BROKEN = "BROKEN"  # names the file whose presence keeps Obedient from loading
-
-
-def answer(text: str) -> list[dict[str, Any]]:
-    """What a fill-mask model would say, had it only ever read about things."""
-    return [
-        {
-            "score": 0.5 / (i + 1),
-            "token": i,
-            "token_str": word,
-            "sequence": text.lower().replace("[mask]", word),
-        }
-        for i, word in enumerate(WORDS)
-    ]
 
 
 class FillMask:

@@ -191,6 +191,7 @@ def test_no_answer_fits_another_text(kind: str) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_quick_comparison_of_three_modes_leaves_table_and_pictures(tmp_path: Any) -> None:
     options = ["--quick", "--modes", "thread", "batch", "uvicorn-2", "--out", str(tmp_path)]
     assert compare.main(options) == 0
@@ -213,7 +214,7 @@ def test_quick_comparison_of_three_modes_leaves_table_and_pictures(tmp_path: Any
 
 
 def test_a_visit_that_fails_is_named_and_leaves_nothing_half(tmp_path: Any, monkeypatch: Any) -> None:
-    setting = planner.Setting(planner.CostLaw(0.0, 0.01), overhead_s=0.001)
+    setting = planner.Setting(planner.CostLaw(0.0, 0.01), overhead=planner.Overhead(0.001))
     monkeypatch.setattr(compare.Foresight, "setting", lambda *_: setting)
     monkeypatch.setattr(
         compare.Comparison, "visit", lambda *_: (_ for _ in ()).throw(RuntimeError("it broke"))
