@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
 import re
+import resource
+import signal
 import socket
 import struct
 from collections.abc import Iterator
@@ -11,7 +14,8 @@ from pathlib import Path
 import pytest
 from client import Crowd, dial, hear, metric, post, post_json, request, say, until
 
-from loadtests.modes import MODES, Server, start
+from loadtests.modes import MODES, Mode, Server, start
+from tests.stand_in import BROKEN
 
 OBEDIENT = {"MODEL": "tests.stand_in:Obedient"}
 THREADS = {"thread": 8, "asgi": 8, "gthread-1x8": 8, "sync-2": 2}  # so many requests hold all that a mode has
@@ -26,10 +30,14 @@ def mode(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def server(mode: str) -> Iterator[Server]:
     """Four texts a call."""
-    with start(MODES[mode], {**OBEDIENT, "BATCH_SIZE": "4"}) as server:
-        workers = 2 if mode == "sync-2" else 1
-        until(lambda: len(re.findall(r"Worker \d+, one of", server.log())) == workers)
+    with start(MODES[mode], {**OBEDIENT, "BATCH_SIZE": "4", "MAX_BODY_BYTES": "300000"}) as server:
+        until(lambda: len(serving(server)) == (2 if mode == "sync-2" else 1))
         yield server
+
+
+def serving(server: Server) -> list[int]:
+    """The ids of the processes that have said that they serve, in that order."""
+    return [int(pid) for pid in re.findall(r"Worker (\d+), one of", server.log())]
 
 
 def run_so_far(server: Server) -> float:
@@ -41,13 +49,32 @@ def counted(server: Server, status: int) -> float:
     return metric(server, f'model_requests_total{{status="{status}"}}')
 
 
-# --- bodies that end too early ----------------------------------------------------------------------------------------
+# --- bodies -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 65_535, 65_536, 65_537, 131_072, 200_000])
+def test_a_body_of_any_length_arrives_whole(server: Server, size: int) -> None:
+    text = "".join(chr(ord("a") + i % 26) for i in range(size))
+    chunks = b"".join(
+        b"%x\r\n%s\r\n" % (len(part), part) for part in (text[:1].encode(), text[1:].encode()) if part
+    )
+    assert post(server, text).json == text
+    assert post(server, chunks + b"0\r\n\r\n", Transfer_Encoding="chunked").json == text
+
+
+def test_a_body_longer_than_allowed_is_a_413_with_and_without_a_length(server: Server) -> None:
+    body = b"a" * 300_001
+    assert post(server, body).status == 413
+    reply = post(server, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), Transfer_Encoding="chunked")
+    assert (reply.status, "300000" in reply.error) == (413, True)
+
 
 LONG = request("POST", Content_Length="1000")
 CHUNKED = request("POST", Transfer_Encoding="chunked")
 CUT_OFF = {
     "in a body with a length": LONG + b"a" * 30,
     "before a body with a length": LONG,
+    "far into a body with a length": request("POST", Content_Length="100000") + b"a" * 65_536,
     "in a chunk": CHUNKED + b"64\r\n" + b"a" * 30,
     "between two chunks": CHUNKED + b"2\r\naa\r\n",
     "in the length of a chunk": CHUNKED + b"2\r\naa\r\n1",
@@ -76,6 +103,14 @@ def test_clients_that_reset_amid_their_bodies_are_no_errors_of_ours(server: Serv
     until(lambda: counted(server, 499) == left + 20)
     assert counted(server, 500) == errors
     assert "Traceback" not in server.log()[log:]
+
+
+def test_chunks_that_are_none_are_a_400(server: Server) -> None:
+    with dial(server) as connection:
+        connection.sendall(CHUNKED + b"nonsense\r\na text\r\n0\r\n\r\n")
+        assert hear(connection).status == 400
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b"", "nobody knows where the next request begins"
 
 
 # --- failures that are ours -------------------------------------------------------------------------------------------
@@ -129,13 +164,16 @@ def test_the_model_runs_nothing_for_clients_that_have_left(server: Server, mode:
     assert run_so_far(server) == run + len(held)
 
 
-def test_a_client_that_closes_its_side_has_left(server: Server) -> None:
-    run = run_so_far(server)
+def test_a_client_that_closes_its_side_has_left(server: Server, tmp_path: Path) -> None:
+    """TCP can't tell one that only has nothing more to send."""
+    left, gate = counted(server, 499), tmp_path / "gate"
+    content = json.dumps({"inputs": {"until": str(gate)}}).encode()
     with dial(server) as connection:
-        connection.sendall(request("POST", "/", b"a text"))
+        connection.sendall(request("POST", "/", content, Content_Type="application/json"))
         connection.shutdown(socket.SHUT_WR)
-        assert connection.recv(100) == b""
-    assert run_so_far(server) <= run + 1
+        assert connection.recv(1) == b"", "it is closed without an answer"
+    gate.touch()
+    until(lambda: counted(server, 499) == left + 1)
 
 
 # --- what is not what it seems ----------------------------------------------------------------------------------------
@@ -165,3 +203,64 @@ def test_json_is_utf_8(server: Server, encoding: str) -> None:
     reply = post(server, '{"inputs": "a text"}'.encode(encoding), Content_Type="application/json")
     assert reply.status == 400
     assert reply.error
+
+
+@pytest.mark.parametrize("content_type", ["multipart/form-data; boundary=x", 'text/plain; charset="latin-1"'])
+def test_other_types_are_a_415(server: Server, content_type: str) -> None:
+    reply = post(server, b"a text", Content_Type=content_type)
+    assert (reply.status, "send " in reply.error) == (415, True)
+
+
+def test_a_wait_that_is_not_understood_is_ignored(server: Server) -> None:
+    for prefer in ("wait=0.5s", 'foo="a, wait=0"', "respond-async; wait=0"):
+        assert post(server, "a text", Prefer=prefer).status == 200
+    assert post(server, "a text", Prefer="respond-async, wait=0").status == 504
+
+
+# --- workers that can't load ------------------------------------------------------------------------------------------
+
+
+def test_a_replacement_that_cannot_load_ends_nobody_else_and_comes_once_it_can(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    mode = Mode("gthread 2x8", "gunicorn -c workers/gthread.conf.py --workers 2")
+    with start(mode, {**OBEDIENT, BROKEN: str(broken)}) as server:
+        until(lambda: len(serving(server)) == 2)
+        broken.touch()
+        os.kill(serving(server)[0], signal.SIGKILL)
+        until(
+            lambda: (
+                server.log().count("cannot load MODEL=tests.stand_in:Obedient: OSError: Too many open files")
+                == 2
+            )
+        )
+        assert post(server, "a text").status == 200
+        broken.unlink()
+        until(lambda: len(serving(server)) == 3)
+        assert post(server, "a text").status == 200
+
+
+@pytest.mark.parametrize("config", ["workers/gthread.conf.py", "gunicorn.conf.py"])
+def test_a_model_that_never_loads_ends_the_start_with_its_reason(tmp_path: Path, config: str) -> None:
+    mode = Mode("broken", f"gunicorn -c {config} --workers 2")
+    with start(mode, {**OBEDIENT, BROKEN: str(tmp_path)}, wait=False) as server:
+        assert server.process.wait(30) != 0
+        assert "cannot load MODEL=tests.stand_in:Obedient: OSError: Too many open files" in server.log()
+
+
+@pytest.fixture
+def few_files() -> Iterator[None]:
+    """Processes that are started now may open 64 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_connections_than_files_cost_no_worker(few_files: None) -> None:
+    with start(MODES["gthread-1x8"], OBEDIENT) as server, contextlib.ExitStack() as connections:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        for _ in range(100):
+            connections.enter_context(dial(server)).sendall(LONG)
+        connections.close()
+        assert post(server, "a text").status == 200
+        assert server.log().count("Booting worker") == 1

@@ -101,7 +101,7 @@ def parse_json(text: str, max_inputs: int) -> Asked:
     inputs, parameters = content.pop("inputs"), content.pop("parameters", None)
     parameters = {} if parameters is None else parameters
     if not isinstance(parameters, dict):
-        raise HTTPException(400, '"parameters" must be an object, such as {"top_k": 3}')
+        raise HTTPException(400, '"parameters" are no object; send one, such as {"top_k": 3}')
     parameters = {name: value for name, value in (content | parameters).items() if value is not None}
     if not isinstance(inputs, list):
         return Asked([inputs], parameters)
