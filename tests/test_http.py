@@ -172,8 +172,8 @@ def test_a_client_that_closes_its_side_has_left(server: Server, tmp_path: Path) 
         connection.sendall(request("POST", "/", content, Content_Type="application/json"))
         connection.shutdown(socket.SHUT_WR)
         assert connection.recv(1) == b"", "it is closed without an answer"
-    gate.touch()
     until(lambda: counted(server, 499) == left + 1)
+    gate.touch()
 
 
 # --- what is not what it seems ----------------------------------------------------------------------------------------
