@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -174,6 +175,17 @@ def test_a_client_that_closes_its_side_has_left(server: Server, tmp_path: Path) 
         assert connection.recv(1) == b"", "it is closed without an answer"
     until(lambda: counted(server, 499) == left + 1)
     gate.touch()
+
+
+def test_who_does_not_close_a_closed_connection_holds_nobody_up(server: Server) -> None:
+    """Gunicorn would wait two seconds for each."""
+    began = time.monotonic()
+    with contextlib.ExitStack() as connections:
+        for _ in range(8):
+            connection = connections.enter_context(dial(server))
+            connection.sendall(request("POST", "/", b"a text", Connection="close"))
+            assert hear(connection).status == 200
+    assert time.monotonic() - began < 8
 
 
 # --- what is not what it seems ----------------------------------------------------------------------------------------

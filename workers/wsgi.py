@@ -53,9 +53,15 @@ class Bridge:
             raise ConnectionResetError(
                 errno.ECONNRESET, "the client has left"
             )  # so Gunicorn closes without a word
-        if exchange.must_close():
-            start_response.__self__.force_close()  # Gunicorn ignores the header itself
-        return exchange.reply(environ, start_response)
+        gunicorn = start_response.__self__
+        if exchange.is_unread() or exchange.reply.headers.get("Connection") == "close":
+            gunicorn.force_close()  # it ignores the header itself
+        body = exchange.reply(environ, start_response)
+        if gunicorn.should_close():
+            # Nothing more is read. Frees the thread that waits for the rest of a body, and Gunicorn, which would wait
+            # 2 s for the client to close its side, gthread all the while in the thread that accepts the others.
+            exchange.connection.shutdown(socket.SHUT_RD)
+        return body
 
 
 class Exchange:
@@ -109,12 +115,9 @@ class Exchange:
         else:
             self.parts.append(message.get("body", b""))
 
-    def must_close(self) -> bool:
-        """Whether the connection can't be used again. Frees the thread that reads what is left of a body."""
-        if (self.chunked or self.missing) and not self.is_read:
-            self.connection.shutdown(socket.SHUT_RD)
-            return True
-        return self.reply.headers.get("Connection") == "close"
+    def is_unread(self) -> bool:
+        """Whether there is more of the body than the app has read: it must not be taken for the next request."""
+        return (self.chunked or self.missing > 0) and not self.is_read
 
     async def left(self) -> None:
         """Return when the client has left."""
