@@ -158,10 +158,7 @@ class Answered(JSONResponse):
     )
 
     def render(self, content: Any) -> bytes:
-        try:
-            return self.encoder.encode(content).encode()
-        except Exception as exc:  # NaN, an object of its own, a text with half of a character
-            raise ModelFailed(f"the answer can't be said in JSON: {exc}") from exc
+        return self.encoder.encode(content).encode()
 
 
 ErrorBody = Callable[[int, str], Any]  # of a status and a sentence that says what to do

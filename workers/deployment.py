@@ -34,14 +34,12 @@ bind = "127.0.0.1:8000"  # put a proxy in front before you open it to the world
 # longer than a body (BODY_TIMEOUT_S) and an answer (DEADLINE_S) take in turn, or, inline, than a call of the model may
 # take without being a hang (HANG_S).
 timeout = int(max(_settings.HANG_S, _settings.BODY_TIMEOUT_S + _settings.DEADLINE_S)) + 10
-graceful_timeout = (
-    int(_settings.GRACE_S) + 2
-)  # the worker ends itself within GRACE_S; this only catches one that can't
+# The worker ends itself within GRACE_S; this only catches one that can't.
+graceful_timeout = int(_settings.GRACE_S) + 2
 # Seconds: longer than a busy client's pause, shorter than GRACE_S: an idle connection must not hold SIGTERM.
 keepalive = max(1, min(5, int(_settings.GRACE_S) - 1))
-control_socket_disable = (
-    True  # one path in the home folder, the same for every server: two would fight for it
-)
+# One path in the home folder, the same for every server: two would fight for it.
+control_socket_disable = True
 # A heartbeat on a slow disk can block the worker.
 worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
 # gthread: of the files that a process may open, half are for the model. Without any left the worker dies.

@@ -50,9 +50,7 @@ class Bridge:
         exchange = Exchange(environ)
         self.call(exchange.run(self.app, self.state))
         if exchange.reply.status_code == CLIENT_GONE:
-            raise ConnectionResetError(
-                errno.ECONNRESET, "the client has left"
-            )  # so Gunicorn closes without a word
+            raise ConnectionResetError(errno.ECONNRESET, "so Gunicorn closes without a word")
         gunicorn = start_response.__self__
         if exchange.is_unread() or exchange.reply.headers.get("Connection") == "close":
             gunicorn.force_close()  # it ignores the header itself
@@ -60,7 +58,7 @@ class Bridge:
         if gunicorn.should_close():
             # Nothing more is read. Frees the thread that waits for the rest of a body, and Gunicorn, which would wait
             # 2 s for the client to close its side, gthread all the while in the thread that accepts the others.
-            exchange.connection.shutdown(socket.SHUT_RD)
+            socket.socket.shutdown(exchange.connection, socket.SHUT_RD)
         return body
 
 
@@ -71,9 +69,8 @@ class Exchange:
         self.request = Request(environ, populate_request=False)
         self.connection: socket.socket = environ["gunicorn.socket"]
         self.chunked = "HTTP_TRANSFER_ENCODING" in environ
-        self.missing = (
-            self.request.content_length or 0
-        )  # bytes of the body that are still to come, if it has a length
+        # Bytes of the body that are still to come, if it has a length.
+        self.missing = self.request.content_length or 0
         self.is_read = False
         self.parts: list[bytes] = []
         self.reply = Response(self.parts)
@@ -151,9 +148,9 @@ class Exchange:
 
 
 def has_left(connection: socket.socket) -> bool:
-    """Whether the client has closed the connection, or its side of it."""
+    """Whether the client has closed the connection, or its side of it. Looks below TLS, which knows no peeking."""
     try:
-        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return not socket.socket.recv(connection, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return False
     except OSError:
