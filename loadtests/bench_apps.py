@@ -1,7 +1,9 @@
 """For bench.py and planner.py: models that cost nothing, or never return, and a bare Starlette handler."""
 
 import json
+import os
 import time
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -36,17 +38,18 @@ class Instant:
 
 
 class Checked:
-    """Answers each text with five candidates, at once, after the check that the embedded model gives it."""
+    """Answers each text with five candidates, at once, after the check of the model that CHECKED_MODEL names."""
 
     def __init__(self) -> None:
         from workers import tasks
         from workers.settings import Settings
 
-        self.task = tasks.make(Settings())
+        model = os.environ.get("CHECKED_MODEL") or Settings().MODEL
+        self.task = tasks.make(replace(Settings.read(), MODEL=model))
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> str:
         self.task.check(inputs, parameters)
-        return str(inputs)
+        return inputs if isinstance(inputs, str) else ""
 
     def __call__(self, inputs: list[str]) -> list[Any]:
         return [answer(text) for text in inputs]

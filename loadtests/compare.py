@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from loadtests import drive, machine, planner, report
+from loadtests import drive, machine, planner, report, texts
 from loadtests.modes import MODES, Mode, Server, start
 from workers.settings import Settings
 
@@ -86,7 +86,9 @@ class Comparison:
         began = time.monotonic()
         with start(mode, env, cpus=self.server_cpus, wait=False) as server:
             server.wait_until_ready(60)
-            ask_until_answered(server.url)
+            ask_until_answered(
+                server.url, next(texts.stream("short", random.Random(0), self.foresight.settings))
+            )
             note("start", first_answer_s=time.monotonic() - began)
             server.wait_until_idle()
             self.load(server, "closed", users=16, duration_s=WARM_UP_S * self.scale)
@@ -177,14 +179,14 @@ def counts(df: pd.DataFrame) -> dict[str, float]:
     return {f"n_{outcome}": float(found.get(outcome, 0)) for outcome in drive.OUTCOMES if outcome != "left"}
 
 
-def ask_until_answered(url: str, timeout_s: float = 30.0) -> None:
+def ask_until_answered(url: str, question: Any, timeout_s: float = 30.0) -> None:
     """One request for the model; again while it is refused: /ready may be another worker's."""
     until = time.monotonic() + timeout_s
     while True:
         try:
-            with urllib.request.urlopen(
-                url, data=b"Paris is the [MASK] of France.", timeout=timeout_s
-            ) as reply:
+            headers = {"Content-Type": question.media_type}
+            request = urllib.request.Request(url, question.body, headers)
+            with urllib.request.urlopen(request, timeout=timeout_s) as reply:
                 reply.read()
                 return
         except OSError:
@@ -319,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     settings = replace(Settings.read(), DEVICE=options.device, TORCH_THREADS=0 if len(server_cpus) > 1 else 1)
     about = machine.describe() | {
-        "model": Path(settings.MODEL).name,
+        "model": settings.model_name,
         "device": options.device,
         "pinning": pinning,
         "limit_s": LIMIT_S,

@@ -66,7 +66,8 @@ MODES = {
 
 def with_model(mode: Mode, name: str) -> Mode:
     """The same mode with one of the models of bench_apps.py."""
-    return replace(mode, env={**mode.env, "MODEL": f"loadtests.bench_apps:{name}"})
+    checked = os.environ.get("MODEL", "")
+    return replace(mode, env={**mode.env, "MODEL": f"loadtests.bench_apps:{name}", "CHECKED_MODEL": checked})
 
 
 @dataclass
