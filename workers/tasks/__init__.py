@@ -50,7 +50,9 @@ class Description(NamedTuple):
 class Task(Protocol):
     """Made from the settings where HTTP is. Only `load` may need the framework: the model may run elsewhere."""
 
-    media: tuple[str, ...] = ()  # media types that it takes as raw bytes, besides text and JSON: "image/", "audio/"
+    media: tuple[
+        str, ...
+    ] = ()  # media types that it takes as raw bytes, besides text and JSON: "image/", "audio/"
 
     def __init__(self, settings: Settings) -> None: ...
 
@@ -75,9 +77,17 @@ def make(settings: Settings) -> Task:
     return task(settings)
 
 
-def load(settings: Settings, instance: int = 0) -> Model:
-    """Load a copy of the model, where there is no task yet: in a process of its own."""
-    return make(settings).load(instance)
+def load(task: Task, settings: Settings, instance: int = 0) -> Model:
+    """Load a copy of the model and warm it up: kernels are built, and one that can't answer its examples raises here."""
+    model = task.load(instance)
+    for batch in warm_up_batches(task, settings.BATCH_SIZE):
+        model([query.content for query in batch])
+    return model
+
+
+def load_alone(settings: Settings, instance: int = 0) -> Model:
+    """The same where there is no task yet: in a process of its own."""
+    return load(make(settings), settings, instance)
 
 
 def warm_up_batches(task: Task, batch_size: int) -> list[list[Query]]:

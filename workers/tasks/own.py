@@ -60,6 +60,7 @@ class Task:
         return Own(made, self.settings.MODEL)
 
     def examples(self) -> list[Query]:
+        self.asked("check"), self.asked("size")  # made now, if they need an instance: no request waits for it
         return [self.check(self.own.example, {})] if hasattr(self.own, "example") else []
 
     def describe(self) -> Description:
@@ -74,7 +75,10 @@ class Own:
         self.instance, self.description = instance, name
 
     def __call__(self, contents: list[Any]) -> list[Any]:
-        return list(self.instance(contents))
+        answers = list(self.instance(contents))
+        if len(answers) != len(contents):
+            raise ValueError(f"it gave {len(answers)} answers to {len(contents)} inputs; give one for each")
+        return answers
 
 
 def find_class(name: str) -> type:
