@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test bench compare plan lint notebooks lessons
+.PHONY: serve test test-slow bench compare plan lint notebooks lessons
 
 serve: $(VENV)/serve
 	$(BIN)/uvicorn server:app
 
 test: $(VENV)/dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=auto
+
+test-slow: $(VENV)/dev
+	$(BIN)/pytest -m slow
 
 bench: $(VENV)/dev
 	$(BIN)/python -m loadtests.bench

@@ -9,8 +9,11 @@ batch, `workers/offload.py` runs the task's model on it, and the answer comes ba
 """
 
 import contextlib
+import importlib
+import pkgutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -30,12 +33,10 @@ metrics = Metrics()
 async def answer(request: Request) -> Response:
     """POST /: the model's answer to one input, or to each of a list."""
     service: Service = request.state.service
-    body = await service.clients.read_body(request)
-    service.loop.admit(1, settings.DEADLINE_S)  # refuse before any work goes into what is refused
+    body = await service.clients.read(request)
     asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
     queries = await service.check(asked.inputs, asked.parameters, len(body))
-    budget_s = contract.client_budget_s(request)
-    answers = await service.clients.wait(request, service.loop.submit_all(*zip(*queries), budget_s=budget_s))
+    answers = await service.clients.wait(request, queries)
     return contract.Answered.of(answers, asked.is_list)
 
 
@@ -72,6 +73,15 @@ async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
         yield {"service": service}
 
 
+def find_protocols() -> Iterator[tuple[Route, contract.ErrorBody]]:
+    """The routes of every file in workers/protocols/, where there are any, and how errors read there."""
+    for found in pkgutil.iter_modules([str(Path(__file__).parent / "workers" / "protocols")]):
+        protocol = importlib.import_module(f"workers.protocols.{found.name}")
+        for route in protocol.routes(settings):
+            yield route, getattr(protocol, "error_body", contract.error_body)
+
+
+protocols = list(find_protocols())
 app = contract.Envelope(
     Starlette(
         routes=[
@@ -79,9 +89,11 @@ app = contract.Envelope(
             Route("/health", health),
             Route("/ready", ready),
             Route("/metrics", prometheus),
+            *(route for route, _ in protocols),
         ],
         lifespan=lifespan,
         exception_handlers=contract.ERROR_HANDLERS,
     ),
     metrics,
+    protocols,
 )

@@ -100,6 +100,7 @@ def bare_loop(batch_size: int, pipe: Connection) -> None:
     """For every duration from the pipe: texts per second of calling the model in a loop, nothing around it."""
     os.sched_setaffinity(0, {SERVER_CPU})
     from workers.model import Model, Query
+
     from workers.settings import Settings
 
     model = Model(Settings(BATCH_SIZE=batch_size))

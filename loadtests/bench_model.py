@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, pipeline
-
 from workers.fill_mask import FastFillMaskPipeline
 
 FOLDER = Path(__file__).parents[1] / "models" / "minilm-mlm"

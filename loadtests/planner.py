@@ -27,6 +27,7 @@ import pandas as pd
 from loadtests import drive, texts
 from loadtests.modes import MODES, Mode, start, without_model
 from loadtests.rows import Row
+from workers import tasks
 from workers.loop import Answer, Late, ModelLoop, Refused
 from workers.settings import Settings
 
@@ -67,8 +68,6 @@ def measure(
 
     Sizes and kinds take turns of as many texts: a slow moment of the machine hits all of them, and all get long ones.
     """
-    from workers.model import Query
-
     model, check = load_model(settings)
     rng = random.Random(seed)
     streams = {kind: texts.stream(kind, rng) for kind in kinds}
@@ -81,20 +80,22 @@ def measure(
             break
         for _ in range(max(sizes) // n):
             # Checked, as the server's are.
-            queries = [check(Query(next(streams[kind]).text)) for _ in range(n)]
-            size = sum(len(query.ids) for query in queries)
+            queries = [check(next(streams[kind]).text, {}) for _ in range(n)]
+            contents, size = [query.content for query in queries], sum(query.size for query in queries)
             began = time.perf_counter()
-            model(queries)
+            model(contents)
             rows.append((n, kind, size, time.perf_counter() - began))
     return pd.DataFrame(rows, columns=["texts", "kind", "size_tokens", "seconds"])
 
 
 @cache
 def load_model(settings: Settings) -> tuple[Any, Any]:
-    """The model and its input check, loaded once for all measurements of a process."""
-    from workers.model import InputCheck, Model
-
-    return Model(replace(settings, BATCH_SIZE=max(SIZES))), InputCheck(settings)
+    """The model and its task's check, loaded and warm, once for all measurements of a process."""
+    task = tasks.make(settings)
+    model = task.load(0)
+    for batch in tasks.warm_up_batches(task, max(SIZES)):
+        model([query.content for query in batch])
+    return model, task.check
 
 
 @contextlib.contextmanager

@@ -29,10 +29,12 @@ PATIENCE_S = 20.0  # a child that has not answered by then hangs: others take 2 
 
 def child(pipe: Connection) -> None:
     """Load the embedded model and answer once; stay until the pipe closes."""
-    from workers.model import Model, Query
+    from workers import tasks
     from workers.settings import Settings
 
-    pipe.send(Model(Settings())([Query("Paris is the [MASK] of France.")])[0][0]["token_str"])
+    task = tasks.make(Settings())
+    query = task.check("Paris is the [MASK] of France.", {})
+    pipe.send(task.load(0)([query.content])[0][0]["token_str"])
     pipe.poll(None)
 
 

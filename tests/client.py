@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from loadtests.modes import Server
 
-POISON = "[POISON] is [MASK]."  # the sick model below raises on it
+POISON = "[POISON] is [MASK]."  # the stand-in raises on it
 SLOW = (
     "the [MASK] " + "of the old house on the hill " * 70
 )  # a few hundred tokens: the slowest that is let in

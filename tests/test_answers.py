@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from workers.model import CannotAnswer, InputCheck, Model, Query, load_pipeline
 
 from workers import offload
 from workers.contract import Answered
 from workers.metrics import Metrics
-from workers.model import CannotAnswer, InputCheck, Model, Query, load_pipeline
 from workers.settings import HERE, Settings
 
 MODEL = Settings().MODEL

@@ -13,12 +13,12 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from client import POISON, SLOW, Crowd, Reply, dial, get, hear, metric, post, post_json, request, say, until
+from conftest import MODEL
 from promises import (
     GUNICORNS_PAGE,
     ITS_SHARE,
@@ -43,63 +43,53 @@ def mode(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-# The servers that all tests of a mode share, as each takes seconds to start. The last test of each ends it.
+# The servers that all tests of a mode share. The last test of each ends it.
+
+
+@contextlib.contextmanager
+def started(mode: str, **settings: str) -> Iterator[Server]:
+    """A server in which every worker is ready. Its model is the stand-in, unless said otherwise."""
+    with start(MODES[mode], {"MODEL": "tests.stand_in:FillMask", **settings}) as server:
+        until(lambda: len(workers(server)) == WORKERS[mode], 60)  # ready tells of one only
+        yield server
 
 
 @pytest.fixture(scope="module")
-def servers(mode: str, sick_model: Path) -> Iterator[dict[str, Server]]:
-    """All that are below, started at the same time."""
-    window_ms = {ITS_THREADS: "1000", NEVER: "50"}.get(exception(GATHERS, mode) or "", "60000")
-    settings = {
-        "server": {"BATCH_SIZE": "1", "MAX_QUEUE": "1", "TORCH_THREADS": "1", "BODY_TIMEOUT_S": "1"},
-        "sick": {
-            "MODEL": str(sick_model),
-            "BATCH_SIZE": "4",
-            "BATCH_WINDOW_MS": "0" if exception(GATHERS, mode) == NEVER else "500",
-            "DEADLINE_S": "5",
-        },
-        "patient": {"BATCH_SIZE": "16", "BATCH_WINDOW_MS": window_ms, "DEADLINE_S": "90"},
-        "spawning": {
-            "OFFLOAD": "process",
-            "BATCH_SIZE": "1",
-            "DEADLINE_S": "20",
-            "BODY_TIMEOUT_S": "60",
-            "GRACE_S": "3",
-            "HANG_S": "5",
-        },
-    }
-    with contextlib.ExitStack() as running:
-        servers = {
-            name: running.enter_context(start(MODES[mode], its, wait=False)) for name, its in settings.items()
-        }
-        for one in servers.values():
-            one.wait_until_ready()
-            until(lambda one=one: len(workers(one)) == WORKERS[mode], 60)  # ready tells of one only
-        yield servers
+def real(mode: str) -> Iterator[Server]:
+    """The embedded model on one core."""
+    with started(mode, MODEL=str(MODEL), TORCH_THREADS="1", BODY_TIMEOUT_S="1") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def server(servers: dict[str, Server]) -> Server:
-    """The embedded model, one text a call, on one core, with one place in its queue; patient with nobody."""
-    return servers["server"]
+def server(mode: str) -> Iterator[Server]:
+    """One text a call, one place in its queue; patient with nobody."""
+    with started(mode, BATCH_SIZE="1", MAX_QUEUE="1", BODY_TIMEOUT_S="1") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def sick(servers: dict[str, Server]) -> Server:
-    """A model that raises on one word, in batches that wait for company."""
-    return servers["sick"]
+def sick(mode: str) -> Iterator[Server]:
+    """Its batches, on which one word is poison, wait for company."""
+    window_ms = "0" if exception(GATHERS, mode) == NEVER else "500"
+    with started(mode, BATCH_SIZE="4", BATCH_WINDOW_MS=window_ms, DEADLINE_S="5") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def patient(servers: dict[str, Server]) -> Server:
+def patient(mode: str) -> Iterator[Server]:
     """It waits as good as for ever until a batch is full, where one ever is."""
-    return servers["patient"]
+    window_ms = {ITS_THREADS: "1000", NEVER: "50"}.get(exception(GATHERS, mode) or "", "60000")
+    with started(mode, BATCH_SIZE="16", BATCH_WINDOW_MS=window_ms, DEADLINE_S="90") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
-def spawning(servers: dict[str, Server]) -> Server:
+def spawning(mode: str) -> Iterator[Server]:
     """The model in a process of its own. Waits as good as for ever for a body."""
-    return servers["spawning"]
+    its = {"OFFLOAD": "process", "DEADLINE_S": "20", "BODY_TIMEOUT_S": "60", "GRACE_S": "3", "HANG_S": "5"}
+    with started(mode, BATCH_SIZE="1", **its) as server:
+        yield server
 
 
 def workers(server: Server) -> list[int]:
@@ -117,31 +107,31 @@ def same(answer: Any, expected: Any) -> None:
     assert [c["score"] for c in answer] == pytest.approx([c["score"] for c in expected], abs=1e-4)
 
 
-def test_raw_text_gets_what_the_plain_pipeline_answers(server: Server, oracle: Any) -> None:
+def test_raw_text_gets_what_the_plain_pipeline_answers(real: Server, oracle: Any) -> None:
     for text in (PARIS, "Wörter wie [MASK] sind 難しい.", "a" * 300 + " [MASK]"):
-        reply = post(server, text)
+        reply = post(real, text)
         assert reply.status == 200
         same(reply.json, oracle(text))
 
 
-def test_two_masks_get_a_list_for_each(server: Server, oracle: Any) -> None:
+def test_two_masks_get_a_list_for_each(real: Server, oracle: Any) -> None:
     text = "The [MASK] sat on the [MASK]."
-    for answer, expected in zip(post(server, text).json, oracle(text), strict=True):
+    for answer, expected in zip(post(real, text).json, oracle(text), strict=True):
         same(answer, expected)
 
 
-def test_json_takes_top_k_and_targets(server: Server, oracle: Any) -> None:
-    same(post_json(server, {"inputs": PARIS}).json, oracle(PARIS))
-    same(post_json(server, {"inputs": PARIS, "parameters": {"top_k": 2}}).json, oracle(PARIS, top_k=2))
+def test_json_takes_top_k_and_targets(real: Server, oracle: Any) -> None:
+    same(post_json(real, {"inputs": PARIS}).json, oracle(PARIS))
+    same(post_json(real, {"inputs": PARIS, "parameters": {"top_k": 2}}).json, oracle(PARIS, top_k=2))
     targets = ["city", "capital"]
-    reply = post_json(server, {"inputs": PARIS, "parameters": {"targets": targets}})
+    reply = post_json(real, {"inputs": PARIS, "parameters": {"targets": targets}})
     same(reply.json, oracle(PARIS, targets=targets))
 
 
-def test_hugging_face_client_just_works(server: Server, oracle: Any) -> None:
+def test_hugging_face_client_just_works(real: Server, oracle: Any) -> None:
     from huggingface_hub import InferenceClient
 
-    found = InferenceClient(model=server.url).fill_mask(PARIS, top_k=3)
+    found = InferenceClient(model=real.url).fill_mask(PARIS, top_k=3)
     same([dict(candidate) for candidate in found], oracle(PARIS, top_k=3))
 
 
@@ -219,9 +209,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_wrong_input_is_refused_with_a_sentence(server: Server, what: str) -> None:
+def test_wrong_input_is_refused_with_a_sentence(real: Server, what: str) -> None:
     body, headers, status = WRONG[what]
-    reply = post(server, body, **headers)
+    reply = post(real, body, **headers)
     assert reply.status == status
     assert reply.error
     assert reply.headers["X-Request-ID"]
@@ -249,9 +239,9 @@ def test_body_that_is_refused_unread_is_not_the_next_request(server: Server) -> 
             assert "uptime_s" in hear(connection).json
 
 
-def test_chunked_body_is_read(server: Server) -> None:
+def test_chunked_body_is_read(real: Server) -> None:
     body = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (b"Paris is ", b"the [MASK] of France."))
-    reply = post(server, body + b"0\r\n\r\n", Transfer_Encoding="chunked")
+    reply = post(real, body + b"0\r\n\r\n", Transfer_Encoding="chunked")
     assert reply.json[0]["token_str"] == "capital"
 
 
@@ -569,7 +559,7 @@ def model_processes(server: Server) -> list[psutil.Process]:
     """The processes that hold a model: spawned, or below Gunicorn's arbiter of dirty workers."""
     if server.mode.name == "dirty":
         return [p for p in server.processes()[1:] if p.ppid() != server.process.pid]
-    return [p for p in server.processes() if "spawn_main" in " ".join(p.cmdline())]
+    return [p for p in server.processes() if "workers.process" in " ".join(p.cmdline())]
 
 
 def test_stalled_body_does_not_hold_sigterm(spawning: Server) -> None:
@@ -585,7 +575,7 @@ def test_stalled_body_does_not_hold_sigterm(spawning: Server) -> None:
 
 
 WRONG_SETTINGS = {
-    "MODEL='/nowhere/at-all' is not allowed: it must be a folder that exists or a hub id": {
+    "MODEL='/nowhere/at-all' is not allowed: it must be a folder with a config.json, a hub id, or module:Class": {
         "MODEL": "/nowhere/at-all"
     },
     "cannot load MODEL=nobody/no-such-model: OSError: ": {"MODEL": "nobody/no-such-model"},

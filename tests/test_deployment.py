@@ -16,7 +16,10 @@ from workers.settings import Settings
 
 CONFIGS = [ROOT / "gunicorn.conf.py", *sorted((ROOT / "workers").glob("*.conf.py"))]
 PARIS = "Paris is the [MASK] of France."
-UVICORN_2 = Mode("uvicorn", "uvicorn server:app", {"WEB_CONCURRENCY": "2"})  # which is its --workers, too
+STAND_IN = {"MODEL": "tests.stand_in:FillMask"}  # it starts at once
+UVICORN_2 = Mode(
+    "uvicorn", "uvicorn server:app", {"WEB_CONCURRENCY": "2", **STAND_IN}
+)  # which is its --workers, too
 
 
 def read(config: Path) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def test_an_idle_connection_does_not_outlast_a_short_grace_time_either(
 
 
 def workers_of(server: Server) -> list[psutil.Process]:
-    """The processes that hold a model: those that have loaded torch."""
+    """The processes that hold a model, each in a thread of its own."""
     return [p for p in server.processes() if p.pid != server.process.pid and p.num_threads() > 2]
 
 
@@ -76,7 +79,7 @@ def test_uvicorns_workers_know_their_number_and_end_with_their_killed_master() -
 def test_workers_share_the_cores_and_say_so(crowd: Crowd) -> None:
     cores = len(os.sched_getaffinity(0))
     mode = Mode("gthread 2x4", "gunicorn -c workers/gthread.conf.py --workers 2 --threads 4")
-    with start(mode) as server:
+    with start(mode, STAND_IN) as server:
         until(lambda: server.log().count("one of 2: 1 copies of the model") == 2)
         assert f"{max(1, cores // 2)} threads each" in server.log()
         assert metrics_add_up(server, crowd)
@@ -94,7 +97,7 @@ def test_counts_outlive_a_killed_worker_and_end_with_the_server(
     crowd: Crowd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with start(MODES["uvicorn-2"]) as server:
+    with start(MODES["uvicorn-2"], STAND_IN) as server:
         until(lambda: server.log().count("Serving ") == 2)
         assert metrics_add_up(server, crowd)
         victim = workers_of(server)[0]
@@ -116,10 +119,10 @@ def test_counts_outlive_a_killed_worker_and_end_with_the_server(
 
 
 def test_no_healthy_worker_is_killed_by_the_heartbeat(crowd: Crowd) -> None:
-    """One call that takes longer than the heartbeat may; loading a model takes half of that."""
+    """One call that takes longer than the heartbeat may."""
     mode = Mode("heartbeat", "gunicorn -c gunicorn.conf.py --timeout 3")
     batches = {"BATCH_SIZE": "60", "BATCH_WINDOW_MS": "20000", "DEADLINE_S": "60"}
-    with start(mode, {"TORCH_THREADS": "1", **batches}) as server:
+    with start(mode, {**STAND_IN, **batches}) as server:
         replies = [reply.result() for reply in crowd.post(server, *[SLOW] * 60)]
         assert {reply.status for reply in replies} == {200}
         assert "TIMEOUT" not in server.log()
@@ -137,8 +140,8 @@ def test_instances_get_disjoint_cores() -> None:
     cores = os.sched_getaffinity(0)
     if len(cores) < 2:
         pytest.skip("one core")
-    with start(MODES["instances-2"]) as server:
-        models = [p for p in server.processes() if "spawn_main" in " ".join(p.cmdline())]
+    with start(MODES["instances-2"], STAND_IN) as server:
+        models = [p for p in server.processes() if "workers.process" in " ".join(p.cmdline())]
         first, second = (set(p.cpu_affinity()) for p in models)
         assert first
         assert second

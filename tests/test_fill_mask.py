@@ -11,7 +11,6 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, pipeline
 from transformers.pipelines.base import PipelineException
-
 from workers.fill_mask import FastFillMaskPipeline, PackedLinear, pick_dtype
 
 MODEL = str(Path(__file__).parents[1] / "models" / "minilm-mlm")

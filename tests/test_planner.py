@@ -7,6 +7,7 @@ import pytest
 from loadtests import drive, planner
 from loadtests.modes import MODES
 from loadtests.planner import CostLaw, Setting
+from workers import tasks
 from workers.settings import Settings
 
 LAW = CostLaw(a_s=0.004, b_s=0.001)
@@ -112,6 +113,6 @@ def test_recommends_the_first_setting_that_keeps_the_latency() -> None:
 
 
 def test_as_many_texts_of_each_size_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "load_model", lambda settings: (len, lambda query: query))
+    monkeypatch.setattr(planner, "load_model", lambda settings: (len, lambda text, _: tasks.Query(text)))
     df = planner.measure(Settings(), kinds=["short", "mixed"], sizes=(1, 4, 8), budget_s=0.0)
     assert (df.groupby(["kind", "texts"])["texts"].sum() == 8).all()

@@ -13,13 +13,13 @@ from unittest.mock import Mock
 
 import httpx2
 import pytest
+from workers.model import Query
 
 import server
 from loadtests.modes import ROOT, free_port
 from workers import offload, service
 from workers.loop import STOPPING
 from workers.metrics import Metrics
-from workers.model import Query
 from workers.service import Service
 from workers.settings import Settings
 

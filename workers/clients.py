@@ -5,17 +5,18 @@ One sweep looks after all of them: two timers and a task for each request would 
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
+from workers.contract import CLOSE, client_budget_s
 from workers.loop import STOPPING, Answer, ModelLoop, Refused
 from workers.settings import Settings
+from workers.tasks import Query
 
-CLOSE = {"Connection": "close"}  # what is left of such a request must not be read as the next one
 Handler = asyncio.Task[Any]
 
 
@@ -29,11 +30,11 @@ class Clients:
         self.seen: set[Handler] = set()  # those of them that waited at the last sweep already
         self.watching: dict[Handler, asyncio.Task[None]] = {}  # and those that did at the one before
 
-    async def read_body(self, request: Request) -> bytes:
+    async def read(self, request: Request) -> bytes:
         """Return the whole body.
 
-        Raises HTTPException 413 as soon as it is known to be too large, 408 when it stalls; Refused once the server
-        stops; ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past every handler, where
+        Raises HTTPException 413 as soon as it is known to be too large, 408 when it stalls; Refused where the model
+        has no room, before any work goes into what is refused; ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past every handler, where
         Content-Length tells; uvicorn waits for a body for ever.)
         """
         declared = request.scope["fields"].get(b"content-length", b"0")
@@ -59,6 +60,7 @@ class Clients:
             raise HTTPException(408, "the body did not arrive in time; send it faster", CLOSE) from None
         finally:
             self.reading.pop(handler, None)
+        self.loop.admit(1, self.settings.DEADLINE_S)
         return body
 
     def check_length(self, length: int) -> None:
@@ -67,12 +69,13 @@ class Clients:
             sentence = f"the body is too large; send at most {self.settings.MAX_BODY_BYTES} bytes"
             raise HTTPException(413, sentence)
 
-    async def wait(self, request: Request, answer: Awaitable[Answer]) -> Answer:
-        """Return the answer; cancel it and raise ClientDisconnect when the client leaves before it is there."""
+    async def wait(self, request: Request, queries: Sequence[Query]) -> list[Answer]:
+        """Return the model's answer to each. Raises what the loop raises; ClientDisconnect when the client has left."""
         handler = this_task()
         self.waiting[handler] = request.receive
+        budget_s = client_budget_s(request)
         try:
-            return await answer
+            return await self.loop.submit_all(*zip(*queries), budget_s=budget_s)
         except asyncio.CancelledError:
             if handler in self.waiting:
                 raise

@@ -1,11 +1,12 @@
 """What HTTP says: reads a request into a query, or refuses it with a sentence; gives every error its status and form."""
 
+import functools
 import json
 import logging
 import math
 import random
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import chain
 from operator import methodcaller
 from typing import Any, NamedTuple
@@ -13,9 +14,9 @@ from typing import Any, NamedTuple
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from workers.clients import CLOSE
 from workers.loop import Answer, Late, ModelFailed, Refused
 from workers.metrics import Metrics
 from workers.tasks import CannotAnswer, Malformed
@@ -30,6 +31,7 @@ SENTENCES = {
 }
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
 MAX_HEADER_BYTES = 65_536  # httptools itself would take megabytes
+CLOSE = {"Connection": "close"}  # what is left of such a request must not be read as the next one
 CLIENT_GONE = 499  # nginx's name for it; never sent, only counted
 
 
@@ -125,8 +127,16 @@ class Answered(JSONResponse):
         return self.encoder.encode(content).encode()
 
 
+ErrorBody = Callable[[int, str], Any]  # of a status and a sentence that says what to do
+
+
+def error_body(status: int, sentence: str) -> dict[str, str]:
+    """The form of every error, where no other protocol is spoken."""
+    return {"error": sentence}
+
+
 async def error_reply(request: Request, exc: Exception) -> JSONResponse:
-    """Every error in one form: {"error": "one sentence that says what to do"}."""
+    """Every error's status, in the words of the protocol that is spoken."""
     headers: dict[str, str] = {}
     match exc:
         case HTTPException():
@@ -149,20 +159,28 @@ async def error_reply(request: Request, exc: Exception) -> JSONResponse:
                 "the model failed on this request; report it with the X-Request-ID of this reply",
             )
             log.error("request %s failed", request.scope.get("request_id"), exc_info=exc)
-    return JSONResponse({"error": sentence}, status, headers)
+    return JSONResponse(request.scope["error"](status, sentence), status, headers)
 
 
-ERROR_HANDLERS: dict[Any, Any] = {
-    kind: error_reply
-    for kind in (HTTPException, ClientDisconnect, Malformed, CannotAnswer, Refused, Late, ModelFailed, Exception)
-}
+KNOWN_ERRORS = (HTTPException, ClientDisconnect, Malformed, CannotAnswer, Refused, Late, ModelFailed)
+ERROR_HANDLERS: dict[Any, Any] = dict.fromkeys((*KNOWN_ERRORS, Exception), error_reply)
 
 
 class Envelope:
-    """Around every request: refuses over-long headers, gives it an id, counts the model's by status."""
+    """Around every request: refuses over-long headers, gives it an id, counts the model's by status.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app, self.metrics = app, metrics
+    `protocols`: routes beside `POST /`, and how their errors read.
+    """
+
+    def __init__(
+        self, app: ASGIApp, metrics: Metrics, protocols: Sequence[tuple[Route, ErrorBody]] = ()
+    ) -> None:
+        self.app, self.metrics, self.protocols = app, metrics, protocols
+        self.error_body = functools.lru_cache(maxsize=256)(self._error_body)
+
+    def _error_body(self, path: str) -> ErrorBody:
+        """How errors read under this path."""
+        return next((error for route, error in self.protocols if route.path_regex.match(path)), error_body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -173,15 +191,17 @@ class Envelope:
             # No uuid4: it is a system call, which would hand the model our turn.
             request_id = b"%032x" % random.getrandbits(128)
         scope["request_id"] = request_id.decode()
+        scope["error"] = self.error_body(scope["path"])
 
         def send_with_id(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 message["headers"].append((b"x-request-id", request_id))
-                if scope["path"] == "/":
+                if scope["method"] == "POST":  # nothing but the model is asked by POST
                     self.metrics.requests_with(message["status"]).inc()
             return send(message)
 
         app: ASGIApp = self.app
         if sum(map(len, chain.from_iterable(scope["headers"]))) > MAX_HEADER_BYTES:
-            app = JSONResponse({"error": f"send at most {MAX_HEADER_BYTES} bytes of headers"}, 431, CLOSE)
+            sentence = f"send at most {MAX_HEADER_BYTES} bytes of headers"
+            app = JSONResponse(scope["error"](431, sentence), 431, CLOSE)
         await app(scope, receive, send_with_id)

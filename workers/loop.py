@@ -178,6 +178,8 @@ class ModelLoop:
         self, queries: Sequence[Any], sizes: Sequence[int], *, budget_s: float = math.inf
     ) -> list[Answer]:
         """Return the model's answers to all of `queries`, each a job of its own."""
+        if len(queries) == 1:
+            return [await self.submit(queries[0], size=sizes[0], budget_s=budget_s)]
         async with asyncio.TaskGroup() as group:
             jobs = [
                 group.create_task(self.submit(query, size=size, budget_s=budget_s))

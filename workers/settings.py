@@ -47,7 +47,11 @@ class Settings:
     """What the server was told. Immutable, picklable: a spawned model process gets the same."""
 
     # What to serve
-    MODEL: str = knob(str(HERE / "models" / "minilm-mlm"), "a folder with a config.json, a hub id, or module:Class", is_model)
+    MODEL: str = knob(
+        str(HERE / "models" / "minilm-mlm"),
+        "a folder with a config.json, a hub id, or module:Class",
+        is_model,
+    )
     TASK: str = knob("fill-mask", "a text-in pipeline task, such as text-classification", bool)
     DTYPE: str = one_of(
         "float32", "auto", "bfloat16", "float16"

@@ -7,9 +7,9 @@ from functools import partial
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
+from workers.model import Model, Query
 
 from workers.loop import Late, ModelFailed, ModelLoop, Refused
-from workers.model import Model, Query
 from workers.offload import Thread
 from workers.settings import Settings
 
