@@ -47,7 +47,7 @@ class Process(Offload):
         self.up = asyncio.Event()  # set while there is a process with a loaded model
         self.busy = False
         self.tries = 0  # replacements since one was last asked
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes]
         self.replacing: asyncio.Task[None] | None = None
         self.from_model: asyncio.StreamReader
         self.to_model: asyncio.StreamWriter
@@ -60,7 +60,7 @@ class Process(Offload):
 
     async def run(self, queries: list[Any]) -> list[Any]:
         await self.up.wait()
-        self.tries, self.trouble = 0, ""
+        self.tries = 0
         try:
             self.busy = True
             async with asyncio.timeout(self.hang_s):
@@ -69,13 +69,13 @@ class Process(Offload):
         except TimeoutError:
             reason = f"did not return within {self.hang_s:g} s"
         except (EOFError, OSError):
-            reason = how_ended(self.process)
+            reason = await how_ended(self.process)
         except asyncio.CancelledError:
             self.stop()  # the next call would get this one's answers
             raise
         else:
-            if self.process and self.process.returncode is not None:
-                self._replace(how_ended(self.process))
+            if self.process.returncode is not None:
+                self._replace(await how_ended(self.process))
             if error is not None:
                 raise ModelFailed(error)
             return answers
@@ -92,7 +92,7 @@ class Process(Offload):
 
     def _kill(self) -> None:
         """The process and whatever it has started."""
-        if self.process:
+        if hasattr(self, "process"):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.to_model.transport.abort()
@@ -116,9 +116,9 @@ class Process(Offload):
             self.to_model.write(self.hello)
             description, error = await unpacked(self.from_model)
         except (EOFError, OSError):
-            error = f"the model process {how_ended(process)}"
+            error = f"the model process {await how_ended(process)}"
         if error is None and process.returncode is not None:
-            error = f"the model process {how_ended(process)}"
+            error = f"the model process {await how_ended(process)}"
         if error is not None:
             self._kill()
             raise CannotLoad(error)
@@ -140,10 +140,9 @@ class Process(Offload):
         if self.busy or not self.up.is_set():  # `run` or `_spawn` reads what it has still sent, then the end
             asyncio.get_running_loop().call_later(1, from_model.feed_eof)
         elif process is self.process:
-            self._replace(how_ended(process))
+            self._replace(f"ended with exit code {process.returncode}")
 
     def _replace(self, reason: str) -> None:
-        assert self.process
         log.error("model process %s %s; starting another", self.process.pid, reason)
         self.stop()
         self.replacing = asyncio.create_task(self._respawn(reason))
@@ -155,16 +154,22 @@ class Process(Offload):
                 self.trouble = (
                     f"{self.tries} model processes in a row have failed, the last one with: {reason}"
                 )
-            if self.tries:
-                await asyncio.sleep(min(PAUSE_S * 2 ** (self.tries - 1), LONGEST_PAUSE_S))
+            await asyncio.sleep(pause_s(self.tries))
             self.tries += 1
             self.metrics.restarts.inc()
             try:
                 log.info("Serving %s", await self._spawn())
-                return
             except CannotLoad as exc:
                 reason = str(exc)
                 log.error("the model process was not replaced: %s", reason)
+            else:
+                self.trouble = ""
+                return
+
+
+def pause_s(tries: int) -> float:
+    """How long to wait after so many tries: 0, 1, 2, 4, 8 ... seconds."""
+    return min(PAUSE_S * 2 ** (tries - 1), LONGEST_PAUSE_S) if tries else 0.0
 
 
 def popen(connection: socket.socket) -> subprocess.Popen[bytes]:
@@ -179,13 +184,13 @@ def popen(connection: socket.socket) -> subprocess.Popen[bytes]:
     )
 
 
-def how_ended(process: subprocess.Popen[bytes] | None) -> str:
-    """How a process that has ended did so, as part of a sentence."""
-    assert process
-    try:
-        return f"ended with exit code {process.wait(1)}"
-    except subprocess.TimeoutExpired:
-        return "closed its connection"
+async def how_ended(process: subprocess.Popen[bytes]) -> str:
+    """What has become of a process that has closed its connection, as part of a sentence."""
+    for _ in range(100):  # it should have ended; its watch tells
+        if process.returncode is not None:
+            return f"ended with exit code {process.returncode}"
+        await asyncio.sleep(0.01)
+    return "closed its connection"
 
 
 class Pickler(pickle.Pickler):

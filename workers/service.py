@@ -122,7 +122,7 @@ class Service:
     def report(self) -> None:
         """One line on what this worker takes of the machine, and a warning when all of them together take too much."""
         settings = self.settings
-        children = [copy.process.pid for copy in self.copies if isinstance(copy, Process) and copy.process]
+        children = [copy.process.pid for copy in self.copies if isinstance(copy, Process)]
         mine = memory.resident_bytes([os.getpid(), *children])
         copies = 0 if settings.OFFLOAD == "dirty" else settings.INSTANCES  # there none of the workers has it
         log.info(

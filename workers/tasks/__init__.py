@@ -81,7 +81,9 @@ def load(task: Task, settings: Settings, instance: int = 0) -> Model:
     """Load a copy of the model and warm it up: kernels are built, and one that can't answer its examples raises here."""
     model = task.load(instance)
     for batch in warm_up_batches(task, settings.BATCH_SIZE):
-        model([query.content for query in batch])
+        answers = model([query.content for query in batch])
+        if len(answers) != len(batch):
+            raise ValueError(f"it gives {len(answers)} answers to {len(batch)} inputs")
     return model
 
 
