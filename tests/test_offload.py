@@ -378,7 +378,7 @@ def test_a_call_that_is_given_up_gives_its_answers_to_nobody() -> None:
 def test_a_stopped_process_is_not_replaced() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         offload.stop()
-            await asyncio.to_thread(offload.process.wait, 10)
+        await asyncio.to_thread(offload.process.wait, 10)
         await asyncio.sleep(0.01)  # the event loop looks at what has ended
         assert restarts(metrics) == 0
 
@@ -405,7 +405,7 @@ def test_a_stop_during_a_replacement_leaves_no_process() -> None:
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_process_finishes_its_work_when_systemd_signals_it_too(stop: int) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
-            os.kill(offload.process.pid, stop)
+        os.kill(offload.process.pid, stop)
         ((query, _),) = await offload.run(["a"])
         assert query == "a"
         assert restarts(metrics) == 0

@@ -18,7 +18,7 @@ import pytest
 from client import dial, get, gone, hear, post, request, until
 
 import server
-from loadtests.modes import MODES, Mode, Server, start
+from loadtests.modes import MODES, Server, start
 from workers import process
 from workers.loop import STOPPING, ModelLoop
 from workers.metrics import Metrics
@@ -177,39 +177,39 @@ def test_a_model_call_that_hangs_turns_health_to_503_with_the_reason_until_it_re
 
 
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the model's loads do, each as its next word says; the pauses between them are short."""
+def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Tell it what the model's further loads do: "fail", "wait" for another word, "succeed"."""
     plan = tmp_path / "plan"
     monkeypatch.setenv("PLAN", str(plan))
     monkeypatch.setattr(process, "PAUSE_S", 0.001)
-    return plan
+    return lambda word: plan.unlink() if word == "succeed" else plan.write_text(word)
 
 
 def test_while_the_only_copy_loads_again_requests_are_refused_with_the_time_that_the_last_load_took(
-    plan: Path,
+    loads: Callable[[str], Any],
 ) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         await eventually(client, "/ready", 200)
         assert 0 < service.loop.load_s < 60
         service.loop.load_s = 6.5
-        plan.write_text("wait")
+        loads("wait")
         assert (await client.post("/", content="die")).status_code == 500
         for ask in (client.get("/ready"), client.post("/", content="a text")):
             reply = await ask
             assert (reply.status_code, reply.json()) == (503, {"error": "the model is still loading"})
         assert reply.headers["Retry-After"] == "7"
         assert (await client.get("/health")).status_code == 200
-        plan.unlink()
+        loads("succeed")
         await eventually(client, "/ready", 200)
         assert (await client.post("/", content="a text")).status_code == 200
 
     with_app(scenario, MODEL=MOODY, OFFLOAD="process")
 
 
-def test_a_copy_that_died_idle_takes_no_job_while_it_loads_again(plan: Path) -> None:
+def test_a_copy_that_died_idle_takes_no_job_while_it_loads_again(loads: Callable[[str], Any]) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         await eventually(client, "/ready", 200)
-        plan.write_text("wait")
+        loads("wait")
         dead, alive = service.copies
         assert isinstance(dead, process.Process) and isinstance(alive, process.Process)
         for _ in range(2):
@@ -219,23 +219,23 @@ def test_a_copy_that_died_idle_takes_no_job_while_it_loads_again(plan: Path) -> 
             for _ in range(10):
                 assert (await client.post("/", content="a text")).json() == ["a text", alive.process.pid]
             assert (await client.get("/ready")).status_code == 200
-            plan.unlink()
+            loads("succeed")
             await dead.loaded()
-            plan.write_text("wait")
+            loads("wait")
             dead, alive = alive, dead
-        plan.unlink()
+        loads("succeed")
 
     with_app(scenario, MODEL=MOODY, OFFLOAD="process", INSTANCES=2)
 
 
 def test_a_model_that_cannot_be_loaded_again_ends_the_server_with_the_reason(
-    plan: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    loads: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     ends = threading.Event()
 
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         await eventually(client, "/ready", 200)
-        plan.write_text("fail")
+        loads("fail")
         assert (await client.post("/", content="die")).status_code == 500
         failing = await eventually(client, "/health", 503)
         assert failing.json()["error"] == "the model cannot be loaded"
@@ -251,15 +251,15 @@ def test_a_model_that_cannot_be_loaded_again_ends_the_server_with_the_reason(
     )
 
 
-def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(plan: Path) -> None:
+def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(loads: Callable[[str], Any]) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         await eventually(client, "/ready", 200)
-        plan.write_text("fail")
+        loads("fail")
         assert (await client.post("/", content="die")).status_code == 500
         while not any(copy.trouble for copy in service.copies):
             assert (await client.post("/", content="a text")).status_code == 200
             await asyncio.sleep(0.01)
-        plan.unlink()
+        loads("succeed")
         while any(copy.trouble for copy in service.copies):
             assert (await client.post("/", content="a text")).status_code == 200
             await asyncio.sleep(0.01)
@@ -272,10 +272,9 @@ def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(plan: Path) -
 
 
 @contextlib.contextmanager
-def serving(model: str = "Model", mode: str | Mode = "thread", **env: str) -> Iterator[Server]:
+def serving(model: str = "Model", mode: str = "thread", **env: str) -> Iterator[Server]:
     """A server with the moody model, that is not waited for."""
-    mode = mode if isinstance(mode, Mode) else MODES[mode]
-    with start(mode, {"MODEL": f"tests.moody:{model}", "GRACE_S": "2", **env}, wait=False) as server:
+    with start(MODES[mode], {"MODEL": f"tests.moody:{model}", "GRACE_S": "2", **env}, wait=False) as server:
         yield server
 
 
@@ -320,14 +319,13 @@ def ends(server: Server, *signals: int) -> int:
     """Its exit code after these signals, one after the other; fails where a process of it lives on."""
     everybody = server.processes()
     for number in signals:
-        server.process.send_signal(number)
+        os.killpg(server.process.pid, number)  # a terminal signals them all
         time.sleep(0.05)  # two at once may be one
     code = server.process.wait(20)
     until(lambda: all(gone(process) for process in everybody))
     return code
 
 
-RECOMMENDED = {"thread": Mode("recommended", "gunicorn -c gunicorn.conf.py"), "uvicorn": MODES["thread"]}
 WAYS = {
     "SIGTERM": [signal.SIGTERM],
     "SIGTERM three times": [signal.SIGTERM] * 3,
@@ -361,14 +359,27 @@ def served(server: Server) -> bool:
     return False
 
 
-@pytest.mark.parametrize("offload", ["thread", "process"])
 @pytest.mark.parametrize("way", ["SIGTERM", "Ctrl-C"])
-def test_a_gunicorn_whose_model_hangs_ends_within_its_grace_time_and_so_do_its_processes(
-    offload: str, way: str
-) -> None:
-    with serving(mode="recommended", OFFLOAD=offload, HANGS="load") as server:
-        until(lambda: "hanging" in server.log())
+@pytest.mark.parametrize("offload", ["thread", "process"])
+@pytest.mark.parametrize("hangs", ["load", "call"])
+def test_so_it_does_under_gunicorn(hangs: str, offload: str, way: str) -> None:
+    with serving(mode="recommended", OFFLOAD=offload, HANGS=hangs) as server, contextlib.ExitStack() as stack:
+        until(lambda: "hanging" in server.log() if hangs != "call" else served(server))
+        if hangs == "call":
+            connection = stack.enter_context(dial(server))
+            connection.sendall(request("POST", "/", b"hang"))
+            until(lambda: "hanging" in server.log())
         ends(server, *WAYS[way])
+        if hangs == "call":
+            assert hear(connection).status == 503
+
+
+def test_gunicorns_quick_shutdown_is_no_sigkill() -> None:
+    with serving(mode="recommended") as server:
+        server.wait_until_ready()
+        server.process.send_signal(signal.SIGINT)  # to the master alone, who sends SIGQUIT on
+        server.process.wait(20)
+        assert "SIGKILL" not in server.log()
 
 
 def test_signals_again_and_again_do_not_put_the_end_off() -> None:

@@ -198,6 +198,10 @@ class Service:
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
                 chain(signum)
+            if callable(
+                signal.getsignal(signal.SIGQUIT)
+            ):  # Gunicorn's quick shutdown; a uvicorn worker ignores it
+                signal.signal(signal.SIGQUIT, lambda number, frame: signal.raise_signal(signal.SIGTERM))
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Service"]:
