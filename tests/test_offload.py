@@ -209,6 +209,16 @@ def test_what_cannot_be_sent_or_goes_to_the_terminal_costs_its_own_call() -> Non
     with_process(scenario)
 
 
+def test_the_log_tells_where_in_its_process_the_model_failed() -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        with pytest.raises(ModelFailed) as failed:
+            await offload.run(["stop"])
+        (note,) = failed.value.__notes__
+        assert "moody.py" in note and note.endswith("StopIteration\n")
+
+    with_process(scenario)
+
+
 def test_tensors_arrive_as_numbers_and_lists_where_there_is_no_torch() -> None:
     import torch
 

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +78,10 @@ class Process(Offload):
             if self.process.returncode is not None:
                 self._replace(await how_ended(self.process))
             if error is not None:
-                raise ModelFailed(error)
+                sentence, trace = error
+                failed = ModelFailed(sentence)
+                failed.add_note(trace)
+                raise failed
             return answers
         finally:
             self.busy = False
@@ -247,7 +251,7 @@ def main() -> None:
             try:
                 reply = packed((model(pickle.loads(body)), None))
             except BaseException as exc:
-                reply = packed((None, in_words(exc)))
+                reply = packed((None, (in_words(exc), traceback.format_exc())))
             sock.sendall(reply)
 
 

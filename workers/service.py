@@ -19,7 +19,7 @@ from workers import memory, tasks
 from workers.clients import Clients
 from workers.loop import ModelFailed, ModelLoop, Refused
 from workers.metrics import Metrics
-from workers.offload import CannotLoad, Inline, Offload, Thread, attempt_load, in_thread
+from workers.offload import CannotLoad, Inline, Offload, Thread, attempt_load, in_thread, in_words
 from workers.process import Process
 from workers.settings import Settings
 
@@ -117,6 +117,8 @@ class Service:
                 if len(inputs) == 1:
                     raise
                 raise type(exc)(f"input {number}: {exc}") from exc
+            except BaseException as exc:  # SystemExit would end the server, StopIteration would never leave its thread
+                raise ModelFailed(in_words(exc)) from exc
         return queries
 
     def report(self) -> None:
