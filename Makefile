@@ -28,6 +28,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 notebooks: $(VENV)/dev
 	$(BIN)/jupyter lab notebooks

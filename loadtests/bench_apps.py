@@ -1,7 +1,9 @@
-"""For bench.py and planner.py: a bare Starlette handler, and the real server with a model that costs nothing."""
+"""For bench.py and planner.py: models that cost nothing, or never return, and a bare Starlette handler."""
 
-import importlib
 import json
+import os
+import time
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -9,24 +11,56 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from workers import offload, service
+WORDS = ("thing", "one", "man", "day", "way")
 
-ANSWER = [
-    {"score": 0.19, "token": 2000 + i, "token_str": "capital", "sequence": "paris is the capital of france."}
-    for i in range(5)
-]
+
+def answer(text: str) -> list[dict[str, Any]]:
+    """What a fill-mask model would say, had it only ever read about things."""
+    return [
+        {
+            "score": 0.5 / (i + 1),
+            "token": i,
+            "token_str": word,
+            "sequence": text.lower().replace("[mask]", word),
+        }
+        for i, word in enumerate(WORDS)
+    ]
+
+
+ANSWER = answer("Paris is the [MASK] of France.")
 
 
 class Instant:
-    """Answers every query with the same five candidates, at once."""
+    """MODEL=loadtests.bench_apps:Instant answers every input with the same five candidates, at once."""
 
-    description = "a model that returns at once"
+    def __call__(self, inputs: list[Any]) -> list[Any]:
+        return [ANSWER] * len(inputs)
 
-    def __init__(self, *args: Any) -> None:
-        pass
 
-    def __call__(self, queries: list[Any]) -> list[Any]:
-        return [ANSWER] * len(queries)
+class Checked:
+    """Answers each text with five candidates, at once, after the check of the model that CHECKED_MODEL names."""
+
+    def __init__(self) -> None:
+        from workers import tasks
+        from workers.settings import Settings
+
+        model = os.environ.get("CHECKED_MODEL") or Settings().MODEL
+        self.task = tasks.make(replace(Settings.read(), MODEL=model))
+
+    def check(self, inputs: Any, parameters: dict[str, Any]) -> str:
+        self.task.check(inputs, parameters)
+        return inputs if isinstance(inputs, str) else ""
+
+    def __call__(self, inputs: list[str]) -> list[Any]:
+        return [answer(text) for text in inputs]
+
+
+class Stuck:
+    """Never returns, so that whoever comes is refused."""
+
+    def __call__(self, inputs: list[Any]) -> list[Any]:
+        time.sleep(3600)
+        return inputs
 
 
 async def echo(request: Request) -> JSONResponse:
@@ -40,18 +74,3 @@ async def is_ready(request: Request) -> JSONResponse:
 
 
 bare = Starlette(routes=[Route("/", echo, methods=["POST"]), Route("/ready", is_ready)])
-
-
-def __getattr__(name: str) -> Any:
-    """Made only when asked for, because making them replaces the model.
-
-    instant        the server with a model and an input check that cost nothing
-    checked        the server with a model that costs nothing
-    checked_wsgi   the same for Gunicorn's sync and gthread workers
-    """
-    if name not in ("instant", "checked", "checked_wsgi"):
-        raise AttributeError(name)
-    offload.Model = Instant  # type: ignore[assignment, misc]
-    if name == "instant":
-        service.InputCheck = lambda settings: lambda query: query._replace(ids=(1, 2, 3))  # type: ignore[assignment, misc]
-    return importlib.import_module("workers.wsgi" if name == "checked_wsgi" else "server").app

@@ -74,7 +74,7 @@ def test_its_check_refuses_with_its_own_sentence_and_prepares_what_it_gets(
 
     task = own(monkeypatch, __call__=echo, check=check, size=lambda self, inputs: inputs + 1)
     assert task.check(3, {"scale": 2}) == (6, 7)
-    with pytest.raises(CannotAnswer, match="^send a number of at least 0$"):
+    with pytest.raises(CannotAnswer, match=r"^send a number of at least 0$"):
         task.check(-1, {})
 
 

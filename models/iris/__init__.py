@@ -11,7 +11,7 @@ The flowers are Edgar Anderson's, measured by 1935, as R. A. Fisher published th
 import csv
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ SPECIES = ("setosa", "versicolor", "virginica")
 class Iris:
     """The species of an iris, told by the lengths and widths of its sepals and petals in cm."""
 
-    example = {"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_width": 0.2}
+    example: ClassVar = {"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_width": 0.2}
 
     def __init__(self) -> None:
         with (Path(__file__).parent / "iris.csv").open() as file:
