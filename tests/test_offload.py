@@ -291,11 +291,11 @@ def test_a_process_that_is_killed_while_idle_is_replaced_before_anyone_asks(
     async def scenario(offload: Process, metrics: Metrics) -> None:
         if asked_before:
             await offload.run(["a"])
-        await offload.loaded()
+        await offload.loaded.wait()
         kill(offload)
         await eventually(lambda: restarts(metrics) == 1)
         assert "ended with exit code -9; starting another" in caplog.text
-        await offload.loaded()
+        await offload.loaded.wait()
         ((query, _),) = await offload.run(["a"])
         assert query == "a"
 
@@ -347,9 +347,9 @@ def test_a_process_that_loads_but_dies_before_anyone_asks_is_trouble_too(plan: P
     async def scenario(offload: Process, metrics: Metrics) -> None:
         for _ in range(process.TRIES + 1):
             assert not offload.trouble
-            await offload.loaded()
+            await offload.loaded.wait()
             kill(offload)
-            await eventually(lambda: not offload.up.is_set())
+            await eventually(lambda: not offload.loaded.is_set())
         await eventually(lambda: offload.trouble)
         assert "exit code -9" in offload.trouble
 
@@ -453,7 +453,7 @@ def test_no_process_is_pinned_to_cores_that_another_one_needs(
 def test_a_process_ends_when_its_server_is_gone(amid_a_message: bool) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         model = offload.process
-        offload.up.clear()  # it is not to be replaced
+        offload.loaded.clear()  # it is not to be replaced
         if amid_a_message:
             offload.to_model.write(packed(["a"])[:-1])
         offload.to_model.close()

@@ -214,13 +214,13 @@ def test_a_copy_that_died_idle_takes_no_job_while_it_loads_again(loads: Callable
         assert isinstance(dead, process.Process) and isinstance(alive, process.Process)
         for _ in range(2):
             os.kill(dead.process.pid, signal.SIGKILL)
-            while dead.up.is_set():
+            while dead.loaded.is_set():
                 await asyncio.sleep(0.01)
             for _ in range(10):
                 assert (await client.post("/", content="a text")).json() == ["a text", alive.process.pid]
             assert (await client.get("/ready")).status_code == 200
             loads("succeed")
-            await dead.loaded()
+            await dead.loaded.wait()
             loads("wait")
             dead, alive = alive, dead
         loads("succeed")

@@ -36,7 +36,7 @@ class Dirty(Offload):
 
     def __init__(self, hang_s: float) -> None:
         self.hang_s = hang_s
-        self.up = asyncio.Event()  # set while it answers, as far as we know
+        self.loaded = asyncio.Event()
         self.asking: asyncio.Task[str] | None = None
 
     async def start(self) -> str:
@@ -45,9 +45,6 @@ class Dirty(Offload):
         except DirtyError as exc:
             raise CannotLoad("OFFLOAD=dirty needs `gunicorn -c workers/dirty.conf.py`") from exc
         return await self._ask()
-
-    async def loaded(self) -> None:
-        await self.up.wait()
 
     async def run(self, queries: list[Any]) -> list[Any]:
         try:
@@ -58,7 +55,7 @@ class Dirty(Offload):
             if isinstance(exc.__cause__, FileNotFoundError):
                 # Its arbiter was replaced by one with another address, which only a new worker learns.
                 signal.raise_signal(signal.SIGTERM)
-            self.up.clear()
+            self.loaded.clear()
             self.asking = asyncio.create_task(self._ask())
             raise ModelDied(str(exc)) from exc
 
@@ -74,5 +71,5 @@ class Dirty(Offload):
             except DirtyError:
                 await asyncio.sleep(0.2)
             else:
-                self.up.set()
+                self.loaded.set()
                 return description + ", shared"

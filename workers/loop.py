@@ -27,7 +27,7 @@ from workers.speed import Speed
 log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its own start-up lines
 
 Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
-Ready = Callable[[], Awaitable[None]]
+Ready = Callable[[], Awaitable[Any]]
 MARGIN = 1.1  # predictions are taken this much longer: an admitted job that ends late has cost model time for nothing
 
 STOPPING = "the server is stopping; try another one"

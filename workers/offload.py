@@ -17,14 +17,11 @@ class CannotLoad(RuntimeError):
 class Offload(Protocol):
     """One copy of the model, somewhere."""
 
-    trouble: str = ""  # why another one can't be loaded after several tries; empty as a rule
+    loaded: asyncio.Event  # set while `run` need not wait for the model to be loaded, or loaded again
+    trouble: str = ""  # why it could not be loaded again, after several tries; empty as a rule
 
     async def start(self) -> str:
         """Load the model; return what was loaded, in one line. Raises CannotLoad."""
-
-    async def loaded(self) -> None:
-        """Return at once, unless the copy has died: then when another one is loaded."""
-        return
 
     async def run(self, queries: list[Any]) -> list[Any]:
         """Answer the queries, one call at a time. Raises ModelFailed whatever the model raised."""
@@ -37,10 +34,11 @@ class Inline(Offload):
     """On the event loop, which is blocked meanwhile: nothing else is answered. Here to be measured against."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
-        self.load = load
+        self.load, self.loaded = load, asyncio.Event()
 
     async def start(self) -> str:
         self.model = attempt_load(self.load)
+        self.loaded.set()
         return self.model.description
 
     async def run(self, queries: list[Any]) -> list[Any]:
@@ -57,7 +55,7 @@ class Thread(Offload):
     """In a dedicated thread, so that calls can't overlap. A daemon: a hung call can't hold the interpreter at exit."""
 
     def __init__(self, load: Callable[[], Any]) -> None:
-        self.load = load
+        self.load, self.loaded = load, asyncio.Event()
         self.todo: queue.SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None] = (
             queue.SimpleQueue()
         )
@@ -65,6 +63,7 @@ class Thread(Offload):
     async def start(self) -> str:
         threading.Thread(target=self._work, name="model", daemon=True).start()
         self.model = await self._call(lambda: attempt_load(self.load))
+        self.loaded.set()
         return self.model.description
 
     async def run(self, queries: list[Any]) -> list[Any]:

@@ -45,7 +45,7 @@ class Process(Offload):
         """`load` must be picklable; `cores`: the only ones it may run on."""
         self.hello = packed((pickle.dumps(load), cores))
         self.hang_s, self.metrics, self.cores = hang_s, metrics, cores
-        self.up = asyncio.Event()  # set while there is a process with a loaded model
+        self.loaded = asyncio.Event()
         self.busy = False
         self.tries = 0  # replacements since one was last asked
         self.process: subprocess.Popen[bytes]
@@ -56,11 +56,8 @@ class Process(Offload):
     async def start(self) -> str:
         return await self._spawn()
 
-    async def loaded(self) -> None:
-        await self.up.wait()
-
     async def run(self, queries: list[Any]) -> list[Any]:
-        await self.up.wait()
+        await self.loaded.wait()
         self.tries = 0
         try:
             self.busy = True
@@ -89,7 +86,7 @@ class Process(Offload):
         raise ModelDied(f"the model process {reason}")
 
     def stop(self) -> None:
-        self.up.clear()
+        self.loaded.clear()
         if self.replacing:
             self.replacing.cancel()
         self._kill()
@@ -126,7 +123,7 @@ class Process(Offload):
         if error is not None:
             self._kill()
             raise CannotLoad(error)
-        self.up.set()
+        self.loaded.set()
         return f"{description}, process {process.pid}"
 
     def _watch(
@@ -141,7 +138,7 @@ class Process(Offload):
             loop.call_soon_threadsafe(self._ended, process, from_model)
 
     def _ended(self, process: subprocess.Popen[bytes], from_model: asyncio.StreamReader) -> None:
-        if self.busy or not self.up.is_set():  # `run` or `_spawn` reads what it has still sent, then the end
+        if self.busy or not self.loaded.is_set():  # `run` or `_spawn` reads what it has still sent, then the end
             asyncio.get_running_loop().call_later(1, from_model.feed_eof)
         elif process is self.process:
             self._replace(f"ended with exit code {process.returncode}")

@@ -87,7 +87,7 @@ class Service:
         memory.keep_what_is_there()
         self.report()
         self.started.set()
-        await asyncio.gather(*(self.loop.consume(copy.run, copy.loaded) for copy in self.copies))
+        await asyncio.gather(*(self.loop.consume(copy.run, copy.loaded.wait) for copy in self.copies))
 
     async def warm_up(self, task: tasks.Task) -> None:
         """Let every copy answer the examples once more, on its way to here. Raises CannotLoad where one can't."""
