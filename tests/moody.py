@@ -1,6 +1,6 @@
 """A model with its moods: `MODEL=tests.moody:Model`, to see what a server makes of them.
 
-HANGS       where it hangs: "load", "warm-up"
+HANGS       where it hangs: "import", "load", "warm-up"
 PLAN        a file: each load takes its next word, "fail", "die", or "wait" until the file is gone; then loads succeed
 An input    is done as it says, or answered with the input and the process that did it
 """
@@ -31,12 +31,14 @@ class Model:
     example, description = "warm-up", "moody"
 
     def __init__(self) -> None:
+        self.calls = 0
         if os.environ.get("HANGS") == "load":
             hang()
         if plan := os.environ.get("PLAN"):
             follow(Path(plan))
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
+        self.calls += 1
         return [self.answer(one) for one in inputs]
 
     def answer(self, one: Any) -> Any:
@@ -66,6 +68,8 @@ class Model:
                 return lambda: None
             case "huge":
                 return "a" * 10**8
+            case "calls":
+                return self.calls
             case "cores":
                 return sorted(os.sched_getaffinity(0))
             case "fork":
@@ -113,3 +117,7 @@ def follow(plan: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if now == "fail":
         raise OSError("no such model\nsecond line")
+
+
+if os.environ.get("HANGS") == "import":
+    hang()

@@ -117,7 +117,9 @@ class Service:
                 if len(inputs) == 1:
                     raise
                 raise type(exc)(f"input {number}: {exc}") from exc
-            except BaseException as exc:  # SystemExit would end the server, StopIteration would never leave its thread
+            except (
+                BaseException
+            ) as exc:  # SystemExit would end the server, StopIteration would never leave its thread
                 raise ModelFailed(in_words(exc)) from exc
         return queries
 
@@ -179,48 +181,48 @@ class Service:
 
         Only the main thread may: in any other this does nothing.
         """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if (previous := signal.getsignal(number)) is not signal.SIG_IGN:
+                signal.signal(number, partial(self._on_signal, previous))
+        # Gunicorn's quick shutdown, which a uvicorn worker ignores until it is killed.
+        if callable(signal.getsignal(signal.SIGQUIT)):
+            signal.signal(signal.SIGQUIT, lambda number, frame: signal.raise_signal(signal.SIGTERM))
 
-        def chain(signum: signal.Signals) -> None:
-            previous = signal.getsignal(signum)
+    def _on_signal(self, previous: Any, number: int, frame: FrameType | None) -> None:
+        again, self.alarmed = self.alarmed, True
+        if not again:
+            # The kernel's clock: ends the process even while a call holds the event loop. (One that holds the whole
+            # interpreter holds this handler, too: there only the supervisor's SIGKILL helps.)
+            signal.setitimer(signal.ITIMER_REAL, self.settings.GRACE_S)
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            # A second Ctrl-C waits for nobody, and Gunicorn's worker is gone before its lifespan ends.
+            self.event_loop.call_soon_threadsafe(
+                self.let_go if again and number == signal.SIGINT else self.stop
+            )
+        if callable(previous):
+            previous(number, frame)
 
-            def handler(number: int, frame: FrameType | None) -> None:
-                # The kernel's clock: ends the process even while a call holds the event loop. (One that holds the whole
-                # interpreter holds this handler, too: there only the supervisor's SIGKILL helps.)
-                if not self.alarmed:  # a second signal must not put it off
-                    self.alarmed = True
-                    signal.setitimer(signal.ITIMER_REAL, self.settings.GRACE_S)
-                with contextlib.suppress(RuntimeError):  # the event loop is closed
-                    self.event_loop.call_soon_threadsafe(self.stop)
-                if callable(previous):
-                    previous(number, frame)
-
-            if previous is not signal.SIG_IGN:
-                signal.signal(signum, handler)
-
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                chain(signum)
-            if callable(
-                signal.getsignal(signal.SIGQUIT)
-            ):  # Gunicorn's quick shutdown; a uvicorn worker ignores it
-                signal.signal(signal.SIGQUIT, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+    def let_go(self) -> None:
+        """End the work and every copy of the model, now."""
+        self.work.cancel()
+        for copy in self.copies:
+            copy.stop()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Service"]:
         """Run it as long as the context lasts."""
         self.stop_on_signals()
-        task = asyncio.create_task(self.run(), name="model loop")
+        self.work = asyncio.create_task(self.run(), name="model loop")
         try:
             if self.settings.WEB_CONCURRENCY > 1:
-                await (
-                    self.started.wait()
-                )  # the other workers answer meanwhile: take no request only to refuse it
+                # The other workers answer meanwhile: take no request only to refuse it.
+                await self.started.wait()
             yield self
             await self.loop.drain(max(0.0, self.settings.GRACE_S - 1))
-        finally:  # also at a second Ctrl-C, which cancels this
-            task.cancel()
-            for copy in self.copies:
-                copy.stop()
+        finally:
+            self.let_go()
         if self.exit_code:
             logging.shutdown()
             os._exit(self.exit_code)  # every client has its answer, and a lifespan can't choose the exit code
