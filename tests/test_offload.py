@@ -3,8 +3,10 @@
 import asyncio
 import os
 import pickle
+import select
 import signal
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -229,8 +231,11 @@ def test_tensors_arrive_as_numbers_and_lists_where_there_is_no_torch() -> None:
 
 @pytest.mark.parametrize(("poison", "code"), [("die", -9), ("leave", 7)])
 def test_a_process_that_dies_costs_its_own_queries_and_is_replaced_however_often(
-    poison: str, code: int, plan: Path
+    poison: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tries: list[int] = []
+    monkeypatch.setattr(process, "pause_s", lambda n: tries.append(n) or 0)
+
     async def scenario(offload: Process, metrics: Metrics) -> None:
         ((_, last),) = await offload.run(["a"])
         for number in range(process.TRIES + 1):
@@ -241,9 +246,43 @@ def test_a_process_that_dies_costs_its_own_queries_and_is_replaced_however_often
                 assert pid not in (last, os.getpid())
                 last = pid
         await offload.loaded.wait()
-        assert restarts(metrics) == process.TRIES + 1 and not offload.trouble
+        assert restarts(metrics) == process.TRIES + 1
+        assert tries == [0] * (process.TRIES + 1), "nobody is kept waiting: each of them had been asked"
 
     with_process(scenario)
+
+
+def kill_once_it_has_spoken(offload: Process) -> None:
+    """Hold the event loop until what it says lies there unread, and it is dead."""
+    select.select([offload.to_model.get_extra_info("socket")], [], [], 60)
+    kill(offload)
+    while offload.process.returncode is None:
+        time.sleep(0.01)
+
+
+def test_a_process_that_answers_and_dies_costs_nobody_an_answer() -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        call = asyncio.create_task(offload.run(["a"]))
+        await asyncio.sleep(0)
+        kill_once_it_has_spoken(offload)
+        ((query, _),) = await call
+        assert query == "a"
+        ((query, _),) = await offload.run(["b"])
+        assert query == "b"
+
+    with_process(scenario)
+
+
+def test_a_process_that_loads_and_dies_has_not_loaded() -> None:
+    async def scenario() -> None:
+        offload = in_process()
+        start = asyncio.create_task(offload.start())
+        await eventually(lambda: hasattr(offload, "process"))
+        kill_once_it_has_spoken(offload)
+        with pytest.raises(CannotLoad, match="ended with exit code -9"):
+            await start
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("frozen", [False, True])

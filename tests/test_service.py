@@ -251,7 +251,9 @@ def test_a_model_that_cannot_be_loaded_again_ends_the_server_with_the_reason(
     )
 
 
-def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(loads: Callable[[str], Any]) -> None:
+def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(
+    loads: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         await eventually(client, "/ready", 200)
         loads("fail")
@@ -259,12 +261,19 @@ def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(loads: Callab
         while not any(copy.trouble for copy in service.copies):
             assert (await client.post("/", content="a text")).status_code == 200
             await asyncio.sleep(0.01)
+        ticks: list[None] = []
+        monkeypatch.setattr(service.metrics, "sample", lambda: ticks.append(None))
+        while len(ticks) < 2:
+            await asyncio.sleep(0.01)
+        ended, service.exit_code = service.exit_code, 0
+        assert not ended
         loads("succeed")
         while any(copy.trouble for copy in service.copies):
             assert (await client.post("/", content="a text")).status_code == 200
             await asyncio.sleep(0.01)
         assert (await client.get("/health")).status_code == 200
 
+    monkeypatch.setattr("signal.raise_signal", lambda number: None)
     with_app(scenario, MODEL=MOODY, OFFLOAD="process", INSTANCES=2)
 
 
