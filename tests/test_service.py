@@ -263,7 +263,7 @@ def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(
             await asyncio.sleep(0.01)
         ticks: list[None] = []
         monkeypatch.setattr(service.metrics, "sample", lambda: ticks.append(None))
-        while len(ticks) < 2:
+        while len(ticks) < 2 and not service.exit_code:
             await asyncio.sleep(0.01)
         ended, service.exit_code = service.exit_code, 0
         assert not ended
