@@ -1,9 +1,8 @@
 """Torch's threads follow what the cores have free: one less for each core that others use."""
 
 import os
+import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,7 +44,17 @@ class Cores:
 
 @pytest.mark.parametrize(
     ("cores", "others", "expected"),
-    [(2, 0, 2), (2, 0.2, 2), (2, 0.4, 1), (2, 1, 1), (2, 2, 1), (8, 0.2, 8), (8, 1, 7), (8, 5.5, 2), (8, 8, 1)],
+    [
+        (2, 0, 2),
+        (2, 0.2, 2),
+        (2, 0.4, 1),
+        (2, 1, 1),
+        (2, 2, 1),
+        (8, 0.2, 8),
+        (8, 1, 7),
+        (8, 5.5, 2),
+        (8, 8, 1),
+    ],
 )
 def test_there_is_a_thread_for_each_core_that_others_leave_free(
     monkeypatch: pytest.MonkeyPatch, cores: int, others: float, expected: int
@@ -97,7 +106,9 @@ def test_one_thread_never_asks_what_the_cores_do(monkeypatch: pytest.MonkeyPatch
     assert machine.set_to == []
 
 
-def test_where_the_system_does_not_say_what_its_cores_do_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_system_does_not_say_what_its_cores_do_nothing_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     machine = Cores(monkeypatch, 2)
 
     def unknown() -> float:
@@ -122,38 +133,46 @@ def test_busy_is_all_but_idle_and_waiting_on_our_own_cores_only() -> None:
     assert busy_s("cpu  0 0 0 0 0 0 0 0 0 0\nintr 0\n", {0}) == 0  # a sandbox that says nothing
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc/stat is Linux")
-def test_the_event_loop_is_one_of_the_others_and_the_model_is_not() -> None:
-    """The main thread works, then another thread does: only the one that asks belongs to the model."""
+def test_what_our_own_process_uses_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "busy_s", lambda stat, cores: 70.0)
+    monkeypatch.setattr("time.process_time", lambda: 30.0)
+    assert others_s() == 40
 
-    def work(cpu_s: float) -> None:
-        until = time.thread_time() + cpu_s
-        while time.thread_time() < until:
-            pass
 
-    def used(asks: threading.Thread | None, works: bool) -> float:
-        found: list[float] = []
-        steps = threading.Semaphore(0), threading.Semaphore(0)
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/stat is Linux's")
+def test_what_a_neighbour_uses_is_counted() -> None:
+    work = "import time\nwhile time.process_time() < 0.4: pass"
+    before = others_s()
+    subprocess.run([sys.executable, "-S", "-c", work], check=True)
+    assert others_s() - before > 0.3  # further neighbours only add; the kernel counts in steps of 0.01
 
-        def model() -> None:
-            found.append(others_s())
-            if works:
-                work(0.3)
-            steps[0].release()
-            steps[1].acquire()
-            found.append(others_s())
 
-        asker = threading.Thread(target=model)
-        asker.start()
-        steps[0].acquire()
-        if not works:
-            work(0.3)
-        steps[1].release()
-        asker.join()
-        return found[1] - found[0]
+@pytest.mark.parametrize(
+    ("cpu_max", "cores"),
+    [
+        ("max 100000", 8),
+        ("200000 100000", 2),
+        ("150000 100000", 2),
+        ("20000 100000", 1),
+        ("1600000 100000", 8),
+    ],
+)
+def test_a_container_quota_is_a_number_of_cores(
+    monkeypatch: pytest.MonkeyPatch, cpu_max: str, cores: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    files = {Path("/sys/fs/cgroup/cpu.max"): cpu_max}
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: files[path])
+    assert usable_cores() == cores
 
-    # Other processes only add to both; the fastest of a few has the least of them.
-    busy_loop = min(used(None, works=False) for _ in range(5))
-    busy_model = min(used(None, works=True) for _ in range(5))
-    assert busy_loop > 0.2
-    assert busy_model < busy_loop
+
+def test_without_a_quota_or_a_binding_every_core_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("pathlib.Path.read_text", missing)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    assert usable_cores() == 2
+    monkeypatch.delattr("os.sched_getaffinity")  # as on a Mac
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    assert usable_cores() == 6

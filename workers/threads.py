@@ -8,7 +8,6 @@ second how much of the cores others use, and leave it to them. `python -m loadte
 import contextlib
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -44,15 +43,11 @@ def busy_s(stat: str, cores: Collection[int]) -> float:
 
 
 def others_s() -> float:
-    """CPU seconds that this thread's cores have spent on others since they started. Raises OSError where not on Linux.
+    """CPU seconds that our cores have spent on other processes, from a fixed but unknown zero.
 
-    Others are all but this process; its main thread too, where the model isn't in it: the event loop is.
+    Raises OSError where there is no /proc/stat: it is Linux's.
     """
-    busy = busy_s(Path("/proc/stat").read_text(), os.sched_getaffinity(0))
-    main = threading.main_thread()
-    if threading.current_thread() is not main and main.ident:
-        busy += time.clock_gettime(time.pthread_getcpuclockid(main.ident))
-    return busy - time.process_time()
+    return busy_s(Path("/proc/stat").read_text(), os.sched_getaffinity(0)) - time.process_time()
 
 
 class Threads:
