@@ -12,8 +12,8 @@ from workers import threads
 from workers.threads import WINDOW_S, Threads, busy_s, others_s, usable_cores
 
 STAT = """\
-cpu  1700 60 430 9900 44 0 50 70 30 0
-cpu0 1000 10 200 5000 40 0 30 60 20 0
+cpu  1700 60 430 9900 44 7 50 70 30 0
+cpu0 1000 10 200 5000 40 7 30 60 20 0
 cpu1 700 50 230 4900 4 0 20 10 10 0
 cpu10 9 9 9 9 9 9 9 9 9 9
 intr 8885 0 9
@@ -119,6 +119,21 @@ def test_where_the_system_does_not_say_what_its_cores_do_nothing_changes(
     assert machine.set_to == []
 
 
+def test_a_call_does_not_fail_because_no_file_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Cores(monkeypatch, 2)
+    model = machine.threads(2)
+    assert machine.pass_s(3, 1, model) == 1
+    asks = model.others_s
+
+    def no_descriptor() -> float:
+        raise OSError(24, "Too many open files")
+
+    model.others_s = no_descriptor
+    assert machine.pass_s(3, 0, model) == 1
+    model.others_s = asks
+    assert machine.pass_s(3, 0, model) == 2
+
+
 def test_the_cores_are_asked_once_a_second_however_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, asked = Cores(monkeypatch, 2), []
     model = Threads(2, others_s=lambda: asked.append(1) or 0.0, clock=lambda: machine.now)  # type: ignore[func-returns-value]
@@ -128,8 +143,8 @@ def test_the_cores_are_asked_once_a_second_however_many_calls(monkeypatch: pytes
 
 def test_busy_is_all_but_idle_and_waiting_on_our_own_cores_only() -> None:
     ticks_per_s = os.sysconf("SC_CLK_TCK")
-    assert busy_s(STAT, {0}) * ticks_per_s == 1000 + 10 + 200 + 0 + 30 + 60  # guests are in user already
-    assert busy_s(STAT, {0, 1}) * ticks_per_s == 1300 + 700 + 50 + 230 + 20 + 10
+    assert busy_s(STAT, {0}) * ticks_per_s == 1000 + 10 + 200 + 7 + 30 + 60  # guests are in user already
+    assert busy_s(STAT, {0, 1}) * ticks_per_s == 1307 + 700 + 50 + 230 + 20 + 10
     assert busy_s("cpu  0 0 0 0 0 0 0 0 0 0\nintr 0\n", {0}) == 0  # a sandbox that says nothing
 
 

@@ -66,11 +66,10 @@ class Threads:
     ) -> None:
         self.most, self.copies, self.others_s, self.clock = most, copies, others_s, clock
         self.threads = most
-        self.since = self.due = math.inf
+        self.due = math.inf
         if most > 1:
-            with contextlib.suppress(OSError):
-                self.used_s = self.others_s()
-                self.since = self.clock()
+            with contextlib.suppress(OSError, ValueError):
+                self.used_s, self.since = self.others_s(), self.clock()
                 self.due = self.since + WINDOW_S
 
     def between_calls(self) -> None:
@@ -78,9 +77,14 @@ class Threads:
         now = self.clock()
         if now < self.due:
             return
+        self.due = now + WINDOW_S
+        with contextlib.suppress(OSError):  # no file descriptor is left: no reason to fail the call
+            self._follow_others(now)
+
+    def _follow_others(self, now: float) -> None:
         used_s = self.others_s()
         free = len(os.sched_getaffinity(0)) - (used_s - self.used_s) / (now - self.since)
-        self.used_s, self.since, self.due = used_s, now, now + WINDOW_S
+        self.used_s, self.since = used_s, now
         threads = min(self.most, max(1, math.floor(free / self.copies + SHARED)))
         if threads != self.threads:
             import torch
