@@ -59,8 +59,9 @@ def beside(scene: Scene) -> Iterator[None]:
 
 def answer(pipe: Connection) -> None:
     """For every (how, batch size, seconds) from the pipe: texts per second of calling the model in a loop."""
-    from loadtests.bench import texts
     from workers.model import Model, Query
+
+    from loadtests.bench import texts
     from workers.settings import Settings
     from workers.threads import WINDOW_S, Threads
 

@@ -477,12 +477,14 @@ def test_a_process_keeps_to_the_cores_it_is_given() -> None:
     with_process(scenario, cores={core})
 
 
-def test_threads_are_counted_before_a_process_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pinned_process_takes_all_of_its_own_cores_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     copies = make_copies(Settings(OFFLOAD="process", INSTANCES=2), Metrics(), Model())  # type: ignore[arg-type]
     hellos = [pickle.loads(copy.hello[8:]) for copy in copies if isinstance(copy, Process)]
     assert [cores for _, cores in hellos] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
-    assert {pickle.loads(load).args[0].TORCH_THREADS for load, _ in hellos} == {4}
+    for load, cores in hellos:
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, its=cores: its)
+        assert pickle.loads(load).args[0].threads_per_instance == 4
 
 
 @pytest.mark.parametrize("crowded", [{"WEB_CONCURRENCY": 2}, {"TORCH_THREADS": 5}, {"INSTANCES": 9}], ids=str)

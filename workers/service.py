@@ -230,20 +230,22 @@ class Service:
 
 def make_copies(settings: Settings, metrics: Metrics, task: tasks.Task) -> list[Offload]:
     """Return the `INSTANCES` places where `OFFLOAD` says that inference runs."""
-    settings = replace(settings, TORCH_THREADS=settings.threads_per_instance)  # counted before any is pinned
     instances = range(settings.INSTANCES)
     if settings.OFFLOAD == "dirty":
         from workers.dirty import Dirty  # only there is Gunicorn needed
 
         return [Dirty(settings.HANG_S) for _ in instances]
     if settings.OFFLOAD == "process":
-        shares = core_shares(settings)
+        alone = replace(settings, INSTANCES=1)  # on cores of its own it shares them with none
         return [
-            Process(partial(tasks.load_alone, settings, i), settings.HANG_S, metrics, share)
-            for i, share in zip(instances, shares)
+            Process(
+                partial(tasks.load_alone, alone if share else settings, i), settings.HANG_S, metrics, share
+            )
+            for i, share in zip(instances, core_shares(settings))
         ]
     kind = Inline if settings.OFFLOAD == "inline" else Thread
-    return [kind(partial(tasks.load, task, settings, i)) for i in instances]
+    beside = settings.INSTANCES - 1
+    return [kind(partial(tasks.load, task, settings, i, beside=beside)) for i in instances]
 
 
 def core_shares(settings: Settings) -> list[set[int] | None]:
