@@ -49,7 +49,8 @@ def mode(request: pytest.FixtureRequest) -> str:
 @contextlib.contextmanager
 def started(mode: str, **settings: str) -> Iterator[Server]:
     """A server in which every worker is ready. Its model is the stand-in, unless said otherwise."""
-    with start(MODES[mode], {"MODEL": "tests.stand_in:FillMask", **settings}) as server:
+    usual = {"MODEL": "tests.stand_in:FillMask", "MAX_BODY_BYTES": "16384"}
+    with start(MODES[mode], usual | settings) as server:
         until(lambda: len(workers(server)) == WORKERS[mode], 60)  # ready tells of one only
         yield server
 

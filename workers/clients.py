@@ -18,6 +18,7 @@ from workers.settings import Settings
 from workers.tasks import Query
 
 Handler = asyncio.Task[Any]
+TEXT_BYTES, MEDIA_BYTES = 2**20, 2**24
 
 
 class Clients:
@@ -25,6 +26,7 @@ class Clients:
 
     def __init__(self, settings: Settings, loop: ModelLoop) -> None:
         self.settings, self.loop = settings, loop
+        self.most_bytes = settings.MAX_BODY_BYTES or TEXT_BYTES
         self.reading: dict[Handler, float] = {}  # until when
         self.waiting: dict[Handler, Receive] = {}
         self.seen: set[Handler] = set()  # those of them that waited at the last sweep already
@@ -67,10 +69,14 @@ class Clients:
         self.loop.admit(1, self.settings.DEADLINE_S)
         return bytes(body)
 
+    def expect(self, media: tuple[str, ...]) -> None:
+        """Take bodies as long as those of these media types are."""
+        self.most_bytes = self.settings.MAX_BODY_BYTES or (MEDIA_BYTES if media else TEXT_BYTES)
+
     def check_length(self, length: int) -> None:
         """Raise HTTPException 413 where a body is too long."""
-        if length > self.settings.MAX_BODY_BYTES:
-            sentence = f"the body is too large; send at most {self.settings.MAX_BODY_BYTES} bytes"
+        if length > self.most_bytes:
+            sentence = f"the body is too large; send at most {self.most_bytes} bytes"
             raise HTTPException(413, sentence)
 
     async def wait(self, request: Request, queries: Sequence[Query]) -> list[Answer]:

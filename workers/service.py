@@ -79,6 +79,7 @@ class Service:
         began = time.monotonic()
         make = partial(tasks.make, self.settings)
         self._task = task = await in_thread(lambda: attempt_load(make))
+        self.clients.expect(task.media)
         self.copies = make_copies(self.settings, self.metrics, task)
         for description in await asyncio.gather(*(copy.start() for copy in self.copies)):
             log.info("Serving %s", description)
