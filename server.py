@@ -16,12 +16,12 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 
 from workers import contract
+from workers.envelope import Envelope
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import Settings
@@ -82,9 +82,9 @@ def find_protocols() -> Iterator[tuple[Route, contract.ErrorBody]]:
 
 
 protocols = list(find_protocols())
-app = contract.Envelope(
-    Starlette(
-        routes=[
+app = Envelope(
+    Router(
+        [
             Route("/", answer, methods=["POST"]),
             Route("/health", health),
             Route("/ready", ready),
@@ -92,7 +92,6 @@ app = contract.Envelope(
             *(route for route, _ in protocols),
         ],
         lifespan=lifespan,
-        exception_handlers=contract.ERROR_HANDLERS,
     ),
     metrics,
     protocols,

@@ -1,7 +1,5 @@
-"""For bench.py and planner.py: a bare Starlette handler, and the real server with a model that costs nothing."""
+"""For bench.py and planner.py: a bare Starlette handler, and models that cost nothing, for MODEL=."""
 
-import importlib
-import json
 from typing import Any
 
 from starlette.applications import Starlette
@@ -9,7 +7,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from workers import offload, service
+from workers import tasks
+from workers.settings import Settings
 
 ANSWER = [
     {"score": 0.19, "token": 2000 + i, "token_str": "capital", "sequence": "paris is the capital of france."}
@@ -18,15 +17,22 @@ ANSWER = [
 
 
 class Instant:
-    """Answers every query with the same five candidates, at once."""
+    """MODEL=loadtests.bench_apps:Instant answers every input with the same five candidates, at once."""
 
-    description = "a model that returns at once"
+    example = "Paris is the [MASK] of France."
 
-    def __init__(self, *args: Any) -> None:
-        pass
+    def __call__(self, inputs: list[Any]) -> list[Any]:
+        return [ANSWER] * len(inputs)
 
-    def __call__(self, queries: list[Any]) -> list[Any]:
-        return [ANSWER] * len(queries)
+
+class Checked(Instant):
+    """The same behind the embedded model's own input check."""
+
+    def __init__(self) -> None:
+        self.task = tasks.make(Settings())
+
+    def check(self, inputs: Any, parameters: dict[str, Any]) -> Any:
+        return self.task.check(inputs, parameters).content
 
 
 async def echo(request: Request) -> JSONResponse:
@@ -36,22 +42,7 @@ async def echo(request: Request) -> JSONResponse:
 
 
 async def is_ready(request: Request) -> JSONResponse:
-    return JSONResponse(json.dumps({"status": "ready"}))
+    return JSONResponse({"status": "ready"})
 
 
 bare = Starlette(routes=[Route("/", echo, methods=["POST"]), Route("/ready", is_ready)])
-
-
-def __getattr__(name: str) -> Any:
-    """Made only when asked for, because making them replaces the model.
-
-    instant        the server with a model and an input check that cost nothing
-    checked        the server with a model that costs nothing
-    checked_wsgi   the same for Gunicorn's sync and gthread workers
-    """
-    if name not in ("instant", "checked", "checked_wsgi"):
-        raise AttributeError(name)
-    offload.Model = Instant  # type: ignore[assignment, misc]
-    if name == "instant":
-        service.InputCheck = lambda settings: lambda query: query._replace(ids=(1, 2, 3))  # type: ignore[assignment, misc]
-    return importlib.import_module("workers.wsgi" if name == "checked_wsgi" else "server").app

@@ -33,14 +33,12 @@ class Clients:
     async def read(self, request: Request) -> bytes:
         """Return the whole body.
 
-        Raises HTTPException 413 as soon as it is known to be too large, 408 when it stalls; Refused where the model
-        has no room, before any work goes into what is refused; ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past every handler, where
+        Raises HTTPException 413 as soon as it is known to be too large, 408 when it stalls; Refused once the server
+        stops; ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past every handler, where
         Content-Length tells; uvicorn waits for a body for ever.)
         """
         declared = request.scope["fields"].get(b"content-length", b"0")
         self.check_length(int(declared) if declared.isdigit() else 0)
-        if self.loop.closing:  # ask before reading: a body may stall beyond the grace time
-            raise Refused(STOPPING)
         handler = this_task()
         self.reading[handler] = time.monotonic() + self.settings.BODY_TIMEOUT_S
         body, more = b"", True
@@ -60,7 +58,6 @@ class Clients:
             raise HTTPException(408, "the body did not arrive in time; send it faster", CLOSE) from None
         finally:
             self.reading.pop(handler, None)
-        self.loop.admit(1, self.settings.DEADLINE_S)
         return body
 
     def check_length(self, length: int) -> None:

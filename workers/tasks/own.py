@@ -13,6 +13,7 @@
 their own where HTTP is, unless they are static methods.
 """
 
+import functools
 import importlib
 import inspect
 import sys
@@ -31,8 +32,9 @@ class Task:
         self.settings = settings
         self.own = find_class(settings.MODEL)
         self.instance: Any = None
+        self.method = functools.cache(self._method)  # to look one up takes as long as a whole request otherwise does
 
-    def asked(self, name: str) -> Any:
+    def _method(self, name: str) -> Any:
         """The class's method `name`, on an instance where it needs one; None where there is none."""
         method = inspect.getattr_static(self.own, name, None)
         if method is None or isinstance(method, staticmethod | classmethod):
@@ -43,14 +45,14 @@ class Task:
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
         content = None
-        if check := self.asked("check"):
+        if check := self.method("check"):
             try:
                 content = check(inputs, parameters)
             except ValueError as exc:
                 raise CannotAnswer(str(exc)) from exc
         else:
             unknown_parameters(parameters)
-        size = self.asked("size")
+        size = self.method("size")
         return Query(inputs if content is None else content, int(size(inputs)) if size else 1)
 
     def load(self, instance: int) -> "Own":
