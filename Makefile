@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test bench compare plan lint notebooks lessons
+.PHONY: serve test test-slow bench compare plan lint notebooks lessons
 
 serve: $(VENV)/serve
 	$(BIN)/uvicorn server:app
 
 test: $(VENV)/dev
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=auto
+
+test-slow: $(VENV)/dev
+	$(BIN)/pytest -m slow
 
 bench: $(VENV)/dev
 	$(BIN)/python -m loadtests.bench
@@ -25,6 +28,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 notebooks: $(VENV)/dev
 	$(BIN)/jupyter lab notebooks

@@ -37,7 +37,7 @@ async def answer(request: Request) -> Response:
     asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
     queries = await service.check(asked.inputs, asked.parameters, len(body))
     answers = await service.clients.wait(request, queries)
-    return contract.Answered.of(answers, asked.is_list)
+    return contract.Answered(answers, asked.is_list)
 
 
 async def health(request: Request) -> Response:

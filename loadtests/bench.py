@@ -166,11 +166,11 @@ def row(what: str, rates: Rates, measured: str, against: str) -> dict[str, str]:
 
 def overhead(rounds: int, duration_s: float) -> list[dict[str, str]]:
     """Requests per second of the server around an instant model, against a bare handler."""
-    instant, names = "loadtests.bench_apps:instant", ("batch 1", "batch 32")
+    instant, names = {"MODEL": "loadtests.bench_apps:Instant"}, ("batch 1", "batch 32")
     with (
         serving("bare", 32, "loadtests.bench_apps:bare") as bare,
-        serving("batch 1", 32, instant, BATCH_SIZE="1") as batch_1,
-        serving("batch 32", 32, instant, BATCH_SIZE="32") as batch_32,
+        serving("batch 1", 32, BATCH_SIZE="1", **instant) as batch_1,
+        serving("batch 32", 32, BATCH_SIZE="32", **instant) as batch_32,
     ):
         measures = {"bare Starlette": bare, "batch 1": batch_1, "batch 32": batch_32}
         rates = side_by_side(measures, rounds, duration_s)

@@ -1,5 +1,9 @@
-"""For bench.py and planner.py: a bare Starlette handler, and models that cost nothing, for MODEL=."""
+"""For bench.py and planner.py: models that cost nothing, or never return, and a bare Starlette handler."""
 
+import json
+import os
+import time
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -7,32 +11,56 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from workers import tasks
-from workers.settings import Settings
+WORDS = ("thing", "one", "man", "day", "way")
 
-ANSWER = [
-    {"score": 0.19, "token": 2000 + i, "token_str": "capital", "sequence": "paris is the capital of france."}
-    for i in range(5)
-]
+
+def answer(text: str) -> list[dict[str, Any]]:
+    """What a fill-mask model would say, had it only ever read about things."""
+    return [
+        {
+            "score": 0.5 / (i + 1),
+            "token": i,
+            "token_str": word,
+            "sequence": text.lower().replace("[mask]", word),
+        }
+        for i, word in enumerate(WORDS)
+    ]
+
+
+ANSWER = answer("Paris is the [MASK] of France.")
 
 
 class Instant:
     """MODEL=loadtests.bench_apps:Instant answers every input with the same five candidates, at once."""
 
-    example = "Paris is the [MASK] of France."
-
     def __call__(self, inputs: list[Any]) -> list[Any]:
         return [ANSWER] * len(inputs)
 
 
-class Checked(Instant):
-    """The same behind the embedded model's own input check."""
+class Checked:
+    """Answers each text with five candidates, at once, after the check of the model that CHECKED_MODEL names."""
 
     def __init__(self) -> None:
-        self.task = tasks.make(Settings())
+        from workers import tasks
+        from workers.settings import Settings
 
-    def check(self, inputs: Any, parameters: dict[str, Any]) -> Any:
-        return self.task.check(inputs, parameters).content
+        model = os.environ.get("CHECKED_MODEL") or Settings().MODEL
+        self.task = tasks.make(replace(Settings.read(), MODEL=model))
+
+    def check(self, inputs: Any, parameters: dict[str, Any]) -> str:
+        self.task.check(inputs, parameters)
+        return inputs if isinstance(inputs, str) else ""
+
+    def __call__(self, inputs: list[str]) -> list[Any]:
+        return [answer(text) for text in inputs]
+
+
+class Stuck:
+    """Never returns, so that whoever comes is refused."""
+
+    def __call__(self, inputs: list[Any]) -> list[Any]:
+        time.sleep(3600)
+        return inputs
 
 
 async def echo(request: Request) -> JSONResponse:
@@ -42,7 +70,7 @@ async def echo(request: Request) -> JSONResponse:
 
 
 async def is_ready(request: Request) -> JSONResponse:
-    return JSONResponse({"status": "ready"})
+    return JSONResponse(json.dumps({"status": "ready"}))
 
 
 bare = Starlette(routes=[Route("/", echo, methods=["POST"]), Route("/ready", is_ready)])

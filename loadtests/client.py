@@ -15,6 +15,7 @@ from locust import User
 
 from loadtests import texts
 from loadtests.rows import Row
+from workers.settings import Settings
 
 IDLE_S = 1.0  # servers close idle connections (Gunicorn after 2 s): a younger one is safe to use again
 SERVER_TIMING = re.compile(r'queue;dur=([\d.]+), model;dur=([\d.]+), batch;desc="size (\d+)')
@@ -78,7 +79,7 @@ class Asker(User):
         self.began = environment.began = getattr(environment, "began", None) or time.perf_counter()
         environment.numbers = getattr(environment, "numbers", -1) + 1  # users differ, runs do not
         self.rng = random.Random(f"{self.options.seed} {type(self).__name__} {environment.numbers}")
-        self.texts = texts.stream(self.options.texts, self.rng)
+        self.texts = texts.stream(self.options.texts, self.rng, Settings.read())
         self.http = Http(self.host)
 
     def now_s(self) -> float:
@@ -86,18 +87,18 @@ class Asker(User):
         return time.perf_counter() - self.began
 
     def ask(self, due_s: float | None = None, *, leave_after_s: float | None = None, attempt: int = 0) -> Row:
-        """Ask for one text's mask. The client hangs up after `leave_after_s`, where given."""
-        text = next(self.texts)
-        headers = {"Content-Type": "text/plain"}
+        """Ask one question. The client hangs up after `leave_after_s`, where given."""
+        question = next(self.texts)
+        headers = {"Content-Type": question.media_type}
         if self.options.tell_limit:
             headers["Prefer"] = f"wait={max(1, round(self.options.limit_s))}"
         return self._send(
             "model",
             "POST",
             "/",
-            text.text.encode(),
+            question.body,
             headers,
-            text.is_answered_by,
+            question.is_answered_by,
             due_s,
             leave_after_s,
             attempt,

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from loadtests import drive, machine, planner, report
+from loadtests import drive, machine, planner, report, texts
 from loadtests.modes import MODES, Mode, Server, start
 from workers.settings import Settings
 
@@ -86,14 +86,17 @@ class Comparison:
         began = time.monotonic()
         with start(mode, env, cpus=self.server_cpus, wait=False) as server:
             server.wait_until_ready(60)
-            ask_until_answered(server.url)
+            ask_until_answered(
+                server.url, next(texts.stream("short", random.Random(0), self.foresight.settings))
+            )
             note("start", first_answer_s=time.monotonic() - began)
             server.wait_until_idle()
             self.load(server, "closed", users=16, duration_s=WARM_UP_S * self.scale)
             capacity = self.capacity(server, note, repeat)
             setting = self.foresight.setting(mode) if mode.name in PREDICTED else None
             if setting:
-                note("cost law", **vars(setting.cost), overhead_s=setting.overhead_s)
+                cost = setting.cost
+                note("cost law", a_s=cost.a_s, b_s=cost.b_s, spread=cost.spread, **setting.overhead._asdict())
                 note("capacity", predicted_per_s=setting.capacity_per_s)
             for scenario in self.scenarios:
                 per_s = capacity if scenario.of == "own" else self.common_per_s
@@ -176,14 +179,14 @@ def counts(df: pd.DataFrame) -> dict[str, float]:
     return {f"n_{outcome}": float(found.get(outcome, 0)) for outcome in drive.OUTCOMES if outcome != "left"}
 
 
-def ask_until_answered(url: str, timeout_s: float = 30.0) -> None:
+def ask_until_answered(url: str, question: Any, timeout_s: float = 30.0) -> None:
     """One request for the model; again while it is refused: /ready may be another worker's."""
     until = time.monotonic() + timeout_s
     while True:
         try:
-            with urllib.request.urlopen(
-                url, data=b"Paris is the [MASK] of France.", timeout=timeout_s
-            ) as reply:
+            headers = {"Content-Type": question.media_type}
+            request = urllib.request.Request(url, question.body, headers)
+            with urllib.request.urlopen(request, timeout=timeout_s) as reply:
                 reply.read()
                 return
         except OSError:
@@ -223,7 +226,7 @@ class Foresight:
 
     measure: Callable[..., pd.DataFrame]  # see planner.measuring_on
     settings: Settings
-    overheads_s: dict[str, float]
+    overheads: dict[str, planner.Overhead]
     budget_s: float
 
     def setting(self, mode: Mode) -> planner.Setting:
@@ -232,7 +235,7 @@ class Foresight:
         batch_size = PREDICTED[mode.name]
         sizes = [size for size in planner.SIZES if size <= batch_size]
         df = self.measure(settings, kinds=["short"], sizes=sizes, budget_s=self.budget_s)
-        return planner.Setting(planner.fit(df), self.overheads_s[mode.name], batch_size)
+        return planner.Setting(planner.fit(df), self.overheads[mode.name], batch_size)
 
 
 def predict(setting: planner.Setting, df: pd.DataFrame) -> dict[str, float]:
@@ -243,7 +246,7 @@ def predict(setting: planner.Setting, df: pd.DataFrame) -> dict[str, float]:
         deadline_s=LIMIT_S,
         duration_s=df.attrs["duration_s"],
         arrivals_s=df["due_s"],
-        overhead_s=setting.overhead_s,
+        **setting.overhead._asdict(),
     )
     found = drive.summary(simulated, LIMIT_S)
     return {f"predicted_{name}": float(found[name]) for name in ("goodput_per_s", "p50_ms", "p99_ms")}
@@ -318,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     settings = replace(Settings.read(), DEVICE=options.device, TORCH_THREADS=0 if len(server_cpus) > 1 else 1)
     about = machine.describe() | {
-        "model": Path(settings.MODEL).name,
+        "model": settings.model_name,
         "device": options.device,
         "pinning": pinning,
         "limit_s": LIMIT_S,
@@ -328,15 +331,15 @@ def main(argv: list[str] | None = None) -> int:
         "failed": [],
     }
     budget_s = 1.0 if options.quick else 4.0
-    overheads_s = {
-        name: planner.OVERHEAD_S
+    overheads = {
+        name: planner.Overhead()
         if options.quick
         else planner.measure_overhead(server_cpus, budget_s, MODES[name])
         for name in PREDICTED
         if name in options.modes or name == "thread"
     }
     with planner.measuring_on(server_cpus) as measure, drive.generator(client_cpus) as locust:
-        foresight = Foresight(measure, settings, overheads_s, budget_s)
+        foresight = Foresight(measure, settings, overheads, budget_s)
         common_per_s = foresight.setting(MODES["thread"]).capacity_per_s
         about |= {"common_per_s": round(common_per_s, 1)}
         comparison = Comparison(

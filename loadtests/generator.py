@@ -15,12 +15,14 @@ from typing import Any
 
 from locust.env import Environment
 
-from loadtests import locustfile
+from loadtests import locustfile, texts
 from loadtests.rows import Row
+from workers.settings import Settings
 
 
 def main() -> None:
     """Run jobs until standard input ends."""
+    texts.example_of(Settings.read())  # not on a job's time
     for line in sys.stdin:
         job = json.loads(line)
         if (child := os.fork()) == 0:

@@ -64,12 +64,10 @@ MODES = {
 }
 
 
-def without_model(mode: Mode) -> Mode:
-    """The same mode with a model that returns at once."""
-    is_wsgi = any(worker in mode.command for worker in ("sync.conf", "gthread.conf"))
-    app = "loadtests.bench_apps:checked" + "_wsgi" * is_wsgi
-    command = mode.command.replace("server:app", app)
-    return replace(mode, command=command if app in command else f"{command} {app}")
+def with_model(mode: Mode, name: str) -> Mode:
+    """The same mode with one of the models of bench_apps.py."""
+    checked = os.environ.get("MODEL", "")
+    return replace(mode, env={**mode.env, "MODEL": f"loadtests.bench_apps:{name}", "CHECKED_MODEL": checked})
 
 
 @dataclass

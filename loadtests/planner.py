@@ -15,17 +15,17 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from loadtests import drive, texts
-from loadtests.modes import MODES, Mode, start, without_model
+from loadtests.modes import MODES, Mode, Server, start, with_model
 from loadtests.rows import Row
 from workers import tasks
 from workers.loop import Answer, Late, ModelLoop, Refused
@@ -37,15 +37,30 @@ OVERHEAD_S = 0.0007  # HTTP, checks and JSON of one request, where not measured
 
 @dataclass(frozen=True)
 class CostLaw:
-    """seconds = a_s + b_s * n for a call with n texts; `spread`: the coefficient of variation of single calls."""
+    """seconds = a_s + b_s * n for a call with n texts, on average.
+
+    `ratios`: what calls really took, as multiples of that, by how many texts they had; empty: all took just that.
+    """
 
     a_s: float
     b_s: float
-    spread: float = 0.0
+    ratios: Mapping[int, Sequence[float]] = field(default_factory=dict, hash=False)
 
     def seconds(self, n: int) -> float:
         """What a call with n texts takes on average."""
         return self.a_s + self.b_s * n
+
+    @property
+    def spread(self) -> float:
+        """The coefficient of variation of the smallest calls."""
+        return float(np.std(self.ratios[min(self.ratios)])) if self.ratios else 0.0
+
+    def draw_s(self, n: int, rng: random.Random) -> float:
+        """What one call with n texts takes: as some call of about that size did."""
+        if not self.ratios:
+            return self.seconds(n)
+        alike = min(self.ratios, key=lambda size: abs(math.log(size / n)))
+        return self.seconds(n) * rng.choice(self.ratios[alike])
 
     @property
     def most_gained(self) -> float:
@@ -70,7 +85,7 @@ def measure(
     """
     model, check = load_model(settings)
     rng = random.Random(seed)
-    streams = {kind: texts.stream(kind, rng) for kind in kinds}
+    streams = {kind: texts.stream(kind, rng, settings) for kind in kinds}
     rows: list[tuple[int, str, int, float]] = []
     sizes = list(sizes)
     cases = list(itertools.product(sizes, streams))
@@ -80,7 +95,8 @@ def measure(
             break
         for _ in range(max(sizes) // n):
             # Checked, as the server's are.
-            queries = [check(next(streams[kind]).text, {}) for _ in range(n)]
+            questions = [next(streams[kind]) for _ in range(n)]
+            queries = [check(question.inputs, question.parameters) for question in questions]
             contents, size = [query.content for query in queries], sum(query.size for query in queries)
             began = time.perf_counter()
             model(contents)
@@ -123,19 +139,19 @@ def fit(df: pd.DataFrame) -> CostLaw:
 
     Means, because it is their sum that decides on the throughput; relative, because 1 ms matters more at 1 text than at 32.
     """
-    mean = df.groupby("texts")["seconds"].mean()
+    by_size = df.groupby("texts")["seconds"]
+    mean = by_size.mean()
     n, seconds = mean.index.to_numpy(float), mean.to_numpy()
-    smallest = df[df["texts"] == n[0]]["seconds"]
-    spread = float(smallest.std() / smallest.mean()) if len(smallest) > 1 else 0.0
+    ratios = {int(size): (group / group.mean()).tolist() for size, group in by_size}
     if len(n) == 1:
-        return CostLaw(0.0, seconds[0] / n[0], spread)
+        return CostLaw(0.0, seconds[0] / n[0], ratios)
     matrix = np.stack([np.ones_like(n), n], axis=1) / seconds[:, None]
     (a, b), *_ = np.linalg.lstsq(matrix, np.ones_like(n), rcond=None)
     if a < 0:
         a, b = 0.0, float(np.median(seconds / n))
     elif b < 0:
         a, b = float(np.median(seconds)), 0.0
-    return CostLaw(float(a), float(b), spread)
+    return CostLaw(float(a), float(b), ratios)
 
 
 def predict_capacity(
@@ -189,18 +205,40 @@ def simulate(
     arrivals_s: Iterable[float] | None = None,
     seed: int = 0,
     overhead_s: float = OVERHEAD_S,
+    waking_s: float = 0.0,
+    refusal_s: float = 0.0,
 ) -> pd.DataFrame:
     """Run the real ModelLoop on a virtual clock; same columns as `drive.run`.
 
-    Requests come by a Poisson process of `rate_per_s` for `duration_s`, or at `arrivals_s` where given.
+    Requests come by a Poisson process of `rate_per_s` for `duration_s`, or at `arrivals_s` where given. The model's core
+    does the rest of the work, too: see Overhead. It does that at the model's next call.
     """
     rng = random.Random(seed)
     arrivals_s = poisson(rng, rate_per_s, duration_s) if arrivals_s is None else arrivals_s
+    owed_s = 0.0
 
     async def model(queries: list[Any]) -> list[Any]:
-        seconds = (cost.seconds(len(queries)) + overhead_s * len(queries)) * noise(rng, cost.spread)
+        nonlocal owed_s
+        seconds, owed_s = cost.draw_s(len(queries), rng) + owed_s, 0.0
         await asyncio.sleep(seconds)
         return queries
+
+    async def arrive(loop: ModelLoop, due_s: float, rows: list[Row]) -> None:
+        """One request: submit it and note what came of it."""
+        nonlocal owed_s
+        nan, answer, retry_after_s = math.nan, None, math.nan
+        began = loop.now()
+        owed_s += overhead_s if loop.live else overhead_s + waking_s
+        try:
+            answer, outcome = await loop.submit(None), "200"
+        except Refused as exc:
+            outcome, retry_after_s = "503", float(exc.retry_after_s)
+            owed_s += refusal_s - overhead_s
+        except Late:
+            outcome = "504"
+        latency_ms = (loop.now() - began) * 1000
+        times = in_ms(answer) if answer else (nan, nan, nan)
+        rows.append(Row(due_s, due_s, latency_ms, outcome, "model", *times, retry_after_s, 0))
 
     async def traffic() -> list[Row]:
         loop = ModelLoop(
@@ -239,22 +277,6 @@ def poisson(rng: random.Random, rate_per_s: float, duration_s: float) -> Iterato
         due_s += rng.expovariate(rate_per_s)
 
 
-async def arrive(loop: ModelLoop, due_s: float, rows: list[Row]) -> None:
-    """One request: submit it and note what came of it."""
-    nan, answer, retry_after_s = math.nan, None, math.nan
-    clock = asyncio.get_running_loop()
-    began = clock.time()
-    try:
-        answer, outcome = await loop.submit(None), "200"
-    except Refused as exc:
-        outcome, retry_after_s = "503", float(exc.retry_after_s)
-    except Late:
-        outcome = "504"
-    latency_ms = (clock.time() - began) * 1000
-    times = in_ms(answer) if answer else (nan, nan, nan)
-    rows.append(Row(due_s, due_s, latency_ms, outcome, "model", *times, retry_after_s, 0))
-
-
 def ignore(*args: Any, **kwargs: Any) -> None:
     """Count nothing."""
 
@@ -264,31 +286,39 @@ def in_ms(answer: Answer) -> tuple[float, float, float]:
     return answer.queue_s * 1000, answer.model_s * 1000, answer.batch_size
 
 
-def noise(rng: random.Random, spread: float) -> float:
-    """A factor of mean 1 and this coefficient of variation (log-normal): model calls are never quite alike."""
-    variance = math.log(1 + spread**2)
-    return rng.lognormvariate(-variance / 2, math.sqrt(variance)) if spread else 1.0
-
-
 # --- planning ---------------------------------------------------------------------------------------------------------
 
 
-def measure_overhead(
-    cpus: set[int] | None = None,
-    duration_s: float = 2.0,
-    mode: Mode = MODES["thread"],
-    rate_per_s: float = 300.0,
-) -> float:
-    """Processor seconds that one request costs besides the model: the real server with a model that returns at once.
+class Overhead(NamedTuple):
+    """Processor seconds that a request costs besides the model.
 
-    In an open loop: beside a busy model, too, a request wakes the event loop for itself alone. In a closed loop many
-    share one waking, and each seems to cost a third.
+    `waking_s` more where it comes to a server that does nothing: else many share one waking of the event loop.
     """
-    with start(without_model(mode), cpus=cpus) as server, drive.generator() as locust:
-        locust.run(server.url, "open", rate_per_s=rate_per_s, duration_s=0.5)
+
+    overhead_s: float = OVERHEAD_S
+    waking_s: float = 0.0
+    refusal_s: float = 0.0  # of a 503, in all
+
+
+def measure_overhead(
+    cpus: set[int] | None = None, duration_s: float = 2.0, mode: Mode = MODES["thread"]
+) -> Overhead:
+    """What a request costs besides the model: the real server with a model that returns at once, or never."""
+
+    def cost_s(server: Server, outcome: str, **load: Any) -> float:
+        locust.run(server.url, duration_s=0.5, **load)
         before_s = server.cpu_s()
-        answers = len(locust.run(server.url, "open", rate_per_s=rate_per_s, duration_s=duration_s))
-        return (server.cpu_s() - before_s) / answers
+        df = locust.run(server.url, duration_s=duration_s, **load)
+        return (server.cpu_s() - before_s) / max(1, (df["outcome"] == outcome).sum())
+
+    with drive.generator() as locust:
+        with start(with_model(mode, "Checked"), cpus=cpus) as server:
+            alone_s = cost_s(server, "200", scenario="open", rate_per_s=300)
+            among_many_s = cost_s(server, "200", scenario="closed", users=drive.CAPACITY_USERS)
+        stuck = {"MAX_QUEUE": "1", "BATCH_SIZE": "1", "DEADLINE_S": "1000"}
+        with start(with_model(mode, "Stuck"), stuck, cpus=cpus) as server:
+            refusal_s = cost_s(server, "503", scenario="open", rate_per_s=1000, timeout_s=0.5)
+    return Overhead(among_many_s, max(0.0, alone_s - among_many_s), refusal_s)
 
 
 @dataclass(frozen=True)
@@ -296,7 +326,7 @@ class Setting:
     """What the planner chooses among; `cost` is the law of one of its `instances`."""
 
     cost: CostLaw
-    overhead_s: float
+    overhead: Overhead
     batch_size: int = 1
     window_ms: float = 0.0
     instances: int = 1
@@ -308,7 +338,9 @@ class Setting:
 
     @property
     def capacity_per_s(self) -> float:
-        return predict_capacity(self.cost, self.batch_size, self.instances, overhead_s=self.overhead_s)
+        return predict_capacity(
+            self.cost, self.batch_size, self.instances, overhead_s=self.overhead.overhead_s
+        )
 
     def summary(self, rate_per_s: float, limit_s: float, duration_s: float = 30.0) -> dict[str, Any]:
         """What `drive.summary` would say of this setting at this rate."""
@@ -321,7 +353,7 @@ class Setting:
             instances=self.instances,
             rate_per_s=rate_per_s,
             duration_s=duration_s,
-            overhead_s=self.overhead_s,
+            **self.overhead._asdict(),
         )
         return drive.summary(df, limit_s)
 
@@ -395,10 +427,10 @@ def table(choices: list[Setting], limit_s: float, duration_s: float) -> str:
     return markdown(rows)
 
 
-def choices_for(laws: dict[int, CostLaw], overhead_s: float) -> list[Setting]:
+def choices_for(laws: dict[int, CostLaw], overhead: Overhead) -> list[Setting]:
     """All that is considered, the simplest first: one instance, no window, small batches."""
     return [
-        Setting(law, overhead_s, batch_size, window_ms, instances)
+        Setting(law, overhead, batch_size, window_ms, instances)
         for instances, law in sorted(laws.items())
         for window_ms in (0.0, 5.0)
         for batch_size in (SIZES if not window_ms else SIZES[2:])
@@ -424,7 +456,8 @@ def main() -> None:
     print(f"Measuring {os.path.basename(settings.MODEL)} on {len(cores)} cores ...", flush=True)
     with measuring_on(None) as measure_there:
         measured = measure_there(settings, budget_s=budget_s)
-    overhead_s = OVERHEAD_S if options.quick else measure_overhead()
+    overhead = Overhead() if options.quick else measure_overhead()
+    overhead_s = overhead.overhead_s
     medians = (
         measured.assign(ms=measured["seconds"] * 1e3).groupby(["kind", "texts"])["ms"].median().unstack()
     )
@@ -449,7 +482,7 @@ def main() -> None:
         single = replace(settings, TORCH_THREADS=1)
         laws[len(cores)] = fit(measure_together(cores, single, kinds=[options.kind], budget_s=budget_s / 2))
 
-    choices = choices_for(laws, overhead_s)
+    choices = choices_for(laws, overhead)
     shown = [c for c in choices if c.batch_size in (1, 8, 32) and (not c.window_ms or c.batch_size == 32)]
     print("\nPredicted by the real loop on a virtual clock:\n")
     print(table(shown, options.limit_s, duration_s))

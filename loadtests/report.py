@@ -22,7 +22,7 @@ from loadtests.planner import markdown
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s")
 LINES = ("-", "--")
-PREDICTED_SCENARIOS = ("own 50 %", "own 80 %", "own 2 x")
+PREDICTED_SCENARIOS = ("own 50 %", "own 80 %", "own 2 x", "own 10 x")
 TABLE = {  # column: (scenario, metric, digits)
     "capacity /s": ("capacity", "per_s", 0),
     "p50 ms at 80 %": ("own 80 %", "p50_ms", 0),

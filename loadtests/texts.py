@@ -1,4 +1,4 @@
-"""What is asked, and whether an answer belongs to the question: each sentence can be told from its answer's sequence."""
+"""What is asked, and whether an answer belongs to the question: a fill-mask answer shows which sentence it is for."""
 
 import json
 import math
@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from workers import tasks
+from workers.settings import Settings
 
 CORPUS = Path(__file__).resolve().parent.parent / "models" / "minilm-mlm" / "cloze60.tsv"
 MASK = "[MASK]"
@@ -21,12 +25,46 @@ def letters(text: str) -> str:
 
 
 @dataclass(frozen=True)
+class Question:
+    """One request to a task that is not fill-mask: inputs and parameters as JSON."""
+
+    inputs: Any
+    parameters: dict[str, Any]
+    media_type = "application/json"
+
+    @property
+    def body(self) -> bytes:
+        return json.dumps({"inputs": self.inputs, "parameters": self.parameters}).encode()
+
+    def is_answered_by(self, body: bytes) -> bool:
+        """Whether `body` is JSON and no error: more can't be known of any task."""
+        try:
+            answer = json.loads(body)
+        except ValueError:
+            return False
+        return not (isinstance(answer, dict) and "error" in answer)
+
+
+@dataclass(frozen=True)
 class Text:
     """A sentence with one mask; `before` and `after` are the letters around it."""
 
     text: str
     before: str
     after: str
+    media_type = "text/plain"
+
+    @property
+    def inputs(self) -> str:
+        return self.text
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def body(self) -> bytes:
+        return self.text.encode()
 
     def is_answered_by(self, body: bytes) -> bool:
         """Whether `body` is five candidates for this very text, best first, with probabilities."""
@@ -67,10 +105,28 @@ def corpus(kind: str) -> tuple[Text, ...]:
     )
 
 
-def stream(kind: str, rng: random.Random) -> Iterator[Text]:
-    """Texts of a kind without end; `mixed` is a long one among ten."""
+def stream(kind: str, rng: random.Random, settings: Settings | None = None) -> Iterator[Text | Question]:
+    """Questions of a kind without end, for the task of `settings`; `mixed` is a long one among ten.
+
+    A task that takes one text gets the same sentences without their masks; any other its own example again and again.
+    """
     if kind not in KINDS:
         raise ValueError(f"texts={kind} is not allowed: it must be one of {', '.join(KINDS)}")
+    example = example_of(settings) if settings else None
     while True:
         is_long = kind == "long" or (kind == "mixed" and rng.random() < MIXED_LONG_SHARE)
-        yield rng.choice(corpus("long" if is_long else "short"))
+        text = rng.choice(corpus("long" if is_long else "short"))
+        if example is None:
+            yield text
+        else:
+            inputs = example["inputs"]
+            inputs = text.text.replace(MASK, "it") if isinstance(inputs, str) else inputs
+            yield Question(inputs, example.get("parameters", {}))
+
+
+@cache
+def example_of(settings: Settings) -> dict[str, Any] | None:
+    """A body that the task takes; None for fill-mask, whose answers tell more. May take seconds, once."""
+    if settings.TASK == "fill-mask" and not settings.is_own_class:
+        return None
+    return tasks.make(settings).describe().example

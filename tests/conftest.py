@@ -12,6 +12,13 @@ from loadtests.modes import ROOT
 MODEL = ROOT / "models" / "minilm-mlm"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares a server stays in one process: the tests of a file, or of a deployment mode in it."""
+    for item in items:
+        mode = getattr(item, "callspec", None) and item.callspec.params.get("mode")  # type: ignore[attr-defined]
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {mode or ''}"))
+
+
 @pytest.fixture(scope="session")
 def crowd() -> Iterator[Crowd]:
     with Crowd() as crowd:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tests.stand_in import answer
+from loadtests.bench_apps import answer
 
 
 async def text_of(request: Request) -> str:

@@ -7,22 +7,10 @@ word, during which it computes nothing: so many of its servers run side by side.
 import time
 from typing import Any
 
+from loadtests.bench_apps import answer
+
 MASK, POISON = "[MASK]", "[POISON]"
-WORDS = ("thing", "one", "man", "day", "way")
 WORD_S = 0.0003
-
-
-def answer(text: str) -> list[dict[str, Any]]:
-    """What a fill-mask model would say, had it only ever read about things."""
-    return [
-        {
-            "score": 0.5 / (i + 1),
-            "token": i,
-            "token_str": word,
-            "sequence": text.lower().replace("[mask]", word),
-        }
-        for i, word in enumerate(WORDS)
-    ]
 
 
 class FillMask:

@@ -579,7 +579,7 @@ WRONG_SETTINGS = {
         "MODEL": "/nowhere/at-all"
     },
     "cannot load MODEL=nobody/no-such-model: OSError: ": {"MODEL": "nobody/no-such-model"},
-    "MAX_QUEUE='0' is not allowed: it must be a whole number of at least 1": {"MAX_QUEUE": "0"},
+    "MAX_QUEUE='0' is not allowed: it must be a whole number from 1 to 1000000000": {"MAX_QUEUE": "0"},
 }
 
 

@@ -55,6 +55,13 @@ def test_every_right_answer_counts_and_carries_what_the_server_said(locust: driv
     assert drive.summary(df, limit_s=30)["good_share"] == 1
 
 
+def test_another_model_is_asked_its_own_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL", "models.iris:Iris")
+    with start(MODES["batch"]) as server:
+        df = drive.run(server.url, "closed", users=4, duration_s=0.5)
+    assert set(df["outcome"]) == {"200"} and len(df) > 4
+
+
 def test_an_answer_to_anothers_question_is_wrong(locust: drive.Generator) -> None:
     with fake("swaps") as url:
         df = locust.run(url, "closed", users=2, duration_s=0.5)
@@ -191,6 +198,7 @@ def test_no_answer_fits_another_text(kind: str) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_quick_comparison_of_three_modes_leaves_table_and_pictures(tmp_path: Any) -> None:
     options = ["--quick", "--modes", "thread", "batch", "uvicorn-2", "--out", str(tmp_path)]
     assert compare.main(options) == 0
@@ -213,7 +221,7 @@ def test_quick_comparison_of_three_modes_leaves_table_and_pictures(tmp_path: Any
 
 
 def test_a_visit_that_fails_is_named_and_leaves_nothing_half(tmp_path: Any, monkeypatch: Any) -> None:
-    setting = planner.Setting(planner.CostLaw(0.0, 0.01), overhead_s=0.001)
+    setting = planner.Setting(planner.CostLaw(0.0, 0.01), overhead=planner.Overhead(0.001))
     monkeypatch.setattr(compare.Foresight, "setting", lambda *_: setting)
     monkeypatch.setattr(
         compare.Comparison, "visit", lambda *_: (_ for _ in ()).throw(RuntimeError("it broke"))

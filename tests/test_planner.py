@@ -6,7 +6,7 @@ import pytest
 
 from loadtests import drive, planner
 from loadtests.modes import MODES
-from loadtests.planner import CostLaw, Setting
+from loadtests.planner import CostLaw, Overhead, Setting
 from workers import tasks
 from workers.settings import Settings
 
@@ -76,13 +76,28 @@ def test_in_overload_goodput_is_the_predicted_capacity(batch_size: int, instance
     assert set(df["outcome"]) <= {"200", "503", "504"}
 
 
+def test_who_comes_to_an_idle_server_wakes_it_and_a_refusal_has_its_price() -> None:
+    law, still = CostLaw(0.0, 0.01), {"overhead_s": 0.0, "deadline_s": 1.0, "duration_s": 10.0}
+    quiet = planner.simulate(law, arrivals_s=[1.0, 2.0, 2.001], waking_s=0.005, **still)
+    assert quiet["latency_ms"].tolist() == pytest.approx([15, 15, 24])
+    free, dear = (
+        drive.summary(planner.simulate(law, rate_per_s=1000, refusal_s=price_s, **still), 1.0)[
+            "goodput_per_s"
+        ]
+        for price_s in (0.0, 0.0003)
+    )
+    # The core's seconds: 0.01 for each of x answers, 0.0003 for each of the 1000 - x refusals.
+    assert free == pytest.approx(100, rel=0.03) and dear == pytest.approx((1 - 0.3) / 0.0097, rel=0.05)
+
+
 def test_the_same_seed_gives_the_same_traffic() -> None:
     once, again = (planner.simulate(LAW, rate_per_s=100, duration_s=5, seed=7) for _ in range(2))
     pd.testing.assert_frame_equal(once, again)
 
 
 def test_a_request_of_gthread_costs_something_besides_the_model() -> None:
-    assert 0 < planner.measure_overhead(duration_s=0.5, mode=MODES["gthread-1x8"]) < 0.1
+    found = planner.measure_overhead(duration_s=0.5, mode=MODES["gthread-1x8"])
+    assert 0 < found.overhead_s < 0.1 and found.waking_s >= 0 and 0 < found.refusal_s < 0.1
 
 
 def test_requests_come_when_they_are_said_to() -> None:
@@ -105,7 +120,7 @@ def test_says_whether_batching_pays() -> None:
 
 
 def test_recommends_the_first_setting_that_keeps_the_latency() -> None:
-    choices = [Setting(LAW, 0.0, batch_size) for batch_size in (1, 4, 32)]
+    choices = [Setting(LAW, Overhead(0.0), batch_size) for batch_size in (1, 4, 32)]
     assert planner.recommend(choices, 100, 100, 2.0) is choices[0]
     assert planner.recommend(choices, 400, 100, 2.0) is choices[1]
     assert planner.recommend(choices, 750, 1000, 2.0) is choices[2]

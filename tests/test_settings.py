@@ -10,9 +10,10 @@ from workers.settings import Settings
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("BATCH_SIZE", "0", "at least 1"),
-        ("BATCH_SIZE", "many", "at least 1"),
-        ("BATCH_SIZE", "1.5", "at least 1"),
+        ("BATCH_SIZE", "0", "from 1 to 1000000000"),
+        ("BATCH_SIZE", "many", "from 1 to 1000000000"),
+        ("BATCH_SIZE", "1.5", "from 1 to 1000000000"),
+        ("BATCH_SIZE", "1" + "0" * 20, "from 1 to 1000000000"),
         ("BATCH_WINDOW_MS", "-1", "at least 0"),
         ("BATCH_WINDOW_MS", "nan", "at least 0"),
         ("DEADLINE_S", "0", "above 0"),
@@ -21,8 +22,9 @@ from workers.settings import Settings
         ("OFFLOAD", "fork", "thread or inline or process"),
         ("DTYPE", "float31", "float32 or auto or bfloat16 or float16"),
         ("FAST", "perhaps", "1 or 0"),
-        ("MODEL", "", "a folder that exists or a hub id"),
-        ("MODEL", "/no/such/folder", "a folder that exists or a hub id"),
+        ("MODEL", "", "a folder with a config.json, a hub id"),
+        ("MODEL", "/no/such/folder", "a folder with a config.json, a hub id"),
+        ("MODEL", "/", "a folder with a config.json, a hub id"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_name_the_value_and_what_is_allowed(

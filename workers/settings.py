@@ -10,26 +10,27 @@ from typing import Any
 from starlette.config import Config
 
 HERE = Path(__file__).resolve().parent.parent
+MOST = 10**9
 
 
-def knob(default: Any, allowed: str, is_allowed: Callable[[Any], bool]) -> Any:
-    """A dataclass field with a default and the rule that its value must keep."""
-    return field(default=default, metadata={"allowed": allowed, "is_allowed": is_allowed})
+def knob(why: str, default: Any, allowed: str, is_allowed: Callable[[Any], bool]) -> Any:
+    """A dataclass field with a default, the rule that its value must keep, and one line of why."""
+    return field(default=default, metadata={"why": why, "allowed": allowed, "is_allowed": is_allowed})
 
 
-def at_least(least: int, default: int) -> Any:
+def at_least(least: int, default: int, why: str) -> Any:
     """A whole number."""
-    return knob(default, f"a whole number of at least {least}", lambda value: value >= least)
+    return knob(why, default, f"a whole number from {least} to {MOST}", lambda value: least <= value <= MOST)
 
 
-def seconds(default: float) -> Any:
+def seconds(default: float, why: str) -> Any:
     """A positive duration."""
-    return knob(default, "a number of seconds above 0, below a million", lambda value: 0 < value < 1e6)
+    return knob(why, default, "a number of seconds above 0, below a million", lambda value: 0 < value < 1e6)
 
 
-def one_of(*choices: str) -> Any:
+def one_of(*choices: str, why: str) -> Any:
     """One of a few words; the first is the default."""
-    return knob(choices[0], " or ".join(choices), lambda value: value in choices)
+    return knob(why, choices[0], " or ".join(choices), lambda value: value in choices)
 
 
 OWN_CLASS = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")  # my_model:Iris
@@ -48,43 +49,52 @@ class Settings:
 
     # What to serve
     MODEL: str = knob(
+        "a folder, a hub id, or a class of your own",
         str(HERE / "models" / "minilm-mlm"),
         "a folder with a config.json, a hub id, or module:Class",
         is_model,
     )
-    TASK: str = knob("fill-mask", "a text-in pipeline task, such as text-classification", bool)
+    TASK: str = knob("what the model does, as Transformers calls it", "fill-mask", "a pipeline task", bool)
     DTYPE: str = one_of(
-        "float32", "auto", "bfloat16", "float16"
-    )  # auto: bfloat16 where the hardware multiplies it
-    DEVICE: str = knob("auto", "auto, cpu, cuda or cuda:N", bool)  # auto: the GPU when there is one
-    FAST: bool = knob(True, "1 or 0", lambda value: True)  # 0: the stock pipeline, to compare with
+        "float32", "auto", "bfloat16", "float16", why="auto: bfloat16 where the hardware multiplies it"
+    )
+    DEVICE: str = knob("auto: the GPU when there is one", "auto", "auto, cpu, cuda or cuda:N", bool)
+    FAST: bool = knob("0: the stock pipeline, to compare with", True, "1 or 0", lambda value: True)
 
     # The queue and the batch
-    BATCH_SIZE: int = at_least(1, 1)  # opt-in: `make plan` tells whether it pays for your model
+    BATCH_SIZE: int = at_least(1, 1, "opt-in: `make plan` tells whether it pays for your model")
     BATCH_WINDOW_MS: float = knob(
-        0.0, "a number of milliseconds of at least 0", lambda value: 0 <= value < 1e6
+        "a batch waits this long for company",
+        0.0,
+        "a number of milliseconds of at least 0",
+        lambda value: 0 <= value < 1e6,
     )
-    MAX_QUEUE: int = at_least(1, 256)  # bounds memory; the deadline below bounds the wait
-    DEADLINE_S: float = seconds(10.0)  # an answer after this helps nobody; clients may ask for less
+    MAX_QUEUE: int = at_least(1, 256, "bounds memory; the deadline bounds the wait")
+    DEADLINE_S: float = seconds(10.0, "an answer after this helps nobody; clients may ask for less")
 
     # Where inference runs
-    # inline blocks the event loop: for comparison; dirty: Gunicorn's own pool, see dirty.conf.py
-    OFFLOAD: str = one_of("thread", "inline", "process", "dirty")
-    INSTANCES: int = at_least(1, 1)  # copies of the model on one queue
-    TORCH_THREADS: int = at_least(0, 0)  # per copy; 0: cores / copies
-    WEB_CONCURRENCY: int = at_least(1, 1)  # worker processes; uvicorn reads it too, Gunicorn's configs set it
-    HANG_S: float = seconds(60.0)  # a model call this long is a hang
+    OFFLOAD: str = one_of(
+        "thread",
+        "inline",
+        "process",
+        "dirty",
+        why="process survives a crash or a hang; inline blocks the event loop, to compare; dirty: see dirty.conf.py",
+    )
+    INSTANCES: int = at_least(1, 1, "copies of the model on one queue")
+    TORCH_THREADS: int = at_least(0, 0, "per copy; 0: cores / copies")
+    WEB_CONCURRENCY: int = at_least(1, 1, "worker processes; uvicorn reads it too, Gunicorn's configs set it")
+    HANG_S: float = seconds(60.0, "a model call this long is a hang")
 
     # What is taken in
-    MAX_BODY_BYTES: int = at_least(1, 16_384)  # tokenising is linear in this, on the event loop
-    BODY_TIMEOUT_S: float = seconds(10.0)  # uvicorn itself waits for ever
-    MAX_TOKENS: int = at_least(1, 512)  # or fewer, where the model takes fewer
-    MAX_MASKS: int = at_least(1, 8)  # the reply grows with masks x top_k x text
-    MAX_TOP_K: int = at_least(1, 100)
-    MAX_INPUTS: int = at_least(1, 64)  # in one request; each is a job of its own
+    MAX_BODY_BYTES: int = at_least(1, 16_384, "tokenising is linear in this")
+    BODY_TIMEOUT_S: float = seconds(10.0, "uvicorn itself waits for ever")
+    MAX_TOKENS: int = at_least(1, 512, "or fewer, where the model takes fewer")
+    MAX_MASKS: int = at_least(1, 8, "the reply grows with masks x top_k x text")
+    MAX_TOP_K: int = at_least(1, 100, "the reply grows with it")
+    MAX_INPUTS: int = at_least(1, 64, "in one request; each is a job of its own")
 
     # Stopping
-    GRACE_S: float = seconds(10.0)  # from SIGTERM to exit at the latest; keep it under your supervisor's own
+    GRACE_S: float = seconds(10.0, "from SIGTERM to exit at the latest; keep it under your supervisor's own")
 
     @classmethod
     def read(cls) -> "Settings":

@@ -1,13 +1,13 @@
 """MODEL=my_model:Iris: your own class, found where Python finds modules, the current folder first.
 
     class Iris:
-        example = [5.1, 3.5, 1.4, 0.2]                  # optional: warms up, and shows what to send
-
-        def __call__(self, inputs: list) -> list: ...   # one answer for each, whatever JSON can say
+        def __call__(self, inputs: list) -> list: ...   # one answer for each: what JSON can say, NumPy's and torch's
+                                                        # numbers and arrays, too
+        example = {"petal_length": 1.4, ...}            # optional: warms up, and shows what to send
 
         def check(self, inputs, parameters): ...        # optional: a ValueError's sentence is the 422;
                                                         # what it returns, if anything, is what __call__ gets
-        def size(self, inputs) -> int: ...              # optional: what one costs beside the others, 1 by default
+        def size(self, inputs) -> int: ...              # optional: what such a one costs beside others, 1 by default
 
 `check` and `size` are asked before the queue, on the event loop: be quick. In OFFLOAD=process they have an instance of
 their own where HTTP is, unless they are static methods.
@@ -52,10 +52,13 @@ class Task:
                 raise CannotAnswer(str(exc)) from exc
         else:
             unknown_parameters(parameters)
+        content = inputs if content is None else content
         size = self.method("size")
-        return Query(inputs if content is None else content, int(size(inputs)) if size else 1)
+        return Query(content, int(size(content)) if size else 1)
 
     def load(self, instance: int) -> "Own":
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(self.settings.threads_per_instance)
         made = self.own()
         if self.instance is None:
             self.instance = made  # a server that runs the model itself needs no second one to check with
