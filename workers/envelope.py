@@ -1,11 +1,12 @@
 """The door: what every request meets first and every reply last. Plain ASGI around the app's routes."""
 
+import asyncio
 import functools
 import inspect
 import json
-import math
 import random
 import re
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -21,9 +22,12 @@ from workers.metrics import Metrics
 
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
 MAX_HEADER_BYTES = 65_536  # httptools itself would take megabytes
+# Who asks again at once, whatever Retry-After says, gets as many refusals as the core can make, and the model gets none
+# of it. So from this many a second on each waits its turn, but no longer than a retry on another server may take.
+REFUSALS_PER_S, HOLD_S = 1000, 0.1
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-Headers = list[tuple[bytes, bytes]]
+Headers = tuple[tuple[bytes, bytes], ...]
 
 
 class Envelope:
@@ -43,6 +47,7 @@ class Envelope:
             for method in route.methods or ()
         }
         self.error_body = functools.lru_cache(maxsize=256)(self._error_body)
+        self.next_refusal_at = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,7 +61,8 @@ class Envelope:
             # No uuid4: it is a system call, which would hand the model our turn.
             request_id = b"%032x" % random.getrandbits(128)
         scope["request_id"] = request_id
-        if asks and (refused := refusal(scope["state"]["service"].loop, math.inf)):
+        request = Request(scope, receive)
+        if asks and (refused := refusal(scope["state"]["service"].loop, contract.client_budget_s(request))):
             return await self.refuse(refused, scope, send)
         started = False
 
@@ -74,7 +80,7 @@ class Envelope:
                 sentence = f"send at most {MAX_HEADER_BYTES} bytes of headers"
                 reply: Any = JSONResponse(scope["error"](431, sentence), 431, contract.CLOSE)
             elif endpoint := self.endpoints.get((scope["method"], path)):
-                reply = await endpoint(Request(scope, receive))
+                reply = await endpoint(request)
             else:
                 reply = self.router
             await reply(scope, receive, send_with_id)
@@ -84,10 +90,19 @@ class Envelope:
             await contract.error_reply(scope, exc)(scope, receive, send_with_id)
 
     async def refuse(self, refused: Refused, scope: Scope, send: Send) -> None:
-        """Reply without having read the request: under overload most of the work is this."""
-        headers, body = no(scope["error"], str(refused), refused.retry_after_s)
-        headers = [*headers, (b"x-request-id", scope["request_id"])]
+        """Reply without having read the body: under overload most of the work is this.
+
+        What is left of it the server reads and throws away, unless it waits to be asked for it.
+        """
+        now = time.monotonic()
+        self.next_refusal_at = max(now, min(self.next_refusal_at + 1 / REFUSALS_PER_S, now + HOLD_S))
+        if (hold_s := self.next_refusal_at - now) > 0.001:
+            await asyncio.sleep(hold_s)
+        body, headers = no(scope["error"], str(refused), refused.retry_after_s)
+        if b"expect" in scope["fields"]:
+            headers = (*headers, (b"connection", b"close"))  # its body may come or not
         self.metrics.requests_with(503).inc()
+        headers = (*headers, (b"x-request-id", scope["request_id"]))
         await send({"type": "http.response.start", "status": 503, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -107,12 +122,13 @@ def refusal(loop: ModelLoop, budget_s: float) -> Refused | None:
 
 
 @functools.lru_cache(maxsize=64)
-def no(error: contract.ErrorBody, sentence: str, retry_after_s: int) -> tuple[Headers, bytes]:
-    """Headers and body of a refusal."""
+def no(error: contract.ErrorBody, sentence: str, retry_after_s: int) -> tuple[bytes, Headers]:
+    """Body and headers of a refusal, made once a reason."""
     body = json.dumps(error(503, sentence)).encode()
-    headers = [
+    length, retry_after = b"%d" % len(body), b"%d" % retry_after_s
+    headers = (
         (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"retry-after", b"%d" % retry_after_s),
-    ]
-    return headers, body
+        (b"content-length", length),
+        (b"retry-after", retry_after),
+    )
+    return body, headers
