@@ -41,13 +41,14 @@ class Clients:
         self.check_length(int(declared) if declared.isdigit() else 0)
         handler = this_task()
         self.reading[handler] = time.monotonic() + self.settings.BODY_TIMEOUT_S
-        body, more = b"", True
+        body, more = bytearray(), True
         try:
             while more:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
-                body, more = body + message.get("body", b""), message.get("more_body", False)
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
                 self.check_length(len(body))
         except asyncio.CancelledError:
             if handler in self.reading:
@@ -58,7 +59,10 @@ class Clients:
             raise HTTPException(408, "the body did not arrive in time; send it faster", CLOSE) from None
         finally:
             self.reading.pop(handler, None)
-        return body
+        if not body and b"upgrade" in request.scope["fields"]:
+            # uvicorn takes what comes after such headers for another protocol.
+            raise HTTPException(400, "the body got lost: send no Upgrade header (curl --http1.1)", CLOSE)
+        return bytes(body)
 
     def check_length(self, length: int) -> None:
         """Raise HTTPException 413 where a body is too long."""

@@ -43,7 +43,9 @@ class Envelope:
         self.endpoints: dict[tuple[str, str], Endpoint] = {
             (method, route.path): route.endpoint  # a look-up costs a tenth of the router's walk
             for route in router.routes
-            if isinstance(route, Route) and not route.param_convertors and inspect.iscoroutinefunction(route.endpoint)
+            if isinstance(route, Route)
+            and not route.param_convertors
+            and inspect.iscoroutinefunction(route.endpoint)
             for method in route.methods or ()
         }
         self.error_body = functools.lru_cache(maxsize=256)(self._error_body)

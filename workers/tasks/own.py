@@ -32,7 +32,9 @@ class Task:
         self.settings = settings
         self.own = find_class(settings.MODEL)
         self.instance: Any = None
-        self.method = functools.cache(self._method)  # to look one up takes as long as a whole request otherwise does
+        self.method = functools.cache(
+            self._method
+        )  # to look one up takes as long as a whole request otherwise does
 
     def _method(self, name: str) -> Any:
         """The class's method `name`, on an instance where it needs one; None where there is none."""
