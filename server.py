@@ -22,6 +22,7 @@ from starlette.routing import Route, Router
 
 from workers import contract
 from workers.envelope import Envelope
+from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import Settings
@@ -57,8 +58,10 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """GET /ready: 200 while a request would be admitted, 503 with the reason while not."""
-    request.state.service.loop.admit(1, settings.DEADLINE_S)
+    """GET /ready: 200 while a copy of the model is loaded, 503 with the reason when stuck or stopping; whatever the load."""
+    loop: ModelLoop = request.state.service.loop
+    if loop.closing or not loop.consumers or loop.stuck_s():
+        loop.admit(1, settings.DEADLINE_S)
     return JSONResponse({"status": "ready"})
 
 

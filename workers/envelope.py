@@ -6,7 +6,6 @@ import inspect
 import json
 import random
 import re
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -96,7 +95,7 @@ class Envelope:
 
         What is left of it the server reads and throws away, unless it waits to be asked for it.
         """
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         self.next_refusal_at = max(now, min(self.next_refusal_at + 1 / REFUSALS_PER_S, now + HOLD_S))
         if (hold_s := self.next_refusal_at - now) > 0.001:
             await asyncio.sleep(hold_s)

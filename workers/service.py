@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from workers import memory, offload, tasks
-from workers.clients import Clients
+from workers.clients import SWEEP_S, Clients
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.settings import Settings
@@ -114,7 +114,7 @@ class Service:
             )
 
     async def tick(self) -> None:
-        """Four times a second look after the clients, the gauges and the master.
+        """Every SWEEP_S look after the clients, the gauges and the master.
 
         The gauges must be fresh for scrapes that come to another worker. A worker must not outlive its master: Gunicorn's
         watch theirs in `deployment.py`, but those of `uvicorn --workers` would go on serving.
@@ -123,7 +123,7 @@ class Service:
         while not master or master.is_alive():
             self.clients.sweep()
             self.metrics.sample()
-            await asyncio.sleep(0.25)
+            await asyncio.sleep(SWEEP_S)
         signal.raise_signal(signal.SIGTERM)
 
     def exit(self, code: int, reason: str) -> None:
