@@ -44,17 +44,17 @@ async def answer(request: Request) -> Response:
 async def health(request: Request) -> Response:
     """GET /health: 200 while the process should be left alone, 503 with the reason when it should be restarted."""
     service: Service = request.state.service
-    stuck_s = service.loop.stuck_s()
+    trouble = service.trouble()
     status = {
-        "status": "stuck" if stuck_s else "ok" if service.loop.consumers else "loading",
+        "status": "stuck" if trouble else "ok" if service.loop.consumers else "loading",
         "model": settings.model_name,
         "queue_depth": service.loop.depth,
         "running": service.loop.running,
         "uptime_s": round(time.monotonic() - service.started_at, 1),
     }
-    if stuck_s:
-        status["error"] = f"the model has not returned for {stuck_s:.0f} s; restart this server"
-    return JSONResponse(status, 503 if stuck_s else 200)
+    if trouble:
+        status["error"] = trouble
+    return JSONResponse(status, 503 if trouble else 200)
 
 
 async def ready(request: Request) -> Response:

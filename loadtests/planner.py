@@ -81,26 +81,23 @@ def measure(
 ) -> pd.DataFrame:
     """Time the real model: a row (texts, kind, size_tokens, seconds) for every call.
 
-    Sizes and kinds take turns of as many texts: a slow moment of the machine hits all of them, and all get long ones.
+    Sizes and kinds take turns with the same texts: a slow moment of the machine hits all of them, and so do long ones.
     """
     model, check = load_model(settings)
     rng = random.Random(seed)
     streams = {kind: texts.stream(kind, rng, settings) for kind in kinds}
     rows: list[tuple[int, str, int, float]] = []
     sizes = list(sizes)
-    cases = list(itertools.product(sizes, streams))
     until = time.perf_counter() + budget_s
-    for turn, (n, kind) in enumerate(itertools.cycle(cases)):
-        if turn >= len(cases) and time.perf_counter() > until:
-            break
-        for _ in range(max(sizes) // n):
-            # Checked, as the server's are.
-            questions = [next(streams[kind]) for _ in range(n)]
+    while not rows or time.perf_counter() < until:
+        for kind, stream in streams.items():
+            questions = itertools.islice(stream, max(sizes))
             queries = [check(question.inputs, question.parameters) for question in questions]
-            contents, size = [query.content for query in queries], sum(query.size for query in queries)
-            began = time.perf_counter()
-            model(contents)
-            rows.append((n, kind, size, time.perf_counter() - began))
+            for batch in (queries[i : i + size] for size in sizes for i in range(0, len(queries), size)):
+                began = time.perf_counter()
+                model([query.content for query in batch])
+                took_s = time.perf_counter() - began
+                rows.append((len(batch), kind, sum(query.size for query in batch), took_s))
     return pd.DataFrame(rows, columns=["texts", "kind", "size_tokens", "seconds"])
 
 

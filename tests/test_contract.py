@@ -559,7 +559,7 @@ def model_processes(server: Server) -> list[psutil.Process]:
     """The processes that hold a model: spawned, or below Gunicorn's arbiter of dirty workers."""
     if server.mode.name == "dirty":
         return [p for p in server.processes()[1:] if p.ppid() != server.process.pid]
-    return [p for p in server.processes() if "spawn_main" in " ".join(p.cmdline())]
+    return [p for p in server.processes() if "workers.process" in " ".join(p.cmdline())]
 
 
 def test_stalled_body_does_not_hold_sigterm(spawning: Server) -> None:

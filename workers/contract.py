@@ -26,6 +26,7 @@ SENTENCES = {
     404: "there is nothing here; POST a text to /",
     405: "this method is not allowed here; see the Allow header",
 }
+MAX_HEADER_BYTES = 65_536  # httptools itself would take megabytes
 CLOSE = {"Connection": "close"}  # what is left of such a request must not be read as the next one
 CLIENT_GONE = 499  # nginx's name for it; never sent, only counted
 QUOTED = r'"(?:\\.|[^"\\])*"?'  # whose end is missing lasts to the end

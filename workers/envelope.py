@@ -20,7 +20,6 @@ from workers.loop import ModelLoop, Refused
 from workers.metrics import Metrics
 
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
-MAX_HEADER_BYTES = 65_536  # httptools itself would take megabytes
 # Who asks again at once, whatever Retry-After says, gets as many refusals as the core can make, and the model gets none
 # of it. So from this many a second on each waits its turn, but no longer than a retry on another server may take.
 REFUSALS_PER_S, HOLD_S = 1000, 0.1
@@ -77,8 +76,8 @@ class Envelope:
             return send(message)
 
         try:
-            if sum(map(len, chain.from_iterable(scope["headers"]))) > MAX_HEADER_BYTES:
-                sentence = f"send at most {MAX_HEADER_BYTES} bytes of headers"
+            if sum(map(len, chain.from_iterable(scope["headers"]))) > contract.MAX_HEADER_BYTES:
+                sentence = f"send at most {contract.MAX_HEADER_BYTES} bytes of headers"
                 reply: Any = JSONResponse(scope["error"](431, sentence), 431, contract.CLOSE)
             elif endpoint := self.endpoints.get((scope["method"], path)):
                 reply = await endpoint(request)

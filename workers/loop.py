@@ -27,7 +27,7 @@ from workers.speed import Speed
 log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its own start-up lines
 
 Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
-Ready = Callable[[], Awaitable[None]]
+Ready = Callable[[], Awaitable[Any]]
 MARGIN = 1.1  # predictions are taken this much longer: an admitted job that ends late has cost model time for nothing
 
 STOPPING = "the server is stopping; try another one"
@@ -141,6 +141,7 @@ class ModelLoop:
         self.running = 0  # those of them that the model works on
         self.calls: list[Call] = []  # the oldest first
         self.consumers = 0
+        self.load_s = 0.0  # how long the last load of the model took; set by whoever loads it
         self.closing = False
         self._taking = asyncio.Lock()  # one consumer gathers a batch at a time, or two would split it
         self._window: asyncio.Timeout | None = None
@@ -211,7 +212,7 @@ class ModelLoop:
         if self.closing:
             raise Refused(STOPPING)
         if not self.consumers:
-            raise Refused("the model is still loading")
+            raise Refused("the model is still loading", self.load_s)
         if stuck_s := self.stuck_s():
             raise Refused(f"the model has not returned for {stuck_s:.0f} s")
         if not self.live and not self.calls:

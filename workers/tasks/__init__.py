@@ -77,9 +77,19 @@ def make(settings: Settings) -> Task:
     return task(settings)
 
 
-def load(settings: Settings, instance: int = 0) -> Model:
-    """Load a copy of the model, where there is no task yet: in a process of its own."""
-    return make(settings).load(instance)
+def load(task: Task, settings: Settings, instance: int = 0) -> Model:
+    """Load a copy of the model and warm it up: kernels are built, and one that can't answer its examples raises here."""
+    model = task.load(instance)
+    for batch in warm_up_batches(task, settings.BATCH_SIZE):
+        answers = model([query.content for query in batch])
+        if len(answers) != len(batch):
+            raise ValueError(f"it gives {len(answers)} answers to {len(batch)} inputs")
+    return model
+
+
+def load_alone(settings: Settings, instance: int = 0) -> Model:
+    """The same where there is no task yet: in a process of its own."""
+    return load(make(settings), settings, instance)
 
 
 def warm_up_batches(task: Task, batch_size: int) -> list[list[Query]]:

@@ -67,6 +67,7 @@ class Task:
         return Own(made, self.settings.MODEL)
 
     def examples(self) -> list[Query]:
+        self.asked("check"), self.asked("size")  # made now, if they need an instance: no request waits for it
         return [self.check(self.own.example, {})] if hasattr(self.own, "example") else []
 
     def describe(self) -> Description:
