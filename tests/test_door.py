@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -75,16 +74,22 @@ def served(folder: Path, **env: str) -> Iterator[httpx2.Client]:
     """The server of `folder` with its `stand_in.Upper` as the model, and a client of it."""
     (folder / "stand_in.py").write_text(textwrap.dedent(STAND_IN))
     port = free_port()
-    url, transport = f"http://127.0.0.1:{port}", httpx2.HTTPTransport(retries=100)
     command = [sys.executable, "-m", "uvicorn", "server:app", "--port", str(port), "--log-level", "warning"]
     environ = {**os.environ, "MODEL": "stand_in:Upper", **env}
-    with subprocess.Popen(command, cwd=folder, env=environ) as process:
+    with (
+        subprocess.Popen(command, cwd=folder, env=environ) as process,
+        httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
+    ):
+
+        def is_ready() -> bool:
+            assert process.poll() is None, "the server has ended"
+            with contextlib.suppress(httpx2.ConnectError):
+                return client.get("/ready").status_code == 200
+            return False
+
         try:
-            with httpx2.Client(base_url=url, transport=transport, timeout=30) as client:
-                until = time.monotonic() + 60
-                while client.get("/ready").status_code != 200:
-                    assert process.poll() is None and time.monotonic() < until
-                yield client
+            until(is_ready, 60)
+            yield client
         finally:
             process.kill()
 

@@ -32,11 +32,10 @@ class Task:
         self.settings = settings
         self.own = find_class(settings.MODEL)
         self.instance: Any = None
-        self.method = functools.cache(
-            self._method
-        )  # to look one up takes as long as a whole request otherwise does
+        # To look one up takes half as long as everything else that a request costs.
+        self.asked = functools.cache(self._asked)
 
-    def _method(self, name: str) -> Any:
+    def _asked(self, name: str) -> Any:
         """The class's method `name`, on an instance where it needs one; None where there is none."""
         method = inspect.getattr_static(self.own, name, None)
         if method is None or isinstance(method, staticmethod | classmethod):
@@ -47,7 +46,7 @@ class Task:
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
         content = None
-        if check := self.method("check"):
+        if check := self.asked("check"):
             try:
                 content = check(inputs, parameters)
             except ValueError as exc:
@@ -55,7 +54,7 @@ class Task:
         else:
             unknown_parameters(parameters)
         content = inputs if content is None else content
-        size = self.method("size")
+        size = self.asked("size")
         return Query(content, int(size(content)) if size else 1)
 
     def load(self, instance: int) -> "Own":
