@@ -138,7 +138,9 @@ class Process(Offload):
             loop.call_soon_threadsafe(self._ended, process, from_model)
 
     def _ended(self, process: subprocess.Popen[bytes], from_model: asyncio.StreamReader) -> None:
-        if self.busy or not self.loaded.is_set():  # `run` or `_spawn` reads what it has still sent, then the end
+        if (
+            self.busy or not self.loaded.is_set()
+        ):  # `run` or `_spawn` reads what it has still sent, then the end
             asyncio.get_running_loop().call_later(1, from_model.feed_eof)
         elif process is self.process:
             self._replace(f"ended with exit code {process.returncode}")

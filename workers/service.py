@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from workers import memory, tasks
-from workers.clients import Clients
+from workers.clients import SWEEP_S, Clients
 from workers.loop import ModelFailed, ModelLoop, Refused
 from workers.metrics import Metrics
 from workers.offload import CannotLoad, Inline, Offload, Thread, attempt_load, in_thread, in_words
@@ -141,7 +141,7 @@ class Service:
             )
 
     async def tick(self) -> None:
-        """Four times a second look after the clients, the gauges and the master.
+        """Every SWEEP_S look after the clients, the gauges and the master.
 
         The gauges must be fresh for scrapes that come to another worker. A worker must not outlive its master: Gunicorn's
         watch theirs in `deployment.py`, but those of `uvicorn --workers` would go on serving.
@@ -152,7 +152,7 @@ class Service:
             self.metrics.sample()
             if self.copies and all(copy.trouble for copy in self.copies):
                 raise CannotLoad(self.copies[0].trouble)
-            await asyncio.sleep(0.25)
+            await asyncio.sleep(SWEEP_S)
         signal.raise_signal(signal.SIGTERM)
 
     def exit(self, code: int, reason: str, details: str = "") -> None:
