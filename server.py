@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from workers import contract
+from workers.loop import Refused
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import Settings
@@ -62,8 +63,9 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """GET /ready: 200 while a request would be admitted, 503 with the reason while not."""
-    request.state.service.loop.admit(1, settings.DEADLINE_S)
+    """GET /ready: 200 once a copy of the model is loaded, 503 with the reason while none is, when stuck, when stopping."""
+    if reason := request.state.service.loop.unready():
+        raise Refused(reason)
     return JSONResponse({"status": "ready"})
 
 

@@ -69,6 +69,15 @@ def submit_all(loop: ModelLoop, *queries: Any, **options: Any) -> list[asyncio.T
     return [asyncio.create_task(loop.submit(query, **options)) for query in queries]
 
 
+def waits_for(loaded: asyncio.Event) -> Callable[[], Awaitable[None]]:
+    """What tells the loop that a copy of the model is ready."""
+
+    async def ready() -> None:
+        await loaded.wait()
+
+    return ready
+
+
 async def outcomes(tasks: list[asyncio.Task[Answer]]) -> list[Any]:
     """What each task ended with: the value of its answer, or its exception's class."""
     done = await asyncio.gather(*tasks, return_exceptions=True)
@@ -197,7 +206,7 @@ async def test_a_full_queue_refuses_without_calling_the_model() -> None:
         await asyncio.sleep(0.5)
         waiting = submit_all(loop, "a", "b")
         await asyncio.sleep(0)
-        with pytest.raises(Refused, match="waiting"):
+        with pytest.raises(Refused, match="full"):
             await loop.submit("c")
         assert await outcomes(running + waiting) == ["answer to running", "answer to a", "answer to b"]
     assert ["c"] not in model.calls
@@ -312,7 +321,7 @@ async def test_a_client_that_leaves_frees_its_place_and_the_model_never_sees_its
         assert loop.depth == 1
         leaver.cancel()
         await asyncio.sleep(0)
-        assert loop.depth == 0 and loop.queue.empty()
+        assert loop.depth == 0
         assert await outcomes(running + submit_all(loop, "next")) == ["answer to running", "answer to next"]
     assert model.calls == [["running"], ["next"]]
 
@@ -401,28 +410,63 @@ async def test_a_call_that_hangs_is_reported_and_new_jobs_are_refused() -> None:
             await loop.submit("b")
 
 
-@pytest.mark.parametrize("died_idle", [False, True])
 @on_virtual_clock
-async def test_a_copy_that_loads_again_is_no_call_of_the_model(died_idle: bool) -> None:
-    loaded = asyncio.Event()
-    if died_idle:
-        loaded.set()
-
-    async def ready() -> None:
-        await loaded.wait()
-
+async def test_a_copy_that_loads_again_is_no_call_of_the_model() -> None:
+    loaded, model = asyncio.Event(), FakeModel()
+    loaded.set()
     loop = ModelLoop(hang_s=60, budget_s=1000)
-    consumer = asyncio.create_task(loop.consume(FakeModel(), ready))
+    consumer = asyncio.create_task(loop.consume(model, waits_for(loaded)))
     await asyncio.sleep(1)
-    loaded.clear()
+    loaded.clear()  # it dies while nobody asks anything of it
     task = submit_all(loop, "a")
     await asyncio.sleep(100)
-    assert loop.stuck_s() == 0 and not loop.running
+    assert loop.stuck_s() == 0 and not loop.running and loop.depth == 1
     loaded.set()
     answer = await task[0]
     assert (answer.queue_s, answer.model_s) == (100, 1)
-    assert loop.predicted_wait_s() == 0 and loop.speed.predict_s(1) == pytest.approx(1)
+    assert loop.speed.predict_s(1) == pytest.approx(1)
     consumer.cancel()
+
+
+@on_virtual_clock
+async def test_while_the_only_copy_loads_who_cannot_wait_is_told_when_it_will_be_back() -> None:
+    loaded, model = asyncio.Event(), FakeModel()
+    loaded.set()
+    loop = ModelLoop(budget_s=1000, load_s=6)
+    consumer = asyncio.create_task(loop.consume(model, waits_for(loaded)))
+    await asyncio.sleep(1)
+    loaded.clear()
+    tasks = submit_all(loop, "hurried", budget_s=5) + submit_all(loop, "patient", budget_s=20)
+    await asyncio.sleep(0.5)
+    assert loop.unready() == "the model is still loading"
+    with pytest.raises(Refused, match="loading") as refused:
+        await loop.submit("a newcomer")
+    assert refused.value.retry_after_s == 6  # 5.5 s are left
+    (hurried, _) = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    with pytest.raises(Refused, match="loading"):
+        await hurried.pop()
+    assert now() == 1.5
+    await asyncio.sleep(5.5)
+    loaded.set()
+    assert await outcomes(tasks) == [Refused, "answer to patient"]
+    assert loop.unready() == ""
+    consumer.cancel()
+
+
+@on_virtual_clock
+async def test_a_copy_that_died_idle_takes_no_job_from_the_others() -> None:
+    loaded, dead, other = asyncio.Event(), FakeModel(), FakeModel()
+    loaded.set()
+    loop = ModelLoop(budget_s=1000)
+    consumers = [asyncio.create_task(loop.consume(dead, waits_for(loaded)))]
+    await asyncio.sleep(1)
+    consumers += [asyncio.create_task(loop.consume(other))]
+    await asyncio.sleep(1)
+    loaded.clear()
+    answer = await loop.submit("a")
+    assert answer.queue_s == 0 and other.calls == [["a"]] and not dead.calls
+    for consumer in consumers:
+        consumer.cancel()
 
 
 @on_virtual_clock
@@ -430,15 +474,12 @@ async def test_while_a_copy_loads_again_the_others_do_the_work() -> None:
     loaded = asyncio.Event()
     loaded.set()
 
-    async def ready() -> None:
-        await loaded.wait()
-
     async def dies(queries: list[Any]) -> list[Any]:
         loaded.clear()
         raise ModelDied("it was killed")
 
     async with serving(FakeModel(), budget_s=10) as loop:
-        mortal = asyncio.create_task(loop.consume(dies, ready))
+        mortal = asyncio.create_task(loop.consume(dies, waits_for(loaded)))
         await asyncio.sleep(0)
         done = await outcomes(submit_all(loop, *range(5)))
         assert done == ["answer to 0", ModelDied, "answer to 2", "answer to 3", "answer to 4"]
@@ -571,7 +612,9 @@ def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
         async with serving(*[run] * copies, **options) as loop:
             await asyncio.gather(*(client(loop, i, *arrival[:4]) for i, arrival in enumerate(arrivals)))
             await loop.drain(grace_s=100)
-            assert not loop.live and loop.queue.empty() and loop.queue.size == 0 and loop.depth == 0
+            assert (
+                not loop.live and not loop.queue and loop.queue.size == 0 and loop.depth == 0 == loop.running
+            )
 
     on_virtual_clock(everything)()
     assert len(ends) == len(arrivals)

@@ -197,7 +197,7 @@ def test_nothing_is_kept_of_a_request_that_has_ended(gated: type[Gated]) -> None
         clients, loop = service.clients, service.loop
         service.clients.sweep()
         assert not (clients.reading or clients.waiting or clients.seen or clients.watching)
-        assert not (loop.live or loop.running or loop.queue.qsize() or loop.queue.size or loop.calls)
+        assert not (loop.live or loop.running or loop.queue or loop.queue.size or loop.calls)
 
     with_app(Settings(), scenario)
 
@@ -253,7 +253,7 @@ def test_a_bug_in_the_loop_answers_whoever_waits_and_ends_the_process_with_a_cod
 import asyncio, uvicorn, server
 from workers.loop import ModelLoop
 async def bug(self):
-    await self.queue.get()
+    await self.queue.at_least(1)
     raise RuntimeError("a bug")
 ModelLoop.take_batch = bug
 uvicorn.run(server.app, port={port})
