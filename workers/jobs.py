@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-RATE_S = 1.0  # over about how long the rate of the offered work is measured
+RATE_S = 1.0
 
 
 class Answer(NamedTuple):

@@ -329,7 +329,6 @@ class ModelLoop:
     def _take(self) -> list[Job]:
         """Take the next batch out of the queue; answer at once those who can't make it: they'd make everyone else late."""
         queue, now = self.queue, self.now()
-        self.forecast.plan(now, self.consumers)
         batch: list[Job] = []
         late: list[Job] = []
         size, n = 0.0, min(self.batch_size, len(queue))
@@ -350,6 +349,7 @@ class ModelLoop:
             batch, late = late[: self.batch_size], late[self.batch_size :]  # see `_worth_running`
         for job in late:
             job.fail(Late(TOO_SHORT))
+        self.forecast.plan(now, self.consumers)  # for the next one: who is in this one was admitted by the last plan
         return batch
 
     def _worth_running(self, job: Job) -> bool:
