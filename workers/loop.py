@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from workers.forecast import MARGIN, Forecast
+from workers.forecast import Forecast
 from workers.jobs import Answer as Answer
 from workers.jobs import Job, JobQueue, Lane
 from workers.metrics import Metrics
@@ -31,12 +31,13 @@ log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its
 
 Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
 Ready = Callable[[], Awaitable[None]]
-PATIENCE = 4  # a queue that has not been empty for so many targets is a standing one, no burst
-OVERDUE = (
-    5  # a call that takes so many times what was predicted, and so many seconds at least, may never return
-)
-OVERDUE_S = 1.0
-WARM_UP_TURNS, WARM_UP_S = 3, 3.0  # each batch that often, but no further turn once one took so long
+# A queue that has not been empty for so many targets is a standing one, no burst; but a few jobs are none, however slow
+# the model is.
+PATIENCE, FEW = 3, 4
+# A call that takes so many times what was predicted, and so many seconds at least, may never return.
+OVERDUE, OVERDUE_S = 5, 1.0
+# Each batch of the warm-up is measured that often, but no turn follows one that took so many seconds.
+WARM_UP_TURNS, WARM_UP_S = 3, 3.0
 
 TOO_SHORT = "the time left is shorter than the model takes; allow more time"
 STOPPING = "the server is stopping; try another one"
@@ -224,7 +225,7 @@ class ModelLoop:
         wait_s, done_s = self.forecast(free, lane, jobs, size)
         if len(lane.jobs) + jobs > self.max_queue and not idle:
             return Refused("the queue is full; retry after the time given", wait_s)
-        if done_s * MARGIN > budget_s:
+        if done_s * self.speed.margin > budget_s:
             return Refused(f"it would take {math.ceil(done_s)} s; retry after the time given", wait_s)
         if self.target_s and now - self.drained_at > PATIENCE * self.target_s and wait_s > self._limit_s():
             self.refused_at = now
@@ -241,11 +242,13 @@ class ModelLoop:
 
     def _limit_s(self) -> float:
         """How long who is admitted may wait while there is always a queue: near the target, or as long as one batch takes."""
-        return min(self.target_s + self.forecast.full_s, max(2 * self.target_s, self.forecast.full_s))
+        full_s = self.forecast.full_s
+        target_s = max(self.target_s, FEW * self.forecast.usual_s)
+        return min(target_s + full_s, max(2 * target_s, full_s))
 
     def _note_drained(self, now: float) -> None:
-        """The queue is empty. It was no standing one, unless that is only because others were refused."""
-        if now - self.refused_at > PATIENCE * self.target_s:
+        """The queue is empty. So it was no standing one, unless that is only because others were refused of late."""
+        if now - self.refused_at > PATIENCE * self.target_s + 10 * self.forecast.full_s:
             self.drained_at = now
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -312,7 +315,7 @@ class ModelLoop:
             if not self.window_s:
                 return "idle"
             waiting = list(queue)
-            run_s = self.speed.predict_s(queue.size) * MARGIN
+            run_s = self.speed.predict_s(queue.size) * self.speed.margin
             closes_at, closed_by = min(
                 (min(job.enqueued_at for job in waiting) + self.window_s, "window"),
                 (min(job.deadline for job in waiting) - run_s, "deadline"),
@@ -349,7 +352,9 @@ class ModelLoop:
             batch, late = late[: self.batch_size], late[self.batch_size :]  # see `_worth_running`
         for job in late:
             job.fail(Late(TOO_SHORT))
-        self.forecast.plan(now, self.consumers)  # for the next one: who is in this one was admitted by the last plan
+        self.forecast.plan(
+            now, self.consumers
+        )  # for the next one: who is in this one was admitted by the last plan
         return batch
 
     def _worth_running(self, job: Job) -> bool:

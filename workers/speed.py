@@ -16,12 +16,14 @@ class Speed:
     def __init__(self) -> None:
         self.a = self.b = 0.0  # seconds a call, seconds a unit of size; never below 0
         self.typical: dict[int, tuple[float, float]] = {}  # octave: size, seconds
+        self.error = 0.0  # how far predictions are off on the average, as a fraction
         self.ratios = deque([1.0] * RECENT, RECENT)  # of the measured to the predicted seconds
 
     def observe(self, size: float, seconds: float) -> None:
         """Learn that a call of `size` took `seconds`."""
         octave, expected_s = int(size).bit_length(), self.predict_s(size)
         if octave in self.typical or len(self.typical) >= 3:
+            self.error += (min(1.0, abs(seconds / max(expected_s, 1e-9) - 1)) - self.error) / 20
             if self._has_changed(seconds / max(expected_s, 1e-9)):
                 return
             # An outlier counts a little: where the law is no line, it may be right.
@@ -36,6 +38,11 @@ class Speed:
     def predict_s(self, size: float, calls: int = 1) -> float:
         """Seconds that `calls` calls with `size` altogether will take."""
         return self.a * calls + self.b * size
+
+    @property
+    def margin(self) -> float:
+        """By how much to lengthen what is predicted: an admitted job that ends late has cost model time for nothing."""
+        return 1.1 + self.error
 
     def _has_changed(self, ratio: float) -> bool:
         """Scale all that is known when most of the last calls say so."""
