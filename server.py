@@ -32,7 +32,8 @@ async def fill_mask(request: Request) -> Response:
     """POST /: the model's answer to one text."""
     service: Service = request.state.service
     body = await service.clients.read_body(request)
-    service.loop.admit(1, settings.DEADLINE_S)  # refuse before any work goes into what is refused
+    if refused := service.loop.refusal():  # before any work goes into what is refused
+        raise refused
     assert service.check  # or the loop would have refused: no model yet
     query = service.check(contract.parse(body, request, settings))
     budget_s = contract.client_budget_s(request)

@@ -35,7 +35,7 @@ class Forecast:
         than an eighth must pay.
         """
         for lane in (self.queue.singles, self.queue.lists):
-            lane.measure(now - self.planned_at)
+            lane.measure(now - self.planned_at, min(1.0, self.budget_s))
         self.planned_at, self.copies = now, copies
         a, b, budget_s = self.speed.a, self.speed.b, self.budget_s / self.speed.margin
         rate = (self.queue.singles.rate + self.queue.lists.rate) / copies

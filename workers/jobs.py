@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-RATE_S = 1.0
-
 
 class Answer(NamedTuple):
     """What the model returned for one query, and where its time went."""
@@ -30,11 +28,11 @@ class Lane:
     offered: float = 0.0  # size since the rate was last measured
     rate: float = 0.0  # size a second
 
-    def measure(self, passed_s: float) -> None:
-        """Follow the rate, `passed_s` after the last time."""
+    def measure(self, passed_s: float, over_s: float) -> None:
+        """Follow the rate, `passed_s` after the last time, averaged over about `over_s`."""
         if not passed_s:
             return
-        keep = math.exp(-passed_s / RATE_S)
+        keep = math.exp(-passed_s / over_s)
         self.rate = keep * self.rate + (1 - keep) * self.offered / passed_s
         self.offered = 0.0
 

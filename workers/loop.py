@@ -31,8 +31,8 @@ log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its
 
 Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
 Ready = Callable[[], Awaitable[None]]
-# A queue that has not been empty for so many targets is a standing one, no burst; but a few jobs are none, however slow
-# the model is.
+# A queue that has not been empty for so many targets is a standing one, no burst; but a few requests are none, however
+# slow the model is.
 PATIENCE, FEW = 3, 4
 # A call that takes so many times what was predicted, and so many seconds at least, may never return.
 OVERDUE, OVERDUE_S = 5, 1.0
@@ -227,7 +227,11 @@ class ModelLoop:
             return Refused("the queue is full; retry after the time given", wait_s)
         if done_s * self.speed.margin > budget_s:
             return Refused(f"it would take {math.ceil(done_s)} s; retry after the time given", wait_s)
-        if self.target_s and now - self.drained_at > PATIENCE * self.target_s and wait_s > self._limit_s():
+        if (
+            self.target_s
+            and now - self.drained_at > PATIENCE * self.target_s
+            and wait_s > self._limit_s(jobs)
+        ):
             self.refused_at = now
             return Refused("too much is waiting; retry after the time given", wait_s)
         return None
@@ -240,10 +244,13 @@ class ModelLoop:
         idle = [0.0] * (self.consumers - len(self.calls))
         return idle + sorted(abs(call.ends_at - now) for call in self.calls if now < call.overdue_at)
 
-    def _limit_s(self) -> float:
-        """How long who is admitted may wait while there is always a queue: near the target, or as long as one batch takes."""
+    def _limit_s(self, jobs: int) -> float:
+        """How long `jobs` of one request may wait where there is always a queue.
+
+        Near the target, or as long as one batch takes, or a few requests like it.
+        """
         full_s = self.forecast.full_s
-        target_s = max(self.target_s, FEW * self.forecast.usual_s)
+        target_s = max(self.target_s, FEW * jobs * self.forecast.usual_s)
         return min(target_s + full_s, max(2 * target_s, full_s))
 
     def _note_drained(self, now: float) -> None:
@@ -338,7 +345,7 @@ class ModelLoop:
         run_s = self.speed.predict_s(min(self.forecast.affordable, queue.size * n / (len(queue) or 1)))
         while queue and len(batch) < self.batch_size:
             job = queue.first()
-            if batch and size + job.size > self.forecast.affordable:
+            if batch and size + job.size / 2 > self.forecast.affordable:
                 break
             queue.take(job)
             if job.deadline < now + run_s:
