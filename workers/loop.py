@@ -16,7 +16,6 @@ Unanswered
 import asyncio
 import logging
 import math
-import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,7 +32,7 @@ Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
 Ready = Callable[[], Awaitable[None]]
 # A queue that has not been empty for so many targets is a standing one, no burst; but a few requests are none, however
 # slow the model is.
-PATIENCE, FEW = 3, 4
+PATIENCE, FEW = 2, 4
 # A call that takes so many times what was predicted, and so many seconds at least, may never return.
 OVERDUE, OVERDUE_S = 5, 1.0
 # Each batch of the warm-up is measured that often, but no turn follows one that took so many seconds.
@@ -255,7 +254,7 @@ class ModelLoop:
 
     def _note_drained(self, now: float) -> None:
         """The queue is empty. So it was no standing one, unless that is only because others were refused of late."""
-        if now - self.refused_at > PATIENCE * self.target_s + 10 * self.forecast.full_s:
+        if now - self.refused_at > PATIENCE * self.target_s + 20 * self.forecast.full_s:
             self.drained_at = now
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -276,7 +275,7 @@ class ModelLoop:
             if turn and self.now() - began > WARM_UP_S:
                 break
         for batch, times_s in zip(batches, took_s, strict=True):
-            self.speed.observe(sum(size for _, size in batch), statistics.median(times_s))
+            self.speed.observe(sum(size for _, size in batch), min(times_s))
 
     async def consume(self, run: Run, ready: Ready | None = None) -> None:
         """Serve the queue with `run`, whenever its copy is `ready`, until cancelled. Start it once for every copy."""
