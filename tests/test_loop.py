@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.virtual import FakeModel, now, on_virtual_clock, outcomes, serving, submit_all, waits_for
 from workers.loop import Answer, Late, ModelDied, ModelFailed, ModelLoop, Refused
+from workers.metrics import Metrics
 
 # --- batching ---------------------------------------------------------------------------------------------------------
 
@@ -201,6 +202,127 @@ async def test_at_ten_times_its_rate_the_server_keeps_its_full_rate_and_nobody_w
     )  # admitted before anything was measured
 
 
+@on_virtual_clock
+async def test_the_work_ahead_is_shared_among_the_copies() -> None:
+    async with serving(*[FakeModel()] * 4) as loop:
+        loop.speed.observe(1, 1)
+        tasks = submit_all(loop, *range(12))
+        await asyncio.sleep(0.5)
+        with pytest.raises(Refused) as refused:
+            await loop.submit("no chance", budget_s=3)
+        assert refused.value.retry_after_s == 3  # 2.5 s: four copies, each with one running and two to come
+        tasks += submit_all(loop, "in time", budget_s=4)
+        assert set(await outcomes(tasks)) == {f"answer to {i}" for i in [*range(12), "in time"]}
+
+
+@on_virtual_clock
+async def test_a_call_overdue_beyond_reason_is_no_reason_to_wait_and_when_it_returns_all_is_well() -> None:
+    model = FakeModel(b=0.1)
+    async with serving(model, budget_s=10, hang_s=60) as loop:
+        await loop.submit("teaches the loop that a call takes 0.1 s")
+        model.b = 30
+        ends = []
+        for i in range(60):
+            ends.append(submit_all(loop, i)[0])
+            await asyncio.sleep(0.5)
+        ended = await outcomes(ends)
+        assert ended.count(Late) <= 3 and ended.count(Refused) == 60 - ended.count(Late)
+        assert loop.unready() == ""  # that is for the hang
+        model.b = 0.1
+        await asyncio.sleep(1)
+        assert await outcomes(submit_all(loop, "next")) == ["answer to next"]
+
+
+@on_virtual_clock
+async def test_while_one_copy_hangs_the_others_are_counted_with() -> None:
+    async with serving(FakeModel(b=1000), FakeModel(b=0.1), budget_s=10) as loop:
+        loop.speed.observe(1, 0.1)
+        hanging, _ = submit_all(loop, "hangs", "b")
+        await asyncio.sleep(5)
+        assert await outcomes(submit_all(loop, *range(20))) == [f"answer to {i}" for i in range(20)]
+        assert await outcomes([hanging]) == [Late]
+
+
+@on_virtual_clock
+async def test_an_early_no_is_the_one_that_submit_gives_and_the_same_for_a_second() -> None:
+    async with serving(FakeModel(b=0.3), budget_s=3) as loop:
+        assert loop.refusal() is None
+        loop.speed.observe(1, 0.3)
+        tasks = submit_all(loop, *range(9))
+        await asyncio.sleep(0.05)
+        seen = set()
+        for _ in range(100):
+            await asyncio.sleep(0.005)
+            if refused := loop.refusal():
+                seen.add((str(refused), refused.retry_after_s))
+                with pytest.raises(Refused, match=str(refused)):
+                    await loop.submit("too many")
+        assert 1 <= len(seen) <= 2
+        assert loop.refusal(budget_s=0.01) and not loop.unready()
+        await outcomes(tasks)
+        assert loop.refusal() is None
+        loop.stop_admitting()
+        assert str(loop.refusal()) == loop.unready() == "the server is stopping; try another one"
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+@on_virtual_clock
+async def test_the_queries_of_a_list_are_answered_in_order_and_share_batches_with_everybody() -> None:
+    model = FakeModel()
+    async with serving(model, batch_size=4) as loop:
+        first = submit_all(loop, "first")
+        await asyncio.sleep(0.5)
+        many = asyncio.create_task(loop.submit_all(["a", "b", "c"], [1, 1, 1]))
+        await asyncio.sleep(0)
+        await outcomes(first + submit_all(loop, "single"))
+        assert [answer.value for answer in await many] == ["answer to a", "answer to b", "answer to c"]
+    assert len(model.calls) == 2 and set(model.calls[1]) == {"a", "b", "c", "single"}
+
+
+@on_virtual_clock
+async def test_a_list_is_admitted_whole_or_not_at_all() -> None:
+    model = FakeModel()
+    async with serving(model, max_queue=4) as loop:
+        loop.speed.observe(1, 1)
+        tasks = submit_all(loop, "running", "waits")
+        await asyncio.sleep(0.5)
+        for queries, budget_s in (
+            ("abcde", 100),
+            ("abc", 4),
+        ):  # too many; 0.5 s of others' work and 4 of its own
+            with pytest.raises(Refused):
+                await loop.submit_all(queries, [1] * len(queries), budget_s=budget_s)
+        assert loop.depth == 1
+        assert len(await loop.submit_all("abc", [1, 1, 1], budget_s=7)) == 3
+        await outcomes(tasks)
+
+
+@on_virtual_clock
+async def test_the_first_failure_ends_the_list_says_which_and_frees_the_other_places() -> None:
+    model, poison = FakeModel(), ValueError("no mask")
+    async with serving(model) as loop:
+        with pytest.raises(ModelFailed, match="no mask") as failed:
+            await loop.submit_all(["a", poison, "b", "c"], [1] * 4)
+        assert failed.value.index == 1 and failed.value.__cause__ is poison
+        assert loop.depth == loop.running == 0
+    assert model.calls == [["a"], [poison]]
+
+
+@on_virtual_clock
+async def test_a_client_that_leaves_takes_its_whole_list_along() -> None:
+    model, metrics = FakeModel(), Metrics()
+    async with serving(model, metrics=metrics) as loop:
+        many = asyncio.create_task(loop.submit_all("abc", [1] * 3))
+        await asyncio.sleep(1.5)
+        many.cancel()
+        await asyncio.sleep(0)
+        assert loop.depth == loop.running == 0 and not loop.live
+    assert model.calls == [["a"], ["b"]]
+    assert b"model_abandoned_total 2.0" in metrics.text()  # "a" has its answer
+
+
 # --- deadlines and the dead -------------------------------------------------------------------------------------------
 
 
@@ -238,8 +360,8 @@ async def test_who_cannot_make_it_is_told_before_the_model_runs_and_the_others_r
 
 @on_virtual_clock
 async def test_a_client_that_leaves_frees_its_place_and_the_model_never_sees_its_query() -> None:
-    model = FakeModel()
-    async with serving(model, max_queue=1) as loop:
+    model, metrics = FakeModel(), Metrics()
+    async with serving(model, max_queue=1, metrics=metrics) as loop:
         running = submit_all(loop, "running")
         await asyncio.sleep(0.5)
         (leaver,) = submit_all(loop, "leaver")
@@ -247,7 +369,7 @@ async def test_a_client_that_leaves_frees_its_place_and_the_model_never_sees_its
         assert loop.depth == 1
         leaver.cancel()
         await asyncio.sleep(0)
-        assert loop.depth == 0
+        assert loop.depth == 0 and b"model_abandoned_total 1.0" in metrics.text()
         assert await outcomes(running + submit_all(loop, "next")) == ["answer to running", "answer to next"]
     assert model.calls == [["running"], ["next"]]
 
@@ -276,6 +398,18 @@ async def test_one_bad_query_fails_alone_and_its_neighbours_get_answers() -> Non
             "answer to b",
         ]
     assert model.calls == [["a", poison, "b"], ["a"], [poison], ["b"]]  # singly, once
+
+
+@on_virtual_clock
+async def test_the_cause_of_a_failure_is_kept_for_the_log_and_its_time_teaches_nothing() -> None:
+    model, poison = FakeModel(b=50), ValueError("no mask")
+    async with serving(model) as loop:
+        loop.speed.observe(1, 1)
+        (task,) = submit_all(loop, poison)
+        with pytest.raises(ModelFailed, match="no mask") as failed:
+            await task
+        assert failed.value.__cause__ is poison
+        assert loop.speed.predict_s(1) == 1 and loop.speed.margin == 1.1
 
 
 @pytest.mark.parametrize(
@@ -469,6 +603,7 @@ arrivals = st.lists(
         st.sampled_from(["good"] * 6 + ["fails", "kills", "stops"]),
         st.none() | st.floats(0, 10),  # after how long its client leaves
         st.integers(1, 50),  # its size
+        st.sampled_from([1] * 4 + [2, 5]),  # how many such queries it has
     ),
     max_size=40,
 )
@@ -495,7 +630,7 @@ def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
         assert 1 <= len(queries) <= batch_size
         assert not left & {i for i, _ in queries}, "ran for somebody who has left"
         if not retried(queries):
-            order.extend(i for i, _ in queries)
+            order.extend(i for i, _ in queries if arrivals[i][5] == 1)
         await asyncio.sleep(a + b * len(queries))
         kinds = {kind for _, kind in queries}
         if "kills" in kinds:
@@ -514,7 +649,13 @@ def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
     ) -> None:
         await asyncio.sleep(at)
         sent = now()
-        task = asyncio.create_task(loop.submit((i, kind), size=arrivals[i][4], budget_s=budget_s))
+        _, _, _, _, size, n = arrivals[i]
+        task: asyncio.Task[Any]
+        if n == 1:
+            task = asyncio.create_task(loop.submit((i, kind), size=size, budget_s=budget_s))
+        else:  # only its last query may be a bad one
+            queries = [(i, "good")] * (n - 1) + [(i, kind)]
+            task = asyncio.create_task(loop.submit_all(queries, [size] * n, budget_s=budget_s))
         if leaves_after is not None:
             await asyncio.wait([task], timeout=leaves_after)
             if task.cancel():
@@ -523,7 +664,9 @@ def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
         assert i not in ends
         ends[i] = end
         assert now() - sent <= budget_s + 1e-6
-        if isinstance(end, Answer):
+        if isinstance(end, list):
+            assert [answer.value for answer in end] == [i] * n and kind == "good"
+        elif isinstance(end, Answer):
             assert end.value == i and kind == "good"
             assert end.queue_s + end.model_s <= now() - sent + 1e-6
         elif isinstance(end, ModelDied):

@@ -125,8 +125,16 @@ class ModelLoop:
 
         Cancel it when the client has left: its place in the queue is free at once.
         """
-        (answer,) = await self.submit_all([query], [size], budget_s=budget_s)
-        return answer
+        (job,) = self._admit([query], [size], min(budget_s, self.budget_s))
+        timer = asyncio.get_running_loop().call_later(job.deadline - job.enqueued_at, expire, [job])
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            self.metrics.abandoned()
+            raise
+        finally:
+            timer.cancel()
+            self._forget(job)
 
     async def submit_all(
         self, queries: Sequence[Any], sizes: Sequence[float], *, budget_s: float = math.inf
@@ -136,20 +144,30 @@ class ModelLoop:
         Each is a job of its own and shares batches with everybody's. All are admitted or none; when one fails or the
         client leaves, the others free their places.
         """
+        if len(queries) < 2:
+            return [
+                await self.submit(q, size=s, budget_s=budget_s) for q, s in zip(queries, sizes, strict=True)
+            ]
         jobs = self._admit(queries, sizes, min(budget_s, self.budget_s))
+
+        def free_places(ended: asyncio.Future[Answer]) -> None:
+            if ended.exception():
+                for job in jobs:
+                    self.queue.discard(job)
+
+        for job in jobs:
+            job.future.add_done_callback(free_places)
         timer = asyncio.get_running_loop().call_later(jobs[0].deadline - jobs[0].enqueued_at, expire, jobs)
-        futures = [job.future for job in jobs]
         try:
-            if len(futures) > 1:
-                await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
-                for index, future in enumerate(futures):
-                    if future.done() and (error := future.exception()):
-                        error.index = index  # type: ignore[attr-defined]
-                        raise error
-            return [await future for future in futures]
+            await asyncio.wait([job.future for job in jobs], return_when=asyncio.FIRST_EXCEPTION)
+            for index, job in enumerate(jobs):
+                if not job.alive and (error := job.future.exception()):
+                    error.index = index  # type: ignore[attr-defined]
+                    raise error
+            return [job.future.result() for job in jobs]
         except asyncio.CancelledError:
-            for future in futures:
-                if future.cancelled() or not future.done():
+            for job in jobs:
+                if job.alive:
                     self.metrics.abandoned()
             raise
         finally:
