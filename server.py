@@ -22,7 +22,7 @@ from starlette.routing import Route, Router
 
 from workers import contract
 from workers.envelope import Envelope
-from workers.loop import ModelLoop
+from workers.loop import Refused
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import Settings
@@ -59,9 +59,9 @@ async def health(request: Request) -> Response:
 
 async def ready(request: Request) -> Response:
     """GET /ready: 200 while a copy of the model is loaded, 503 with the reason when stuck or stopping; whatever the load."""
-    loop: ModelLoop = request.state.service.loop
-    if loop.closing or not loop.consumers or loop.stuck_s():
-        loop.admit(1, settings.DEADLINE_S)
+    service: Service = request.state.service
+    if reason := service.unready():
+        raise Refused(reason)
     return JSONResponse({"status": "ready"})
 
 

@@ -16,7 +16,7 @@ from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from workers import contract
-from workers.loop import ModelLoop, Refused
+from workers.loop import Refused
 from workers.metrics import Metrics
 
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
@@ -62,7 +62,7 @@ class Envelope:
             request_id = b"%032x" % random.getrandbits(128)
         scope["request_id"] = request_id
         request = Request(scope, receive)
-        if asks and (refused := refusal(scope["state"]["service"].loop, contract.client_budget_s(request))):
+        if asks and (refused := scope["state"]["service"].loop.refusal(contract.client_budget_s(request))):
             return await self.refuse(refused, scope, send)
         started = False
 
@@ -111,14 +111,6 @@ class Envelope:
         return next(
             (error for route, error in self.protocols if route.path_regex.match(path)), contract.error_body
         )
-
-
-def refusal(loop: ModelLoop, budget_s: float) -> Refused | None:
-    try:
-        loop.admit(1, min(budget_s, loop.budget_s))
-    except Refused as exc:
-        return exc
-    return None
 
 
 @functools.lru_cache(maxsize=64)
