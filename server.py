@@ -16,12 +16,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 
 from workers import contract
+from workers.envelope import Envelope
+from workers.loop import Refused
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import Settings
@@ -37,7 +38,7 @@ async def answer(request: Request) -> Response:
     asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
     queries = await service.check(asked.inputs, asked.parameters, len(body))
     answers = await service.clients.wait(request, queries)
-    return contract.Answered.of(answers, asked.is_list)
+    return contract.Answered(answers, asked.is_list)
 
 
 async def health(request: Request) -> Response:
@@ -57,8 +58,10 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """GET /ready: 200 while a request would be admitted, 503 with the reason while not."""
-    request.state.service.loop.admit(1, settings.DEADLINE_S)
+    """GET /ready: 200 while a copy of the model is loaded, 503 with the reason when stuck or stopping; whatever the load."""
+    service: Service = request.state.service
+    if reason := service.unready():
+        raise Refused(reason)
     return JSONResponse({"status": "ready"})
 
 
@@ -82,9 +85,9 @@ def find_protocols() -> Iterator[tuple[Route, contract.ErrorBody]]:
 
 
 protocols = list(find_protocols())
-app = contract.Envelope(
-    Starlette(
-        routes=[
+app = Envelope(
+    Router(
+        [
             Route("/", answer, methods=["POST"]),
             Route("/health", health),
             Route("/ready", ready),
@@ -92,7 +95,6 @@ app = contract.Envelope(
             *(route for route, _ in protocols),
         ],
         lifespan=lifespan,
-        exception_handlers=contract.ERROR_HANDLERS,
     ),
     metrics,
     protocols,

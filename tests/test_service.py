@@ -214,6 +214,22 @@ def test_while_the_only_copy_loads_again_requests_are_refused_with_the_time_that
     with_app(scenario, MODEL=MOODY, OFFLOAD="process")
 
 
+def test_a_server_whose_only_copy_died_idle_is_not_ready_until_another_is_loaded(
+    loads: Callable[[str], Any],
+) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        await eventually(client, "/ready", 200)
+        loads("wait")
+        (copy,) = service.copies
+        assert isinstance(copy, process.Process)
+        os.kill(copy.process.pid, signal.SIGKILL)
+        await eventually(client, "/ready", 503)
+        loads("succeed")
+        await eventually(client, "/ready", 200)
+
+    with_app(scenario, MODEL=MOODY, OFFLOAD="process")
+
+
 def test_a_copy_that_died_idle_takes_no_job_while_it_loads_again(loads: Callable[[str], Any]) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         await eventually(client, "/ready", 200)
@@ -488,7 +504,7 @@ def test_nothing_is_kept_of_a_request_that_has_ended(gated: type[Gated]) -> None
         clients, loop = service.clients, service.loop
         service.clients.sweep()
         assert not (clients.reading or clients.waiting or clients.seen or clients.watching)
-        assert not (loop.live or loop.running or loop.queue.qsize() or loop.queue.size or loop.calls)
+        assert not (loop.live or loop.running or loop.queue or loop.queue.size or loop.calls)
 
     with_app(scenario)
 
@@ -514,7 +530,7 @@ def test_a_bug_in_the_loop_answers_whoever_waits_and_ends_the_process_with_a_cod
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def bug(self: ModelLoop) -> Any:
-        await self.queue.get()
+        await self.queue.at_least(1)
         raise RuntimeError("a bug")
 
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
@@ -524,7 +540,7 @@ def test_a_bug_in_the_loop_answers_whoever_waits_and_ends_the_process_with_a_cod
         assert raised == [signal.SIGTERM] and service.exit_code == 1
         service.exit_code = 0  # it would end these tests
 
-    monkeypatch.setattr(ModelLoop, "take_batch", bug)
+    monkeypatch.setattr(ModelLoop, "_gather", bug)
     with caplog.at_level("CRITICAL", logger="uvicorn.error"):
         with_app(scenario)
     assert "the model loop has ended" in caplog.text

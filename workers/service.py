@@ -16,8 +16,8 @@ from types import FrameType
 from typing import Any
 
 from workers import memory, tasks
-from workers.clients import Clients
-from workers.loop import ModelFailed, ModelLoop, Refused
+from workers.clients import SWEEP_S, Clients
+from workers.loop import LOADING, ModelFailed, ModelLoop, Refused
 from workers.metrics import Metrics
 from workers.offload import CannotLoad, Inline, Offload, Thread, attempt_load, in_thread, in_words
 from workers.process import Process
@@ -56,7 +56,7 @@ class Service:
     def task(self) -> tasks.Task:
         """What is served. Raises Refused while that is being made."""
         if self._task is None:
-            raise Refused("the model is still loading")
+            raise Refused(LOADING)
         return self._task
 
     async def run(self) -> None:
@@ -95,8 +95,7 @@ class Service:
         batches = await in_thread(lambda: tasks.warm_up_batches(task, self.settings.BATCH_SIZE))
         try:
             for copy in self.copies:
-                for batch in batches:
-                    await copy.run([query.content for query in batch])
+                await self.loop.warm_up(copy.run, batches)
         except ModelFailed as exc:
             raise CannotLoad(f"it fails on its own example: {exc}") from exc
 
@@ -142,7 +141,7 @@ class Service:
             )
 
     async def tick(self) -> None:
-        """Four times a second look after the clients, the gauges and the master.
+        """Every SWEEP_S look after the clients, the gauges and the master.
 
         The gauges must be fresh for scrapes that come to another worker. A worker must not outlive its master: Gunicorn's
         watch theirs in `deployment.py`, but those of `uvicorn --workers` would go on serving.
@@ -153,7 +152,7 @@ class Service:
             self.metrics.sample()
             if self.copies and all(copy.trouble for copy in self.copies):
                 raise CannotLoad(self.copies[0].trouble)
-            await asyncio.sleep(0.25)
+            await asyncio.sleep(SWEEP_S)
         signal.raise_signal(signal.SIGTERM)
 
     def exit(self, code: int, reason: str, details: str = "") -> None:
@@ -169,6 +168,12 @@ class Service:
         if stuck_s := self.loop.stuck_s():
             return f"the model has not returned for {stuck_s:.0f} s; restart this server"
         return self.failure
+
+    def unready(self) -> str:
+        """Why no request at all can be answered now; empty while a copy is loaded, not stuck, not stopping."""
+        if reason := self.loop.unready():
+            return reason
+        return "" if any(copy.loaded.is_set() for copy in self.copies) else LOADING
 
     def stop(self) -> None:
         """Refuse new work and finish what is admitted, within the grace time less a second to send the answers."""
