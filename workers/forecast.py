@@ -34,6 +34,8 @@ class Forecast:
         much is offered that it fills in the time that is left: size = rate * (budget - seconds(size)). But what takes more
         than an eighth must pay.
         """
+        if now < self.planned_at + 0.001:
+            return  # what takes so little time can wait
         for lane in (self.queue.singles, self.queue.lists):
             lane.measure(now - self.planned_at, min(1.0, self.budget_s))
         self.planned_at, self.copies = now, copies

@@ -30,8 +30,6 @@ class Lane:
 
     def measure(self, passed_s: float, over_s: float) -> None:
         """Follow the rate, `passed_s` after the last time, averaged over about `over_s`."""
-        if not passed_s:
-            return
         keep = math.exp(-passed_s / over_s)
         self.rate = keep * self.rate + (1 - keep) * self.offered / passed_s
         self.offered = 0.0
@@ -72,10 +70,10 @@ class JobQueue:
         self.singles, self.lists = Lane(), Lane()
         self.turn, self.other = self.singles, self.lists
         self._waiter: asyncio.Future[None] | None = None
-        self._awaited = 0
+        self._awaited = self._length = 0
 
     def __len__(self) -> int:
-        return len(self.singles.jobs) + len(self.lists.jobs)
+        return self._length
 
     def __iter__(self) -> Iterator[Job]:
         return itertools.chain(self.singles.jobs, self.lists.jobs)
@@ -88,7 +86,8 @@ class JobQueue:
         """Let `job` wait at the end of its lane."""
         job.lane.jobs[job] = None
         job.lane.size += job.size
-        if self._waiter and len(self) >= self._awaited and not self._waiter.done():
+        self._length += 1
+        if self._waiter and self._length >= self._awaited and not self._waiter.done():
             self._waiter.set_result(None)
 
     def first(self) -> Job:
@@ -107,6 +106,7 @@ class JobQueue:
         if job in job.lane.jobs:
             del job.lane.jobs[job]
             job.lane.size -= job.size
+            self._length -= 1
 
     async def at_least(self, n: int) -> None:
         """Wait until `n` jobs are in. For one caller at a time."""

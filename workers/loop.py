@@ -355,19 +355,21 @@ class ModelLoop:
 
     def _take(self) -> list[Job]:
         """Take the next batch out of the queue; answer at once those who can't make it: they'd make everyone else late."""
-        queue, now = self.queue, self.now()
+        queue, now, most = self.queue, self.now(), self.forecast.affordable
+        if not queue:
+            return []  # another copy was faster
         batch: list[Job] = []
         late: list[Job] = []
         size, n = 0.0, min(self.batch_size, len(queue))
-        run_s = self.speed.predict_s(min(self.forecast.affordable, queue.size * n / (len(queue) or 1)))
+        latest = now + self.speed.predict_s(min(most, queue.size * n / len(queue)))
         while queue and len(batch) < self.batch_size:
             job = queue.first()
-            if batch and size + job.size / 2 > self.forecast.affordable:
+            if batch and size + job.size / 2 > most:
                 break
             queue.take(job)
-            if job.deadline < now + run_s:
+            if job.deadline < latest:
                 late.append(job)
-            elif job.alive:
+            elif not job.future.done():
                 batch.append(job)
                 size += job.size
         if not queue:
