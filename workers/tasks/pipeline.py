@@ -1,32 +1,94 @@
-"""Any other TASK: the stock Transformers pipeline of that name, for one text."""
+"""Any other TASK: the stock Transformers pipeline of that name, one input after the other.
 
-import copy
+One after the other, as padding to the longest of a batch changes some answers: feature-extraction's, for one.
+"""
+
+import base64
+import binascii
+import contextlib
+import io
 import os
 import threading
-import time
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 from workers.settings import Settings
-from workers.tasks import CannotAnswer, Description, Malformed, Query, unknown_parameters
+from workers.tasks import CannotAnswer, Description, Malformed, Query
+from workers.tasks.text import (
+    A_TEXT,
+    Content,
+    Rule,
+    TextTask,
+    a_number,
+    a_text,
+    checked,
+    describe,
+    one_of,
+    some_words,
+)
 
 # GNU OpenMP reads this when torch is loaded: how long its threads spin while they wait for each other. By default they
 # do for so long that 2 of them, beside 2 busy processes on 2 cores, do 18 texts/s; so they do 86, and 238 where 224.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 LOADING = threading.Lock()  # two loads at once collide in Transformers: "Tensor on device meta"
+MAX_PIXELS = 1 << 25  # a small file can unfold to gigabytes
+# A text would be taken for an address or a path of this machine by pipelines of images and sounds: there it is base64.
+TAKEN = {
+    "image": {
+        "depth-estimation",
+        "document-question-answering",
+        "image-classification",
+        "image-feature-extraction",
+        "image-segmentation",
+        "object-detection",
+        "zero-shot-image-classification",
+    },
+    "audio": {"audio-classification", "automatic-speech-recognition", "zero-shot-audio-classification"},
+    "text": {"feature-extraction", "table-question-answering", "text-generation", "text-to-audio"},
+}
 
 
-def load_pipeline(settings: Settings, instance: int = 0, pipeline_class: Any = None) -> Any:
+def load_pipeline(settings: Settings, instance: int = 0) -> Any:
     """Return the Transformers pipeline that the settings ask for; instance i goes to `cuda:i` where there are several.
 
     Safetensors only (a pickled `.bin` can run code when loaded), no remote code. Raises OSError or ValueError when the
     model can't be had.
     """
+    with LOADING:
+        device, dtype = place(settings, instance)
+        import transformers
+
+        return transformers.pipeline(
+            settings.TASK,
+            model=settings.MODEL,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
+        )
+
+
+def load_model(settings: Settings, instance: int, kind: str) -> Any:
+    """The same for what has no pipeline: its `model`, by one of Transformers' automatic classes, and its `tokenizer`."""
+    safe = {"trust_remote_code": False}
+    with LOADING:
+        device, dtype = place(settings, instance)
+        import transformers
+
+        model = getattr(transformers, kind).from_pretrained(
+            settings.MODEL, dtype=dtype, use_safetensors=True, **safe
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(settings.MODEL, **safe)
+    return SimpleNamespace(model=model.to(device).eval(), tokenizer=tokenizer)
+
+
+def place(settings: Settings, instance: int) -> tuple[str, Any]:
+    """The device and the dtype of an instance; gives torch its threads."""
     import torch  # takes seconds: not at import, so that liveness answers meanwhile
     import transformers
 
-    from workers.tasks.fast_fill_mask import pick_dtype
+    from workers.tasks.packed import pick_dtype
 
     torch.set_num_threads(settings.threads_per_instance)
     transformers.utils.logging.disable_progress_bar()
@@ -35,99 +97,102 @@ def load_pipeline(settings: Settings, instance: int = 0, pipeline_class: Any = N
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{instance % max(1, torch.cuda.device_count())}"
-    with LOADING:
-        return transformers.pipeline(
-            settings.TASK,
-            model=settings.MODEL,
-            dtype=pick_dtype(settings.DTYPE, device),
-            device=device,
-            pipeline_class=pipeline_class,
-            trust_remote_code=False,
-            model_kwargs={"use_safetensors": True},
-        )
-
-
-class TextTask:
-    """What all tasks with one text share. Has a tokenizer of its own:
-
-    two threads in one can raise "Already borrowed".
-    """
-
-    media: tuple[str, ...] = ()
-
-    def __init__(self, settings: Settings) -> None:
-        from transformers import AutoConfig, AutoTokenizer
-
-        self.settings = settings
-        self.tokenizer = AutoTokenizer.from_pretrained(settings.MODEL, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(settings.MODEL, trust_remote_code=False)
-        self.limit = min(
-            settings.MAX_TOKENS,
-            self.tokenizer.model_max_length,
-            getattr(config, "max_position_embeddings", None) or 1 << 30,
-        )
-        self.ids = self._encoder(self.tokenizer)
-        self.around = len(self.ids(""))  # tokens around every text
-
-    @staticmethod
-    def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-        """The Rust tokenizer underneath is 5 times faster for one text; not every model has one."""
-        if not tokenizer.is_fast:
-            return lambda text: tokenizer(text)["input_ids"]
-        backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        backend.no_truncation()
-        backend.no_padding()
-        # encode() would keep the interpreter to itself.
-        return lambda text: backend.encode_batch([text])[0].ids
-
-    @staticmethod
-    def text(inputs: Any) -> str:
-        """`inputs`, if it is a text."""
-        if not isinstance(inputs, str):
-            raise Malformed('"inputs" must be one text or a list of texts: {"inputs": "a text"}')
-        if not inputs.strip():
-            raise Malformed("the text is empty; send one")
-        return inputs
-
-    def tokens(self, text: str) -> list[int]:
-        """Its tokens, if the model can take so many."""
-        ids = self.ids(text)
-        if len(ids) > self.limit:
-            raise CannotAnswer(f"the text has {len(ids)} tokens; send at most {self.limit}")
-        return ids
+    return device, pick_dtype(settings.DTYPE, device)
 
 
 class Task(TextTask):
-    """A text in, the pipeline's answer out."""
+    """A text, JSON, an image or a sound in, the pipeline's answer out."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.kind = next((kind for kind, tasks in TAKEN.items() if settings.TASK in tasks), None)
+        if self.kind is None:
+            raise ValueError(
+                f"TASK={settings.TASK} is not known; serve a class of your own: MODEL=my_model:Class"
+            )
+        if self.kind == "text":
+            super().__init__(settings)
+        else:
+            self.settings, self.media = settings, (f"{self.kind}/", "application/octet-stream")
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        unknown_parameters(parameters)
-        text = self.text(inputs)
-        return Query(text, len(self.tokens(text)))
+        parameters = checked(parameters, **self.rules())
+        if self.kind != "text":
+            return Query(Content(self.medium(inputs), parameters, []))
+        if isinstance(inputs, str):
+            return self.query(inputs, parameters, self.row(a_text(inputs)))
+        return Query(Content(inputs, parameters, []))
 
-    def load(self, instance: int) -> "Pipeline":
-        return Pipeline(self.settings, load_pipeline(self.settings, instance))
+    def rules(self) -> dict[str, Rule]:
+        """What a client may set. Not whatever the pipeline takes: with some of it a client can load code."""
+        most, apply = self.settings.MAX_TOP_K, one_of("softmax", "sigmoid", "none")
+        match self.settings.TASK:
+            case "image-classification" | "audio-classification":
+                return {"top_k": a_number(1, most), "function_to_apply": apply}
+            case "zero-shot-image-classification" | "zero-shot-audio-classification":
+                return {"candidate_labels": some_words(most), "hypothesis_template": A_TEXT}
+            case "text-generation":
+                return {"max_new_tokens": a_number(1, self.settings.MAX_TOKENS)}
+        return {}
+
+    def medium(self, inputs: Any) -> Any:
+        """An image's or a sound's bytes, with a question beside them where they are a field of an object."""
+        kind = str(self.kind)
+        if isinstance(inputs, dict) and inputs.keys() == {kind, "question"}:
+            return {kind: self.medium(inputs[kind]), "question": a_text(inputs["question"], "question")}
+        if isinstance(inputs, str):  # a data URL, or only what follows its comma
+            with contextlib.suppress(binascii.Error):
+                inputs = base64.b64decode(inputs.partition("base64,")[2] or inputs, validate=True)
+        if not isinstance(inputs, bytes):
+            raise Malformed(
+                f'"inputs" must be the {kind} in base64; or send it as the body, with its Content-Type'
+            )
+        if kind == "image":
+            check_image(inputs)
+        return inputs
+
+    def load(self, instance: int) -> "Stock":
+        return Stock(self, load_pipeline(self.settings, instance))
 
     def examples(self) -> list[Query]:
-        return [self.check(text, {}) for text in ("a text", "a text " * 50)]
+        texts = ("a text", "a text " * 50) if self.kind == "text" else ()
+        return [self.check(text, {}) for text in texts]
 
     def describe(self) -> Description:
-        return Description("a text", f"what the {self.settings.TASK} pipeline answers", {"inputs": "a text"})
+        takes = "a text" if self.kind == "text" else f"the bytes of the {self.kind}"
+        return Description(takes, f"what the {self.settings.TASK} pipeline answers", {"inputs": "a text"})
 
 
-class Pipeline:
-    """A loaded pipeline. Call it with texts, get one answer each, as the pipeline gives for that text alone."""
+class Stock:
+    """A loaded pipeline: one answer for each input, as the pipeline gives for that alone."""
 
-    def __init__(self, settings: Settings, pipe: Any) -> None:
-        started = time.perf_counter()
-        self.settings, self.pipe = settings, pipe
-        self.wraps_single = False
-        weights = self.pipe.model
-        size_mb = sum(p.numel() * p.element_size() for p in weights.parameters()) / 1e6
-        self.description = (
-            f"{type(weights).__name__} from {settings.MODEL}: {size_mb:.0f} MB, {weights.dtype}, {weights.device}, "
-            f"{settings.threads_per_instance} threads, ready in {time.perf_counter() - started:.1f} s"
+    def __init__(self, task: TextTask, pipe: Any) -> None:
+        self.pipe, self.description = (
+            pipe,
+            f"{describe(pipe.model, task.settings)}, the stock pipeline, one by one",
         )
 
-    def __call__(self, contents: list[Any]) -> list[Any]:
-        return [self.pipe(content) for content in contents]
+    def __call__(self, contents: list[Content]) -> list[Any]:
+        return [self.pipe(self.opened(content.inputs), **content.parameters) for content in contents]
+
+    def opened(self, inputs: Any) -> Any:
+        """As pipelines take it: an image as Pillow's."""
+        if isinstance(inputs, dict):
+            return {name: self.opened(value) for name, value in inputs.items()}
+        return open_image(inputs) if isinstance(inputs, bytes) and self.pipe.image_processor else inputs
+
+
+def open_image(data: bytes) -> Any:
+    """A Pillow image, of which only the head has been read."""
+    from PIL import Image  # only those who serve images need it
+
+    return Image.open(io.BytesIO(data))
+
+
+def check_image(data: bytes) -> None:
+    """Raise CannotAnswer where this is no image, or one that would take gigabytes."""
+    try:
+        width, height = open_image(data).size
+    except OSError:
+        raise CannotAnswer("the image cannot be read; send a JPEG or a PNG") from None
+    if width * height > MAX_PIXELS:
+        raise CannotAnswer(f"the image has {width * height} pixels; send at most {MAX_PIXELS}")

@@ -1,0 +1,106 @@
+"""Small random models of every family, made on the spot: folders as `save_pretrained` writes them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+torch.set_num_threads(1)  # beside other tests' processes two that wait for each other are slower than one
+
+SPACED = "the of old dog runs isn't quickly , . unbelievable caf\u00e9 \u4e2d river ! 42 'tis over it's"
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+BYTE_LEVEL = {"modernbert", "mpnet", "roberta", "xlm-roberta"}
+EDGES = {"cls_token_id": 0, "bos_token_id": 0, "sep_token_id": 2, "eos_token_id": 2}
+# The configuration's class, without its last word, and what it needs besides SIZE.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("Bert", {}),
+    "distilbert": ("DistilBert", {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
+    "roberta": ("Roberta", {"max_position_embeddings": 514, "type_vocab_size": 1, **EDGES}),
+    "xlm-roberta": ("XLMRoberta", {"max_position_embeddings": 514, "type_vocab_size": 1, **EDGES}),
+    "mpnet": ("MPNet", {"max_position_embeddings": 514, **EDGES}),
+    "electra": ("Electra", {"embedding_size": 16}),
+    "deberta-v2": (
+        "DebertaV2",
+        {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16},
+    ),
+    "modernbert": ("ModernBert", {"local_attention": 16, **EDGES}),
+    "albert": ("Albert", {"embedding_size": 16}),
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+}
+ENTITIES = dict(enumerate(["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]))
+ENTAILMENT = dict(enumerate(["contradiction", "neutral", "entailment"]))
+
+
+def wordpiece_tokenizer(clean_up: bool = False) -> PreTrainedTokenizerFast:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789'.,!?-:;\"%\u4e2d\u6771\u4eac"
+    words = "the of old dog runs river cafe it is over quick ly un able ##ly ##able ##ing ## n't 's do not"
+    vocab = dict.fromkeys([*special, *letters, *(f"##{c}" for c in letters), *words.split()])
+    core = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocab)}, unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer()
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece(cleanup=not clean_up)
+    core.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = dict(
+        zip(["pad_token", "unk_token", "cls_token", "sep_token", "mask_token"], special, strict=True)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        clean_up_tokenization_spaces=clean_up,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **names,
+    )
+
+
+def bytelevel_tokenizer(special: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-pair encoding as RoBERTa and ModernBERT have it: a character can take several tokens."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    core.train_from_iterator([SPACED] * 3, trainer)
+    cls, pad, sep, unk, mask = special
+    core.post_processor = processors.RobertaProcessing(
+        (sep, 2), (cls, 0), trim_offsets=True, add_prefix_space=False
+    )
+    names = {"cls_token": cls, "pad_token": pad, "sep_token": sep, "unk_token": unk}
+    mask_token = transformers.AddedToken(mask, lstrip=True, special=True)
+    return PreTrainedTokenizerFast(tokenizer_object=core, mask_token=mask_token, **names)
+
+
+def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    if family == "modernbert":
+        return bytelevel_tokenizer(["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"])
+    if family in BYTE_LEVEL:
+        return bytelevel_tokenizer(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    return wordpiece_tokenizer(clean_up=family == "electra")
+
+
+def make_model(family: str, head: str, **config: Any) -> Any:
+    """A model whose scores differ much: as initialised all are nearly equal, and any head would look right."""
+    name, more = FAMILIES[family]
+    tokenizer = make_tokenizer(family)
+    sizes = {} if {"dim", "n_embd"} & more.keys() else SIZE
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    made = getattr(transformers, f"{name}Config")(**sizes | ids | more | config)
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{name}For{head}")(made)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.normal_(0, 0.3) if weights.dim() > 1 else weights.add_(torch.randn_like(weights) * 0.1)
+    return model.eval()
+
+
+def save(folder: Path, family: str, model: Any) -> str:
+    """Write the model and its tokenizer; return where."""
+    model.save_pretrained(folder)
+    tokenizer = make_tokenizer(family)
+    tokenizer.model_max_length = 512
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,107 @@
+"""TASK=question-answering: a question and a text that holds the answer; where it stands.
+
+Transformers 5 dropped its pipeline. This answers as that of 4.57 did, from the model's start and end of every window.
+"""
+
+from typing import Any
+
+from workers.tasks import CannotAnswer, Description, Malformed, Query
+from workers.tasks.pipeline import load_model
+from workers.tasks.text import YES_OR_NO, Content, Row, TextModel, TextTask, a_number, a_text, checked
+
+
+class Task(TextTask):
+    """What `pipeline("question-answering")` took and gave."""
+
+    def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        if not isinstance(inputs, dict) or inputs.keys() != {"question", "context"}:
+            raise Malformed('"inputs" must be {"question": "...", "context": "..."}')
+        question, context = (a_text(inputs[name], name) for name in ("question", "context"))
+        checked(
+            parameters,
+            top_k=a_number(1, self.settings.MAX_TOP_K),
+            max_answer_len=a_number(1, self.longest),
+            handle_impossible_answer=YES_OR_NO,
+            align_to_words=YES_OR_NO,
+            doc_stride=a_number(0, self.longest),
+            max_seq_len=a_number(1, self.longest),
+            max_question_len=a_number(1, self.longest),  # never had an effect with today's tokenizers
+        )
+        length = parameters.get("max_seq_len", min(self.longest, 384))
+        stride = parameters.get("doc_stride", min(length // 2, 128))
+        try:
+            return self.query(inputs, parameters, *self.tokens.windows(length, stride, question, context))
+        except ValueError:
+            raise CannotAnswer(f"the question leaves no room for the context in {length} tokens") from None
+
+    def load(self, instance: int) -> "QuestionAnswering":
+        return QuestionAnswering(self, load_model(self.settings, instance, "AutoModelForQuestionAnswering"))
+
+    def examples(self) -> list[Query]:
+        pairs = (("Who?", "It was me."), ("What is it?", "It is a text. " * 40))
+        return [self.check({"question": question, "context": context}, {}) for question, context in pairs]
+
+    def describe(self) -> Description:
+        example = {"inputs": {"question": "Where does Ada live?", "context": "Ada lives in London."}}
+        return Description("a question and a context", "the answer, as it stands in the context", example)
+
+
+class QuestionAnswering(TextModel):
+    """The loaded model."""
+
+    def answers(self, contents: list[Content]) -> list[Any]:
+        rows = [row for content in contents for row in content.rows]
+        logits = iter(self.logits(rows).split([len(row.ids) for row in rows]))
+        return [self.answer(content, [next(logits).numpy() for _ in content.rows]) for content in contents]
+
+    def answer(self, content: Content, logits: list[Any]) -> Any:
+        found: list[dict[str, Any]] = []
+        top_k, no_answer = content.parameters.get("top_k", 1), 1.0
+        for row, window in zip(content.rows, logits):
+            no_answer = min(no_answer, self.add(found, row, window, top_k, content.parameters))
+        if content.parameters.get("handle_impossible_answer"):
+            found.append({"score": no_answer, "start": 0, "end": 0, "answer": ""})
+        best = sorted(found, key=lambda answer: answer["score"], reverse=True)[:top_k]
+        return best[0] if len(best) == 1 else best
+
+    def add(
+        self, found: list[dict[str, Any]], row: Row, logits: Any, top_k: int, parameters: dict[str, Any]
+    ) -> float:
+        """Add a window's best spans to what was found; return the score of there being no answer in it."""
+        from transformers.pipelines.document_question_answering import select_starts_ends
+
+        whole_words, offsets, words = (
+            parameters.get("align_to_words", True),
+            row.each("offsets"),
+            row.each("word_ids"),
+        )
+        cls = self.pipe.tokenizer.cls_token_id
+        outside = [part != 1 and token != cls for part, token in zip(row.each("sequence_ids"), row.ids)]
+        *spans, no_answer = select_starts_ends(
+            logits[None, :, 0],
+            logits[None, :, 1],
+            [outside],
+            None,
+            top_k=2 * top_k + 10 if whole_words else top_k,  # some are joined below
+            handle_impossible_answer=True,
+            max_answer_len=parameters.get("max_answer_len", 15),
+        )
+        for first, last, score in zip(*spans):
+            start, end = place(offsets, words if whole_words else None, first.item(), last.item())
+            text = str(row.pair)[start:end]
+            same = next((answer for answer in found if answer["answer"].lower() == text.lower()), None)
+            if same:
+                same["score"] += score.item()
+            else:
+                found.append({"score": score.item(), "start": start, "end": end, "answer": text})
+        return no_answer
+
+
+def place(offsets: list[Any], words: list[int | None] | None, first: int, last: int) -> tuple[int, int]:
+    """Where in the context the tokens `first` to `last` stand, or the whole words that they belong to."""
+    if words and words[first] is not None and words[last] is not None:
+        while words[first - 1] == words[first]:
+            first -= 1
+        while words[last + 1 : last + 2] == [words[last]]:
+            last += 1
+    return offsets[first][0], offsets[last][1]

@@ -1,0 +1,52 @@
+"""TASK=text-classification: a text, or a pair of them; the likeliest label, or the `top_k` of them."""
+
+from typing import Any
+
+from workers.tasks import Description, Malformed, Query
+from workers.tasks.pipeline import Stock, load_pipeline
+from workers.tasks.text import Content, TextModel, TextTask, a_number, a_text, checked, one_of
+
+
+class Task(TextTask):
+    """What `pipeline("text-classification")` takes and gives."""
+
+    def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        apply = one_of("softmax", "sigmoid", "none")
+        checked(parameters, top_k=a_number(1, self.settings.MAX_TOP_K), function_to_apply=apply)
+        if not isinstance(inputs, dict):
+            return self.query(inputs, parameters, self.row(a_text(inputs)))
+        if inputs.keys() - {"text", "text_pair"} or "text" not in inputs:
+            raise Malformed('"inputs" must be a text, or a pair: {"text": "...", "text_pair": "..."}')
+        pair = inputs.get("text_pair")
+        row = self.row(a_text(inputs["text"], "text"), None if pair is None else a_text(pair, "text_pair"))
+        return self.query(inputs, parameters, row)
+
+    def load(self, instance: int) -> Any:
+        kind = TextClassification if self.settings.FAST else Stock
+        return kind(self, load_pipeline(self.settings, instance))
+
+    def examples(self) -> list[Query]:
+        pair = {"text": "a text", "text_pair": "another text"}
+        return [self.check(inputs, {}) for inputs in ("a text", pair, "a text " * 50)]
+
+    def describe(self) -> Description:
+        return Description(
+            "a text, or a pair of texts", "its labels, the likeliest first", {"inputs": "a text"}
+        )
+
+
+class TextClassification(TextModel):
+    """The loaded pipeline."""
+
+    per_text = True
+
+    def answers(self, contents: list[Content]) -> list[Any]:
+        logits = self.logits([row for content in contents for row in content.rows])
+        return [self.answer(content, row) for content, row in zip(contents, logits)]
+
+    def answer(self, content: Content, logits: Any) -> Any:
+        parameters = self.pipe._sanitize_parameters(**content.parameters)[2]
+        found = self.pipe.postprocess({"logits": logits[None]}, **parameters)
+        # The pipeline wraps what it says of a text, not of a pair, unless `top_k` is given.
+        is_wrapped = isinstance(content.inputs, str) and "top_k" not in content.parameters
+        return [found] if is_wrapped else found

@@ -1,0 +1,67 @@
+"""TASK=token-classification: a text; its entities, token by token or joined, and where they stand in it."""
+
+from typing import Any
+
+from workers.tasks import Description, Malformed, Query
+from workers.tasks.pipeline import Stock, load_pipeline
+from workers.tasks.text import (
+    Content,
+    Row,
+    TextModel,
+    TextTask,
+    a_number,
+    a_text,
+    checked,
+    one_of,
+    some_words,
+)
+
+
+class Task(TextTask):
+    """What `pipeline("token-classification")` takes and gives."""
+
+    def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        checked(
+            parameters,
+            aggregation_strategy=one_of("none", "simple", "first", "average", "max"),
+            ignore_labels=some_words(self.settings.MAX_TOP_K),
+            stride=a_number(0, self.longest // 2),
+        )
+        text = a_text(inputs)
+        if (stride := parameters.get("stride")) is None:
+            return self.query(inputs, parameters, self.row(text))
+        if parameters.get("aggregation_strategy", "none") == "none":
+            raise Malformed(
+                '"stride" joins what overlaps: it needs an "aggregation_strategy" other than none'
+            )
+        return self.query(inputs, parameters, *self.tokens.windows(self.longest, stride, text))
+
+    def load(self, instance: int) -> Any:
+        pipe = load_pipeline(self.settings, instance)
+        return (TokenClassification if self.settings.FAST and pipe.tokenizer.is_fast else Stock)(self, pipe)
+
+    def describe(self) -> Description:
+        example = {"inputs": "Ada lives in London.", "parameters": {"aggregation_strategy": "simple"}}
+        return Description("a text", "its entities and where they stand", example)
+
+
+class TokenClassification(TextModel):
+    """The loaded pipeline."""
+
+    def answers(self, contents: list[Content]) -> list[Any]:
+        rows = [row for content in contents for row in content.rows]
+        outputs = map(self.output, rows, self.logits(rows).split([len(row.ids) for row in rows]))
+        return [self.answer(content, [next(outputs) for _ in content.rows]) for content in contents]
+
+    def output(self, row: Row, logits: Any) -> dict[str, Any]:
+        """What the pipeline's model says of a row."""
+        return {
+            "sentence": row.text,
+            "logits": logits[None],
+            "input_ids": [row.ids],
+            "offset_mapping": [row.each("offsets")],
+            "special_tokens_mask": logits.new_tensor([row.each("special_tokens_mask")]),
+        }
+
+    def answer(self, content: Content, outputs: list[dict[str, Any]]) -> Any:
+        return self.pipe.postprocess(outputs, **self.pipe._sanitize_parameters(**content.parameters)[2])

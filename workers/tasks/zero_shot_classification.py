@@ -1,0 +1,55 @@
+"""TASK=zero-shot-classification: a text and labels that the model needn't know; how well each one fits."""
+
+from typing import Any
+
+from workers.tasks import Description, Malformed, Query
+from workers.tasks.pipeline import Stock, load_pipeline
+from workers.tasks.text import A_TEXT, YES_OR_NO, Content, TextModel, TextTask, a_text, checked, some_words
+
+TEMPLATE = "This example is {}."
+
+
+class Task(TextTask):
+    """What `pipeline("zero-shot-classification")` takes and gives: a pair of texts for each label."""
+
+    def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        labels = parameters.get("candidate_labels", [])
+        if isinstance(labels, str):
+            labels = [label.strip() for label in labels.split(",") if label.strip()]
+        parameters = parameters | {"candidate_labels": labels}
+        labelled = some_words(self.settings.MAX_TOP_K)
+        checked(parameters, candidate_labels=labelled, hypothesis_template=A_TEXT, multi_label=YES_OR_NO)
+        template, text = parameters.get("hypothesis_template", TEMPLATE), a_text(inputs)
+        # Not more than that: `str.format` would obey a client who asks for a width of a billion.
+        if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
+            raise Malformed('"hypothesis_template" must have one {} where the label goes, and no other brace')
+        return self.query(text, parameters, *(self.row(text, template.format(label)) for label in labels))
+
+    def load(self, instance: int) -> Any:
+        kind = ZeroShotClassification if self.settings.FAST else Stock
+        return kind(self, load_pipeline(self.settings, instance))
+
+    def examples(self) -> list[Query]:
+        labels = {"candidate_labels": ["news", "sports"]}
+        return [self.check(text, labels) for text in ("a text", "a text " * 50)]
+
+    def describe(self) -> Description:
+        example = {"inputs": "a text", "parameters": {"candidate_labels": ["news", "sports"]}}
+        return Description("a text", "the labels, the likeliest first, and their scores", example)
+
+
+class ZeroShotClassification(TextModel):
+    """The loaded pipeline."""
+
+    per_text = True
+
+    def answers(self, contents: list[Content]) -> list[Any]:
+        logits = iter(self.logits([row for content in contents for row in content.rows]))
+        return [self.answer(content, logits) for content in contents]
+
+    def answer(self, content: Content, logits: Any) -> Any:
+        outputs = [
+            {"candidate_label": label, "sequence": content.inputs, "logits": next(logits)[None]}
+            for label in content.parameters["candidate_labels"]
+        ]
+        return self.pipe.postprocess(outputs, multi_label=content.parameters.get("multi_label", False))
