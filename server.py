@@ -16,12 +16,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 
 from workers import contract
+from workers.envelope import Envelope
+from workers.loop import Refused
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import Settings
@@ -37,28 +38,30 @@ async def answer(request: Request) -> Response:
     asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
     queries = await service.check(asked.inputs, asked.parameters, len(body))
     answers = await service.clients.wait(request, queries)
-    return contract.Answered.of(answers, asked.is_list)
+    return contract.Answered(answers, asked.is_list)
 
 
 async def health(request: Request) -> Response:
     """GET /health: 200 while the process should be left alone, 503 with the reason when it should be restarted."""
     service: Service = request.state.service
-    stuck_s = service.loop.stuck_s()
+    trouble = service.trouble()
     status = {
-        "status": "stuck" if stuck_s else "ok" if service.loop.consumers else "loading",
+        "status": "stuck" if trouble else "ok" if service.loop.consumers else "loading",
         "model": settings.model_name,
         "queue_depth": service.loop.depth,
         "running": service.loop.running,
         "uptime_s": round(time.monotonic() - service.started_at, 1),
     }
-    if stuck_s:
-        status["error"] = f"the model has not returned for {stuck_s:.0f} s; restart this server"
-    return JSONResponse(status, 503 if stuck_s else 200)
+    if trouble:
+        status["error"] = trouble
+    return JSONResponse(status, 503 if trouble else 200)
 
 
 async def ready(request: Request) -> Response:
-    """GET /ready: 200 while a request would be admitted, 503 with the reason while not."""
-    request.state.service.loop.admit(1, settings.DEADLINE_S)
+    """GET /ready: 200 while a copy of the model is loaded, 503 with the reason when stuck or stopping; whatever the load."""
+    service: Service = request.state.service
+    if reason := service.unready():
+        raise Refused(reason)
     return JSONResponse({"status": "ready"})
 
 
@@ -82,9 +85,9 @@ def find_protocols() -> Iterator[tuple[Route, contract.ErrorBody]]:
 
 
 protocols = list(find_protocols())
-app = contract.Envelope(
-    Starlette(
-        routes=[
+app = Envelope(
+    Router(
+        [
             Route("/", answer, methods=["POST"]),
             Route("/health", health),
             Route("/ready", ready),
@@ -92,7 +95,6 @@ app = contract.Envelope(
             *(route for route, _ in protocols),
         ],
         lifespan=lifespan,
-        exception_handlers=contract.ERROR_HANDLERS,
     ),
     metrics,
     protocols,

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
+
 from loadtests.modes import Server
 
 POISON = "[POISON] is [MASK]."  # the stand-in raises on it
@@ -96,6 +98,13 @@ def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
     return value
+
+
+def gone(process: psutil.Process) -> bool:
+    """Whether it has ended; it may still wait for whoever has to take note of it."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 class Crowd(ThreadPoolExecutor):

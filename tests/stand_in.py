@@ -1,16 +1,20 @@
-"""A model that starts at once and does as it is told: `MODEL=tests.stand_in:FillMask uvicorn server:app`.
+"""Models that start at once and do as they are told: `MODEL=tests.stand_in:FillMask uvicorn server:app`.
 
-It has the answers' form and the real one's sentences, but not its 6 seconds of loading. A text takes it 0.3 ms a
+FillMask has the answers' form and the real one's sentences, but not its 6 seconds of loading. A text takes it 0.3 ms a
 word, during which it computes nothing: so many of its servers run side by side.
 """
 
+import math
+import os
 import time
+from pathlib import Path
 from typing import Any
 
 from loadtests.bench_apps import answer
 
 MASK, POISON = "[MASK]", "[POISON]"
 WORD_S = 0.0003
+BROKEN = "BROKEN"  # names the file whose presence keeps Obedient from loading
 
 
 class FillMask:
@@ -32,3 +36,28 @@ class FillMask:
         if any(POISON in text for text in inputs):
             raise IndexError("index out of range in self")
         return [answer(text) for text in inputs]
+
+
+class Obedient:
+    """Answers with its input; {"until": path} waits for a file, {"nan": 1} answers with no JSON, {"bug": 1} raises."""
+
+    example = "a text"
+
+    def __init__(self) -> None:
+        if os.path.exists(os.environ.get(BROKEN, "")):
+            raise OSError("Too many open files")
+
+    @staticmethod
+    def check(inputs: Any, parameters: dict[str, Any]) -> None:
+        if isinstance(inputs, dict) and "bug" in inputs:
+            raise KeyError("a bug of the check")
+
+    def __call__(self, inputs: list[Any]) -> list[Any]:
+        return [obey(told) for told in inputs]
+
+
+def obey(told: Any) -> Any:
+    if isinstance(told, dict) and "until" in told:
+        while not Path(told["until"]).exists():
+            time.sleep(0.01)
+    return math.nan if isinstance(told, dict) and "nan" in told else told

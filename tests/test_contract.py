@@ -49,7 +49,8 @@ def mode(request: pytest.FixtureRequest) -> str:
 @contextlib.contextmanager
 def started(mode: str, **settings: str) -> Iterator[Server]:
     """A server in which every worker is ready. Its model is the stand-in, unless said otherwise."""
-    with start(MODES[mode], {"MODEL": "tests.stand_in:FillMask", **settings}) as server:
+    usual = {"MODEL": "tests.stand_in:FillMask", "MAX_BODY_BYTES": "16384"}
+    with start(MODES[mode], usual | settings) as server:
         until(lambda: len(workers(server)) == WORKERS[mode], 60)  # ready tells of one only
         yield server
 
@@ -541,15 +542,15 @@ def test_killed_model_process_costs_its_own_batch_only(spawning: Server, crowd: 
     until(lambda: any(reply.done() for reply in replies))
     model_processes(spawning)[0].kill()
     failed = [future.result() for future in replies if future.result().status != 200]
-    # A call that Gunicorn has lost with its dirty worker ends at the deadline.
-    fails = (500,) if kept("a killed model process costs its own batch", mode) else (500, 504)
+    # 503: who comes while another one loads. A call that Gunicorn has lost with its dirty worker ends at the deadline.
+    fails = (500, 503) if kept("a killed model process costs its own batch", mode) else (500, 503, 504)
     assert all(reply.status in fails and reply.error for reply in failed)
     assert all(is_own(i, f.result().json) for i, f in enumerate(replies) if f.result().status == 200)
     if kept("a killed model process costs its own batch", mode):
-        assert len(failed) <= 1, "only the request that was in it"
+        assert sum(reply.status == 500 for reply in failed) <= 1, "only the request that was in it"
         until(lambda: metric(spawning, "model_process_restarts_total") == 1)
         assert "starting another" in spawning.log()
-        assert post(spawning, PARIS).status == 200
+        until(lambda: post(spawning, PARIS).status == 200)
     else:
         assert len(failed) > 1
         until(lambda: post(spawning, PARIS).status == 200, 60)
@@ -559,7 +560,7 @@ def model_processes(server: Server) -> list[psutil.Process]:
     """The processes that hold a model: spawned, or below Gunicorn's arbiter of dirty workers."""
     if server.mode.name == "dirty":
         return [p for p in server.processes()[1:] if p.ppid() != server.process.pid]
-    return [p for p in server.processes() if "spawn_main" in " ".join(p.cmdline())]
+    return [p for p in server.processes() if "workers.process" in " ".join(p.cmdline())]
 
 
 def test_stalled_body_does_not_hold_sigterm(spawning: Server) -> None:

@@ -141,7 +141,7 @@ def test_instances_get_disjoint_cores() -> None:
     if len(cores) < 2:
         pytest.skip("one core")
     with start(MODES["instances-2"], STAND_IN) as server:
-        models = [p for p in server.processes() if "spawn_main" in " ".join(p.cmdline())]
+        models = [p for p in server.processes() if "workers.process" in " ".join(p.cmdline())]
         first, second = (set(p.cpu_affinity()) for p in models)
         assert first
         assert second

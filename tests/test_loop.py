@@ -1,79 +1,15 @@
 """The promises of the model loop, on a virtual clock with a model that is a formula: exact, no sleeps, no flakes."""
 
 import asyncio
-import functools
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-import looptime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.virtual import FakeModel, now, on_virtual_clock, outcomes, serving, submit_all, waits_for
 from workers.loop import Answer, Late, ModelDied, ModelFailed, ModelLoop, Refused
-
-
-class FakeModel:
-    """Takes `a + b * n` seconds for n queries, then answers each; raises what a query is, when it is an exception."""
-
-    def __init__(self, a: float = 0.0, b: float = 1.0) -> None:
-        self.a, self.b = a, b
-        self.calls: list[list[Any]] = []
-        self.started: list[float] = []
-
-    async def __call__(self, queries: list[Any]) -> list[Any]:
-        self.calls.append(queries)
-        self.started.append(now())
-        await asyncio.sleep(self.a + self.b * len(queries))
-        for query in queries:
-            if isinstance(query, BaseException):
-                raise query
-        return [f"answer to {query}" for query in queries]
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
-
-
-def on_virtual_clock(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
-    """Run an async test on an event loop whose time jumps to the next event; fail it if it never ends."""
-
-    @functools.wraps(test)
-    def run(*args: Any, **kwargs: Any) -> None:
-        with asyncio.Runner(loop_factory=lambda: looptime.new_event_loop(start=0, end=100_000)) as runner:
-            runner.run(test(*args, **kwargs))
-
-    return run
-
-
-class serving:
-    """A loop with its consumers, for the length of a with block."""
-
-    def __init__(self, *models: Any, **options: Any) -> None:
-        self.loop = ModelLoop(**{"budget_s": 1000.0} | options)
-        self.models = models
-
-    async def __aenter__(self) -> ModelLoop:
-        self.consumers = [asyncio.create_task(self.loop.consume(model)) for model in self.models]
-        await asyncio.sleep(0)
-        return self.loop
-
-    async def __aexit__(self, *exc: object) -> None:
-        for consumer in self.consumers:
-            assert not consumer.done(), "the loop has died"
-            consumer.cancel()
-        await asyncio.gather(*self.consumers, return_exceptions=True)
-
-
-def submit_all(loop: ModelLoop, *queries: Any, **options: Any) -> list[asyncio.Task[Answer]]:
-    return [asyncio.create_task(loop.submit(query, **options)) for query in queries]
-
-
-async def outcomes(tasks: list[asyncio.Task[Answer]]) -> list[Any]:
-    """What each task ended with: the value of its answer, or its exception's class."""
-    done = await asyncio.gather(*tasks, return_exceptions=True)
-    return [result.value if isinstance(result, Answer) else type(result) for result in done]
-
+from workers.metrics import Metrics
 
 # --- batching ---------------------------------------------------------------------------------------------------------
 
@@ -197,7 +133,7 @@ async def test_a_full_queue_refuses_without_calling_the_model() -> None:
         await asyncio.sleep(0.5)
         waiting = submit_all(loop, "a", "b")
         await asyncio.sleep(0)
-        with pytest.raises(Refused, match="waiting"):
+        with pytest.raises(Refused, match="full"):
             await loop.submit("c")
         assert await outcomes(running + waiting) == ["answer to running", "answer to a", "answer to b"]
     assert ["c"] not in model.calls
@@ -266,6 +202,127 @@ async def test_at_ten_times_its_rate_the_server_keeps_its_full_rate_and_nobody_w
     )  # admitted before anything was measured
 
 
+@on_virtual_clock
+async def test_the_work_ahead_is_shared_among_the_copies() -> None:
+    async with serving(*[FakeModel()] * 4) as loop:
+        loop.speed.observe(1, 1)
+        tasks = submit_all(loop, *range(12))
+        await asyncio.sleep(0.5)
+        with pytest.raises(Refused) as refused:
+            await loop.submit("no chance", budget_s=3)
+        assert refused.value.retry_after_s == 3  # 2.5 s: four copies, each with one running and two to come
+        tasks += submit_all(loop, "in time", budget_s=4)
+        assert set(await outcomes(tasks)) == {f"answer to {i}" for i in [*range(12), "in time"]}
+
+
+@on_virtual_clock
+async def test_a_call_overdue_beyond_reason_is_no_reason_to_wait_and_when_it_returns_all_is_well() -> None:
+    model = FakeModel(b=0.1)
+    async with serving(model, budget_s=10, hang_s=60) as loop:
+        await loop.submit("teaches the loop that a call takes 0.1 s")
+        model.b = 30
+        ends = []
+        for i in range(60):
+            ends.append(submit_all(loop, i)[0])
+            await asyncio.sleep(0.5)
+        ended = await outcomes(ends)
+        assert ended.count(Late) <= 3 and ended.count(Refused) == 60 - ended.count(Late)
+        assert loop.unready() == ""  # that is for the hang
+        model.b = 0.1
+        await asyncio.sleep(1)
+        assert await outcomes(submit_all(loop, "next")) == ["answer to next"]
+
+
+@on_virtual_clock
+async def test_while_one_copy_hangs_the_others_are_counted_with() -> None:
+    async with serving(FakeModel(b=1000), FakeModel(b=0.1), budget_s=10) as loop:
+        loop.speed.observe(1, 0.1)
+        hanging, _ = submit_all(loop, "hangs", "b")
+        await asyncio.sleep(5)
+        assert await outcomes(submit_all(loop, *range(20))) == [f"answer to {i}" for i in range(20)]
+        assert await outcomes([hanging]) == [Late]
+
+
+@on_virtual_clock
+async def test_an_early_no_is_the_one_that_submit_gives_and_the_same_for_a_second() -> None:
+    async with serving(FakeModel(b=0.3), budget_s=3) as loop:
+        assert loop.refusal() is None
+        loop.speed.observe(1, 0.3)
+        tasks = submit_all(loop, *range(9))
+        await asyncio.sleep(0.05)
+        seen = set()
+        for _ in range(100):
+            await asyncio.sleep(0.005)
+            if refused := loop.refusal():
+                seen.add((str(refused), refused.retry_after_s))
+                with pytest.raises(Refused, match=str(refused)):
+                    await loop.submit("too many")
+        assert 1 <= len(seen) <= 2
+        assert loop.refusal(budget_s=0.01) and not loop.unready()
+        await outcomes(tasks)
+        assert loop.refusal() is None
+        loop.stop_admitting()
+        assert str(loop.refusal()) == loop.unready() == "the server is stopping; try another one"
+
+
+# --- lists ------------------------------------------------------------------------------------------------------------
+
+
+@on_virtual_clock
+async def test_the_queries_of_a_list_are_answered_in_order_and_share_batches_with_everybody() -> None:
+    model = FakeModel()
+    async with serving(model, batch_size=4) as loop:
+        first = submit_all(loop, "first")
+        await asyncio.sleep(0.5)
+        many = asyncio.create_task(loop.submit_all(["a", "b", "c"], [1, 1, 1]))
+        await asyncio.sleep(0)
+        await outcomes(first + submit_all(loop, "single"))
+        assert [answer.value for answer in await many] == ["answer to a", "answer to b", "answer to c"]
+    assert len(model.calls) == 2 and set(model.calls[1]) == {"a", "b", "c", "single"}
+
+
+@on_virtual_clock
+async def test_a_list_is_admitted_whole_or_not_at_all() -> None:
+    model = FakeModel()
+    async with serving(model, max_queue=4) as loop:
+        loop.speed.observe(1, 1)
+        tasks = submit_all(loop, "running", "waits")
+        await asyncio.sleep(0.5)
+        for queries, budget_s in (
+            ("abcde", 100),
+            ("abc", 4),
+        ):  # too many; 0.5 s of others' work and 4 of its own
+            with pytest.raises(Refused):
+                await loop.submit_all(queries, [1] * len(queries), budget_s=budget_s)
+        assert loop.depth == 1
+        assert len(await loop.submit_all("abc", [1, 1, 1], budget_s=7)) == 3
+        await outcomes(tasks)
+
+
+@on_virtual_clock
+async def test_the_first_failure_ends_the_list_says_which_and_frees_the_other_places() -> None:
+    model, poison = FakeModel(), ValueError("no mask")
+    async with serving(model) as loop:
+        with pytest.raises(ModelFailed, match="no mask") as failed:
+            await loop.submit_all(["a", poison, "b", "c"], [1] * 4)
+        assert failed.value.index == 1 and failed.value.__cause__ is poison
+        assert loop.depth == loop.running == 0
+    assert model.calls == [["a"], [poison]]
+
+
+@on_virtual_clock
+async def test_a_client_that_leaves_takes_its_whole_list_along() -> None:
+    model, metrics = FakeModel(), Metrics()
+    async with serving(model, metrics=metrics) as loop:
+        many = asyncio.create_task(loop.submit_all("abc", [1] * 3))
+        await asyncio.sleep(1.5)
+        many.cancel()
+        await asyncio.sleep(0)
+        assert loop.depth == loop.running == 0 and not loop.live
+    assert model.calls == [["a"], ["b"]]
+    assert b"model_abandoned_total 2.0" in metrics.text()  # "a" has its answer
+
+
 # --- deadlines and the dead -------------------------------------------------------------------------------------------
 
 
@@ -303,8 +360,8 @@ async def test_who_cannot_make_it_is_told_before_the_model_runs_and_the_others_r
 
 @on_virtual_clock
 async def test_a_client_that_leaves_frees_its_place_and_the_model_never_sees_its_query() -> None:
-    model = FakeModel()
-    async with serving(model, max_queue=1) as loop:
+    model, metrics = FakeModel(), Metrics()
+    async with serving(model, max_queue=1, metrics=metrics) as loop:
         running = submit_all(loop, "running")
         await asyncio.sleep(0.5)
         (leaver,) = submit_all(loop, "leaver")
@@ -312,7 +369,7 @@ async def test_a_client_that_leaves_frees_its_place_and_the_model_never_sees_its
         assert loop.depth == 1
         leaver.cancel()
         await asyncio.sleep(0)
-        assert loop.depth == 0 and loop.queue.empty()
+        assert loop.depth == 0 and b"model_abandoned_total 1.0" in metrics.text()
         assert await outcomes(running + submit_all(loop, "next")) == ["answer to running", "answer to next"]
     assert model.calls == [["running"], ["next"]]
 
@@ -341,6 +398,18 @@ async def test_one_bad_query_fails_alone_and_its_neighbours_get_answers() -> Non
             "answer to b",
         ]
     assert model.calls == [["a", poison, "b"], ["a"], [poison], ["b"]]  # singly, once
+
+
+@on_virtual_clock
+async def test_the_cause_of_a_failure_is_kept_for_the_log_and_its_time_teaches_nothing() -> None:
+    model, poison = FakeModel(b=50), ValueError("no mask")
+    async with serving(model) as loop:
+        loop.speed.observe(1, 1)
+        (task,) = submit_all(loop, poison)
+        with pytest.raises(ModelFailed, match="no mask") as failed:
+            await task
+        assert failed.value.__cause__ is poison
+        assert loop.speed.predict_s(1) == 1 and loop.speed.margin == 1.1
 
 
 @pytest.mark.parametrize(
@@ -401,28 +470,63 @@ async def test_a_call_that_hangs_is_reported_and_new_jobs_are_refused() -> None:
             await loop.submit("b")
 
 
-@pytest.mark.parametrize("died_idle", [False, True])
 @on_virtual_clock
-async def test_a_copy_that_loads_again_is_no_call_of_the_model(died_idle: bool) -> None:
-    loaded = asyncio.Event()
-    if died_idle:
-        loaded.set()
-
-    async def ready() -> None:
-        await loaded.wait()
-
+async def test_a_copy_that_loads_again_is_no_call_of_the_model() -> None:
+    loaded, model = asyncio.Event(), FakeModel()
+    loaded.set()
     loop = ModelLoop(hang_s=60, budget_s=1000)
-    consumer = asyncio.create_task(loop.consume(FakeModel(), ready))
+    consumer = asyncio.create_task(loop.consume(model, waits_for(loaded)))
     await asyncio.sleep(1)
-    loaded.clear()
+    loaded.clear()  # it dies while nobody asks anything of it
     task = submit_all(loop, "a")
     await asyncio.sleep(100)
-    assert loop.stuck_s() == 0 and not loop.running
+    assert loop.stuck_s() == 0 and not loop.running and loop.depth == 1
     loaded.set()
     answer = await task[0]
     assert (answer.queue_s, answer.model_s) == (100, 1)
-    assert loop.predicted_wait_s() == 0 and loop.speed.predict_s(1) == pytest.approx(1)
+    assert loop.speed.predict_s(1) == pytest.approx(1)
     consumer.cancel()
+
+
+@on_virtual_clock
+async def test_while_the_only_copy_loads_who_cannot_wait_is_told_when_it_will_be_back() -> None:
+    loaded, model = asyncio.Event(), FakeModel()
+    loaded.set()
+    loop = ModelLoop(budget_s=1000, load_s=6)
+    consumer = asyncio.create_task(loop.consume(model, waits_for(loaded)))
+    await asyncio.sleep(1)
+    loaded.clear()
+    tasks = submit_all(loop, "hurried", budget_s=5) + submit_all(loop, "patient", budget_s=20)
+    await asyncio.sleep(0.5)
+    assert loop.unready() == "the model is still loading"
+    with pytest.raises(Refused, match="loading") as refused:
+        await loop.submit("a newcomer")
+    assert refused.value.retry_after_s == 6  # 5.5 s are left
+    (hurried, _) = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    with pytest.raises(Refused, match="loading"):
+        await hurried.pop()
+    assert now() == 1.5
+    await asyncio.sleep(5.5)
+    loaded.set()
+    assert await outcomes(tasks) == [Refused, "answer to patient"]
+    assert loop.unready() == ""
+    consumer.cancel()
+
+
+@on_virtual_clock
+async def test_a_copy_that_died_idle_takes_no_job_from_the_others() -> None:
+    loaded, dead, other = asyncio.Event(), FakeModel(), FakeModel()
+    loaded.set()
+    loop = ModelLoop(budget_s=1000)
+    consumers = [asyncio.create_task(loop.consume(dead, waits_for(loaded)))]
+    await asyncio.sleep(1)
+    consumers += [asyncio.create_task(loop.consume(other))]
+    await asyncio.sleep(1)
+    loaded.clear()
+    answer = await loop.submit("a")
+    assert answer.queue_s == 0 and other.calls == [["a"]] and not dead.calls
+    for consumer in consumers:
+        consumer.cancel()
 
 
 @on_virtual_clock
@@ -430,15 +534,12 @@ async def test_while_a_copy_loads_again_the_others_do_the_work() -> None:
     loaded = asyncio.Event()
     loaded.set()
 
-    async def ready() -> None:
-        await loaded.wait()
-
     async def dies(queries: list[Any]) -> list[Any]:
         loaded.clear()
         raise ModelDied("it was killed")
 
     async with serving(FakeModel(), budget_s=10) as loop:
-        mortal = asyncio.create_task(loop.consume(dies, ready))
+        mortal = asyncio.create_task(loop.consume(dies, waits_for(loaded)))
         await asyncio.sleep(0)
         done = await outcomes(submit_all(loop, *range(5)))
         assert done == ["answer to 0", ModelDied, "answer to 2", "answer to 3", "answer to 4"]
@@ -502,6 +603,7 @@ arrivals = st.lists(
         st.sampled_from(["good"] * 6 + ["fails", "kills", "stops"]),
         st.none() | st.floats(0, 10),  # after how long its client leaves
         st.integers(1, 50),  # its size
+        st.sampled_from([1] * 4 + [2, 5]),  # how many such queries it has
     ),
     max_size=40,
 )
@@ -528,7 +630,7 @@ def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
         assert 1 <= len(queries) <= batch_size
         assert not left & {i for i, _ in queries}, "ran for somebody who has left"
         if not retried(queries):
-            order.extend(i for i, _ in queries)
+            order.extend(i for i, _ in queries if arrivals[i][5] == 1)
         await asyncio.sleep(a + b * len(queries))
         kinds = {kind for _, kind in queries}
         if "kills" in kinds:
@@ -547,7 +649,13 @@ def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
     ) -> None:
         await asyncio.sleep(at)
         sent = now()
-        task = asyncio.create_task(loop.submit((i, kind), size=arrivals[i][4], budget_s=budget_s))
+        _, _, _, _, size, n = arrivals[i]
+        task: asyncio.Task[Any]
+        if n == 1:
+            task = asyncio.create_task(loop.submit((i, kind), size=size, budget_s=budget_s))
+        else:  # only its last query may be a bad one
+            queries = [(i, "good")] * (n - 1) + [(i, kind)]
+            task = asyncio.create_task(loop.submit_all(queries, [size] * n, budget_s=budget_s))
         if leaves_after is not None:
             await asyncio.wait([task], timeout=leaves_after)
             if task.cancel():
@@ -556,7 +664,9 @@ def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
         assert i not in ends
         ends[i] = end
         assert now() - sent <= budget_s + 1e-6
-        if isinstance(end, Answer):
+        if isinstance(end, list):
+            assert [answer.value for answer in end] == [i] * n and kind == "good"
+        elif isinstance(end, Answer):
             assert end.value == i and kind == "good"
             assert end.queue_s + end.model_s <= now() - sent + 1e-6
         elif isinstance(end, ModelDied):
@@ -571,7 +681,9 @@ def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
         async with serving(*[run] * copies, **options) as loop:
             await asyncio.gather(*(client(loop, i, *arrival[:4]) for i, arrival in enumerate(arrivals)))
             await loop.drain(grace_s=100)
-            assert not loop.live and loop.queue.empty() and loop.queue.size == 0 and loop.depth == 0
+            assert (
+                not loop.live and not loop.queue and loop.queue.size == 0 and loop.depth == 0 == loop.running
+            )
 
     on_virtual_clock(everything)()
     assert len(ends) == len(arrivals)

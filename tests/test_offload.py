@@ -1,8 +1,9 @@
 """A thread and a process both answer, survive what the model throws, and contain what only a process can contain."""
 
 import asyncio
-import multiprocessing
 import os
+import pickle
+import select
 import signal
 import threading
 import time
@@ -11,34 +12,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import uvloop
+from client import gone
 
+from tests.moody import Model
+from workers import process
 from workers.loop import ModelDied, ModelFailed
 from workers.metrics import Metrics
-from workers.offload import CannotLoad, Inline, Process, Thread, attempt_load, core_shares, make, packed
+from workers.offload import CannotLoad, Inline, Thread, attempt_load
+from workers.process import Process, packed, pause_s, pickled
+from workers.service import core_shares, make_copies
 from workers.settings import Settings
-
-
-class Echo:
-    """A model that answers with the query, or does what it says. Importable, so that a spawned process can load it."""
-
-    description = "echo"
-
-    def __call__(self, queries: list[Any]) -> list[Any]:
-        for query in queries:
-            match query:
-                case "stop":
-                    raise StopIteration
-                case "exit":
-                    raise SystemExit(3)
-                case "cancel":
-                    raise asyncio.CancelledError
-                case "die":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                case "hang":
-                    time.sleep(3600)
-        return [(query, os.getpid(), threading.current_thread().name) for query in queries]
 
 
 class Gated:
@@ -58,49 +44,39 @@ class Gated:
         return queries
 
 
-def broken() -> Echo:
+def broken() -> Model:
     raise OSError("no such model\nsecond line")
 
 
-def load_by(plan: Path) -> Echo:
-    """Load, die or fail as the next line of the file says: each process takes one."""
-    now, *later = plan.read_text().split()
-    plan.write_text("\n".join(later))
-    match now:
-        case "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "fail":
-            broken()
-    return Echo()
-
-
 def test_the_reason_is_the_last_line_where_the_message_is_a_traceback() -> None:
-    def load() -> Echo:
+    def load() -> Model:
         raise ValueError("it failed:\nTraceback (most recent call last):\n  File ...\nOSError: no such file")
 
     with pytest.raises(CannotLoad, match=r"^ValueError: OSError: no such file$"):
         attempt_load(load)
 
 
-async def eventually(condition: Callable[[], bool]) -> None:
+async def eventually(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
 
-def process(metrics: Metrics | None = None, hang_s: float = 60.0, load: Callable[[], Any] = Echo) -> Process:
-    return Process(load, hang_s, metrics or Metrics())
+def in_process(
+    metrics: Metrics | None = None, hang_s: float = 60.0, load: Callable[[], Any] = Model, **options: Any
+) -> Process:
+    return Process(load, hang_s, metrics or Metrics(), **options)
 
 
-PLACES = {"inline": partial(Inline, Echo), "thread": partial(Thread, Echo), "process": process}
+PLACES = {"inline": partial(Inline, Model), "thread": partial(Thread, Model), "process": in_process}
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_errors_that_would_break_asyncio_reach_the_caller_and_the_next_call_is_served(place: str) -> None:
     async def scenario() -> None:
         offload = PLACES[place]()
-        assert "echo" in await offload.start()
-        for poison in ("stop", "exit", "cancel"):
+        assert "moody" in await offload.start()
+        for poison in ("stop", "exit", "cancel", "rude"):
             with pytest.raises(ModelFailed) as failed:
                 await offload.run([poison])
             assert not isinstance(failed.value, ModelDied), "its neighbours may be tried again"
@@ -111,7 +87,7 @@ def test_errors_that_would_break_asyncio_reach_the_caller_and_the_next_call_is_s
 
 
 @pytest.mark.parametrize(
-    "make", [partial(Inline, broken), partial(Thread, broken), partial(process, load=broken)]
+    "make", [partial(Inline, broken), partial(Thread, broken), partial(in_process, load=broken)]
 )
 def test_a_model_that_cannot_be_loaded_is_one_line(make: Callable[[], Any]) -> None:
     async def scenario() -> None:
@@ -152,6 +128,7 @@ def test_a_call_that_outlives_its_event_loop_ends_in_silence() -> None:
         call = asyncio.create_task(offload.run(["a"]))
         await eventually(lambda: model.inside == 1)
         call.cancel()
+        offload.stop()
 
     asyncio.run(scenario())
     (worker,) = set(threading.enumerate()) - others
@@ -180,7 +157,7 @@ def with_process(
 ) -> None:
     async def run() -> None:
         metrics = Metrics()
-        offload = process(metrics, **options)
+        offload = in_process(metrics, **options)
         await offload.start()
         try:
             async with asyncio.timeout(120):
@@ -196,6 +173,19 @@ def restarts(metrics: Metrics) -> float:
     return metrics.registry.get_sample_value("model_process_restarts_total") or 0.0
 
 
+def kill(offload: Process) -> None:
+    os.kill(offload.process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the model's loads do, each as its next word says; the pauses between them are short."""
+    plan = tmp_path / "plan"
+    monkeypatch.setenv("PLAN", str(plan))
+    monkeypatch.setattr(process, "PAUSE_S", 0.001)
+    return plan
+
+
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_queries_and_answers_that_pass_in_pieces_arrive(
     loop_factory: Callable[[], asyncio.AbstractEventLoop],
@@ -203,22 +193,96 @@ def test_queries_and_answers_that_pass_in_pieces_arrive(
     async def scenario(offload: Process, metrics: Metrics) -> None:
         long = "a" * 10**7
         for _ in range(3):
-            assert [query for query, _, _ in await offload.run([long, "b"])] == [long, "b"]
+            assert [query for query, _ in await offload.run([long, "b"])] == [long, "b"]
+        assert len((await offload.run(["huge"]))[0]) == 10**8
         assert restarts(metrics) == 0
 
     with_process(scenario, loop_factory)
 
 
-def test_a_killed_process_costs_its_own_queries_and_is_replaced() -> None:
+def test_what_cannot_be_sent_or_goes_to_the_terminal_costs_its_own_call() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
-        ((_, first, _),) = await offload.run(["a"])
-        with pytest.raises(ModelDied, match="exit code -9"):
-            await offload.run(["a", "die"])
-        ((_, second, _),) = await offload.run(["a"])
-        assert second not in (first, os.getpid())
-        assert restarts(metrics) == 1
+        for odd in ("function", lambda: None, ValueError):
+            with pytest.raises((ModelFailed, pickle.PicklingError, AttributeError)):
+                await offload.run([odd, "function"])
+            assert (await offload.run(["print"]))[0][0] == "print"
+        assert restarts(metrics) == 0
 
     with_process(scenario)
+
+
+def test_the_log_tells_where_in_its_process_the_model_failed() -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        with pytest.raises(ModelFailed) as failed:
+            await offload.run(["stop"])
+        (note,) = failed.value.__notes__
+        assert "moody.py" in note and note.endswith("StopIteration\n")
+
+    with_process(scenario)
+
+
+def test_tensors_arrive_as_numbers_and_lists_where_there_is_no_torch() -> None:
+    import torch
+
+    answer = {"vector": torch.arange(2.0), "score": torch.tensor(0.5, dtype=torch.bfloat16), "n": 3}
+    assert b"torch" not in pickled(answer)
+    assert pickle.loads(pickled(answer)) == {"vector": [0.0, 1.0], "score": 0.5, "n": 3}
+
+
+@pytest.mark.parametrize(("poison", "code"), [("die", -9), ("leave", 7)])
+def test_a_process_that_dies_costs_its_own_queries_and_is_replaced_however_often(
+    poison: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[int] = []
+    monkeypatch.setattr(process, "pause_s", lambda n: tries.append(n) or 0)
+
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        ((_, last),) = await offload.run(["a"])
+        for number in range(process.TRIES + 1):
+            with pytest.raises(ModelDied, match=f"exit code {code}"):
+                await offload.run(["a", poison])
+            if number % 2:
+                ((_, pid),) = await offload.run(["a"])
+                assert pid not in (last, os.getpid())
+                last = pid
+        await offload.loaded.wait()
+        assert restarts(metrics) == process.TRIES + 1
+        assert tries == [0] * (process.TRIES + 1), "nobody is kept waiting: each of them had been asked"
+
+    with_process(scenario)
+
+
+def kill_once_it_has_spoken(offload: Process) -> None:
+    """Hold the event loop until what it says lies there unread, and it is dead."""
+    select.select([offload.to_model.get_extra_info("socket")], [], [], 60)
+    kill(offload)
+    while offload.process.returncode is None:
+        time.sleep(0.01)
+
+
+def test_a_process_that_answers_and_dies_costs_nobody_an_answer() -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        call = asyncio.create_task(offload.run(["a"]))
+        await asyncio.sleep(0)
+        kill_once_it_has_spoken(offload)
+        ((query, _),) = await call
+        assert query == "a"
+        ((query, _),) = await offload.run(["b"])
+        assert query == "b"
+
+    with_process(scenario)
+
+
+def test_a_process_that_loads_and_dies_has_not_loaded() -> None:
+    async def scenario() -> None:
+        offload = in_process()
+        start = asyncio.create_task(offload.start())
+        await eventually(lambda: hasattr(offload, "process"))
+        kill_once_it_has_spoken(offload)
+        with pytest.raises(CannotLoad, match="ended with exit code -9"):
+            await start
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -229,10 +293,39 @@ def test_a_hung_process_is_killed_and_replaced(frozen: bool) -> None:
             os.kill(hung.pid, signal.SIGSTOP)
         with pytest.raises(ModelDied, match="did not return within"):
             await offload.run(["more than the kernel holds for it" * 10**6, "hang"])
-        ((query, _, _),) = await offload.run(["a"])
-        assert query == "a" and not hung.is_alive()
+        ((query, _),) = await offload.run(["a"])
+        assert query == "a" and hung.wait(10) == -signal.SIGKILL
 
-    with_process(scenario, hang_s=5.0)
+    with_process(scenario, hang_s=1.0)
+
+
+def test_a_process_that_closes_its_connection_is_killed_and_replaced() -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        deaf = offload.process
+        with pytest.raises(ModelDied, match="closed its connection"):
+            await offload.run(["close"])
+        ((query, _),) = await offload.run(["a"])
+        assert query == "a" and deaf.wait(10) == -signal.SIGKILL
+
+    with_process(scenario)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_what_a_model_has_forked_neither_hides_its_death_nor_outlives_it(idle: bool) -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        (fork,) = await offload.run(["fork"])
+        forked = psutil.Process(fork)
+        if idle:
+            kill(offload)
+            await eventually(lambda: restarts(metrics) == 1)
+        else:
+            with pytest.raises(ModelDied, match="exit code -9"):
+                await offload.run(["die"])
+        await eventually(lambda: gone(forked))
+        ((query, _),) = await offload.run(["a"])
+        assert query == "a"
+
+    with_process(scenario)
 
 
 @pytest.mark.parametrize("asked_before", [True, False])
@@ -242,10 +335,12 @@ def test_a_process_that_is_killed_while_idle_is_replaced_before_anyone_asks(
     async def scenario(offload: Process, metrics: Metrics) -> None:
         if asked_before:
             await offload.run(["a"])
-        os.kill(offload.process.pid, signal.SIGKILL)
+        await offload.loaded.wait()
+        kill(offload)
         await eventually(lambda: restarts(metrics) == 1)
         assert "ended with exit code -9; starting another" in caplog.text
-        ((query, _, _),) = await offload.run(["a"])
+        await offload.loaded.wait()
+        ((query, _),) = await offload.run(["a"])
         assert query == "a"
 
     with caplog.at_level(
@@ -254,7 +349,9 @@ def test_a_process_that_is_killed_while_idle_is_replaced_before_anyone_asks(
         with_process(scenario)
 
 
-def test_a_replacement_that_cannot_even_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replacement_that_cannot_even_be_started_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, plan: Path
+) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         def fail(*_: Any) -> None:
             raise OSError(24, "Too many open files")
@@ -263,31 +360,48 @@ def test_a_replacement_that_cannot_even_be_started_is_tried_again(monkeypatch: p
             patched.setattr("socket.socketpair", fail)
             with pytest.raises(ModelDied, match="exit code -9"):
                 await offload.run(["die"])
-            await offload.ready()
-            for _ in range(2):
-                with pytest.raises(ModelDied, match="Too many open files"):
-                    await offload.run(["a"])
-                await offload.ready()
-        with pytest.raises(ModelDied, match="Too many open files"):
-            await offload.run(["a"])
-        ((query, _, _),) = await offload.run(["a"])
-        assert query == "a"
+            await eventually(lambda: "Too many open files" in offload.trouble)
+        ((query, _),) = await offload.run(["a"])
+        assert query == "a" and not offload.trouble
 
     with_process(scenario)
 
 
-def test_a_replacement_that_cannot_load_is_replaced_in_its_turn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("idle", [False, True])
+def test_a_replacement_that_cannot_load_is_tried_again_and_is_trouble_after_a_few_tries(
+    idle: bool, plan: Path
+) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
-        for reason in ("exit code -9", "exit code -9", "OSError: no such model"):
-            with pytest.raises(ModelDied, match=reason):
+        if idle:
+            kill(offload)
+        else:
+            with pytest.raises(ModelDied, match="exit code -9"):
                 await offload.run(["die"])
-        ((query, _, _),) = await offload.run(["a"])
-        assert query == "a"
-        assert restarts(metrics) == 3
+        await eventually(lambda: offload.trouble)
+        assert offload.trouble.endswith("OSError: no such model")
+        ((query, _),) = await offload.run(["a"])
+        assert query == "a" and not offload.trouble
+        assert restarts(metrics) == process.TRIES + 1
 
-    plan = tmp_path / "plan"
-    plan.write_text("load die fail load")
-    with_process(scenario, load=partial(load_by, plan))
+    plan.write_text("load fail die " + "fail " * (process.TRIES - 2) + "load")
+    with_process(scenario)
+
+
+def test_a_process_that_loads_but_dies_before_anyone_asks_is_trouble_too(plan: Path) -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        for _ in range(process.TRIES + 1):
+            assert not offload.trouble
+            await offload.loaded.wait()
+            kill(offload)
+            await eventually(lambda: not offload.loaded.is_set())
+        await eventually(lambda: offload.trouble)
+        assert "exit code -9" in offload.trouble
+
+    with_process(scenario)
+
+
+def test_the_pauses_between_tries_grow_to_a_minute() -> None:
+    assert [pause_s(tries) for tries in (0, 1, 2, 3, 4, 1000)] == [0, 1, 2, 4, 8, 60]
 
 
 def test_a_stop_during_a_call_cancels_it_and_starts_no_other_process() -> None:
@@ -303,10 +417,22 @@ def test_a_stop_during_a_call_cancels_it_and_starts_no_other_process() -> None:
     with_process(scenario)
 
 
+def test_a_call_that_is_given_up_gives_its_answers_to_nobody() -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        call = asyncio.create_task(offload.run(["a"]))
+        await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert await asyncio.to_thread(offload.process.wait, 10) == -signal.SIGKILL
+
+    with_process(scenario)
+
+
 def test_a_stopped_process_is_not_replaced() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         offload.stop()
-        await asyncio.to_thread(offload.process.join, 10)
+        await asyncio.to_thread(offload.process.wait, 10)
         await asyncio.sleep(0.01)  # the event loop looks at what has ended
         assert restarts(metrics) == 0
 
@@ -321,30 +447,44 @@ def test_a_stop_during_a_replacement_leaves_no_process() -> None:
             for _ in range(turns):
                 await asyncio.sleep(0)
             offload.stop()
-            await asyncio.wait([offload.spawning])
-            offload.process.join(10)
-            assert not multiprocessing.active_children()
+            assert offload.replacing
+            await asyncio.wait([offload.replacing])
+            offload.process.wait(10)
+            assert not psutil.Process().children()
             await offload.start()
 
     with_process(scenario)
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_process_finishes_its_work_when_the_terminal_or_systemd_signals_it_too(stop: int) -> None:
+def test_a_process_finishes_its_work_when_systemd_signals_it_too(stop: int) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         os.kill(offload.process.pid, stop)
-        ((query, _, _),) = await offload.run(["a"])
+        ((query, _),) = await offload.run(["a"])
         assert query == "a"
         assert restarts(metrics) == 0
 
     with_process(scenario)
 
 
-def test_threads_are_counted_before_a_process_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no system call to pin with")
+def test_a_process_keeps_to_the_cores_it_is_given() -> None:
+    core = max(os.sched_getaffinity(0))
+
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        assert await offload.run(["cores"]) == [[core]]
+
+    with_process(scenario, cores={core})
+
+
+def test_a_pinned_process_takes_all_of_its_own_cores_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
-    copies = make(Settings(OFFLOAD="process", INSTANCES=2), Metrics())
-    assert [copy.cores for copy in copies] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
-    assert {copy.load.args[0].TORCH_THREADS for copy in copies} == {4}
+    copies = make_copies(Settings(OFFLOAD="process", INSTANCES=2), Metrics(), Model())  # type: ignore[arg-type]
+    hellos = [pickle.loads(copy.hello[8:]) for copy in copies if isinstance(copy, Process)]
+    assert [cores for _, cores in hellos] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+    for load, cores in hellos:
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid, its=cores: its)
+        assert pickle.loads(load).args[0].threads_per_instance == 4
 
 
 @pytest.mark.parametrize("crowded", [{"WEB_CONCURRENCY": 2}, {"TORCH_THREADS": 5}, {"INSTANCES": 9}], ids=str)
@@ -359,17 +499,10 @@ def test_no_process_is_pinned_to_cores_that_another_one_needs(
 def test_a_process_ends_when_its_server_is_gone(amid_a_message: bool) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         model = offload.process
+        offload.loaded.clear()  # it is not to be replaced
         if amid_a_message:
             offload.to_model.write(packed(["a"])[:-1])
         offload.to_model.close()
-        await asyncio.to_thread(model.join, 30)
-        assert model.exitcode == 0
+        assert await asyncio.to_thread(model.wait, 30) == 0
 
-    async def run() -> None:
-        metrics = Metrics()
-        offload = process(metrics)
-        await offload.start()
-        asyncio.get_running_loop().remove_reader(offload.process.sentinel)
-        await scenario(offload, metrics)
-
-    asyncio.run(run())
+    with_process(scenario)

@@ -15,7 +15,7 @@ from client import post_json
 from loadtests.modes import MODES, ROOT, start
 from models.iris import FEATURES, Iris
 from workers import tasks
-from workers.contract import Answered
+from workers.contract import rendered
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Malformed
 
@@ -93,7 +93,7 @@ def test_a_class_that_checks_by_its_state_is_made_once_where_it_runs(monkeypatch
 
 def test_numbers_and_arrays_of_numpy_and_torch_are_json() -> None:
     answer = {"a": np.float32(0.5), "b": np.arange(3), "c": torch.ones(2, 1), "d": torch.tensor(2)}
-    assert json.loads(Answered(answer).body) == {"a": 0.5, "b": [0, 1, 2], "c": [[1.0], [1.0]], "d": 2}
+    assert json.loads(rendered(answer)) == {"a": 0.5, "b": [0, 1, 2], "c": [[1.0], [1.0]], "d": 2}
 
 
 @pytest.mark.parametrize(

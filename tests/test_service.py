@@ -1,58 +1,70 @@
-"""What the server says of itself while it loads, when its model hangs, and when its own loop fails."""
+"""What the server says of itself while it loads, when its model hangs or can't be had again; and that it ends when told."""
 
 import asyncio
+import contextlib
 import os
 import signal
-import socket
-import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import httpx2
+import psutil
 import pytest
-from workers.model import Query
+from client import dial, get, gone, hear, post, request, until
 
 import server
-from loadtests.modes import ROOT, free_port
-from workers import offload, service
-from workers.loop import STOPPING
+from loadtests.modes import MODES, Server, start
+from workers import process
+from workers.loop import STOPPING, ModelLoop
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import Settings
+
+GATED = "test_service:Gated"
+MOODY = "tests.moody:Model"
 
 
 class Gated:
     """A model whose loading and whose calls wait for an event each."""
 
-    description = "gated"
     loads, calls = threading.Event(), threading.Event()
 
-    def __init__(self, *args: Any) -> None:
+    def __init__(self) -> None:
         self.loads.wait(60)
 
-    def __call__(self, queries: list[Any]) -> list[Any]:
+    def __call__(self, inputs: list[Any]) -> list[Any]:
         self.calls.wait(60)
-        return [query.text for query in queries]
+        return inputs
 
 
 @pytest.fixture
 def gated(monkeypatch: pytest.MonkeyPatch) -> type[Gated]:
-    class Fresh(Gated):
-        loads, calls = threading.Event(), threading.Event()
-
-    monkeypatch.setattr(offload, "Model", Fresh)
-    monkeypatch.setattr(service, "InputCheck", lambda settings: lambda query: query)
-    return Fresh
+    monkeypatch.setattr(Gated, "loads", threading.Event())
+    monkeypatch.setattr(Gated, "calls", threading.Event())
+    return Gated
 
 
-def with_app(settings: Settings, scenario: Callable[[httpx2.AsyncClient, Service], Awaitable[None]]) -> None:
+@pytest.fixture(autouse=True)
+def raised(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The signals that a service in this process sends itself: they would end the tests."""
+    signals: list[int] = []
+    monkeypatch.setattr("signal.raise_signal", signals.append)
+    return signals
+
+
+Scenario = Callable[[httpx2.AsyncClient, Service], Awaitable[None]]
+
+
+def with_app(scenario: Scenario, **settings: Any) -> None:
     """Run `scenario` against the app."""
 
     async def run() -> None:
-        async with Service(settings, Metrics()).running() as running:
+        async with Service(Settings(**{"MODEL": GATED, **settings}), Metrics()).running() as running:
 
             async def app(scope: Any, receive: Any, send: Any) -> None:
                 await server.app({**scope, "state": {"service": running}}, receive, send)
@@ -88,6 +100,9 @@ async def eventually(client: httpx2.AsyncClient, path: str, status: int) -> http
     return reply
 
 
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
 def test_liveness_answers_while_the_model_loads_and_readiness_does_not(gated: type[Gated]) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         health = await client.get("/health")
@@ -102,7 +117,7 @@ def test_liveness_answers_while_the_model_loads_and_readiness_does_not(gated: ty
         assert (await client.get("/health")).json()["status"] == "ok"
         assert (await client.post("/", content="a text")).json() == "a text"
 
-    with_app(Settings(), scenario)
+    with_app(scenario)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +141,7 @@ def test_a_server_that_takes_more_than_there_is_warns_when_it_starts(
 
     monkeypatch.setattr(name, lambda: value)
     with caplog.at_level("WARNING", logger="uvicorn.error"):
-        with_app(Settings(), scenario)
+        with_app(scenario)
     assert warning in caplog.text
 
 
@@ -145,7 +160,7 @@ def test_an_error_of_ours_has_an_id_and_is_counted_too(
         assert reply.headers["X-Request-ID"] and count() == before + 1
 
     monkeypatch.setattr(gated, "__call__", lambda self, queries: [object() for _ in queries])  # no JSON
-    with_app(Settings(), scenario)
+    with_app(scenario)
 
 
 def test_a_model_call_that_hangs_turns_health_to_503_with_the_reason_until_it_returns(
@@ -163,7 +178,299 @@ def test_a_model_call_that_hangs_turns_health_to_503_with_the_reason_until_it_re
         assert (await hanging).json() == "a text"
         await eventually(client, "/health", 200)
 
-    with_app(Settings(HANG_S=0.2), scenario)
+    with_app(scenario, HANG_S=0.2)
+
+
+# --- a model process that has died ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Tell it what the model's further loads do: "fail", "wait" for another word, "succeed"."""
+    plan = tmp_path / "plan"
+    monkeypatch.setenv("PLAN", str(plan))
+    monkeypatch.setattr(process, "PAUSE_S", 0.001)
+    return lambda word: plan.unlink() if word == "succeed" else plan.write_text(word)
+
+
+def test_while_the_only_copy_loads_again_requests_are_refused_with_the_time_that_the_last_load_took(
+    loads: Callable[[str], Any],
+) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        await eventually(client, "/ready", 200)
+        assert 0 < service.loop.load_s < 60
+        service.loop.load_s = 59.5
+        loads("wait")
+        assert (await client.post("/", content="die")).status_code == 500
+        for ask in (client.get("/ready"), client.post("/", content="a text")):
+            reply = await ask
+            assert (reply.status_code, reply.json()) == (503, {"error": "the model is still loading"})
+        assert 1 < int(reply.headers["Retry-After"]) <= 60
+        assert (await client.get("/health")).status_code == 200
+        loads("succeed")
+        await eventually(client, "/ready", 200)
+        assert (await client.post("/", content="calls")).json() >= 2  # that one, and its example: it is warm
+
+    with_app(scenario, MODEL=MOODY, OFFLOAD="process")
+
+
+def test_a_server_whose_only_copy_died_idle_is_not_ready_until_another_is_loaded(
+    loads: Callable[[str], Any],
+) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        await eventually(client, "/ready", 200)
+        loads("wait")
+        (copy,) = service.copies
+        assert isinstance(copy, process.Process)
+        os.kill(copy.process.pid, signal.SIGKILL)
+        await eventually(client, "/ready", 503)
+        loads("succeed")
+        await eventually(client, "/ready", 200)
+
+    with_app(scenario, MODEL=MOODY, OFFLOAD="process")
+
+
+def test_a_copy_that_died_idle_takes_no_job_while_it_loads_again(loads: Callable[[str], Any]) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        await eventually(client, "/ready", 200)
+        loads("wait")
+        dead, alive = service.copies
+        assert isinstance(dead, process.Process) and isinstance(alive, process.Process)
+        for _ in range(2):
+            os.kill(dead.process.pid, signal.SIGKILL)
+            while dead.loaded.is_set():
+                await asyncio.sleep(0.01)
+            for _ in range(10):
+                assert (await client.post("/", content="a text")).json() == ["a text", alive.process.pid]
+            assert (await client.get("/ready")).status_code == 200
+            loads("succeed")
+            await dead.loaded.wait()
+            loads("wait")
+            dead, alive = alive, dead
+        loads("succeed")
+
+    with_app(scenario, MODEL=MOODY, OFFLOAD="process", INSTANCES=2)
+
+
+def test_a_model_that_cannot_be_loaded_again_ends_the_server_with_the_reason(
+    loads: Callable[[str], Any], raised: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        await eventually(client, "/ready", 200)
+        loads("fail")
+        assert (await client.post("/", content="die")).status_code == 500
+        failing = await eventually(client, "/health", 503)
+        assert failing.json()["error"] == "the model cannot be loaded"
+        assert raised == [signal.SIGTERM] and service.exit_code == 1
+        service.exit_code = 0  # it would end these tests
+
+    with caplog.at_level("CRITICAL", logger="uvicorn.error"):
+        with_app(scenario, MODEL=MOODY, OFFLOAD="process")
+    assert (
+        f"cannot load MODEL={MOODY}: {process.TRIES} model processes in a row have failed, the last one with: "
+        "OSError: no such model" in caplog.text
+    )
+
+
+def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(
+    loads: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        await eventually(client, "/ready", 200)
+        loads("fail")
+        assert (await client.post("/", content="die")).status_code == 500
+        while not any(copy.trouble for copy in service.copies):
+            assert (await client.post("/", content="a text")).status_code == 200
+            await asyncio.sleep(0.01)
+        ticks: list[None] = []
+        monkeypatch.setattr(service.metrics, "sample", lambda: ticks.append(None))
+        while len(ticks) < 2 and not service.exit_code:
+            await asyncio.sleep(0.01)
+        ended, service.exit_code = service.exit_code, 0
+        assert not ended
+        loads("succeed")
+        while any(copy.trouble for copy in service.copies):
+            assert (await client.post("/", content="a text")).status_code == 200
+            await asyncio.sleep(0.01)
+        assert (await client.get("/health")).status_code == 200
+
+    with_app(scenario, MODEL=MOODY, OFFLOAD="process", INSTANCES=2)
+
+
+# --- what it does with a class of one's own ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def serving(model: str = "Model", mode: str = "thread", **env: str) -> Iterator[Server]:
+    """A server with the moody model, that is not waited for."""
+    with start(MODES[mode], {"MODEL": f"tests.moody:{model}", "GRACE_S": "2", **env}, wait=False) as server:
+        yield server
+
+
+@pytest.mark.parametrize("offload", ["thread", "process"])
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ("Fails", "ValueError: no weights for that"),
+        ("Forgets", "ValueError: it gives 0 answers to 1 inputs"),
+    ],
+)
+def test_a_model_that_fails_on_its_own_example_ends_the_start_with_one_sentence(
+    offload: str, model: str, sentence: str
+) -> None:
+    with serving(model, OFFLOAD=offload) as server:
+        assert server.process.wait(60) == 3
+        assert f"cannot load MODEL=tests.moody:{model}: {sentence}" in server.log()
+        assert "Traceback" not in server.log()
+
+
+def test_answers_that_cannot_leave_their_process_end_the_start_with_one_sentence() -> None:
+    with serving("Secretive", OFFLOAD="process") as server:
+        assert server.process.wait(60) == 3
+        assert "cannot load MODEL=tests.moody:Secretive: it fails on its own example: " in server.log()
+        assert "Can't pickle" in server.log() and "Traceback" not in server.log()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has mapped")
+def test_the_web_process_needs_no_torch_where_it_does_not_run_the_model() -> None:
+    with serving(OFFLOAD="process") as server:
+        server.wait_until_ready()
+        assert post(server, "a text").status == 200
+        maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+        assert "libtorch" not in maps and "transformers" not in maps
+        assert psutil.Process(server.process.pid).memory_info().rss < 100e6
+
+
+# --- how it ends ------------------------------------------------------------------------------------------------------
+
+
+def ends(server: Server, *signals: int) -> int:
+    """Its exit code after these signals, one after the other; fails where a process of it lives on."""
+    everybody = server.processes()
+    for number in signals:
+        os.killpg(server.process.pid, number)  # a terminal signals them all
+        time.sleep(0.05)  # two at once may be one
+    code = server.process.wait(20)
+    until(lambda: all(gone(process) for process in everybody))
+    return code
+
+
+WAYS = {
+    "SIGTERM": [signal.SIGTERM],
+    "SIGTERM three times": [signal.SIGTERM] * 3,
+    "Ctrl-C": [signal.SIGINT],
+    "Ctrl-C twice": [signal.SIGINT] * 2,
+    "SIGHUP": [signal.SIGHUP],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("offload", ["thread", "process"])
+@pytest.mark.parametrize("hangs", ["import", "load", "warm-up", "call"])
+def test_a_server_whose_model_hangs_ends_within_its_grace_time_and_so_do_its_processes(
+    hangs: str, offload: str, way: str
+) -> None:
+    with serving(OFFLOAD=offload, HANGS=hangs) as server, contextlib.ExitStack() as connections:
+        until(lambda: "hanging" in server.log() if hangs != "call" else served(server))
+        if hangs == "call":
+            connection = connections.enter_context(dial(server))
+            connection.sendall(request("POST", "/", b"hang"))
+            until(lambda: "hanging" in server.log())
+        code = ends(server, *WAYS[way])
+        assert code != -signal.SIGALRM or hangs == "call"
+        assert "Traceback" not in server.log() or way == "Ctrl-C twice"  # uvicorn's own
+        if hangs == "call" and way == "SIGTERM":
+            assert hear(connection).status == 503
+
+
+def served(server: Server) -> bool:
+    with contextlib.suppress(OSError):
+        return get(server, "/ready").status == 200
+    return False
+
+
+@pytest.mark.parametrize("way", ["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("offload", ["thread", "process"])
+@pytest.mark.parametrize("hangs", ["load", "call"])
+def test_so_it_does_under_gunicorn(hangs: str, offload: str, way: str) -> None:
+    with serving(mode="recommended", OFFLOAD=offload, HANGS=hangs) as server, contextlib.ExitStack() as stack:
+        until(lambda: "hanging" in server.log() if hangs != "call" else served(server))
+        if hangs == "call":
+            connection = stack.enter_context(dial(server))
+            connection.sendall(request("POST", "/", b"hang"))
+            until(lambda: "hanging" in server.log())
+        ends(server, *WAYS[way])
+        if hangs == "call":
+            assert hear(connection).status == 503
+
+
+@pytest.mark.parametrize(("mode", "workers"), [("recommended", 1), ("uvicorn-2", 2)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("hangs", ["", "load"])
+def test_gunicorns_workers_end_before_their_master_or_the_alarm_kills_them(
+    hangs: str, number: int, mode: str, workers: int
+) -> None:
+    with serving(mode=mode, HANGS=hangs, GRACE_S="5") as server:
+        until(lambda: server.log().count("hanging" if hangs else "Serving ") == workers)
+        server.process.send_signal(number)  # to the master alone
+        server.process.wait(20)
+        assert "SIGKILL" not in server.log() and "SIGALRM" not in server.log()
+
+
+def test_signals_again_and_again_do_not_put_the_end_off() -> None:
+    with serving(OFFLOAD="inline") as server:
+        server.wait_until_ready()
+        with dial(server) as connection:
+            connection.sendall(request("POST", "/", b"hang"))
+            until(lambda: "hanging" in server.log())
+            end = time.monotonic() + 20
+            while server.process.poll() is None:
+                assert time.monotonic() < end
+                server.process.send_signal(signal.SIGTERM)
+                time.sleep(0.1)
+            assert server.process.returncode == -signal.SIGALRM
+
+
+@pytest.mark.parametrize("mode", ["thread", "recommended"])
+def test_a_second_ctrl_c_waits_for_no_frozen_model_and_leaves_nothing(mode: str) -> None:
+    with serving(mode=mode, OFFLOAD="process", GRACE_S="30") as server:
+        server.wait_until_ready()
+        assert post(server, "fork").status == 200  # its fork, too, is to end
+        model, _ = (p for p in server.processes() if "workers.process" in " ".join(p.cmdline()))
+        model.suspend()
+        with dial(server) as connection:
+            connection.sendall(request("POST", "/", b"a text"))
+            until(lambda: '"running":1' in get(server, "/health").body.decode())
+            ends(server, signal.SIGINT, signal.SIGINT)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there a process dies with its parent")
+def test_a_killed_server_leaves_no_model_behind_not_even_a_frozen_one() -> None:
+    with serving(OFFLOAD="process") as server:
+        server.wait_until_ready()
+        (model,) = server.processes()[1:]
+        model.suspend()
+        server.process.kill()
+        until(lambda: gone(model))
+
+
+def test_what_a_model_has_forked_ends_with_the_server() -> None:
+    with serving(OFFLOAD="process") as server:
+        server.wait_until_ready()
+        assert post(server, "fork").status == 200
+        assert len(server.processes()) == 3
+        ends(server, signal.SIGTERM)
+
+
+def test_the_copies_of_the_model_end_with_the_service() -> None:
+    async def run() -> None:
+        async with Service(Settings(MODEL=MOODY, OFFLOAD="process"), Metrics()).running() as service:
+            await service.started.wait()
+        (copy,) = service.copies
+        assert isinstance(copy, process.Process)
+        assert await asyncio.to_thread(copy.process.wait, 10) == -signal.SIGKILL
+
+    in_thread(run)
 
 
 def test_whoever_sends_a_body_after_the_stop_is_refused_without_waiting_for_the_body(
@@ -179,7 +486,7 @@ def test_whoever_sends_a_body_after_the_stop_is_refused_without_waiting_for_the_
             reply = await client.post("/", content=stalled())
         assert (reply.status_code, reply.json()) == (503, {"error": STOPPING})
 
-    with_app(Settings(BODY_TIMEOUT_S=3600), scenario)
+    with_app(scenario, BODY_TIMEOUT_S=3600)
 
 
 def test_nothing_is_kept_of_a_request_that_has_ended(gated: type[Gated]) -> None:
@@ -197,17 +504,17 @@ def test_nothing_is_kept_of_a_request_that_has_ended(gated: type[Gated]) -> None
         clients, loop = service.clients, service.loop
         service.clients.sweep()
         assert not (clients.reading or clients.waiting or clients.seen or clients.watching)
-        assert not (loop.live or loop.running or loop.queue.qsize() or loop.queue.size or loop.calls)
+        assert not (loop.live or loop.running or loop.queue or loop.queue.size or loop.calls)
 
-    with_app(Settings(), scenario)
+    with_app(scenario)
 
 
 def test_a_service_that_ends_without_a_signal_answers_what_it_has_admitted(gated: type[Gated]) -> None:
     async def run() -> None:
         gated.loads.set()
-        async with Service(Settings(), Metrics()).running() as service:
-            await service.loaded.wait()
-            job = asyncio.create_task(service.loop.submit(Query("a text")))
+        async with Service(Settings(MODEL=GATED), Metrics()).running() as service:
+            await service.started.wait()
+            job = asyncio.create_task(service.loop.submit("a text"))
             while not service.loop.running:
                 await asyncio.sleep(0)
             asyncio.get_running_loop().call_soon(gated.calls.set)
@@ -216,55 +523,24 @@ def test_a_service_that_ends_without_a_signal_answers_what_it_has_admitted(gated
     in_thread(run)
 
 
-def test_a_call_that_holds_the_event_loop_does_not_hold_the_exit_longer_than_the_grace_time() -> None:
-    port = free_port()
-    program = f"""
-import time, uvicorn, server
-from workers import offload, service
-class Hangs:
-    description = "hangs"
-    def __init__(self, *args): pass
-    def __call__(self, queries):
-        print("called", flush=True)
-        time.sleep(3600)
-offload.Model = Hangs
-service.InputCheck = lambda settings: lambda query: query
-uvicorn.run(server.app, port={port}, access_log=False)
-"""
-    env = {**os.environ, "OFFLOAD": "inline", "GRACE_S": "1"}
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) as process:
-        with httpx2.Client(transport=httpx2.HTTPTransport(retries=100)) as client:
-            while client.get(f"http://127.0.0.1:{port}/ready").status_code != 200:
-                assert process.poll() is None
-        with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.sendall(b"POST / HTTP/1.1\r\nHost: server\r\nContent-Length: 6\r\n\r\na text")
-            assert process.stdout and process.stdout.readline() == "called\n"
-            process.terminate()
-            try:
-                assert process.wait(60) == -signal.SIGALRM
-            finally:
-                process.kill()
+def test_a_bug_in_the_loop_answers_whoever_waits_and_ends_the_process_with_a_code(
+    gated: type[Gated],
+    raised: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def bug(self: ModelLoop) -> Any:
+        await self.queue.at_least(1)
+        raise RuntimeError("a bug")
 
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        gated.loads.set()
+        await eventually(client, "/ready", 200)
+        assert (await client.post("/", content="a text")).status_code == 503
+        assert raised == [signal.SIGTERM] and service.exit_code == 1
+        service.exit_code = 0  # it would end these tests
 
-def test_a_bug_in_the_loop_answers_whoever_waits_and_ends_the_process_with_a_code() -> None:
-    port = free_port()
-    program = f"""
-import asyncio, uvicorn, server
-from workers.loop import ModelLoop
-async def bug(self):
-    await self.queue.get()
-    raise RuntimeError("a bug")
-ModelLoop.take_batch = bug
-uvicorn.run(server.app, port={port})
-"""
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    url = f"http://127.0.0.1:{port}"
-    with httpx2.Client(base_url=url, transport=httpx2.HTTPTransport(retries=100)) as client:
-        while client.get("/ready").status_code != 200 and process.poll() is None:
-            pass
-        reply = client.post("/", content="Snow is [MASK].")
-    assert reply.status_code == 503
-    _, log = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "RuntimeError: a bug" in log and "the model loop has ended" in log
+    monkeypatch.setattr(ModelLoop, "_gather", bug)
+    with caplog.at_level("CRITICAL", logger="uvicorn.error"):
+        with_app(scenario)
+    assert "the model loop has ended" in caplog.text

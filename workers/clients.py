@@ -1,6 +1,7 @@
 """The clients of the requests in progress: whose body stalls, who has left.
 
 One sweep looks after all of them: two timers and a task for each request would cost a quarter of what the server adds.
+Most have their answer before the second sweep, from which on a task listens for the client's leaving.
 """
 
 import asyncio
@@ -18,13 +19,16 @@ from workers.settings import Settings
 from workers.tasks import Query
 
 Handler = asyncio.Task[Any]
+TEXT_BYTES, MEDIA_BYTES = 2**20, 2**24
+SWEEP_S = 0.05  # whoever leaves has left the queue after two
 
 
 class Clients:
-    """Reads bodies and waits for answers on the clients' behalf. `sweep` it a few times a second."""
+    """Reads bodies and waits for answers on the clients' behalf. `sweep` it every SWEEP_S."""
 
     def __init__(self, settings: Settings, loop: ModelLoop) -> None:
         self.settings, self.loop = settings, loop
+        self.most_bytes = settings.MAX_BODY_BYTES or TEXT_BYTES
         self.reading: dict[Handler, float] = {}  # until when
         self.waiting: dict[Handler, Receive] = {}
         self.seen: set[Handler] = set()  # those of them that waited at the last sweep already
@@ -33,23 +37,22 @@ class Clients:
     async def read(self, request: Request) -> bytes:
         """Return the whole body.
 
-        Raises HTTPException 413 as soon as it is known to be too large, 408 when it stalls; Refused where the model
-        has no room, before any work goes into what is refused; ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past every handler, where
+        Raises HTTPException 413 as soon as it is known to be too large, 408 when it stalls; Refused once the server
+        stops; ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past every handler, where
         Content-Length tells; uvicorn waits for a body for ever.)
         """
         declared = request.scope["fields"].get(b"content-length", b"0")
         self.check_length(int(declared) if declared.isdigit() else 0)
-        if self.loop.closing:  # ask before reading: a body may stall beyond the grace time
-            raise Refused(STOPPING)
         handler = this_task()
         self.reading[handler] = time.monotonic() + self.settings.BODY_TIMEOUT_S
-        body, more = b"", True
+        body, more = bytearray(), True
         try:
             while more:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect
-                body, more = body + message.get("body", b""), message.get("more_body", False)
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
                 self.check_length(len(body))
         except asyncio.CancelledError:
             if handler in self.reading:
@@ -60,13 +63,19 @@ class Clients:
             raise HTTPException(408, "the body did not arrive in time; send it faster", CLOSE) from None
         finally:
             self.reading.pop(handler, None)
-        self.loop.admit(1, self.settings.DEADLINE_S)
-        return body
+        if not body and b"upgrade" in request.scope["fields"]:
+            # uvicorn takes what comes after such headers for another protocol.
+            raise HTTPException(400, "the body got lost: send no Upgrade header (curl --http1.1)", CLOSE)
+        return bytes(body)
+
+    def expect(self, media: tuple[str, ...]) -> None:
+        """Take bodies as long as those of these media types are."""
+        self.most_bytes = self.settings.MAX_BODY_BYTES or (MEDIA_BYTES if media else TEXT_BYTES)
 
     def check_length(self, length: int) -> None:
         """Raise HTTPException 413 where a body is too long."""
-        if length > self.settings.MAX_BODY_BYTES:
-            sentence = f"the body is too large; send at most {self.settings.MAX_BODY_BYTES} bytes"
+        if length > self.most_bytes:
+            sentence = f"the body is too large; send at most {self.most_bytes} bytes"
             raise HTTPException(413, sentence)
 
     async def wait(self, request: Request, queries: Sequence[Query]) -> list[Answer]:
@@ -93,7 +102,7 @@ class Clients:
         cancel(self.waiting, [handler])
 
     def sweep(self) -> None:
-        """End the reading of stalled bodies; watch whoever waited at the last sweep and still does: few, as a rule."""
+        """End the reading of stalled bodies; watch whoever waited at the last sweep and still does."""
         now = time.monotonic()
         cancel(self.reading, [handler for handler, until in self.reading.items() if until < now])
         for handler in (self.waiting.keys() & self.seen) - self.watching.keys():

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import shutil
 import signal
 import tempfile
@@ -20,7 +21,9 @@ __all__ = [
     "on_exit",
     "on_starting",
     "post_fork",
+    "pre_fork",
     "timeout",
+    "worker_connections",
     "worker_tmp_dir",
 ]
 
@@ -31,17 +34,17 @@ bind = "127.0.0.1:8000"  # put a proxy in front before you open it to the world
 # longer than a body (BODY_TIMEOUT_S) and an answer (DEADLINE_S) take in turn, or, inline, than a call of the model may
 # take without being a hang (HANG_S).
 timeout = int(max(_settings.HANG_S, _settings.BODY_TIMEOUT_S + _settings.DEADLINE_S)) + 10
-graceful_timeout = (
-    int(_settings.GRACE_S) + 2
-)  # the worker ends itself within GRACE_S; this only catches one that can't
+# The worker ends itself within GRACE_S; this only catches one that can't.
+graceful_timeout = int(_settings.GRACE_S) + 2
 # Seconds: longer than a busy client's pause, shorter than GRACE_S: an idle connection must not hold SIGTERM.
 keepalive = max(1, min(5, int(_settings.GRACE_S) - 1))
-control_socket_disable = (
-    True  # one path in the home folder, the same for every server: two would fight for it
-)
-worker_tmp_dir = (
-    "/dev/shm" if os.path.isdir("/dev/shm") else None
-)  # a heartbeat on a slow disk can block the worker
+# One path in the home folder, the same for every server: two would fight for it.
+control_socket_disable = True
+# A heartbeat on a slow disk can block the worker.
+worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+# gthread: of the files that a process may open, half are for the model. Without any left the worker dies.
+_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+worker_connections = 1000 if _files == resource.RLIM_INFINITY else min(1000, _files // 2)
 
 
 def on_starting(server: Any) -> None:
@@ -52,6 +55,14 @@ def on_starting(server: Any) -> None:
 def on_exit(server: Any) -> None:
     """In the master, at its end."""
     shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
+
+
+def pre_fork(server: Any, worker: Any) -> None:
+    """In the master, before a new worker: one that can't load ends the start, but later on none ends the others."""
+    if worker.age > server.cfg.workers:
+        # Gunicorn gives up at a worker that ends with one of these: no process can end with more than 255.
+        server.WORKER_BOOT_ERROR, server.APP_LOAD_ERROR = 256 + 3, 256 + 4
+        time.sleep(1)  # nor take all of a core by one after the other
 
 
 def post_fork(server: Any, worker: Any) -> None:

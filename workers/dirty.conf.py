@@ -1,8 +1,8 @@
 # gunicorn -c workers/dirty.conf.py
 """Two web workers share one model in Gunicorn's pool of stateful processes (beta). Where it breaks the contract:
 
-SIGTERM ends the model first: 11 of 12 admitted requests got a 500. While a killed model process loads again (3 s),
-every request gets a 500. A call beyond dirty_timeout goes on in its thread. A web worker still takes 270 MB.
+SIGTERM ends the model first: 11 of 12 admitted requests got a 500. While a killed model process loads again,
+each web worker answers one 500, then 503. A call beyond dirty_timeout goes on in its thread. A web worker still takes 270 MB.
 """
 
 import os

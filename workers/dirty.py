@@ -12,6 +12,7 @@ from gunicorn.dirty.errors import DirtyAppError, DirtyError  # type: ignore[impo
 from workers import tasks
 from workers.loop import ModelDied, ModelFailed
 from workers.offload import CannotLoad, Offload
+from workers.process import pickled
 from workers.settings import Settings
 
 APP = "workers.dirty:DirtyModel"
@@ -21,13 +22,13 @@ class DirtyModel(DirtyApp):  # type: ignore[misc]
     """In the dirty worker: the model, loaded once, called from one thread."""
 
     def init(self) -> None:
-        self.model = tasks.load(Settings.read())
+        self.model = tasks.load_alone(Settings.read())
 
     def describe(self) -> str:
         return self.model.description
 
     def answer(self, queries: bytes) -> bytes:
-        return pickle.dumps(self.model(pickle.loads(queries)))
+        return pickled(self.model(pickle.loads(queries)))
 
 
 class Dirty(Offload):
@@ -35,28 +36,40 @@ class Dirty(Offload):
 
     def __init__(self, hang_s: float) -> None:
         self.hang_s = hang_s
+        self.loaded = asyncio.Event()
+        self.asking: asyncio.Task[str] | None = None
 
     async def start(self) -> str:
         try:
             self.client = DirtyClient(get_dirty_socket_path(), timeout=self.hang_s)
         except DirtyError as exc:
             raise CannotLoad("OFFLOAD=dirty needs `gunicorn -c workers/dirty.conf.py`") from exc
-        while True:
-            try:
-                return await self.client.execute_async(APP, "describe") + ", shared"
-            except DirtyError:  # it is still loading; Gunicorn restarts one that can't
-                await asyncio.sleep(0.2)
+        return await self._ask()
 
     async def run(self, queries: list[Any]) -> list[Any]:
         try:
-            return pickle.loads(await self.client.execute_async(APP, "answer", pickle.dumps(queries)))
+            return pickle.loads(await self.client.execute_async(APP, "answer", pickled(queries)))
         except DirtyAppError as exc:
             raise ModelFailed(str(exc)) from exc
         except DirtyError as exc:
             if isinstance(exc.__cause__, FileNotFoundError):
                 # Its arbiter was replaced by one with another address, which only a new worker learns.
                 signal.raise_signal(signal.SIGTERM)
+            self.loaded.clear()
+            self.asking = asyncio.create_task(self._ask())
             raise ModelDied(str(exc)) from exc
 
     def stop(self) -> None:
-        pass
+        if self.asking:
+            self.asking.cancel()
+
+    async def _ask(self) -> str:
+        """Ask what it is until it answers: it may still load; Gunicorn restarts one that can't."""
+        while True:
+            try:
+                description = await self.client.execute_async(APP, "describe")
+            except DirtyError:
+                await asyncio.sleep(0.2)
+            else:
+                self.loaded.set()
+                return description + ", shared"

@@ -6,34 +6,50 @@ Everything runs on one event loop, so there are no locks on state. The loop asks
 told otherwise, for the time and takes `async run(queries) -> answers` for the model: the tests run it on a virtual clock
 with a model that is a formula.
 
-Exception
- +- Refused       not admitted: stopping, queue full, or it would be too late anyway     (503)
- +- Late          its deadline passed, or was certain to pass, before the model had it   (504)
- +- ModelFailed   the model raised on this very query                                    (500)
-     +- ModelDied     the process that held it died or hung: not tried again             (500)
+Unanswered
+ +- Refused       not admitted: stopping, loading, queue full, or it would be too late anyway   (503)
+ +- Late          its deadline passed, or was certain to pass, before the model had it          (504)
+ +- ModelFailed   the model raised on this very query                                           (500)
+     +- ModelDied     the process that held it died or hung: not tried again                    (500)
 """
 
 import asyncio
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from workers.forecast import Forecast
+from workers.jobs import Answer as Answer
+from workers.jobs import Job, JobQueue, Lane
 from workers.metrics import Metrics
 from workers.speed import Speed
 
 log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its own start-up lines
 
 Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
-Ready = Callable[[], Awaitable[None]]
-MARGIN = 1.1  # predictions are taken this much longer: an admitted job that ends late has cost model time for nothing
+Ready = Callable[[], Awaitable[Any]]
+# A queue that has not been empty for so many targets is a standing one, no burst; but a few requests are none, however
+# slow the model is.
+PATIENCE, FEW = 2, 4
+# A call that takes so many times what was predicted, and so many seconds at least, may never return.
+OVERDUE, OVERDUE_S = 5, 1.0
+# Each batch of the warm-up is measured that often, but no turn follows one that took so many seconds.
+WARM_UP_TURNS, WARM_UP_S = 3, 3.0
 
+TOO_SHORT = "the time left is shorter than the model takes; allow more time"
 STOPPING = "the server is stopping; try another one"
+LOADING = "the model is still loading"
 
 
-class Refused(Exception):
+class Unanswered(Exception):
+    """Why there is no answer; `index` says to which one of the request's queries."""
+
+    index = 0
+
+
+class Refused(Unanswered):
     """Not admitted. `retry_after_s`: when the work now ahead will be done, at the measured speed."""
 
     def __init__(self, reason: str, retry_after_s: float = 0.0) -> None:
@@ -41,11 +57,11 @@ class Refused(Exception):
         self.retry_after_s = max(1, math.ceil(retry_after_s))
 
 
-class Late(Exception):
+class Late(Unanswered):
     """The deadline came, or was certain to come, before the answer."""
 
 
-class ModelFailed(Exception):
+class ModelFailed(Unanswered):
     """The model raised; the cause is chained."""
 
 
@@ -53,73 +69,23 @@ class ModelDied(ModelFailed):
     """The model's process died or hung with these queries in it; running them again might kill the next one."""
 
 
-class Answer(NamedTuple):
-    """What the model returned for one query, and where its time went."""
-
-    value: Any
-    queue_s: float
-    model_s: float
-    batch_size: int
-    closed_by: str
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One query, its size in the model's unit of cost (tokens), its times on the loop's clock, its future answer."""
-
-    query: Any
-    size: int
-    enqueued_at: float
-    deadline: float
-    future: asyncio.Future[Answer]
-    running: bool = False
-
-    @property
-    def alive(self) -> bool:
-        """Whether anybody still waits for the answer."""
-        return not self.future.done()
-
-
-class JobQueue(asyncio.Queue[Job]):
-    """asyncio's FIFO queue, from which a job can be taken back in O(1) when its client has left."""
-
-    def _init(self, maxsize: int) -> None:
-        self._queue: OrderedDict[Job, None] = OrderedDict()
-        self.size = 0
-
-    def _put(self, job: Job) -> None:
-        self._queue[job] = None
-        self.size += job.size
-
-    def _get(self) -> Job:
-        job, _ = self._queue.popitem(last=False)
-        self.size -= job.size
-        return job
-
-    def discard(self, job: Job) -> None:
-        """Take `job` out if it is still in."""
-        if job in self._queue:
-            del self._queue[job]
-            self.size -= job.size
-
-
 class Call(NamedTuple):
     """One call of the model in progress."""
 
     started_at: float
-    size: int
+    size: float
+    ends_at: float  # as predicted
+    overdue_at: float
 
 
-def expire(job: Job) -> None:
-    """End `job` with `Late`, at its deadline, unless it has ended."""
-    fail(job, Late(f"no answer within {job.deadline - job.enqueued_at:g} s; allow more time"))
+def expire(jobs: list[Job]) -> None:
+    """End with `Late`, at their common deadline, those of `jobs` that have not ended."""
+    for job in jobs:
+        job.fail(Late(f"no answer within {job.deadline - job.enqueued_at:g} s; allow more time"))
 
 
-def fail(job: Job, error: Exception) -> None:
-    """End `job` with `error` unless it has ended."""
-    if job.alive:
-        job.future.set_exception(error)
-        job.future.exception()  # its client may leave in this very tick; asyncio complains of what nobody looked at
+def stuck(seconds: float) -> str:
+    return f"the model has not returned for {seconds:.0f} s"
 
 
 @dataclass(eq=False)
@@ -128,38 +94,39 @@ class ModelLoop:
 
     batch_size: int = 1
     window_s: float = 0.0
-    max_queue: int = 256
+    max_queue: int = 256  # jobs in each lane
     budget_s: float = 10.0
+    target_s: float = (
+        0.5  # how long those wait who are admitted while there is always a queue; 0: as long as they can
+    )
     hang_s: float = math.inf
+    load_s: float = 0.0  # how long the model took to load, the last time
     metrics: Metrics = field(default_factory=Metrics)
     now: Callable[[], float] = lambda: asyncio.get_running_loop().time()
 
     def __post_init__(self) -> None:
-        self.queue: JobQueue = JobQueue()
-        self.speed = Speed()
+        self.queue, self.speed = JobQueue(), Speed()
+        self.forecast = Forecast(self.queue, self.speed, self.batch_size, self.budget_s)
         self.live: set[Job] = set()  # admitted and not yet answered
         self.running = 0  # those of them that the model works on
         self.calls: list[Call] = []  # the oldest first
-        self.consumers = 0
+        self.consumers = 0  # copies of the model that are loaded
         self.closing = False
+        self.lost_at = 0.0  # when the last copy was
+        self.drained_at = self.refused_at = -math.inf
         self._taking = asyncio.Lock()  # one consumer gathers a batch at a time, or two would split it
         self._window: asyncio.Timeout | None = None
         self._drained = asyncio.Event()
 
     # --- what a handler calls -----------------------------------------------------------------------------------------
 
-    async def submit(self, query: Any, *, size: int = 1, budget_s: float = math.inf) -> Answer:
+    async def submit(self, query: Any, *, size: float = 1, budget_s: float = math.inf) -> Answer:
         """Return the model's answer within `budget_s` (never more than the loop's own), or raise one of the above.
 
         Cancel it when the client has left: its place in the queue is free at once.
         """
-        loop, now = asyncio.get_running_loop(), self.now()
-        budget_s = min(budget_s, self.budget_s)
-        self.admit(size, budget_s)
-        job = Job(query, size, now, now + budget_s, loop.create_future())
-        self.live.add(job)
-        self.queue.put_nowait(job)
-        timer = loop.call_later(budget_s, expire, job)
+        (job,) = self._admit([query], [size], min(budget_s, self.budget_s))
+        timer = asyncio.get_running_loop().call_later(job.deadline - job.enqueued_at, expire, [job])
         try:
             return await job.future
         except asyncio.CancelledError:
@@ -167,125 +134,264 @@ class ModelLoop:
             raise
         finally:
             timer.cancel()
-            self.queue.discard(job)
-            self.live.discard(job)
-            self.running -= job.running
-            if not self.live:
-                self._drained.set()
+            self._forget(job)
 
     async def submit_all(
-        self, queries: Sequence[Any], sizes: Sequence[int], *, budget_s: float = math.inf
+        self, queries: Sequence[Any], sizes: Sequence[float], *, budget_s: float = math.inf
     ) -> list[Answer]:
-        """Return the model's answers to all of `queries`, each a job of its own."""
-        if len(queries) == 1:
-            return [await self.submit(queries[0], size=sizes[0], budget_s=budget_s)]
-        async with asyncio.TaskGroup() as group:
-            jobs = [
-                group.create_task(self.submit(query, size=size, budget_s=budget_s))
-                for query, size in zip(queries, sizes)
-            ]
-        return [job.result() for job in jobs]
+        """Return the answers to all `queries`, in order, or raise what ended the first that has none.
 
-    @property
-    def depth(self) -> int:
-        """How many admitted jobs wait for the model, in the queue or in an open window."""
-        return len(self.live) - self.running
+        Each is a job of its own and shares batches with everybody's. All are admitted or none; when one fails or the
+        client leaves, the others free their places.
+        """
+        if len(queries) < 2:
+            return [
+                await self.submit(q, size=s, budget_s=budget_s) for q, s in zip(queries, sizes, strict=True)
+            ]
+        jobs = self._admit(queries, sizes, min(budget_s, self.budget_s))
+
+        def free_places(ended: asyncio.Future[Answer]) -> None:
+            if ended.exception():
+                for job in jobs:
+                    self.queue.discard(job)
+
+        for job in jobs:
+            job.future.add_done_callback(free_places)
+        timer = asyncio.get_running_loop().call_later(jobs[0].deadline - jobs[0].enqueued_at, expire, jobs)
+        try:
+            await asyncio.wait([job.future for job in jobs], return_when=asyncio.FIRST_EXCEPTION)
+            for index, job in enumerate(jobs):
+                if not job.alive and (error := job.future.exception()):
+                    error.index = index  # type: ignore[attr-defined]
+                    raise error
+            return [job.future.result() for job in jobs]
+        except asyncio.CancelledError:
+            for job in jobs:
+                if job.alive:
+                    self.metrics.abandoned()
+            raise
+        finally:
+            timer.cancel()
+            for job in jobs:
+                self._forget(job)
+
+    def refusal(self, budget_s: float = math.inf) -> Refused | None:
+        """Why one more query of the usual size would be refused now; None where it would not.
+
+        Costs a few microseconds: ask before anything of a request is read. The reason stays the same for a second.
+        """
+        lane, size = self.queue.singles, self.forecast.usual_size
+        if refused := self._refusal(lane, 1, size, min(budget_s, self.budget_s)):
+            self.forecast.offer(lane, 1, size)
+        return refused
+
+    def unready(self) -> str:
+        """Why no request at all can be answered; empty while a copy is loaded, not stuck, not stopping.
+
+        It does not follow load: a balancer would take every replica out at once.
+        """
+        if self.closing:
+            return STOPPING
+        if not self.consumers:
+            return LOADING
+        return stuck(stuck_s) if (stuck_s := self.stuck_s()) else ""
 
     def stuck_s(self) -> float:
         """How long the longest model call beyond `hang_s` has been running, 0 when none is."""
         longest_s = self.now() - self.calls[0].started_at if self.calls else 0.0
         return longest_s if longest_s > self.hang_s else 0.0
 
-    def predicted_wait_s(self) -> float:
-        """When the model would start on a job that came now, from the measured speed and the work ahead."""
-        speed, batches = self.speed, -(-self.depth // self.batch_size)
-        wait_s = speed.predict_s(self.queue.size, batches) if batches else 0.0
-        if self.calls:
-            now = self.now()
-            for call in self.calls:
-                wait_s += max(0.0, call.started_at + speed.predict_s(call.size) - now)
-        return wait_s / (self.consumers or 1)
+    @property
+    def depth(self) -> int:
+        """How many admitted jobs wait for the model."""
+        return len(self.queue)
 
-    def admit(self, size: int, budget_s: float) -> None:
-        """Raise Refused where a job that came now would not be admitted."""
+    # --- admission ----------------------------------------------------------------------------------------------------
+
+    def _admit(self, queries: Sequence[Any], sizes: Sequence[float], budget_s: float) -> list[Job]:
+        """Put jobs for all `queries` into the queue, or raise Refused."""
+        loop, now = asyncio.get_running_loop(), self.now()
+        lane, size = self.queue.lists if len(queries) > 1 else self.queue.singles, sum(sizes)
+        self.forecast.offer(lane, len(queries), size)
+        if refused := self._refusal(lane, len(queries), size, budget_s):
+            raise refused
+        deadline = now + budget_s
+        jobs = [
+            Job(q, s, now, deadline, lane, loop.create_future()) for q, s in zip(queries, sizes, strict=True)
+        ]
+        self.live.update(jobs)
+        for job in jobs:
+            self.queue.put(job)
+        return jobs
+
+    def _refusal(self, lane: Lane, jobs: int, size: float, budget_s: float) -> Refused | None:
+        """Why `jobs` of one request, `size` altogether, are not admitted now; None where they are."""
         if self.closing:
-            raise Refused(STOPPING)
+            return Refused(STOPPING)
+        now = self.now()
         if not self.consumers:
-            raise Refused("the model is still loading")
-        if stuck_s := self.stuck_s():
-            raise Refused(f"the model has not returned for {stuck_s:.0f} s")
-        if not self.live and not self.calls:
-            return  # always when idle: a slow estimate must not lock the server shut
-        wait_s = self.predicted_wait_s()
-        if self.depth >= self.max_queue:
-            raise Refused(f"{self.depth} requests are waiting; retry after the time given", wait_s)
-        if (wait_s + self.speed.predict_s(size)) * MARGIN > budget_s:
-            raise Refused(f"the wait would be {wait_s:.1f} s; retry after the time given", wait_s)
+            return Refused(LOADING, self.lost_at + self.load_s - now)
+        if not (free := self._free_s(now)):
+            overdue_s = now - self.calls[0].started_at
+            return Refused(stuck(overdue_s), overdue_s)
+        idle = not free[0] and not self.queue
+        if idle:
+            self._note_drained(now)
+            if jobs == 1:
+                return None  # always when idle: a slow estimate must not lock the server shut
+        wait_s, done_s = self.forecast(free, lane, jobs, size)
+        if len(lane.jobs) + jobs > self.max_queue and not idle:
+            return Refused("the queue is full; retry after the time given", wait_s)
+        if done_s * self.speed.margin > budget_s:
+            return Refused(f"it would take {math.ceil(done_s)} s; retry after the time given", wait_s)
+        if (
+            self.target_s
+            and now - self.drained_at > PATIENCE * self.target_s
+            and wait_s > self._limit_s(jobs)
+        ):
+            self.refused_at = now
+            return Refused("too much is waiting; retry after the time given", wait_s)
+        return None
+
+    def _free_s(self, now: float) -> list[float]:
+        """In how many seconds each copy will be free, the first one first, but for those that may never be.
+
+        A call that takes longer than predicted is expected to take as much longer again.
+        """
+        idle = [0.0] * (self.consumers - len(self.calls))
+        return idle + sorted(abs(call.ends_at - now) for call in self.calls if now < call.overdue_at)
+
+    def _limit_s(self, jobs: int) -> float:
+        """How long `jobs` of one request may wait where there is always a queue.
+
+        Near the target, or as long as one batch takes, or a few requests like it.
+        """
+        full_s = self.forecast.full_s
+        target_s = max(self.target_s, FEW * jobs * self.forecast.usual_s)
+        return min(target_s + full_s, max(2 * target_s, full_s))
+
+    def _note_drained(self, now: float) -> None:
+        """The queue is empty. So it was no standing one, unless that is only because others were refused of late."""
+        if now - self.refused_at > PATIENCE * self.target_s + 20 * self.forecast.full_s:
+            self.drained_at = now
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
+    async def warm_up(self, run: Run, batches: Sequence[Sequence[tuple[Any, float]]]) -> None:
+        """Learn how long `run` takes on `batches` of (query, size), at three sizes or more: call it before `consume`.
+
+        Raises what the model raises.
+        """
+        took_s: list[list[float]] = [[] for _ in batches]
+        for turn in range(1 + WARM_UP_TURNS):
+            began = self.now()
+            for batch, times_s in zip(batches, took_s, strict=True):
+                started_at = self.now()
+                await run([query for query, _ in batch])
+                if turn:  # the first time is the kernels'
+                    times_s.append(self.now() - started_at)
+            if turn and self.now() - began > WARM_UP_S:
+                break
+        for batch, times_s in zip(batches, took_s, strict=True):
+            self.speed.observe(sum(size for _, size in batch), min(times_s))
+
     async def consume(self, run: Run, ready: Ready | None = None) -> None:
-        """Serve the queue with `run`, whenever it is `ready`, until cancelled. Start it once for every copy of the model."""
+        """Serve the queue with `run`, whenever its copy is `ready`, until cancelled. Start it once for every copy."""
         self.consumers += 1
         try:
             while True:
-                if ready:
-                    await ready()  # a copy that died loads again: meanwhile the work is the others'
+                await self._until(ready)  # a copy that died loads again: meanwhile the work is the others'
                 async with self._taking:
-                    batch, closed_by = await self.take_batch()
-                if ready:
-                    await ready()  # it may have died while it waited for work: no call of the model
-                if batch := self._worth_running(batch):
+                    closed_by = await self._gather()
+                await self._until(ready)  # it may have died while it waited for work
+                if batch := self._take():
                     await self._run(run, batch, closed_by)
                 await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out for ever
         finally:
             self.consumers -= 1
 
-    async def take_batch(self) -> tuple[list[Job], str]:
-        """Wait for a job, then take what is queued, up to `batch_size`; tell why the batch closed.
+    async def _until(self, ready: Ready | None) -> None:
+        """Wait until the copy is ready: meanwhile it is none of the consumers."""
+        if not ready:
+            return
+        self.consumers -= 1
+        self.lost_at = self.now()
+        lost = asyncio.get_running_loop().call_soon(self._refuse_hopeless)
+        try:
+            await ready()
+        finally:
+            lost.cancel()
+            self.consumers += 1
+
+    async def _gather(self) -> str:
+        """Wait until a batch is due; tell why it closes. Its jobs stay in the queue: they may leave.
 
         Without a window the loop never idles while it holds work: a queue that filled while the model ran is the
         batch. With one, there is a single deadline, counted from the first job's arrival.
         """
-        batch = [await self.queue.get()]
+        queue = self.queue
         while True:
-            batch = [job for job in batch if job.alive]
-            while len(batch) < self.batch_size and not self.queue.empty():
-                batch.append(self.queue.get_nowait())
-            if len(batch) == self.batch_size:
-                return batch, "full"
+            await queue.at_least(1)
+            if len(queue) >= self.batch_size:
+                return "full"
             if self.closing:
-                return batch, "draining"
-            if not batch or not self.window_s:
-                return batch, "idle"
-            run_s = self.speed.predict_s(sum(job.size for job in batch)) * MARGIN
+                return "draining"
+            if not self.window_s:
+                return "idle"
+            waiting = list(queue)
+            run_s = self.speed.predict_s(queue.size) * self.speed.margin
             closes_at, closed_by = min(
-                (batch[0].enqueued_at + self.window_s, "window"),
-                (min(job.deadline for job in batch) - run_s, "deadline"),
+                (min(job.enqueued_at for job in waiting) + self.window_s, "window"),
+                (min(job.deadline for job in waiting) - run_s, "deadline"),
             )
             try:
                 async with asyncio.timeout(closes_at - self.now()) as self._window:
-                    batch.append(await self.queue.get())
+                    await queue.at_least(len(queue) + 1)
             except TimeoutError:
-                return batch, "draining" if self.closing else closed_by
+                if queue:
+                    return "draining" if self.closing else closed_by
             finally:
                 self._window = None
 
-    def _worth_running(self, batch: list[Job]) -> list[Job]:
-        """Drop whom nobody waits for; answer at once those who can't make it: they would make everyone else late."""
-        batch = [job for job in batch if job.alive]
-        latest = self.now() + self.speed.predict_s(sum(job.size for job in batch))
-        in_time = [job for job in batch if job.deadline >= latest]
-        if not in_time and self.queue.empty():
-            return batch  # nobody else to protect, and only a run can correct a slow estimate
-        for job in batch:
+    def _take(self) -> list[Job]:
+        """Take the next batch out of the queue; answer at once those who can't make it: they'd make everyone else late."""
+        queue, now, most = self.queue, self.now(), self.forecast.affordable
+        if not queue:
+            return []  # another copy was faster
+        batch: list[Job] = []
+        late: list[Job] = []
+        size, n = 0.0, min(self.batch_size, len(queue))
+        latest = now + self.speed.predict_s(min(most, queue.size * n / len(queue)))
+        while queue and len(batch) < self.batch_size:
+            job = queue.first()
+            if batch and size + job.size / 2 > most:
+                break
+            queue.take(job)
             if job.deadline < latest:
-                fail(job, Late("the time left is shorter than the model takes; allow more time"))
-        return in_time
+                late.append(job)
+            elif not job.future.done():
+                batch.append(job)
+                size += job.size
+        if not queue:
+            self._note_drained(now)
+        if not batch:
+            batch, late = late[: self.batch_size], late[self.batch_size :]  # see `_worth_running`
+        for job in late:
+            job.fail(Late(TOO_SHORT))
+        self.forecast.plan(
+            now, self.consumers
+        )  # for the next one: who is in this one was admitted by the last plan
+        return batch
+
+    def _worth_running(self, job: Job) -> bool:
+        """Answer at once who can't make it, unless nobody is behind: then only a run can correct a slow estimate."""
+        if self.queue and job.deadline < self.now() + self.speed.predict_s(job.size):
+            job.fail(Late(TOO_SHORT))
+        return job.alive
 
     async def _run(self, run: Run, batch: list[Job], closed_by: str) -> None:
         """Run the model on `batch` and answer every job of it, whatever the model throws."""
-        call = Call(self.now(), sum(job.size for job in batch))
+        call = self._call(sum(job.size for job in batch))
         self.calls.append(call)
         for job in batch:
             self.running += not job.running
@@ -314,19 +420,33 @@ class ModelLoop:
         else:
             self._fail(batch, error)
 
+    def _call(self, size: float) -> Call:
+        now, predicted_s = self.now(), self.speed.predict_s(size)
+        # Nothing measured yet: it may as well build its kernels.
+        patience_s = max(OVERDUE_S, OVERDUE * predicted_s) if predicted_s else self.hang_s
+        return Call(now, size, now + predicted_s, now + patience_s)
+
     async def _run_singly(self, run: Run, batch: list[Job]) -> None:
         """One of `batch` made it raise: run each alone, once, so that only the culprit pays."""
         log.warning("a batch of %d failed; running its queries one by one", len(batch))
         for job in batch:
-            if alone := self._worth_running([job]):
-                await self._run(run, alone, "retry")
+            if self._worth_running(job):
+                await self._run(run, [job], "retry")
 
     def _fail(self, batch: list[Job], error: BaseException) -> None:
         failure = type(error) if isinstance(error, ModelFailed) else ModelFailed
         for job in batch:
             failed = failure(str(error))
             failed.__cause__ = error
-            fail(job, failed)
+            job.fail(failed)
+
+    def _forget(self, job: Job) -> None:
+        """`job` has been answered, or nobody waits for it any more."""
+        self.queue.discard(job)
+        self.live.discard(job)
+        self.running -= job.running
+        if not self.live:
+            self._drained.set()
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 
@@ -350,4 +470,11 @@ class ModelLoop:
     def refuse_all(self, reason: str) -> None:
         """Answer every job that is still waiting or running with `Refused`."""
         for job in self.live:
-            fail(job, Refused(reason))
+            job.fail(Refused(reason))
+
+    def _refuse_hopeless(self) -> None:
+        """No copy is left: refuse those who can't wait until one has loaded again."""
+        now = self.now()
+        for job in list(self.queue) if not self.consumers else []:
+            if job.deadline < now + self.load_s:
+                job.fail(Refused(LOADING, self.load_s))

@@ -4,21 +4,23 @@ import asyncio
 import contextlib
 import gc
 import logging
-import math
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
 
-from workers import memory, offload, tasks
-from workers.clients import Clients
-from workers.loop import ModelLoop
+from workers import memory, tasks
+from workers.clients import SWEEP_S, Clients
+from workers.loop import LOADING, ModelFailed, ModelLoop, Refused
 from workers.metrics import Metrics
+from workers.offload import CannotLoad, Inline, Offload, Thread, attempt_load, in_thread, in_words
+from workers.process import Process
 from workers.settings import Settings
 
 log = logging.getLogger("uvicorn.error")
@@ -42,19 +44,29 @@ class Service:
             metrics=metrics,
             now=time.monotonic,  # uvloop's own time has whole milliseconds only
         )
-        self.task: tasks.Task
-        self.copies = offload.make(settings, metrics, lambda i: self.task.load(i))
+        self.copies: list[Offload] = []
         self.clients = Clients(settings, self.loop)
-        self.exit_code = 0
-        self.loaded = asyncio.Event()  # or failed to
+        self.exit_code, self.failure = 0, ""
+        self.started = asyncio.Event()  # every copy is loaded, or none will be
+        self.alarmed = False
+        self._task: tasks.Task | None = None
         metrics.watch(lambda: self.loop.depth, lambda: self.loop.running)
+
+    @property
+    def task(self) -> tasks.Task:
+        """What is served. Raises Refused while that is being made."""
+        if self._task is None:
+            raise Refused(LOADING)
+        return self._task
 
     async def run(self) -> None:
         """Load the model, then serve it until cancelled. A failure of either ends the process: never up but deaf."""
         try:
             await asyncio.gather(self.serve(), self.tick())
-        except offload.CannotLoad as exc:
-            self.exit(3, f"cannot load MODEL={self.settings.MODEL}: {exc}")
+        except CannotLoad as exc:
+            # 3 tells Gunicorn that another worker could not be started either.
+            code = 1 if self.started.is_set() else 3
+            self.exit(code, "the model cannot be loaded", f"cannot load MODEL={self.settings.MODEL}: {exc}")
         except Exception:
             log.exception("the model loop has ended")
             self.exit(1, "the model loop has ended; this is a bug")
@@ -64,17 +76,28 @@ class Service:
         # Look for garbage every 10,000 objects, not every 700: those that loading makes, a tenth of whose time it would
         # take, and those of the requests in flight are none.
         gc.set_threshold(10_000)
-        self.task = await asyncio.to_thread(offload.attempt_load, partial(tasks.make, self.settings))
+        began = time.monotonic()
+        make = partial(tasks.make, self.settings)
+        self._task = task = await in_thread(lambda: attempt_load(make))
+        self.clients.expect(task.media)
+        self.copies = make_copies(self.settings, self.metrics, task)
         for description in await asyncio.gather(*(copy.start() for copy in self.copies)):
             log.info("Serving %s", description)
-        for copy in self.copies:
-            for batch in tasks.warm_up_batches(self.task, self.settings.BATCH_SIZE):
-                await copy.run([query.content for query in batch])
-        gc.collect()
-        gc.freeze()  # 360,000 objects of torch and transformers: to look through them for garbage takes 0.16 s
+        self.loop.load_s = time.monotonic() - began
+        await self.warm_up(task)
+        memory.keep_what_is_there()
         self.report()
-        self.loaded.set()
-        await asyncio.gather(*(self.loop.consume(copy.run, copy.ready) for copy in self.copies))
+        self.started.set()
+        await asyncio.gather(*(self.loop.consume(copy.run, copy.loaded.wait) for copy in self.copies))
+
+    async def warm_up(self, task: tasks.Task) -> None:
+        """Let every copy answer the examples once more, on its way to here. Raises CannotLoad where one can't."""
+        batches = await in_thread(lambda: tasks.warm_up_batches(task, self.settings.BATCH_SIZE))
+        try:
+            for copy in self.copies:
+                await self.loop.warm_up(copy.run, batches)
+        except ModelFailed as exc:
+            raise CannotLoad(f"it fails on its own example: {exc}") from exc
 
     async def check(self, inputs: list[Any], parameters: dict[str, Any], n_bytes: int) -> list[tasks.Query]:
         """The queries that ask this. Raises Malformed or CannotAnswer, which name the input where there are several.
@@ -94,13 +117,17 @@ class Service:
                 if len(inputs) == 1:
                     raise
                 raise type(exc)(f"input {number}: {exc}") from exc
+            except (
+                BaseException
+            ) as exc:  # SystemExit would end the server, StopIteration would never leave its thread
+                raise ModelFailed(in_words(exc)) from exc
         return queries
 
     def report(self) -> None:
         """One line on what this worker takes of the machine, and a warning when all of them together take too much."""
         settings = self.settings
-        children = [copy.process.pid for copy in self.copies if isinstance(copy, offload.Process)]
-        mine = memory.resident_bytes([os.getpid(), *(pid for pid in children if pid)])
+        children = [copy.process.pid for copy in self.copies if isinstance(copy, Process)]
+        mine = memory.resident_bytes([os.getpid(), *children])
         copies = 0 if settings.OFFLOAD == "dirty" else settings.INSTANCES  # there none of the workers has it
         log.info(
             "Worker %d, one of %d: %d copies of the model, %d threads each, %d MB",
@@ -114,7 +141,7 @@ class Service:
             )
 
     async def tick(self) -> None:
-        """Four times a second look after the clients, the gauges and the master.
+        """Every SWEEP_S look after the clients, the gauges and the master.
 
         The gauges must be fresh for scrapes that come to another worker. A worker must not outlive its master: Gunicorn's
         watch theirs in `deployment.py`, but those of `uvicorn --workers` would go on serving.
@@ -123,21 +150,36 @@ class Service:
         while not master or master.is_alive():
             self.clients.sweep()
             self.metrics.sample()
-            await asyncio.sleep(0.25)
+            if self.copies and all(copy.trouble for copy in self.copies):
+                raise CannotLoad(self.copies[0].trouble)
+            await asyncio.sleep(SWEEP_S)
         signal.raise_signal(signal.SIGTERM)
 
-    def exit(self, code: int, reason: str) -> None:
-        """Stop as on SIGTERM, then exit with `code`."""
-        self.exit_code = code
-        log.critical(reason)
+    def exit(self, code: int, reason: str, details: str = "") -> None:
+        """Stop as on SIGTERM, then exit with `code`. The `details` are for the log only."""
+        self.exit_code, self.failure = code, reason
+        log.critical(details or reason)
         self.loop.refuse_all(reason)
-        self.loaded.set()
+        self.started.set()
         signal.raise_signal(signal.SIGTERM)
+
+    def trouble(self) -> str:
+        """Why this process should be restarted; empty while it should be left alone."""
+        if stuck_s := self.loop.stuck_s():
+            return f"the model has not returned for {stuck_s:.0f} s; restart this server"
+        return self.failure
+
+    def unready(self) -> str:
+        """Why no request at all can be answered now; empty while a copy is loaded, not stuck, not stopping."""
+        if reason := self.loop.unready():
+            return reason
+        return "" if any(copy.loaded.is_set() for copy in self.copies) else LOADING
 
     def stop(self) -> None:
         """Refuse new work and finish what is admitted, within the grace time less a second to send the answers."""
         self.loop.stop_admitting()
         self.clients.stop_reading()
+        self.started.set()  # nobody needs to wait for it any more
         self.draining = asyncio.create_task(self.loop.drain(max(0.0, self.settings.GRACE_S - 1)))
 
     def stop_on_signals(self) -> None:
@@ -145,37 +187,80 @@ class Service:
 
         Only the main thread may: in any other this does nothing.
         """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if (previous := signal.getsignal(number)) is not signal.SIG_IGN:
+                signal.signal(number, partial(self._on_signal, previous))
+        # Gunicorn's quick shutdown, which a uvicorn worker ignores until it is killed.
+        if callable(signal.getsignal(signal.SIGQUIT)):
+            signal.signal(signal.SIGQUIT, lambda number, frame: signal.raise_signal(signal.SIGTERM))
 
-        def chain(signum: signal.Signals) -> None:
-            previous = signal.getsignal(signum)
+    def _on_signal(self, previous: Any, number: int, frame: FrameType | None) -> None:
+        again, self.alarmed = self.alarmed, True
+        if not again:
+            # The kernel's clock: ends the process even while a call holds the event loop. (One that holds the whole
+            # interpreter holds this handler, too: there only the supervisor's SIGKILL helps.)
+            signal.setitimer(signal.ITIMER_REAL, self.settings.GRACE_S)
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            # A second Ctrl-C waits for nobody, and Gunicorn's worker is gone before its lifespan ends.
+            self.event_loop.call_soon_threadsafe(
+                self.let_go if again and number == signal.SIGINT else self.stop
+            )
+        if callable(previous):
+            previous(number, frame)
 
-            def handler(number: int, frame: FrameType | None) -> None:
-                # The kernel's clock: ends the process even while a call holds the event loop. (One that holds the whole
-                # interpreter holds this handler, too: there only the supervisor's SIGKILL helps.)
-                signal.alarm(math.ceil(self.settings.GRACE_S))
-                self.event_loop.call_soon_threadsafe(self.stop)
-                if callable(previous):
-                    previous(number, frame)
-
-            if previous is not signal.SIG_IGN:
-                signal.signal(signum, handler)
-
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                chain(signum)
+    def let_go(self) -> None:
+        """End the work and every copy of the model, now."""
+        self.work.cancel()
+        for copy in self.copies:
+            copy.stop()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Service"]:
         """Run it as long as the context lasts."""
         self.stop_on_signals()
-        task = asyncio.create_task(self.run(), name="model loop")
-        if self.settings.WEB_CONCURRENCY > 1:
-            await self.loaded.wait()  # the other workers answer meanwhile: take no request only to refuse it
-        yield self
-        await self.loop.drain(max(0.0, self.settings.GRACE_S - 1))
-        task.cancel()
-        for copy in self.copies:
-            copy.stop()
+        self.work = asyncio.create_task(self.run(), name="model loop")
+        try:
+            if self.settings.WEB_CONCURRENCY > 1:
+                # The other workers answer meanwhile: take no request only to refuse it.
+                await self.started.wait()
+            yield self
+            await self.loop.drain(max(0.0, self.settings.GRACE_S - 1))
+        finally:
+            self.let_go()
         if self.exit_code:
             logging.shutdown()
             os._exit(self.exit_code)  # every client has its answer, and a lifespan can't choose the exit code
+
+
+def make_copies(settings: Settings, metrics: Metrics, task: tasks.Task) -> list[Offload]:
+    """Return the `INSTANCES` places where `OFFLOAD` says that inference runs."""
+    instances = range(settings.INSTANCES)
+    if settings.OFFLOAD == "dirty":
+        from workers.dirty import Dirty  # only there is Gunicorn needed
+
+        return [Dirty(settings.HANG_S) for _ in instances]
+    if settings.OFFLOAD == "process":
+        alone = replace(settings, INSTANCES=1)  # on cores of its own it shares them with none
+        return [
+            Process(
+                partial(tasks.load_alone, alone if share else settings, i), settings.HANG_S, metrics, share
+            )
+            for i, share in zip(instances, core_shares(settings))
+        ]
+    kind = Inline if settings.OFFLOAD == "inline" else Thread
+    beside = settings.INSTANCES - 1
+    return [kind(partial(tasks.load, task, settings, i, beside=beside)) for i in instances]
+
+
+def core_shares(settings: Settings) -> list[set[int] | None]:
+    """Each model process's own cores, so that their threads don't chase each other; None: wherever there is room.
+
+    None, too, where their threads are more than the cores, or another worker would pin its own to the same ones.
+    """
+    n, threads = settings.INSTANCES, settings.threads_per_instance
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if n == 1 or settings.WEB_CONCURRENCY > 1 or n * threads > len(cores):
+        return [None] * n
+    return [set(cores[i * len(cores) // n : (i + 1) * len(cores) // n]) for i in range(n)]

@@ -9,6 +9,8 @@ from typing import Any
 
 from starlette.config import Config
 
+from workers.threads import usable_cores
+
 HERE = Path(__file__).resolve().parent.parent
 MOST = 10**9
 
@@ -81,12 +83,12 @@ class Settings:
         why="process survives a crash or a hang; inline blocks the event loop, to compare; dirty: see dirty.conf.py",
     )
     INSTANCES: int = at_least(1, 1, "copies of the model on one queue")
-    TORCH_THREADS: int = at_least(0, 0, "per copy; 0: cores / copies")
+    TORCH_THREADS: int = at_least(0, 0, "per copy; 0: cores / copies, fewer while others use the cores")
     WEB_CONCURRENCY: int = at_least(1, 1, "worker processes; uvicorn reads it too, Gunicorn's configs set it")
     HANG_S: float = seconds(60.0, "a model call this long is a hang")
 
     # What is taken in
-    MAX_BODY_BYTES: int = at_least(1, 16_384, "tokenising is linear in this")
+    MAX_BODY_BYTES: int = at_least(0, 0, "0: 1 MB of text, 16 MB where the task takes images or sound")
     BODY_TIMEOUT_S: float = seconds(10.0, "uvicorn itself waits for ever")
     MAX_TOKENS: int = at_least(1, 512, "or fewer, where the model takes fewer")
     MAX_MASKS: int = at_least(1, 8, "the reply grows with masks x top_k x text")
@@ -128,5 +130,4 @@ class Settings:
     @property
     def threads_per_instance(self) -> int:
         """Torch threads of one copy: never more in total than there are cores, unless asked for."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return self.TORCH_THREADS or max(1, cores // (self.INSTANCES * self.WEB_CONCURRENCY))
+        return self.TORCH_THREADS or max(1, usable_cores() // (self.INSTANCES * self.WEB_CONCURRENCY))

@@ -1,35 +1,70 @@
-"""How long the next model call will take: the cost law seconds = a + b * size, fitted to the recent calls."""
+"""How long the next model call will take: the cost law seconds = a + b * size, learnt from the calls so far."""
+
+from collections import deque
+
+CHANGED = 2.0  # a call that differs by more than this factor is an outlier; most of the last ones: a change
+RECENT = 7  # so up to 3 outliers in a row teach next to nothing, and 4 are a change
 
 
 class Speed:
-    """Exponentially weighted least squares over (size, seconds) of past calls.
+    """A line through one typical call for each octave of size (1, 2 to 3, 4 to 7, ...).
 
-    `forget` is the weight that a call loses with each later one. Until anything was measured every prediction is 0: a
-    new server admits. See https://en.wikipedia.org/wiki/Recursive_least_squares_filter for the weighting.
+    The octaves remember: a day of single texts does not forget how long a batch of 32 takes. Until anything was
+    measured every prediction is 0: a new server admits.
     """
 
-    def __init__(self, forget: float = 0.1) -> None:
-        self.forget = forget
-        self.weight = self.size = self.seconds = self.size_size = self.size_seconds = 0.0
+    def __init__(self) -> None:
         self.a = self.b = 0.0  # seconds a call, seconds a unit of size; never below 0
+        self.typical: dict[int, tuple[float, float]] = {}  # octave: size, seconds
+        self.error = 0.0  # how far predictions are off on the average, as a fraction
+        self.ratios = deque([1.0] * RECENT, RECENT)  # of the measured to the predicted seconds
 
     def observe(self, size: float, seconds: float) -> None:
         """Learn that a call of `size` took `seconds`."""
-        keep = 1 - self.forget
-        self.weight = keep * self.weight + 1
-        self.size = keep * self.size + size
-        self.seconds = keep * self.seconds + seconds
-        self.size_size = keep * self.size_size + size * size
-        self.size_seconds = keep * self.size_seconds + size * seconds
-        mean_size, mean_s = self.size / self.weight, self.seconds / self.weight
-        variance = self.size_size / self.weight - mean_size**2
-        covariance = self.size_seconds / self.weight - mean_size * mean_s
-        proportional = mean_s / mean_size if mean_size else 0.0
-        # All calls of about one size: the slope is noise, so take the time as proportional to size.
-        b = covariance / variance if variance > 1e-3 * mean_size**2 else proportional
-        self.b = min(max(b, 0.0), proportional)
-        self.a = mean_s - self.b * mean_size
+        octave, expected_s = int(size).bit_length(), self.predict_s(size)
+        if octave in self.typical or len(self.typical) >= 3:
+            self.error += (min(1.0, abs(seconds / max(expected_s, 1e-9) - 1)) - self.error) / 20
+            if self._has_changed(seconds / max(expected_s, 1e-9)):
+                return
+            # An outlier counts a little: where the law is no line, it may be right.
+            most = CHANGED if 1 / CHANGED < seconds / max(expected_s, 1e-9) < CHANGED else 1.1
+            seconds = min(max(seconds, expected_s / most), expected_s * most)
+        mean_size, mean_s = self.typical.get(
+            octave, (size, expected_s if len(self.typical) >= 3 else seconds)
+        )
+        self.typical[octave] = mean_size + (size - mean_size) / 5, mean_s + (seconds - mean_s) / 5
+        self._fit()
 
     def predict_s(self, size: float, calls: int = 1) -> float:
         """Seconds that `calls` calls with `size` altogether will take."""
         return self.a * calls + self.b * size
+
+    @property
+    def margin(self) -> float:
+        """By how much to lengthen what is predicted: an admitted job that ends late has cost model time for nothing."""
+        return 1.1 + self.error
+
+    def _has_changed(self, ratio: float) -> bool:
+        """Scale all that is known when most of the last calls say so."""
+        self.ratios.append(ratio)
+        median = sorted(self.ratios)[RECENT // 2]
+        if 1 / CHANGED < median < CHANGED:
+            return False
+        self.typical = {i: (size, s * median) for i, (size, s) in self.typical.items()}
+        self.ratios.extend([1.0] * RECENT)
+        self._fit()
+        return True
+
+    def _fit(self) -> None:
+        """Weighted least squares of the relative errors: a short call counts as much as a long one."""
+        w = ws = wss = wt = wst = 0.0
+        for size, seconds in self.typical.values():
+            weight = 1 / max(seconds, 1e-9) ** 2
+            w, ws, wss = w + weight, ws + weight * size, wss + weight * size * size
+            wt, wst = wt + weight * seconds, wst + weight * size * seconds
+        proportional = wst / wss if wss else 0.0
+        spread = w * wss - ws * ws
+        # All calls of about one size: the slope is noise, so take the time as proportional to size.
+        b = (w * wst - ws * wt) / spread if spread > 1e-3 * ws * ws else proportional
+        self.b = min(max(b, 0.0), proportional)
+        self.a = max(0.0, (wt - self.b * ws) / w)

@@ -9,10 +9,12 @@ A task knows neither HTTP nor where it runs: its errors are sentences for whoeve
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from workers.settings import Settings
+from workers.threads import Threads
 
 
 class Malformed(ValueError):
@@ -77,9 +79,35 @@ def make(settings: Settings) -> Task:
     return task(settings)
 
 
-def load(settings: Settings, instance: int = 0) -> Model:
-    """Load a copy of the model, where there is no task yet: in a process of its own."""
-    return make(settings).load(instance)
+class Considerate:
+    """A model that computes with as many of torch's threads as others leave cores for."""
+
+    def __init__(self, model: Model, threads: Threads) -> None:
+        self.model, self.threads, self.description = model, threads, model.description
+
+    def __call__(self, contents: list[Any]) -> list[Any]:
+        self.threads.between_calls()
+        return self.model(contents)
+
+
+def load(task: Task, settings: Settings, instance: int = 0, *, beside: int = 0) -> Model:
+    """Load a copy of the model and warm it up: kernels are built, and one that can't answer its examples raises here.
+
+    `beside`: how many other copies in this process share its cores.
+    """
+    model = task.load(instance)
+    for batch in warm_up_batches(task, settings.BATCH_SIZE):
+        answers = model([query.content for query in batch])
+        if len(answers) != len(batch):
+            raise ValueError(f"it gives {len(answers)} answers to {len(batch)} inputs")
+    if settings.TORCH_THREADS or "torch" not in sys.modules:
+        return model
+    return Considerate(model, Threads(settings.threads_per_instance, 1 + beside))
+
+
+def load_alone(settings: Settings, instance: int = 0) -> Model:
+    """The same where there is no task yet: in a process of its own."""
+    return load(make(settings), settings, instance)
 
 
 def warm_up_batches(task: Task, batch_size: int) -> list[list[Query]]:

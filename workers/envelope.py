@@ -1,0 +1,126 @@
+"""The door: what every request meets first and every reply last. Plain ASGI around the app's routes."""
+
+import asyncio
+import functools
+import inspect
+import json
+import random
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import chain
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import Message, Receive, Scope, Send
+
+from workers import contract
+from workers.loop import Refused
+from workers.metrics import Metrics
+
+REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
+# Who asks again at once, whatever Retry-After says, gets as many refusals as the core can make, and the model gets none
+# of it. So from this many a second on each waits its turn, but no longer than a retry on another server may take.
+REFUSALS_PER_S, HOLD_S = 1000, 0.1
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+Headers = tuple[tuple[bytes, bytes], ...]
+
+
+class Envelope:
+    """Gives every request an id, refuses those that the model has no room for, and turns every error into a reply.
+
+    `protocols`: the routes beside `POST /`, and how their errors read. A request asks the model where it is a POST.
+    """
+
+    def __init__(
+        self, router: Router, metrics: Metrics, protocols: Sequence[tuple[Route, contract.ErrorBody]] = ()
+    ) -> None:
+        self.router, self.metrics, self.protocols = router, metrics, protocols
+        self.endpoints: dict[tuple[str, str], Endpoint] = {
+            (method, route.path): route.endpoint  # a look-up costs a tenth of the router's walk
+            for route in router.routes
+            if isinstance(route, Route)
+            and not route.param_convertors
+            and inspect.iscoroutinefunction(route.endpoint)
+            for method in route.methods or ()
+        }
+        self.error_body = functools.lru_cache(maxsize=256)(self._error_body)
+        self.next_refusal_at = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.router(scope, receive, send)
+        path, asks = scope["path"], scope["method"] == "POST"
+        scope["app"] = self  # where the router finds it, its 404 is an exception
+        scope["fields"] = fields = dict(scope["headers"])  # Starlette's own look-ups walk through all of them
+        scope["error"] = self.error_body(path)
+        request_id = fields.get(b"x-request-id", b"")
+        if not REQUEST_ID.fullmatch(request_id):
+            # No uuid4: it is a system call, which would hand the model our turn.
+            request_id = b"%032x" % random.getrandbits(128)
+        scope["request_id"] = request_id
+        request = Request(scope, receive)
+        if asks and (refused := scope["state"]["service"].loop.refusal(contract.client_budget_s(request))):
+            return await self.refuse(refused, scope, send)
+        started = False
+
+        def send_with_id(message: Message) -> Awaitable[None]:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"].append((b"x-request-id", request_id))
+                if asks:
+                    self.metrics.requests_with(message["status"]).inc()
+            return send(message)
+
+        try:
+            if sum(map(len, chain.from_iterable(scope["headers"]))) > contract.MAX_HEADER_BYTES:
+                sentence = f"send at most {contract.MAX_HEADER_BYTES} bytes of headers"
+                reply: Any = JSONResponse(scope["error"](431, sentence), 431, contract.CLOSE)
+            elif endpoint := self.endpoints.get((scope["method"], path)):
+                reply = await endpoint(request)
+            else:
+                reply = self.router
+            await reply(scope, receive, send_with_id)
+        except Exception as exc:
+            if started:
+                raise  # half of a reply: the server closes the connection
+            await contract.error_reply(scope, exc)(scope, receive, send_with_id)
+
+    async def refuse(self, refused: Refused, scope: Scope, send: Send) -> None:
+        """Reply without having read the body: under overload most of the work is this.
+
+        What is left of it the server reads and throws away, unless it waits to be asked for it.
+        """
+        now = asyncio.get_running_loop().time()
+        self.next_refusal_at = max(now, min(self.next_refusal_at + 1 / REFUSALS_PER_S, now + HOLD_S))
+        if (hold_s := self.next_refusal_at - now) > 0.001:
+            await asyncio.sleep(hold_s)
+        body, headers = no(scope["error"], str(refused), refused.retry_after_s)
+        if b"expect" in scope["fields"]:
+            headers = (*headers, (b"connection", b"close"))  # its body may come or not
+        self.metrics.requests_with(503).inc()
+        headers = (*headers, (b"x-request-id", scope["request_id"]))
+        await send({"type": "http.response.start", "status": 503, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _error_body(self, path: str) -> contract.ErrorBody:
+        """How errors read under this path."""
+        return next(
+            (error for route, error in self.protocols if route.path_regex.match(path)), contract.error_body
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def no(error: contract.ErrorBody, sentence: str, retry_after_s: int) -> tuple[bytes, Headers]:
+    """Body and headers of a refusal, made once a reason."""
+    body = json.dumps(error(503, sentence)).encode()
+    length, retry_after = b"%d" % len(body), b"%d" % retry_after_s
+    headers = (
+        (b"content-type", b"application/json"),
+        (b"content-length", length),
+        (b"retry-after", retry_after),
+    )
+    return body, headers

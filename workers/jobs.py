@@ -1,0 +1,118 @@
+"""The jobs that wait for the model, in two lanes: single requests, and lists of inputs."""
+
+import asyncio
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Answer(NamedTuple):
+    """What the model returned for one query, and where its time went."""
+
+    value: Any
+    queue_s: float
+    model_s: float
+    batch_size: int
+    closed_by: str
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """First in, first out. Also how much work is offered to it, admitted or not."""
+
+    jobs: "OrderedDict[Job, None]" = field(default_factory=OrderedDict)
+    size: float = 0
+    offered: float = 0.0  # size since the rate was last measured
+    rate: float = 0.0  # size a second
+
+    def measure(self, passed_s: float, over_s: float) -> None:
+        """Follow the rate, `passed_s` after the last time, averaged over about `over_s`."""
+        keep = math.exp(-passed_s / over_s)
+        self.rate = keep * self.rate + (1 - keep) * self.offered / passed_s
+        self.offered = 0.0
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One query, its size in the model's unit of cost (tokens), its times on the loop's clock, its future answer."""
+
+    query: Any
+    size: float
+    enqueued_at: float
+    deadline: float
+    lane: Lane
+    future: asyncio.Future[Answer]
+    running: bool = False
+
+    @property
+    def alive(self) -> bool:
+        """Whether anybody still waits for the answer."""
+        return not self.future.done()
+
+    def fail(self, error: Exception) -> None:
+        """End it with `error` unless it has ended."""
+        if self.alive:
+            self.future.set_exception(error)
+            self.future.exception()  # its client may leave in this very tick; asyncio complains of what nobody looked at
+
+
+class JobQueue:
+    """Gives jobs out from both lanes in turn, so that neither can keep the other out: each is sure of half the model.
+
+    What one lane leaves the other gets. Within a lane nobody overtakes, so who comes later can delay an admitted list
+    by no more than the other lane's half. A job can be taken back in O(1) when its client has left.
+    """
+
+    def __init__(self) -> None:
+        self.singles, self.lists = Lane(), Lane()
+        self.turn, self.other = self.singles, self.lists
+        self._waiter: asyncio.Future[None] | None = None
+        self._awaited = self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Job]:
+        return itertools.chain(self.singles.jobs, self.lists.jobs)
+
+    @property
+    def size(self) -> float:
+        return self.singles.size + self.lists.size
+
+    def put(self, job: Job) -> None:
+        """Let `job` wait at the end of its lane."""
+        job.lane.jobs[job] = None
+        job.lane.size += job.size
+        self._length += 1
+        if self._waiter and self._length >= self._awaited and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def first(self) -> Job:
+        """The job whose turn it is. Raises StopIteration when there is none."""
+        return next(iter(self.turn.jobs or self.other.jobs))
+
+    def take(self, job: Job) -> None:
+        """Remove `job`, the first one; next it's the other lane's turn."""
+        self.discard(job)
+        self.turn, self.other = (
+            (self.lists, self.singles) if job.lane is self.singles else (self.singles, self.lists)
+        )
+
+    def discard(self, job: Job) -> None:
+        """Remove `job` if it is still in."""
+        if job in job.lane.jobs:
+            del job.lane.jobs[job]
+            job.lane.size -= job.size
+            self._length -= 1
+
+    async def at_least(self, n: int) -> None:
+        """Wait until `n` jobs are in. For one caller at a time."""
+        while len(self) < n:
+            self._waiter, self._awaited = asyncio.get_running_loop().create_future(), n
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
