@@ -38,7 +38,8 @@ async def answer(request: Request) -> Response:
     asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
     queries = await service.check(asked.inputs, asked.parameters, len(body))
     answers = await service.clients.wait(request, queries)
-    return contract.Answered(answers, asked.is_list)
+    values = [answer.value for answer in answers]
+    return contract.Answered(answers, values if asked.is_list else values[0])
 
 
 async def health(request: Request) -> Response:

@@ -276,12 +276,13 @@ def test_an_answer_means_what_the_standard_library_would_have_written(value: Any
     assert json.loads(contract.rendered(value)) == json.loads(json.dumps(value))
 
 
-def test_an_array_is_the_list_of_its_exact_numbers() -> None:
-    array = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
-    assert json.loads(contract.rendered({"vectors": array, "best": array[0, 0]})) == {
-        "vectors": array.tolist(),
-        "best": float(array[0, 0]),
-    }
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_an_array_reads_back_as_the_very_numbers_of_its_type(dtype: str) -> None:
+    array = np.random.default_rng(0).standard_normal((3, 4)).astype(dtype)
+    found = json.loads(contract.rendered({"vectors": array, "one": array[:, 1], "best": array[0, 0]}))
+    assert np.array_equal(np.array(found["vectors"], dtype), array)
+    assert np.array_equal(np.array(found["one"], dtype), array[:, 1])
+    assert np.dtype(dtype).type(found["best"]) == array[0, 0]
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,9 @@ log = logging.getLogger("uvicorn.error")
 
 # What curl -d sends is called a form; nobody means one.
 UNSAID = ("", "application/x-www-form-urlencoded", "application/octet-stream")
-SENTENCES = {
-    404: "there is nothing here; POST a text to /",
-    405: "this method is not allowed here; see the Allow header",
+SENTENCES = {  # for Starlette's own phrases
+    "Not Found": "there is nothing here; POST a text to /",
+    "Method Not Allowed": "this method is not allowed here; see the Allow header",
 }
 MAX_HEADER_BYTES = 65_536  # httptools itself would take megabytes
 CLOSE = {"Connection": "close"}  # what is left of such a request must not be read as the next one
@@ -80,18 +80,24 @@ def charset_of(content_type: str) -> str:
     return named.get("charset") or "utf-8"
 
 
-def parse_json(text: str, max_inputs: int) -> Asked:
-    """Read the Hugging Face inference convention: {"inputs": ..., "parameters": {...}}; a list is several inputs.
-
-    Its clients send some tasks' parameters beside the inputs: any other field is one.
-    """
+def load_json(text: str, example: str) -> Any:
+    """Return what it says. Raises HTTPException 400 with a sentence that says to send the likes of `example`."""
     try:
         content = JSON.decode(text)
         if "\\ud" in text.lower():
             json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is JSON but not text
     except (ValueError, RecursionError) as exc:
         where = f" ({exc})" if isinstance(exc, json.JSONDecodeError) else ""
-        raise HTTPException(400, f'the JSON cannot be read{where}; send {{"inputs": "a text"}}') from None
+        raise HTTPException(400, f"the JSON cannot be read{where}; send {example}") from None
+    return content
+
+
+def parse_json(text: str, max_inputs: int) -> Asked:
+    """Read the Hugging Face inference convention: {"inputs": ..., "parameters": {...}}; a list is several inputs.
+
+    Its clients send some tasks' parameters beside the inputs: any other field is one.
+    """
+    content = load_json(text, '{"inputs": "a text"}')
     if not isinstance(content, dict) or content.get("inputs") is None:
         raise HTTPException(400, 'there are no "inputs"; send {"inputs": "a text"}')
     inputs, parameters = content.pop("inputs"), content.pop("parameters", None)
@@ -137,17 +143,16 @@ def client_budget_s(request: Request) -> float:
 
 
 class Answered(Response):
-    """What the model returned, and where the time of the slowest of the answers went."""
+    """What is said of the answers, as JSON, and where the time of the slowest of them went."""
 
-    def __init__(self, answers: list[Answer], is_list: bool) -> None:
+    def __init__(self, answers: list[Answer], content: Any) -> None:
         slowest = answers[0] if len(answers) == 1 else max(answers, key=lambda a: a.queue_s + a.model_s)
         timing = (
             f"queue;dur={slowest.queue_s * 1000:.2f}, model;dur={slowest.model_s * 1000:.2f}, "
             f'batch;desc="size {slowest.batch_size}, closed by {slowest.closed_by}"'
         )
-        values = [answer.value for answer in answers]
         self.status_code, self.background = 200, None
-        self.body = rendered(values if is_list else values[0])
+        self.body = rendered(content)
         self.raw_headers = [  # Starlette's way there takes as long as a batch's share of the loop
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(self.body)),
@@ -158,13 +163,19 @@ class Answered(Response):
 ENCODER = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=methodcaller("tolist")
 )
-STRICT = orjson.OPT_PASSTHROUGH_SUBCLASS | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_DATETIME
+# Of a float32 NumPy's array orjson says no more digits than make it: half of what its float64 would take.
+OPTIONS = (
+    orjson.OPT_SERIALIZE_NUMPY
+    | orjson.OPT_PASSTHROUGH_SUBCLASS
+    | orjson.OPT_PASSTHROUGH_DATACLASS
+    | orjson.OPT_PASSTHROUGH_DATETIME
+)
 
 
 def rendered(content: Any) -> bytes:
     """As JSON; NumPy's and torch's numbers are JSON, too. Raises ValueError or TypeError where JSON can't say it, as NaN."""
     with contextlib.suppress(orjson.JSONEncodeError):  # the standard library says more, ten times as slowly
-        body = orjson.dumps(content, methodcaller("tolist"), STRICT)
+        body = orjson.dumps(content, methodcaller("tolist"), OPTIONS)
         if b"null" not in body:  # orjson says null for NaN, too
             return body
     return ENCODER.encode(content).encode()
@@ -183,7 +194,7 @@ def error_reply(scope: Scope, exc: Exception) -> JSONResponse:
     headers: dict[str, str] = {}
     match exc:
         case HTTPException():
-            status, sentence = exc.status_code, SENTENCES.get(exc.status_code, exc.detail)
+            status, sentence = exc.status_code, SENTENCES.get(exc.detail, exc.detail)
             headers = dict(exc.headers or {})
         case Malformed():
             status, sentence = 400, str(exc)

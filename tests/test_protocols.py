@@ -1,0 +1,264 @@
+"""The other doors, as bytes on the wire: OpenAI's embeddings, reranking. Real clients are in test_clients.py."""
+
+import base64
+import signal
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+import numpy as np
+import psutil
+import pytest
+from client import metric, until
+from embedding_models import sentence_model, small_bert
+
+from loadtests.modes import MODES, Server, start
+
+TEXTS = ["A man is eating food.", "Zürich", "東京 is the capital of Japan."]
+LONG = "of the old house on the hill " * 100
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Server]]:
+    """An embedder whose model is in a process of its own, a reranker, and a model of token vectors."""
+    folder = tmp_path_factory.mktemp("models")
+    reranker = small_bert(folder / "reranker", "ForSequenceClassification", num_labels=1)
+    sentence_model(folder)
+    shared = {"MAX_QUEUE": "8", "MAX_INPUTS": "4", "BATCH_SIZE": "4"}
+    with (
+        start(
+            MODES["process"],
+            shared | {"MODEL": str(folder / "model"), "TASK": "feature-extraction"},
+            wait=False,
+        ) as embedder,
+        start(
+            MODES["thread"], shared | {"MODEL": reranker, "TASK": "text-ranking"}, wait=False
+        ) as reranker_server,
+        start(
+            MODES["thread"], {"MODEL": small_bert(folder / "bert"), "TASK": "feature-extraction"}, wait=False
+        ) as token_vectors,
+    ):
+        servers = {"embedder": embedder, "reranker": reranker_server, "token vectors": token_vectors}
+        for server in servers.values():
+            server.wait_until_ready()
+        yield servers
+
+
+@pytest.fixture(scope="module")
+def client(servers: dict[str, Server]) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=servers["embedder"].url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def rank(servers: dict[str, Server]) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=servers["reranker"].url, timeout=30) as client:
+        yield client
+
+
+def embed(client: httpx2.Client, content: Any, **headers: str) -> httpx2.Response:
+    return client.post("/v1/embeddings", json=content, headers=headers)
+
+
+def openai_error(reply: httpx2.Response) -> str:
+    """The sentence; fails where the error is not in OpenAI's form."""
+    error = reply.json()["error"]
+    kind = "invalid_request_error" if reply.status_code < 500 else "server_error"
+    assert error == {"message": error["message"], "type": kind, "param": None, "code": None}
+    assert reply.headers["x-request-id"]
+    return error["message"]
+
+
+def test_texts_get_the_vectors_of_post_with_their_index_and_their_tokens(client: httpx2.Client) -> None:
+    reply = embed(client, {"input": TEXTS, "model": "text-embedding-3-small"})
+    found = reply.json()
+    assert reply.status_code == 200 and found.keys() == {"object", "data", "model", "usage"}
+    assert (found["object"], found["model"]) == ("list", "model")
+    assert found["usage"] == {"prompt_tokens": 21, "total_tokens": 21}
+    expected = client.post("/", json={"inputs": TEXTS, "normalize": True}).json()
+    for index, (one, vector) in enumerate(zip(found["data"], expected, strict=True)):
+        assert (one["object"], one["index"]) == ("embedding", index)
+        np.testing.assert_allclose(one["embedding"], vector, atol=1e-6)
+    assert "model;dur=" in reply.headers["server-timing"]
+
+
+def test_a_text_alone_is_a_list_of_one(client: httpx2.Client) -> None:
+    data = embed(client, {"input": TEXTS[0]}).json()["data"]
+    assert [len(one["embedding"]) for one in data] == [32]
+
+
+def test_base64_holds_the_very_float32(client: httpx2.Client) -> None:
+    as_text = embed(client, {"input": TEXTS[0], "encoding_format": "base64"}).json()["data"][0]["embedding"]
+    numbers = embed(client, {"input": TEXTS[0], "encoding_format": "float"}).json()["data"][0]["embedding"]
+    assert np.array_equal(np.frombuffer(base64.b64decode(as_text), "<f4"), np.array(numbers, "f4"))
+
+
+def test_token_ids_stand_for_a_text(client: httpx2.Client) -> None:
+    ids = [101, 1037, 2158, 2003, 5983, 2833, 1012, 102]
+    expected = embed(client, {"input": TEXTS[0]}).json()["data"][0]["embedding"]
+    for given in (ids, [ids]):
+        found = embed(client, {"input": given}).json()
+        assert np.allclose(found["data"][0]["embedding"], expected, atol=1e-6)
+        assert found["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_fewer_dimensions_are_the_first_ones_at_length_1(client: httpx2.Client) -> None:
+    whole = np.array(embed(client, {"input": TEXTS[0]}).json()["data"][0]["embedding"])
+    few = embed(client, {"input": TEXTS[0], "dimensions": 8}).json()["data"][0]["embedding"]
+    np.testing.assert_allclose(few, whole[:8] / np.linalg.norm(whole[:8]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({}, '"input" must be a text, a list of 1 to 4 texts'),
+        ({"input": []}, '"input" must be a text, a list of 1 to 4 texts'),
+        ({"input": ["a"] * 5}, '"input" must be a text, a list of 1 to 4 texts'),
+        ({"input": ["a", ""]}, 'input 1: "inputs" is empty'),
+        ({"input": ["a", LONG]}, "input 1: the text has 702 tokens; send at most 512"),
+        ({"input": [99999]}, "99999 is no token of this model"),
+        ({"input": "a", "encoding_format": "hex"}, '"encoding_format" must be "float" or "base64"'),
+        ({"input": "a", "dimensions": 1536}, '"dimensions" must be a whole number from 1 to 32'),
+        ({"input": "a", "temperature": 1}, '"temperature" is not a known field'),
+        (["a"], "the JSON is no object"),
+    ],
+)
+def test_what_makes_no_sense_is_a_400_in_openais_form(
+    client: httpx2.Client, content: Any, sentence: str
+) -> None:
+    reply = embed(client, content)
+    assert reply.status_code == 400 and sentence in openai_error(reply)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (b"{", {}, 400),
+        (b"\xff", {}, 400),
+        (b'{"input": "\\ud800"}', {}, 400),
+        (b"x" * 20_000, {}, 413),
+        (b"{}", {"Content-Encoding": "gzip"}, 415),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_refused_in_openais_form(
+    client: httpx2.Client, body: bytes, headers: dict[str, str], status: int
+) -> None:
+    reply = client.post("/v1/embeddings", content=body, headers=headers)
+    assert reply.status_code == status and openai_error(reply)
+    reply = client.get("/v1/embeddings")
+    assert reply.status_code == 405 and openai_error(reply)
+
+
+def test_its_requests_have_ids_and_are_counted(client: httpx2.Client, servers: dict[str, Server]) -> None:
+    name = 'model_requests_total{status="200"}'
+    before = float(metric(servers["embedder"], "model_requests_total"))
+    assert embed(client, {"input": "a"}, **{"X-Request-ID": "mine"}).headers["x-request-id"] == "mine"
+    assert metric(servers["embedder"], "model_requests_total") == before + 1
+    assert name in client.get("/metrics").text
+
+
+def test_the_model_is_listed_by_its_name(client: httpx2.Client) -> None:
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["object"]) == ("model", "model") and model["created"] > 1.7e9
+
+
+def test_a_model_of_token_vectors_has_no_embeddings(servers: dict[str, Server]) -> None:
+    with httpx2.Client(base_url=servers["token vectors"].url) as client:
+        for reply in (embed(client, {"input": "a"}), client.get("/v1/models")):
+            assert reply.status_code == 404
+            assert "serve a sentence-transformers model" in openai_error(reply)
+        assert client.post("/rerank", json={}).status_code == 404
+
+
+def test_the_web_process_of_an_embedder_has_no_torch(servers: dict[str, Server]) -> None:
+    web, *others = servers["embedder"].processes()
+    for process, expected in ((web, False), (max(others, key=lambda one: one.memory_info().rss), True)):
+        assert any("libtorch" in file.path for file in process.memory_maps()) == expected
+
+
+@pytest.fixture
+def stopped(client: httpx2.Client, servers: dict[str, Server]) -> Iterator[Future[httpx2.Response]]:
+    """The embedder's model does nothing any more; what 8 texts get that wait for it, once it goes on."""
+    children = psutil.Process(servers["embedder"].process.pid).children()
+    for child in children:
+        child.send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(3) as crowd:
+        try:
+            for _ in range(2):
+                waiting = crowd.submit(embed, client, {"input": ["a"] * 4})
+            waiting = crowd.submit(embed, client, {"input": ["a"] * 4})
+            until(lambda: client.get("/health").json()["queue_depth"] == 8)
+            yield waiting
+        finally:
+            for child in children:
+                child.send_signal(signal.SIGCONT)
+
+
+def test_no_room_is_a_503_with_the_time_to_wait(client: httpx2.Client, stopped: Any) -> None:
+    reply = embed(client, {"input": "a"})
+    assert reply.status_code == 503 and "8 requests are waiting" in openai_error(reply)
+    assert int(reply.headers["retry-after"]) >= 1
+
+
+def test_too_late_is_a_504(client: httpx2.Client, servers: dict[str, Server]) -> None:
+    reply = embed(client, {"input": "a"}, Prefer="wait=0")
+    assert reply.status_code == 504 and "no answer within 0 s" in openai_error(reply)
+
+
+def test_texts_are_ranked_as_text_embeddings_inference_does(rank: httpx2.Client) -> None:
+    content = {"query": "Where is Zürich?", "texts": TEXTS}
+    scores = rank.post("/", json={"inputs": [{"query": content["query"], "text": text} for text in TEXTS]})
+    best = sorted(enumerate(scores.json()), key=lambda one: -one[1])
+    reply = rank.post("/rerank", json=content)
+    assert reply.json() == [{"index": index, "score": pytest.approx(score)} for index, score in best]
+    assert "model;dur=" in reply.headers["server-timing"]
+    reply = rank.post("/rerank", json=content | {"return_text": True, "raw_scores": True})
+    found = reply.json()
+    assert [one["text"] for one in found] == [TEXTS[index] for index, _ in best]
+    sigmoids = [1 / (1 + np.exp(-one["score"])) for one in found]
+    np.testing.assert_allclose(sigmoids, [score for _, score in best], atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
+def test_documents_are_ranked_as_cohere_and_jina_do(rank: httpx2.Client, path: str) -> None:
+    content = {"model": "rerank-v3.5", "query": "Where is Zürich?", "documents": TEXTS}
+    best = rank.post("/rerank", json={"query": content["query"], "texts": TEXTS}).json()
+    found = rank.post(path, json=content).json()
+    expected = [{"index": one["index"], "relevance_score": pytest.approx(one["score"])} for one in best]
+    assert found["results"] == expected and found["model"] == "reranker"
+    assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] > 20
+    documents = [{"text": text} for text in TEXTS]
+    found = rank.post(path, json=content | {"documents": documents, "top_n": 2, "return_documents": True})
+    assert [one["document"] for one in found.json()["results"]] == [
+        documents[one["index"]] for one in best[:2]
+    ]
+
+
+def test_long_documents_are_cut_and_long_texts_only_where_asked_for(rank: httpx2.Client) -> None:
+    reply = rank.post("/rerank", json={"query": "a", "texts": ["b", LONG]})
+    assert (reply.status_code, reply.json().keys()) == (422, {"error"})
+    assert reply.json()["error"].startswith("input 1: the text has 704 tokens; send at most 512")
+    cut = rank.post("/rerank", json={"query": "a", "texts": ["b", LONG], "truncate": True}).json()
+    found = rank.post("/rerank", json={"query": "a", "documents": ["b", LONG]}).json()["results"]
+    assert [one["relevance_score"] for one in found] == pytest.approx([one["score"] for one in cut])
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ({"query": "a"}, '"documents" must be a list of 1 to 4 texts'),
+        ({"query": "a", "texts": []}, '"texts" must be a list of 1 to 4 texts'),
+        ({"query": "a", "texts": ["b"] * 5}, '"texts" must be a list of 1 to 4 texts'),
+        ({"texts": ["b"]}, '"query" must be a text'),
+        ({"query": "a", "texts": ["b", 1]}, 'input 1: "text" must be a text'),
+        ({"query": "a", "texts": ["b"], "top_n": 0}, '"top_n" must be a whole number of at least 1'),
+        (
+            {"query": "a", "texts": ["b"], "max_tokens_per_doc": 9},
+            '"max_tokens_per_doc" is not a known field',
+        ),
+    ],
+)
+def test_what_is_no_ranking_is_a_400(rank: httpx2.Client, content: Any, sentence: str) -> None:
+    reply = rank.post("/rerank", json=content)
+    assert reply.status_code == 400 and sentence in reply.json()["error"]

@@ -1,0 +1,93 @@
+"""OpenAI's embeddings, where TASK=feature-extraction gives a vector a text: POST /v1/embeddings, GET /v1/models.
+
+    client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+    client.embeddings.create(model="any", input=["a text", "another"]).data[0].embedding
+
+Vectors have length 1, as OpenAI's own. Any `model` is taken for the one that is served: its clients insist on a name.
+Token ids are the model's own tokenizer's, special ones included.
+"""
+
+import base64
+import time
+from typing import Any
+
+import numpy as np
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from workers.contract import Answered
+from workers.protocols import read_json
+from workers.service import Service
+from workers.settings import Settings
+from workers.tasks import CannotAnswer, Malformed
+
+STARTED_AT = int(time.time())
+
+
+def routes(settings: Settings) -> list[Route]:
+    if settings.TASK != "feature-extraction" or settings.is_own_class:
+        return []
+    return [Route("/v1/embeddings", embeddings, methods=["POST"]), Route("/v1/models", models)]
+
+
+def error_body(status: int, sentence: str) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": sentence, "type": kind, "param": None, "code": None}}
+
+
+async def embeddings(request: Request) -> Response:
+    """POST /v1/embeddings: a vector for each text."""
+    service: Service = embedder(request)
+    known = ("input", "model", "encoding_format", "dimensions", "user")
+    content, n_bytes = await read_json(request, known)
+    form = content.get("encoding_format", "float")
+    if form not in ("float", "base64"):
+        raise Malformed('"encoding_format" must be "float" or "base64"')
+    parameters = {"normalize": True} | {k: content[k] for k in ("dimensions",) if k in content}
+    try:
+        queries = await service.check(texts(content, service.settings.MAX_INPUTS), parameters, n_bytes)
+    except CannotAnswer as exc:
+        raise Malformed(str(exc)) from exc  # OpenAI has no 422
+    answers = await service.clients.wait(request, queries)
+    data = [
+        {"object": "embedding", "index": index, "embedding": encoded(answer.value, form)}
+        for index, answer in enumerate(answers)
+    ]
+    n_tokens = sum(query.size for query in queries)
+    usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
+    reply = {"object": "list", "data": data, "model": service.settings.model_name, "usage": usage}
+    return Answered(answers, reply)
+
+
+async def models(request: Request) -> Response:
+    """GET /v1/models: the one that is served."""
+    name = embedder(request).settings.model_name
+    model = {"id": name, "object": "model", "created": STARTED_AT, "owned_by": "owner"}
+    return JSONResponse({"object": "list", "data": [model]})
+
+
+def embedder(request: Request) -> Service:
+    """The service. Raises HTTPException 404 where the model gives a vector a token, which is known while it loads."""
+    service: Service = request.state.service
+    if not getattr(getattr(service, "task", None), "embeds", True):
+        raise HTTPException(404, "this model gives no vector a text; serve a sentence-transformers model")
+    return service
+
+
+def texts(content: dict[str, Any], most: int) -> list[Any]:
+    """The inputs: texts, or lists of token ids."""
+    given = content.get("input")
+    alone = isinstance(given, str) or (isinstance(given, list) and given and type(given[0]) is int)
+    inputs = [given] if alone else given
+    if not isinstance(inputs, list) or not 1 <= len(inputs) <= most:
+        raise Malformed(
+            f'"input" must be a text, a list of 1 to {most} texts, or token ids in place of texts'
+        )
+    return inputs
+
+
+def encoded(vector: np.ndarray, form: str) -> Any:
+    """The vector as the reply has it: numbers, or base64 of its float32 in little-endian order."""
+    return vector if form == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()

@@ -1,0 +1,86 @@
+"""TASK=feature-extraction: a text's vector.
+
+A sentence-transformers model (it has a modules.json) gives one vector a text, that of `SentenceTransformer.encode`. Any
+other gives a vector a token, those of the stock pipeline: [1, tokens, hidden].
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from workers.settings import Settings
+from workers.tasks import CannotAnswer, Description, Query
+from workers.tasks.pipeline import load_model
+from workers.tasks.sentence import CUTTING, Recipe, SentenceModel, SentenceTask, is_ids
+from workers.tasks.text import A_TEXT, YES_OR_NO, Content, Row, a_number, a_text, checked, ids_and_types
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Task(SentenceTask):
+    """A text, or its token ids, in; its vector or its tokens' out."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.recipe = Recipe.read(settings)
+        self.embeds = self.recipe is not None
+        self.rules = CUTTING
+        if self.recipe:
+            dimensions = a_number(1, self.recipe.dimensions)
+            float_only = '"float"; POST to /v1/embeddings for base64', lambda form: form == "float"
+            self.rules = CUTTING | {
+                "prompt_name": A_TEXT,
+                "normalize": YES_OR_NO,
+                "dimensions": dimensions,
+                "encoding_format": float_only,
+            }
+
+    def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        checked(parameters, **self.rules)
+        if is_ids(inputs):
+            return self.query(inputs, parameters, self.known(inputs))
+        prompt = self.prompt(parameters) if self.recipe else ""
+        return self.query(inputs, parameters, self.cut(parameters, prompt + a_text(inputs)))
+
+    def known(self, ids: list[int]) -> Row:
+        """Token ids, if they are this model's, special ones included: many of another tokenizer's are larger."""
+        size = self.config.get("vocab_size") or len(self.tokens)
+        if foreign := [token for token in ids if not 0 <= token < size]:
+            raise CannotAnswer(
+                f"{foreign[0]} is no token of this model; send texts, or its ids, below {size}"
+            )
+        if len(ids) > self.limit:
+            raise CannotAnswer(f"there are {len(ids)} tokens; send at most {self.limit}")
+        return Row("", None, ids)
+
+    def load(self, instance: int) -> "FeatureExtraction":
+        return FeatureExtraction(self, load_model(self.settings, instance, "AutoModel"), self.recipe)
+
+    def examples(self) -> list[Query]:
+        return [self.check("a text " * n, {"truncate": True}) for n in (1, 20, 100)]
+
+    def describe(self) -> Description:
+        gives = "its vector" if self.recipe else "the vectors of its tokens"
+        return Description("a text", gives, {"inputs": "a text"})
+
+
+class FeatureExtraction(SentenceModel):
+    """A vector a text, or one a token, as NumPy's float32."""
+
+    task: Task
+
+    def answers(self, contents: list[Content]) -> list[Any]:
+        if self.task.embeds:
+            found = zip(self.vectors(contents), contents)
+            return [self.shaped(vector, **content.parameters).numpy() for vector, content in found]
+        ids, types = ids_and_types([content.rows[0] for content in contents])
+        states = self.encoder(ids, None, types).float().cpu()
+        return [part[None].numpy() for part in states.split([len(row) for row in ids])]
+
+    def shaped(
+        self, vector: "Tensor", normalize: bool = False, dimensions: int | None = None, **_: Any
+    ) -> "Tensor":
+        """The first `dimensions` of it, of length 1 where asked for or where the whole was."""
+        is_unit = self.embed.normalizes
+        if dimensions is not None:
+            vector, normalize, is_unit = vector[:dimensions], normalize or is_unit, False
+        return vector / vector.norm().clamp_min(1e-12) if normalize and not is_unit else vector

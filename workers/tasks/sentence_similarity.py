@@ -1,0 +1,64 @@
+"""TASK=sentence-similarity: how alike a sentence and each of several others are, by the model's own measure."""
+
+from typing import Any
+
+from workers.settings import Settings
+from workers.tasks import CannotAnswer, Description, Malformed, Query
+from workers.tasks.pipeline import load_model
+from workers.tasks.sentence import CUTTING, Recipe, SentenceModel, SentenceTask
+from workers.tasks.text import A_TEXT, Content, Row, a_text, checked
+
+FORM = '{"source_sentence": "a text", "sentences": ["another", ...]}'
+
+
+class Task(SentenceTask):
+    """A sentence and others in, a number for each of the others out."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        # Without a modules.json sentence-transformers itself takes the mean.
+        self.recipe = Recipe.read(settings) or Recipe(["mean"], 0)
+
+    def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        checked(parameters, **CUTTING, prompt_name=A_TEXT)
+        if not isinstance(inputs, dict) or inputs.keys() != {"source_sentence", "sentences"}:
+            raise Malformed(f'"inputs" must be {FORM}')
+        sentences, most = inputs["sentences"], self.settings.MAX_INPUTS
+        if not isinstance(sentences, list) or not 1 <= len(sentences) <= most:
+            raise Malformed(f'"sentences" must be a list of 1 to {most} texts')
+        named = {f"sentences[{number}]": text for number, text in enumerate(sentences)}
+        rows = [
+            self.named_row(name, text, parameters)
+            for name, text in {"source_sentence": inputs["source_sentence"], **named}.items()
+        ]
+        return self.query(inputs, parameters, *rows)
+
+    def named_row(self, name: str, text: Any, parameters: dict[str, Any]) -> Row:
+        """Its tokens; an error names it."""
+        text = self.prompt(parameters) + a_text(text, name)
+        try:
+            return self.cut(parameters, text)
+        except CannotAnswer as exc:
+            raise CannotAnswer(f"{name}: {exc}") from exc
+
+    def load(self, instance: int) -> "Similarity":
+        return Similarity(self, load_model(self.settings, instance, "AutoModel"), self.recipe)
+
+    def examples(self) -> list[Query]:
+        inputs = [{"source_sentence": "a text", "sentences": ["a text " * n]} for n in (1, 20, 100)]
+        return [self.check(one, {"truncate": True}) for one in inputs]
+
+    def describe(self) -> Description:
+        example = {"source_sentence": "a text", "sentences": ["another", "a third"]}
+        return Description("a sentence and others", "a number for each of the others", {"inputs": example})
+
+
+class Similarity(SentenceModel):
+    """Similarities, as NumPy's float32."""
+
+    def answers(self, contents: list[Content]) -> list[Any]:
+        from workers.tasks.pooling import SIMILARITIES
+
+        alike = SIMILARITIES[self.task.sentence.get("similarity_fn_name") or "cosine"]
+        groups = self.vectors(contents).split([len(content.rows) for content in contents])
+        return [alike(group[0], group[1:]).numpy() for group in groups]

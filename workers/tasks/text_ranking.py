@@ -1,0 +1,74 @@
+"""TASK=text-ranking: how well a text answers a query, by a cross-encoder: the score of `CrossEncoder.predict`.
+
+`POST /rerank`, in workers/protocols/rerank.py, asks it for many texts at once.
+"""
+
+from typing import Any
+
+from workers.settings import Settings
+from workers.tasks import Description, Malformed, Query
+from workers.tasks.pipeline import load_model
+from workers.tasks.sentence import CUTTING, SentenceTask, read_modules
+from workers.tasks.text import YES_OR_NO, Content, TextModel, a_text, checked
+
+
+class Task(SentenceTask):
+    """A query and a text in, a number out."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        if unknown := {kind for kind, _ in read_modules(settings)} - {"Transformer"}:
+            raise ValueError(
+                f"modules.json: {unknown.pop()} is not known here; a reranker is a Transformer only"
+            )
+
+    def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        checked(parameters, **CUTTING, raw_scores=YES_OR_NO)
+        if not isinstance(inputs, dict) or inputs.keys() != {"query", "text"}:
+            raise Malformed('"inputs" must be {"query": "a text", "text": "another"}')
+        query, text = (a_text(inputs[name], name) for name in ("query", "text"))
+        return self.query(inputs, parameters, self.cut(parameters, self.prompt({}) + query, text))
+
+    def load(self, instance: int) -> "Ranker":
+        return Ranker(self, load_model(self.settings, instance, "AutoModelForSequenceClassification"))
+
+    def examples(self) -> list[Query]:
+        inputs = [{"query": "a question", "text": "a text " * n} for n in (1, 20, 100)]
+        return [self.check(one, {"truncate": True}) for one in inputs]
+
+    def describe(self) -> Description:
+        example = {"query": "What is the capital of France?", "text": "Paris is the capital of France."}
+        return Description("a query and a text", "how well the text answers it", {"inputs": example})
+
+    @property
+    def activation(self) -> str:
+        """What the model's files say, as today or as once; else what sentence-transformers takes for one label."""
+        return (
+            self.sentence.get("activation_fn")
+            or self.config.get("sentence_transformers", {}).get("activation_fn")
+            or self.config.get("sbert_ce_default_activation_function")
+            or "torch.nn.modules.activation.Sigmoid"
+        )
+
+
+class Ranker(TextModel):
+    """Scores. `raw_scores`: the model's own number, without the activation."""
+
+    per_text = True
+
+    def __init__(self, task: Task, loaded: Any) -> None:
+        from workers.tasks.pooling import activation  # needs torch
+
+        labels = loaded.model.config.num_labels
+        if labels != 1:
+            raise ValueError(f"the model has {labels} labels; a reranker has one")
+        super().__init__(task, loaded)
+        self.activation = activation(task.activation)
+
+    def answers(self, contents: list[Content]) -> list[Any]:
+        raw = self.logits([row for content in contents for row in content.rows])[:, 0]
+        scores = self.activation(raw)
+        return [
+            float(own if content.parameters.get("raw_scores") else score)
+            for own, score, content in zip(raw, scores, contents)
+        ]
