@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -229,7 +230,7 @@ def crowd(server: Server, duration_s: float, load: Callable[[Crowd], Coroutine[A
 
 def overload(rounds: int, duration_s: float) -> list[dict[str, str]]:
     """Right answers a second within 1 s, of which the clients say nothing, against as many as 96 patient users get."""
-    loads: dict[str, Callable[[Crowd, float], Coroutine[Any, Any, None]]] = {
+    loads: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {
         "2 x": lambda crowd, capacity: crowd.arrive(2 * capacity),
         "10 x": lambda crowd, capacity: crowd.arrive(10 * capacity),
         "400 who ask again after 20 ms": lambda crowd, capacity: crowd.insist(400, 0.02),
@@ -242,7 +243,7 @@ def overload(rounds: int, duration_s: float) -> list[dict[str, str]]:
             crowds["96 users"].append(crowd(server, duration_s, lambda crowd: crowd.insist(96, 1.0)))
             capacity = crowds["96 users"][-1].right_per_s
             for name, load in loads.items():
-                crowds[name].append(crowd(server, duration_s, lambda crowd, load=load: load(crowd, capacity)))
+                crowds[name].append(crowd(server, duration_s, partial(load, capacity=capacity)))
     rates = {name: [crowd.right_per_s for crowd in some] for name, some in crowds.items()}
     rows = []
     for name in loads:

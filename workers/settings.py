@@ -86,7 +86,7 @@ class Settings:
     HANG_S: float = seconds(60.0, "a model call this long is a hang")
 
     # What is taken in
-    MAX_BODY_BYTES: int = at_least(1, 16_384, "tokenising is linear in this")
+    MAX_BODY_BYTES: int = at_least(1, 16_384, "long words take ten times as long to tokenise")
     BODY_TIMEOUT_S: float = seconds(10.0, "uvicorn itself waits for ever")
     MAX_TOKENS: int = at_least(1, 512, "or fewer, where the model takes fewer")
     MAX_MASKS: int = at_least(1, 8, "the reply grows with masks x top_k x text")
