@@ -3,6 +3,7 @@
     1. Requests per second with a model that returns at once, as a fraction of a bare Starlette handler.
     2. Texts per second over HTTP, saturated, as a fraction of calling the same model in a bare loop.
     3. p99 of /health while saturated: thread, and inline for contrast.
+    4. Right answers a second under overload, as a fraction of those without.
 
 The server runs on the first core, the client on the last. Rounds are short and interleaved;
 medians are printed, with the quartiles of the ratios.
@@ -17,12 +18,15 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 import uvloop
 
 from loadtests import drive
+from loadtests.crowd import Crowd
 from loadtests.modes import MODES, Mode, Server, start
 from loadtests.planner import markdown
 
@@ -214,6 +218,42 @@ def health_under_load(duration_s: float) -> list[dict[str, str]]:
     return rows
 
 
+def crowd(server: Server, duration_s: float, load: Callable[[Crowd], Coroutine[Any, Any, None]]) -> Crowd:
+    """What a crowd got that asked the server from the other core."""
+    os.sched_setaffinity(0, {CLIENT_CPU})
+    crowd = Crowd(server.url, texts(32))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(crowd.run(duration_s, lambda: asyncio.create_task(load(crowd))))
+    server.wait_until_idle()
+    return crowd
+
+
+def overload(rounds: int, duration_s: float) -> list[dict[str, str]]:
+    """Right answers a second within 1 s, of which the clients say nothing, against as many as 96 patient users get."""
+    loads: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {
+        "2 x": lambda crowd, capacity: crowd.arrive(2 * capacity),
+        "10 x": lambda crowd, capacity: crowd.arrive(10 * capacity),
+        "400 who ask again after 20 ms": lambda crowd, capacity: crowd.insist(400, 0.02),
+    }
+    crowds: dict[str, list[Crowd]] = {name: [] for name in ("96 users", *loads)}
+    with start(
+        Mode("batch", "uvicorn server:app --no-access-log", {"BATCH_SIZE": "32"}), cpus={SERVER_CPU}
+    ) as server:
+        for _ in range(rounds):
+            crowds["96 users"].append(crowd(server, duration_s, lambda crowd: crowd.insist(96, 1.0)))
+            capacity = crowds["96 users"][-1].right_per_s
+            for name, load in loads.items():
+                crowds[name].append(crowd(server, duration_s, partial(load, capacity=capacity)))
+    rates = {name: [crowd.right_per_s for crowd in some] for name, some in crowds.items()}
+    rows = []
+    for name in loads:
+        health_ms = statistics.median(crowd.health_p99_s for crowd in crowds[name]) * 1000
+        refused = statistics.median(crowd.refused / crowd.seconds for crowd in crowds[name])
+        what = f"answers/s within 1 s, {name}; {refused:,.0f} refused/s, /health p99 {health_ms:.0f} ms"
+        rows.append(row(what, rates, name, "96 users"))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
@@ -222,7 +262,8 @@ def main() -> None:
     quick = parser.parse_args().quick
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C does: leave no server behind
     rounds = 1 if quick else 15
-    print(markdown(overhead(rounds, 1.0) + saturated(rounds, 2.0) + health_under_load(4.0 if quick else 8.0)))
+    rows = overhead(rounds, 1.0) + saturated(rounds, 2.0) + health_under_load(4.0 if quick else 8.0)
+    print(markdown(rows + overload(1 if quick else 3, 4.0)))
 
 
 if __name__ == "__main__":
