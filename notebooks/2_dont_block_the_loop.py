@@ -38,6 +38,7 @@ torch.set_num_threads(1)
 print(inspect.getsource(offload.Inline.run))
 print(inspect.getsource(offload.Thread.run))
 print(inspect.getsource(offload.Thread._work))
+print(inspect.getsource(offload.answer_with))
 
 # %%
 started = serve_all(*({"OFFLOAD": place, "BATCH_SIZE": 32} for place in PLACES))
@@ -260,14 +261,18 @@ starts
 # through a socket, packed and unpacked, some 0.3 ms. Measure with a model that returns at once.
 
 # %%
-from loadtests.bench_apps import Instant
-from workers.metrics import Metrics
-from workers.model import Query
+from functools import partial
 
+from workers import tasks
+from workers.metrics import Metrics
+from workers.process import Process
+from workers.settings import Settings
+
+load = partial(tasks.load_alone, Settings(MODEL="loadtests.bench_apps:Instant"))
 places = {
-    "inline": offload.Inline(Instant),
-    "thread": offload.Thread(Instant),
-    "process": offload.Process(Instant, 60.0, Metrics()),
+    "inline": offload.Inline(load),
+    "thread": offload.Thread(load),
+    "process": Process(load, 60.0, Metrics()),
 }
 calls = quick(200, 2000)
 
@@ -278,7 +283,7 @@ async def cost_ms(place):
     took = []
     for _ in range(calls):
         began = time.perf_counter()
-        await place.run([Query(TEXT)] * 8)
+        await place.run([TEXT] * 8)
         took.append(time.perf_counter() - began)
     place.stop()
     return float(np.median(took)) * 1000

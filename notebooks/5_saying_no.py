@@ -36,10 +36,10 @@ import pandas as pd
 import checks
 from loadtests import drive, planner
 from loadtests.planner import CostLaw
-from workers import offload
+from workers import offload, tasks
 from workers.loop import ModelFailed, ModelLoop
-from workers.model import Model, Query
 from workers.settings import Settings
+from workers.tasks.text import Content
 
 # %% [markdown]
 # ## Goodput
@@ -60,7 +60,7 @@ from workers.settings import Settings
 # The last is what this server does. This is its admission, all of it:
 
 # %%
-print(inspect.getsource(ModelLoop.admit))
+print(inspect.getsource(ModelLoop._refusal))
 
 # %% [markdown]
 # The planner runs this very loop on a virtual clock. For "deadline" alone we blindfold it: it can't foresee any wait.
@@ -271,7 +271,9 @@ stop()
 # texts run alone, once: 9 calls in place of 1; 7 answers, 1 error.
 
 # %%
-copy = offload.Thread(functools.partial(Model, Settings(TORCH_THREADS=1, BATCH_SIZE=8)))
+copy = offload.Thread(
+    functools.partial(tasks.load_alone, Settings(TORCH_THREADS=1, BATCH_SIZE=8, FAST=False))
+)
 sizes = []
 
 
@@ -286,7 +288,9 @@ async def poisoned_batch():
     consumer = asyncio.create_task(loop.consume(counted))
     await asyncio.sleep(0)
     texts = [TEXT] * 3 + ["no mask here"] + [TEXT] * 4
-    results = await asyncio.gather(*(loop.submit(Query(text)) for text in texts), return_exceptions=True)
+    results = await asyncio.gather(
+        *(loop.submit(Content(text, {}, [])) for text in texts), return_exceptions=True
+    )
     consumer.cancel()
     copy.stop()
     return results

@@ -25,7 +25,7 @@ from starlette.routing import Router
 from loadtests.modes import MODES, ROOT, Server, free_port, start
 from workers import contract
 from workers.clients import Clients
-from workers.envelope import HOLD_S, REFUSALS_PER_S, Envelope
+from workers.envelope import HOLD_S, REFUSALS_PER_S, TICK_S, Envelope
 from workers.loop import ModelFailed, ModelLoop
 from workers.metrics import Metrics
 from workers.settings import Settings
@@ -218,7 +218,7 @@ def test_a_storm_of_refusals_is_slowed_down_and_a_few_are_not_slowed_at_all() ->
 
     with asyncio.Runner(loop_factory=lambda: looptime.new_event_loop(start=0, end=100)) as runner:
         runner.run(storm())
-    assert max(waits_s) == pytest.approx(HOLD_S, abs=0.01)
+    assert max(waits_s) == pytest.approx(HOLD_S, abs=TICK_S)
     assert sum(waits_s) / 8000 > 0.8 * HOLD_S
 
 

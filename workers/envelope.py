@@ -23,6 +23,7 @@ REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
 # Who asks again at once, whatever Retry-After says, gets as many refusals as the core can make, and the model gets none
 # of it. So from this many a second on each waits its turn, but no longer than a retry on another server may take.
 REFUSALS_PER_S, HOLD_S = 1000, 0.1
+TICK_S = 0.02  # those who wait share one waking
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 Headers = tuple[tuple[bytes, bytes], ...]
@@ -48,6 +49,7 @@ class Envelope:
         }
         self.error_body = functools.lru_cache(maxsize=256)(self._error_body)
         self.next_refusal_at = 0.0
+        self.turns: dict[int, asyncio.Event] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -96,8 +98,8 @@ class Envelope:
         """
         now = asyncio.get_running_loop().time()
         self.next_refusal_at = max(now, min(self.next_refusal_at + 1 / REFUSALS_PER_S, now + HOLD_S))
-        if (hold_s := self.next_refusal_at - now) > 0.001:
-            await asyncio.sleep(hold_s)
+        if self.next_refusal_at > now + 0.001:
+            await self.turn(self.next_refusal_at).wait()
         body, headers = no(scope["error"], str(refused), refused.retry_after_s)
         if b"expect" in scope["fields"]:
             headers = (*headers, (b"connection", b"close"))  # its body may come or not
@@ -105,6 +107,14 @@ class Envelope:
         headers = (*headers, (b"x-request-id", scope["request_id"]))
         await send({"type": "http.response.start", "status": 503, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+    def turn(self, at: float) -> asyncio.Event:
+        """What is set at the end of the tick that `at` falls into."""
+        tick = int(at / TICK_S) + 1
+        if tick not in self.turns:
+            self.turns[tick] = asyncio.Event()
+            asyncio.get_running_loop().call_at(tick * TICK_S, lambda: self.turns.pop(tick).set())
+        return self.turns[tick]
 
     def _error_body(self, path: str) -> contract.ErrorBody:
         """How errors read under this path."""

@@ -7,17 +7,18 @@ from functools import partial
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
-from workers.model import Model, Query
 
+from workers import tasks
 from workers.loop import Late, ModelFailed, ModelLoop, Refused
 from workers.offload import Thread
 from workers.settings import Settings
+from workers.tasks.text import Content
 
 
 async def endpoint(request):
     text = (await request.body()).decode()
     try:
-        answer = await request.state.loop.submit(Query(text))
+        answer = await request.state.loop.submit(Content(text, {}, []))
     except (Refused, Late, ModelFailed) as error:
         status = {Refused: 503, Late: 504}.get(type(error), 500)
         return JSONResponse({"error": type(error).__name__}, status)
@@ -27,12 +28,12 @@ async def endpoint(request):
 @contextlib.asynccontextmanager
 async def lifespan(app):
     loop = ModelLoop(batch_size=8, max_queue=32, budget_s=5)
-    thread = Thread(partial(Model, Settings(FAST=False, BATCH_SIZE=8)))
+    thread = Thread(partial(tasks.load_alone, Settings(FAST=False, BATCH_SIZE=8)))
     await thread.start()
-    task = asyncio.create_task(loop.consume(thread.run))
+    consumer = asyncio.create_task(loop.consume(thread.run))
     yield {"loop": loop}
     await loop.drain(grace_s=5)
-    task.cancel()
+    consumer.cancel()
 
 
 app = Starlette(routes=[Route("/", endpoint, methods=["POST"])], lifespan=lifespan)

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from workers.settings import Settings
-from workers.tasks.encoder import Encoder, Rows
+from workers.tasks.encoder import Encoder
+from workers.tasks.packed import Rows
 from workers.tasks.text import find
 
 SENTENCE = "sentence_embedding"  # the name of a text's vector among modules
