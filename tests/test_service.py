@@ -252,7 +252,7 @@ def test_a_bug_in_the_loop_answers_whoever_waits_and_ends_the_process_with_a_cod
     program = f"""
 import asyncio, uvicorn, server
 from workers.loop import ModelLoop
-async def bug(self):
+async def bug(self, ready):
     await self.queue.at_least(1)
     raise RuntimeError("a bug")
 ModelLoop.take_batch = bug
