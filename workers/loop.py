@@ -301,14 +301,22 @@ class ModelLoop:
         try:
             while True:
                 await self._until(ready)  # a copy that died loads again: meanwhile the work is the others'
-                async with self._taking:
-                    closed_by = await self._gather()
-                await self._until(ready)  # it may have died while it waited for work
-                if batch := self._take():
+                batch, closed_by = await self.take_batch(ready)
+                if batch:
                     await self._run(run, batch, closed_by)
                 await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out for ever
         finally:
             self.consumers -= 1
+
+    async def take_batch(self, ready: Ready | None = None) -> tuple[list[Job], str]:
+        """Wait until a batch is due and the copy is ready; take it, and tell why it closed.
+
+        It may be empty: others took the work while this copy, which had died, loaded again.
+        """
+        async with self._taking:
+            closed_by = await self._gather()
+        await self._until(ready)
+        return self._take(), closed_by
 
     async def _until(self, ready: Ready | None) -> None:
         """Wait until the copy is ready: meanwhile it is none of the consumers."""
