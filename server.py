@@ -22,7 +22,7 @@ from starlette.routing import Route, Router
 
 from workers import contract
 from workers.envelope import Envelope
-from workers.loop import Refused
+from workers.jobs import Refused
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import Settings

@@ -28,7 +28,8 @@ from loadtests import drive, texts
 from loadtests.modes import MODES, Mode, Server, start, with_model
 from loadtests.rows import Row
 from workers import tasks
-from workers.loop import Answer, Late, ModelLoop, Refused
+from workers.jobs import Answer, Late, Refused
+from workers.loop import ModelLoop
 from workers.settings import Settings
 
 SIZES = (1, 2, 4, 8, 16, 32)

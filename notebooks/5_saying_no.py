@@ -37,7 +37,8 @@ import checks
 from loadtests import drive, planner
 from loadtests.planner import CostLaw
 from workers import offload, tasks
-from workers.loop import ModelFailed, ModelLoop
+from workers.jobs import ModelFailed
+from workers.loop import ModelLoop
 from workers.settings import Settings
 from workers.tasks.text import Content
 

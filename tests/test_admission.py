@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtests.planner import Silent, VirtualClock
-from workers.loop import Answer, Late, ModelLoop, Refused
+from workers.jobs import Answer, Late, Refused
+from workers.loop import ModelLoop
 from workers.speed import Speed
 
 

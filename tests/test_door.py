@@ -26,7 +26,8 @@ from loadtests.modes import MODES, ROOT, Server, free_port, start
 from workers import contract
 from workers.clients import Clients
 from workers.envelope import HOLD_S, REFUSALS_PER_S, TICK_S, Envelope
-from workers.loop import ModelFailed, ModelLoop
+from workers.jobs import ModelFailed
+from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.settings import Settings
 from workers.tasks import Query

@@ -19,7 +19,7 @@ from client import gone
 
 from tests.moody import Model
 from workers import process
-from workers.loop import ModelDied, ModelFailed
+from workers.jobs import ModelDied, ModelFailed
 from workers.metrics import Metrics
 from workers.offload import CannotLoad, Inline, Thread, attempt_load
 from workers.process import Process, packed, pause_s, pickled

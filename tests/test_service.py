@@ -20,7 +20,8 @@ from client import dial, get, gone, hear, post, request, until
 import server
 from loadtests.modes import MODES, Server, start
 from workers import process
-from workers.loop import STOPPING, ModelLoop
+from workers.jobs import STOPPING
+from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import Settings

@@ -7,7 +7,8 @@ from typing import Any
 
 import looptime
 
-from workers.loop import Answer, ModelLoop
+from workers.jobs import Answer
+from workers.loop import ModelLoop
 
 
 class FakeModel:

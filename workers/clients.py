@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
 from workers.contract import CLOSE, client_budget_s
-from workers.loop import STOPPING, Answer, ModelLoop, Refused
+from workers.jobs import STOPPING, Answer, Refused
+from workers.loop import ModelLoop
 from workers.settings import Settings
 from workers.tasks import Query
 

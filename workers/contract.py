@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from workers.loop import Answer, Late, Refused
+from workers.jobs import Answer, Late, Refused
 from workers.tasks import CannotAnswer, Malformed
 
 log = logging.getLogger("uvicorn.error")

@@ -10,7 +10,7 @@ from gunicorn.dirty.client import DirtyClient, get_dirty_socket_path  # type: ig
 from gunicorn.dirty.errors import DirtyAppError, DirtyError  # type: ignore[import-untyped]
 
 from workers import tasks
-from workers.loop import ModelDied, ModelFailed
+from workers.jobs import ModelDied, ModelFailed
 from workers.offload import CannotLoad, Offload
 from workers.process import pickled
 from workers.settings import Settings

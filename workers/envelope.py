@@ -16,7 +16,7 @@ from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from workers import contract
-from workers.loop import Refused
+from workers.jobs import Refused
 from workers.metrics import Metrics
 
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")

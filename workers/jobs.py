@@ -1,4 +1,4 @@
-"""The jobs that wait for the model, in two lanes: single requests, and lists of inputs."""
+"""The jobs that wait for the model, in two lanes, single requests and lists of inputs; and what becomes of them."""
 
 import asyncio
 import itertools
@@ -7,6 +7,36 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+TOO_SHORT = "the time left is shorter than the model takes; allow more time"
+STOPPING = "the server is stopping; try another one"
+LOADING = "the model is still loading"
+
+
+class Unanswered(Exception):
+    """Why there is no answer; `index` says to which one of the request's queries."""
+
+    index = 0
+
+
+class Refused(Unanswered):
+    """Not admitted. `retry_after_s`: when the work now ahead will be done, at the measured speed."""
+
+    def __init__(self, reason: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after_s = max(1, math.ceil(retry_after_s))
+
+
+class Late(Unanswered):
+    """The deadline came, or was certain to come, before the answer."""
+
+
+class ModelFailed(Unanswered):
+    """The model raised; the cause is chained."""
+
+
+class ModelDied(ModelFailed):
+    """The model's process died or hung with these queries in it; running them again might kill the next one."""
 
 
 class Answer(NamedTuple):

@@ -20,9 +20,20 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from workers.forecast import Forecast
-from workers.jobs import Answer as Answer
-from workers.jobs import Job, JobQueue, Lane
+from workers.admission import Admission
+from workers.jobs import (
+    LOADING,
+    STOPPING,
+    TOO_SHORT,
+    Answer,
+    Job,
+    JobQueue,
+    Lane,
+    Late,
+    ModelDied,
+    ModelFailed,
+    Refused,
+)
 from workers.metrics import Metrics
 from workers.speed import Speed
 
@@ -30,43 +41,10 @@ log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its
 
 Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
 Ready = Callable[[], Awaitable[Any]]
-# A queue that has not been empty for so many targets is a standing one, no burst; but a few requests are none, however
-# slow the model is.
-PATIENCE, FEW = 2, 4
 # A call that takes so many times what was predicted, and so many seconds at least, may never return.
 OVERDUE, OVERDUE_S = 5, 1.0
 # Each batch of the warm-up is measured that often, but no turn follows one that took so many seconds.
 WARM_UP_TURNS, WARM_UP_S = 3, 3.0
-
-TOO_SHORT = "the time left is shorter than the model takes; allow more time"
-STOPPING = "the server is stopping; try another one"
-LOADING = "the model is still loading"
-
-
-class Unanswered(Exception):
-    """Why there is no answer; `index` says to which one of the request's queries."""
-
-    index = 0
-
-
-class Refused(Unanswered):
-    """Not admitted. `retry_after_s`: when the work now ahead will be done, at the measured speed."""
-
-    def __init__(self, reason: str, retry_after_s: float = 0.0) -> None:
-        super().__init__(reason)
-        self.retry_after_s = max(1, math.ceil(retry_after_s))
-
-
-class Late(Unanswered):
-    """The deadline came, or was certain to come, before the answer."""
-
-
-class ModelFailed(Unanswered):
-    """The model raised; the cause is chained."""
-
-
-class ModelDied(ModelFailed):
-    """The model's process died or hung with these queries in it; running them again might kill the next one."""
 
 
 class Call(NamedTuple):
@@ -106,14 +84,16 @@ class ModelLoop:
 
     def __post_init__(self) -> None:
         self.queue, self.speed = JobQueue(), Speed()
-        self.forecast = Forecast(self.queue, self.speed, self.batch_size, self.budget_s)
+        self.admission = Admission(
+            self.queue, self.speed, self.batch_size, self.max_queue, self.budget_s, self.target_s
+        )
+        self.forecast = self.admission.forecast
         self.live: set[Job] = set()  # admitted and not yet answered
         self.running = 0  # those of them that the model works on
         self.calls: list[Call] = []  # the oldest first
         self.consumers = 0  # copies of the model that are loaded
         self.closing = False
         self.lost_at = 0.0  # when the last copy was
-        self.drained_at = self.refused_at = -math.inf
         self._taking = asyncio.Lock()  # one consumer gathers a batch at a time, or two would split it
         self._window: asyncio.Timeout | None = None
         self._drained = asyncio.Event()
@@ -234,24 +214,7 @@ class ModelLoop:
         if not (free := self._free_s(now)):
             overdue_s = now - self.calls[0].started_at
             return Refused(stuck(overdue_s), overdue_s)
-        idle = not free[0] and not self.queue
-        if idle:
-            self._note_drained(now)
-            if jobs == 1:
-                return None  # always when idle: a slow estimate must not lock the server shut
-        wait_s, done_s = self.forecast(free, lane, jobs, size)
-        if len(lane.jobs) + jobs > self.max_queue and not idle:
-            return Refused("the queue is full; retry after the time given", wait_s)
-        if done_s * self.speed.margin > budget_s:
-            return Refused(f"it would take {math.ceil(done_s)} s; retry after the time given", wait_s)
-        if (
-            self.target_s
-            and now - self.drained_at > PATIENCE * self.target_s
-            and wait_s > self._limit_s(jobs)
-        ):
-            self.refused_at = now
-            return Refused("too much is waiting; retry after the time given", wait_s)
-        return None
+        return self.admission.refusal(now, free, lane, jobs, size, budget_s)
 
     def _free_s(self, now: float) -> list[float]:
         """In how many seconds each copy will be free, the first one first, but for those that may never be.
@@ -260,20 +223,6 @@ class ModelLoop:
         """
         idle = [0.0] * (self.consumers - len(self.calls))
         return idle + sorted(abs(call.ends_at - now) for call in self.calls if now < call.overdue_at)
-
-    def _limit_s(self, jobs: int) -> float:
-        """How long `jobs` of one request may wait where there is always a queue.
-
-        Near the target, or as long as one batch takes, or a few requests like it.
-        """
-        full_s = self.forecast.full_s
-        target_s = max(self.target_s, FEW * jobs * self.forecast.usual_s)
-        return min(target_s + full_s, max(2 * target_s, full_s))
-
-    def _note_drained(self, now: float) -> None:
-        """The queue is empty. So it was no standing one, unless that is only because others were refused of late."""
-        if now - self.refused_at > PATIENCE * self.target_s + 20 * self.forecast.full_s:
-            self.drained_at = now
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -381,7 +330,7 @@ class ModelLoop:
                 batch.append(job)
                 size += job.size
         if not queue:
-            self._note_drained(now)
+            self.admission.note_drained(now)
         if not batch:
             batch, late = late[: self.batch_size], late[self.batch_size :]  # see `_worth_running`
         for job in late:

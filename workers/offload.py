@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from workers.loop import ModelFailed
+from workers.jobs import ModelFailed
 
 
 class CannotLoad(RuntimeError):

@@ -23,7 +23,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from workers.loop import ModelDied, ModelFailed, log
+from workers.jobs import ModelDied, ModelFailed
+from workers.loop import log
 from workers.memory import keep_what_is_there
 from workers.metrics import Metrics
 from workers.offload import CannotLoad, Offload, attempt_load, in_words

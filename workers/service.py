@@ -17,7 +17,8 @@ from typing import Any
 
 from workers import memory, tasks
 from workers.clients import SWEEP_S, Clients
-from workers.loop import LOADING, ModelFailed, ModelLoop, Refused
+from workers.jobs import LOADING, ModelFailed, Refused
+from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.offload import CannotLoad, Inline, Offload, Thread, attempt_load, in_thread, in_words
 from workers.process import Process

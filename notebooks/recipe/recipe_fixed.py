@@ -9,7 +9,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from workers import tasks
-from workers.loop import Late, ModelFailed, ModelLoop, Refused
+from workers.jobs import Late, ModelFailed, Refused
+from workers.loop import ModelLoop
 from workers.offload import Thread
 from workers.settings import Settings
 from workers.tasks.text import Content

@@ -1,0 +1,67 @@
+"""Who is let in: nobody who would be late, and where there is always a queue no more than keep the wait near a target.
+
+The second is CoDel's idea, "controlled delay" (doi.org/10.1145/2208917.2209336): a queue that drains now and then is a
+burst, and may be as long as it likes; one that never does helps nobody.
+"""
+
+import math
+
+from workers.forecast import Forecast
+from workers.jobs import JobQueue, Lane, Refused
+from workers.speed import Speed
+
+# A queue that has not been empty for so many targets is a standing one, no burst; but a few requests are none, however
+# slow the model is.
+PATIENCE, FEW = 2, 4
+
+
+class Admission:
+    """Says no while it is early. `max_queue`: jobs in each lane; `target_s`: 0 for none."""
+
+    def __init__(
+        self, queue: JobQueue, speed: Speed, batch_size: int, max_queue: int, budget_s: float, target_s: float
+    ) -> None:
+        self.queue, self.speed = queue, speed
+        self.max_queue, self.target_s = max_queue, target_s
+        self.forecast = Forecast(queue, speed, batch_size, budget_s)
+        self.drained_at = self.refused_at = -math.inf
+
+    def refusal(
+        self, now: float, free_s: list[float], lane: Lane, jobs: int, size: float, budget_s: float
+    ) -> Refused | None:
+        """Why `jobs` of one request, `size` altogether, are not admitted now; None where they are.
+
+        `free_s`: in how many seconds each copy of the model will be free, the first one first.
+        """
+        idle = not free_s[0] and not self.queue
+        if idle:
+            self.note_drained(now)
+            if jobs == 1:
+                return None  # always when idle: a slow estimate must not lock the server shut
+        wait_s, done_s = self.forecast(free_s, lane, jobs, size)
+        if len(lane.jobs) + jobs > self.max_queue and not idle:
+            return Refused("the queue is full; retry after the time given", wait_s)
+        if done_s * self.speed.margin > budget_s:
+            return Refused(f"it would take {math.ceil(done_s)} s; retry after the time given", wait_s)
+        if (
+            self.target_s
+            and now - self.drained_at > PATIENCE * self.target_s
+            and wait_s > self._limit_s(jobs)
+        ):
+            self.refused_at = now
+            return Refused("too much is waiting; retry after the time given", wait_s)
+        return None
+
+    def _limit_s(self, jobs: int) -> float:
+        """How long `jobs` of one request may wait where there is always a queue.
+
+        Near the target, or as long as one batch takes, or a few requests like it.
+        """
+        full_s = self.forecast.full_s
+        target_s = max(self.target_s, FEW * jobs * self.forecast.usual_s)
+        return min(target_s + full_s, max(2 * target_s, full_s))
+
+    def note_drained(self, now: float) -> None:
+        """The queue is empty. So it was no standing one, unless that is only because others were refused of late."""
+        if now - self.refused_at > PATIENCE * self.target_s + 20 * self.forecast.full_s:
+            self.drained_at = now
