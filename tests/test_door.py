@@ -219,7 +219,7 @@ def test_a_storm_of_refusals_is_slowed_down_and_a_few_are_not_slowed_at_all() ->
 
     with asyncio.Runner(loop_factory=lambda: looptime.new_event_loop(start=0, end=100)) as runner:
         runner.run(storm())
-    assert max(waits_s) == pytest.approx(HOLD_S, abs=TICK_S)
+    assert max(waits_s) == pytest.approx(HOLD_S, abs=1.01 * TICK_S)
     assert sum(waits_s) / 8000 > 0.8 * HOLD_S
 
 

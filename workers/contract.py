@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from workers.jobs import Answer, Late, Refused
+from workers.jobs import Answer, Late, ModelFailed, Refused
 from workers.tasks import CannotAnswer, Malformed
 
 log = logging.getLogger("uvicorn.error")
@@ -173,12 +173,15 @@ OPTIONS = (
 
 
 def rendered(content: Any) -> bytes:
-    """As JSON; NumPy's and torch's numbers are JSON, too. Raises ValueError or TypeError where JSON can't say it, as NaN."""
+    """As JSON; NumPy's and torch's numbers are JSON, too. Raises ModelFailed where JSON can't say it, as NaN."""
     with contextlib.suppress(orjson.JSONEncodeError):  # the standard library says more, ten times as slowly
         body = orjson.dumps(content, methodcaller("tolist"), OPTIONS)
         if b"null" not in body:  # orjson says null for NaN, too
             return body
-    return ENCODER.encode(content).encode()
+    try:
+        return ENCODER.encode(content).encode()
+    except Exception as exc:  # NaN, an object of its own, a text with half of a character
+        raise ModelFailed(f"the answer can't be said in JSON: {exc}") from exc
 
 
 ErrorBody = Callable[[int, str], Any]  # of a status and a sentence that says what to do
