@@ -4,7 +4,6 @@ import asyncio
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 from small_models import ENTITIES, make_model, make_tokenizer, save
 
 from workers import offload, tasks
-from workers.contract import Answered
+from workers.contract import rendered
 from workers.metrics import Metrics
+from workers.service import make_copies
 from workers.settings import HERE, Settings
 from workers.tasks import CannotAnswer
 from workers.tasks.pipeline import load_pipeline
@@ -64,7 +64,7 @@ def test_single_and_batched_answers_are_those_of_the_plain_pipeline(
     asked = [task.check(*one).content for one in ASKED]
 
     async def everything() -> list[list[Any]]:
-        (model,) = offload.make(settings, Metrics(), task.load)
+        (model,) = make_copies(settings, Metrics(), task)
         await model.start()
         singly = [(await model.run([one]))[0] for one in asked]
         batched = [answer for i in range(0, len(asked), 8) for answer in await model.run(asked[i : i + 8])]
@@ -80,7 +80,7 @@ def test_numbers_that_a_pipeline_leaves_to_numpy_are_json(tmp_path: Path) -> Non
     where = save(tmp_path, "bert", make_model("bert", "TokenClassification", id2label=ENTITIES))
     task = tasks.make(Settings(MODEL=where, TASK="token-classification"))
     (answer,) = task.load(0)([task.check("the old dog runs", {}).content])
-    for sent, found in zip(json.loads(Answered(answer).body), answer, strict=True):
+    for sent, found in zip(json.loads(rendered(answer)), answer, strict=True):
         assert sent["word"] == found["word"] and sent["score"] == pytest.approx(float(found["score"]))
 
 
@@ -103,7 +103,7 @@ def test_a_pickled_model_is_not_loaded(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(offload.CannotLoad, match="safetensors"):
-        offload.attempt_load(partial(tasks.load, Settings(MODEL=where)))
+        offload.attempt_load(lambda: tasks.make(Settings(MODEL=where)).load(0))
 
 
 @pytest.mark.parametrize(
