@@ -186,7 +186,7 @@ class Encoder:
         linears = packable(self.model)
         self._take(STOCK, linears)
         expected = self._probe(probe, types)
-        self.head_rows = max(32, self.head_cells // expected.shape[-1] // 32 * 32)
+        self.head_rows = max(32, min(self.largest_pass, self.head_cells // expected.shape[-1] // 32 * 32))
         tolerance = (1e-3 if expected.dtype == torch.float32 else 0.25) * float(expected.float().std()) + 1e-6
         problems = []
         for way in ways:
