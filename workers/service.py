@@ -41,6 +41,7 @@ class Service:
             window_s=settings.BATCH_WINDOW_MS / 1000,
             max_queue=settings.MAX_QUEUE,
             budget_s=settings.DEADLINE_S,
+            target_s=settings.QUEUE_TARGET_S,
             hang_s=settings.HANG_S,
             metrics=metrics,
             now=time.monotonic,  # uvloop's own time has whole milliseconds only

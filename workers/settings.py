@@ -72,6 +72,12 @@ class Settings:
         lambda value: 0 <= value < 1e6,
     )
     MAX_QUEUE: int = at_least(1, 256, "bounds memory; the deadline bounds the wait")
+    QUEUE_TARGET_S: float = knob(
+        "how long who is admitted waits while there is always a queue; 0: as long as the deadline allows",
+        0.5,
+        "a number of seconds of at least 0, below a million",
+        lambda value: 0 <= value < 1e6,
+    )
     DEADLINE_S: float = seconds(10.0, "an answer after this helps nobody; clients may ask for less")
 
     # Where inference runs

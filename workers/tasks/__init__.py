@@ -17,6 +17,10 @@ from workers.settings import Settings
 from workers.threads import Threads
 
 
+# Transformers' own other names.
+ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
+
+
 class Malformed(ValueError):
     """What was sent is not of the form that the task takes; the message says what to send."""
 
@@ -72,9 +76,11 @@ class Task(Protocol):
 
 def make(settings: Settings) -> Task:
     """Return the task that the settings name. Raises whatever reading its files raises."""
-    name = "own" if settings.is_own_class else settings.TASK.replace("-", "_")
+    name = "own" if settings.is_own_class else ALIASES.get(settings.TASK, settings.TASK).replace("-", "_")
     known = name.isidentifier() and importlib.util.find_spec(f"{__name__}.{name}")
     module = importlib.import_module(f"{__name__}.{name if known else 'pipeline'}")
+    if not hasattr(module, "Task"):
+        raise ValueError(f"TASK={settings.TASK} is no task")
     task: Callable[[Settings], Task] = module.Task
     return task(settings)
 
