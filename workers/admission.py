@@ -38,6 +38,12 @@ class Admission:
             self.note_drained(now)
             if jobs == 1:
                 return None  # always when idle: a slow estimate must not lock the server shut
+        # At worst each runs by itself on the copy that is free last, then a full batch with this one: mostly that tells.
+        singly_s = free_s[-1] + self.speed.predict_s(self.queue.size + size, len(self.queue) + jobs)
+        singly_s += self.forecast.full_s
+        enough_s = min(budget_s, self.target_s or budget_s) / self.speed.margin
+        if singly_s < enough_s and len(lane.jobs) + jobs <= self.max_queue:
+            return None
         wait_s, done_s = self.forecast(free_s, lane, jobs, size)
         if len(lane.jobs) + jobs > self.max_queue and not idle:
             return Refused("the queue is full; retry after the time given", wait_s)

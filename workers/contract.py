@@ -152,7 +152,11 @@ class Answered(Response):
             f'batch;desc="size {slowest.batch_size}, closed by {slowest.closed_by}"'
         )
         self.status_code, self.background = 200, None
-        self.body = rendered(content)
+        try:
+            self.body = rendered(content)
+        except ModelFailed as exc:
+            exc.index = culprit(answers)
+            raise
         self.raw_headers = [  # Starlette's way there takes as long as a batch's share of the loop
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(self.body)),
@@ -184,6 +188,16 @@ def rendered(content: Any) -> bytes:
         raise ModelFailed(f"the answer can't be said in JSON: {exc}") from exc
 
 
+def culprit(answers: list[Answer]) -> int | None:
+    """Which of several answers JSON can't say."""
+    for index, answer in enumerate(answers if len(answers) > 1 else []):
+        try:
+            rendered(answer.value)
+        except ModelFailed:
+            return index
+    return None
+
+
 ErrorBody = Callable[[int, str], Any]  # of a status and a sentence that says what to do
 
 
@@ -211,9 +225,9 @@ def error_reply(scope: Scope, exc: Exception) -> JSONResponse:
         case ClientDisconnect():
             status, sentence = CLIENT_GONE, "the client has left"
         case _:
-            status, sentence = (
-                500,
-                "the model failed on this request; report it with the X-Request-ID of this reply",
-            )
+            index = getattr(exc, "index", None)
+            what = "this request" if index is None else f"input {index}"
+            sentence = f"the model failed on {what}; report it with the X-Request-ID of this reply"
+            status = 500
             log.error("request %s failed", scope["request_id"].decode(), exc_info=exc)
     return JSONResponse(scope["error"](status, sentence), status, headers)

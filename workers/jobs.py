@@ -14,9 +14,9 @@ LOADING = "the model is still loading"
 
 
 class Unanswered(Exception):
-    """Why there is no answer; `index` says to which one of the request's queries."""
+    """Why there is no answer; `index` says to which of a request's queries, where there are several."""
 
-    index = 0
+    index: int | None = None
 
 
 class Refused(Unanswered):

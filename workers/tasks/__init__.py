@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 from workers.settings import Settings
 from workers.threads import Threads
 
-
 # Transformers' own other names.
 ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
 
