@@ -76,15 +76,17 @@ class Job:
     lane: Lane
     future: asyncio.Future[Answer]
     running: bool = False
+    index: int | None = None  # in its list
 
     @property
     def alive(self) -> bool:
         """Whether anybody still waits for the answer."""
         return not self.future.done()
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: Unanswered) -> None:
         """End it with `error` unless it has ended."""
         if self.alive:
+            error.index = self.index if error.index is None else error.index
             self.future.set_exception(error)
             self.future.exception()  # its client may leave in this very tick; asyncio complains of what nobody looked at
 

@@ -18,6 +18,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from workers.admission import Admission
@@ -33,6 +34,7 @@ from workers.jobs import (
     ModelDied,
     ModelFailed,
     Refused,
+    Unanswered,
 )
 from workers.metrics import Metrics
 from workers.speed import Speed
@@ -60,6 +62,13 @@ def expire(jobs: list[Job]) -> None:
     """End with `Late`, at their common deadline, those of `jobs` that have not ended."""
     for job in jobs:
         job.fail(Late(f"no answer within {job.deadline - job.enqueued_at:g} s; allow more time"))
+
+
+def fail_together(jobs: list[Job], ended: asyncio.Future[Answer]) -> None:
+    """When one of a list's `jobs` fails, nobody waits for the others any more."""
+    if not ended.cancelled() and isinstance(error := ended.exception(), Unanswered):
+        for job in jobs:
+            job.fail(error)
 
 
 def stuck(seconds: float) -> str:
@@ -105,16 +114,8 @@ class ModelLoop:
 
         Cancel it when the client has left: its place in the queue is free at once.
         """
-        (job,) = self._admit([query], [size], min(budget_s, self.budget_s))
-        timer = asyncio.get_running_loop().call_later(job.deadline - job.enqueued_at, expire, [job])
-        try:
-            return await job.future
-        except asyncio.CancelledError:
-            self.metrics.abandoned()
-            raise
-        finally:
-            timer.cancel()
-            self._forget(job)
+        (answer,) = await self.submit_all([query], [size], budget_s=budget_s)
+        return answer
 
     async def submit_all(
         self, queries: Sequence[Any], sizes: Sequence[float], *, budget_s: float = math.inf
@@ -124,30 +125,14 @@ class ModelLoop:
         Each is a job of its own and shares batches with everybody's. All are admitted or none; when one fails or the
         client leaves, the others free their places.
         """
-        if len(queries) < 2:
-            return [
-                await self.submit(q, size=s, budget_s=budget_s) for q, s in zip(queries, sizes, strict=True)
-            ]
         jobs = self._admit(queries, sizes, min(budget_s, self.budget_s))
-
-        def free_places(ended: asyncio.Future[Answer]) -> None:
-            if ended.exception():
-                for job in jobs:
-                    self.queue.discard(job)
-
-        for job in jobs:
-            job.future.add_done_callback(free_places)
         timer = asyncio.get_running_loop().call_later(jobs[0].deadline - jobs[0].enqueued_at, expire, jobs)
         try:
-            await asyncio.wait([job.future for job in jobs], return_when=asyncio.FIRST_EXCEPTION)
-            for index, job in enumerate(jobs):
-                if not job.alive and (error := job.future.exception()):
-                    error.index = index  # type: ignore[attr-defined]
-                    raise error
-            return [job.future.result() for job in jobs]
+            return [await job.future for job in jobs]
         except asyncio.CancelledError:
             for job in jobs:
-                if job.alive:
+                job.future.cancel()
+                if job.future.cancelled():
                     self.metrics.abandoned()
             raise
         finally:
@@ -200,8 +185,11 @@ class ModelLoop:
             Job(q, s, now, deadline, lane, loop.create_future()) for q, s in zip(queries, sizes, strict=True)
         ]
         self.live.update(jobs)
-        for job in jobs:
+        for index, job in enumerate(jobs):
             self.queue.put(job)
+            if len(jobs) > 1:
+                job.index = index
+                job.future.add_done_callback(partial(fail_together, jobs))
         return jobs
 
     def _refusal(self, lane: Lane, jobs: int, size: float, budget_s: float) -> Refused | None:
@@ -387,6 +375,7 @@ class ModelLoop:
         """One of `batch` made it raise: run each alone, once, so that only the culprit pays."""
         log.warning("a batch of %d failed; running its queries one by one", len(batch))
         for job in batch:
+            await asyncio.sleep(0)  # answers get out, and when one of a list fails the others are not run
             if self._worth_running(job):
                 await self._run(run, [job], "retry")
 
@@ -399,6 +388,7 @@ class ModelLoop:
 
     def _forget(self, job: Job) -> None:
         """`job` has been answered, or nobody waits for it any more."""
+        job.future.cancel()
         self.queue.discard(job)
         self.live.discard(job)
         self.running -= job.running
