@@ -380,6 +380,27 @@ async def test_who_cannot_make_it_is_told_before_the_model_runs_and_the_others_r
     assert model.calls == [["first"], ["b", "c"]]
 
 
+def test_whose_deadline_passes_while_the_model_blocks_the_event_loop_is_not_run() -> None:
+    calls, time_s = [], 0.0
+
+    async def blocks(queries: list[str]) -> list[str]:
+        nonlocal time_s
+        calls.append(queries)
+        time_s += 3
+        return queries
+
+    async def everything() -> None:
+        loop = ModelLoop(budget_s=2, now=lambda: time_s)
+        consumer = asyncio.create_task(loop.consume(blocks))
+        tasks = submit_all(loop, "a", "b", "c")
+        await asyncio.sleep(0)
+        assert await outcomes(tasks) == ["a", Late, Late]
+        consumer.cancel()
+
+    asyncio.run(everything())
+    assert calls == [["a"]]
+
+
 @on_virtual_clock
 async def test_a_client_that_leaves_frees_its_place_and_the_model_never_sees_its_query() -> None:
     model, metrics = FakeModel(), Metrics()

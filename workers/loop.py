@@ -8,7 +8,7 @@ with a model that is a formula.
 
 Unanswered
  +- Refused       not admitted: stopping, loading, queue full, or it would be too late anyway   (503)
- +- Late          its deadline passed, or was certain to pass, before the model had it          (504)
+ +- Late          its deadline passed, or was certain to pass, before its answer                (504)
  +- ModelFailed   the model raised on this very query                                           (500)
      +- ModelDied     the process that held it died or hung: not tried again                    (500)
 """
@@ -83,9 +83,8 @@ class ModelLoop:
     window_s: float = 0.0
     max_queue: int = 256  # jobs in each lane
     budget_s: float = 10.0
-    target_s: float = (
-        0.5  # how long those wait who are admitted while there is always a queue; 0: as long as they can
-    )
+    # How long those wait who are admitted while there is always a queue; 0: as long as they can.
+    target_s: float = 0.5
     hang_s: float = math.inf
     load_s: float = 0.0  # how long the model took to load, the last time
     metrics: Metrics = field(default_factory=Metrics)
@@ -101,8 +100,8 @@ class ModelLoop:
         self.running = 0  # those of them that the model works on
         self.calls: list[Call] = []  # the oldest first
         self.consumers = 0  # copies of the model that are loaded
+        self.lost_at = 0.0  # when the last of them was lost
         self.closing = False
-        self.lost_at = 0.0  # when the last copy was
         self._taking = asyncio.Lock()  # one consumer gathers a batch at a time, or two would split it
         self._window: asyncio.Timeout | None = None
         self._drained = asyncio.Event()
@@ -314,18 +313,18 @@ class ModelLoop:
             queue.take(job)
             if job.deadline < latest:
                 late.append(job)
-            elif not job.future.done():
+            elif job.alive:
                 batch.append(job)
                 size += job.size
         if not queue:
             self.admission.note_drained(now)
-        if not batch:
-            batch, late = late[: self.batch_size], late[self.batch_size :]  # see `_worth_running`
+        if not batch:  # see `_worth_running`
+            batch = [job for job in late if job.alive and now < job.deadline][: self.batch_size]
         for job in late:
-            job.fail(Late(TOO_SHORT))
-        self.forecast.plan(
-            now, self.consumers
-        )  # for the next one: who is in this one was admitted by the last plan
+            if job not in batch:
+                job.fail(Late(TOO_SHORT))
+        # For the next one: who is in this one was admitted by the last plan.
+        self.forecast.plan(now, self.consumers)
         return batch
 
     def _worth_running(self, job: Job) -> bool:
@@ -398,7 +397,7 @@ class ModelLoop:
     # --- stopping -----------------------------------------------------------------------------------------------------
 
     def stop_admitting(self) -> None:
-        """Refuse new jobs from now on and close an open window."""
+        """Refuse new jobs from now on, and end the wait of a batch for company."""
         self.closing = True
         if self._window and not self._window.expired():
             self._window.reschedule(0)
@@ -421,7 +420,9 @@ class ModelLoop:
 
     def _refuse_hopeless(self) -> None:
         """No copy is left: refuse those who can't wait until one has loaded again."""
-        now = self.now()
-        for job in list(self.queue) if not self.consumers else []:
-            if job.deadline < now + self.load_s:
+        if self.consumers:
+            return
+        back_at = self.now() + self.load_s
+        for job in self.queue:
+            if job.deadline < back_at:
                 job.fail(Refused(LOADING, self.load_s))
