@@ -291,6 +291,13 @@ def test_a_model_that_has_become_slower_or_faster_for_good_is_followed_within_fo
         assert speed.predict_s(size) == pytest.approx(factor * law.seconds(size), rel=0.05)
 
 
+def test_calls_too_short_for_the_clock_do_not_keep_longer_ones_from_being_learnt() -> None:
+    speed = Speed()
+    for seconds in (0,) * 10 + (0.1,) * 20:
+        speed.observe(1, seconds)
+    assert speed.predict_s(1) == pytest.approx(0.1, rel=0.05)
+
+
 def test_a_day_of_single_texts_does_not_forget_how_long_a_batch_takes() -> None:
     law, speed = Law(0.004, 0.001), Speed()
     for size in (1, 8, 32) + (1,) * 10_000:

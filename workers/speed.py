@@ -3,6 +3,7 @@
 from collections import deque
 
 CHANGED = 2.0  # a call that differs by more than this factor is an outlier; most of the last ones: a change
+LEAST_S = 1e-6  # a clock of whole milliseconds says 0, and no factor makes more of that
 RECENT = 7  # so up to 3 outliers in a row teach next to nothing, and 4 are a change
 
 
@@ -16,22 +17,23 @@ class Speed:
     def __init__(self) -> None:
         self.a = self.b = 0.0  # seconds a call, seconds a unit of size; never below 0
         self.typical: dict[int, tuple[float, float]] = {}  # octave: size, seconds
-        self.error = 0.0  # how far predictions are off on the average, as a fraction
+        self.error = 0.0  # how far off the predictions are on average, as a fraction
         self.ratios = deque([1.0] * RECENT, RECENT)  # of the measured to the predicted seconds
 
     def observe(self, size: float, seconds: float) -> None:
         """Learn that a call of `size` took `seconds`."""
+        seconds = max(seconds, LEAST_S)
         octave, expected_s = int(size).bit_length(), self.predict_s(size)
-        if octave in self.typical or len(self.typical) >= 3:
-            self.error += (min(1.0, abs(seconds / max(expected_s, 1e-9) - 1)) - self.error) / 20
-            if self._has_changed(seconds / max(expected_s, 1e-9)):
+        is_law = len(self.typical) >= 3
+        if octave in self.typical or is_law:
+            ratio = seconds / max(expected_s, 1e-9)
+            self.error += (min(1.0, abs(ratio - 1)) - self.error) / 20
+            if self._follow_change(ratio):
                 return
             # An outlier counts a little: where the law is no line, it may be right.
-            most = CHANGED if 1 / CHANGED < seconds / max(expected_s, 1e-9) < CHANGED else 1.1
+            most = CHANGED if 1 / CHANGED < ratio < CHANGED else 1.1
             seconds = min(max(seconds, expected_s / most), expected_s * most)
-        mean_size, mean_s = self.typical.get(
-            octave, (size, expected_s if len(self.typical) >= 3 else seconds)
-        )
+        mean_size, mean_s = self.typical.get(octave, (size, expected_s if is_law else seconds))
         self.typical[octave] = mean_size + (size - mean_size) / 5, mean_s + (seconds - mean_s) / 5
         self._fit()
 
@@ -44,8 +46,8 @@ class Speed:
         """By how much to lengthen what is predicted: an admitted job that ends late has cost model time for nothing."""
         return 1.1 + self.error
 
-    def _has_changed(self, ratio: float) -> bool:
-        """Scale all that is known when most of the last calls say so."""
+    def _follow_change(self, ratio: float) -> bool:
+        """Scale all that is known when most of the last calls say so; return whether they did."""
         self.ratios.append(ratio)
         median = sorted(self.ratios)[RECENT // 2]
         if 1 / CHANGED < median < CHANGED:
