@@ -69,7 +69,8 @@ def simulate(law: Law, arrivals: list[tuple[float, list[int]]], copies: int = 1,
     async def everything() -> None:
         loop = ModelLoop(metrics=Silent(), **options)  # type: ignore[arg-type]
         size = int(law.mean)
-        await loop.warm_up(run, [[(size, size)] * n for n in {1, loop.batch_size // 2 + 1, loop.batch_size}])
+        batches = [[(size, size)] * n for n in {1, loop.batch_size // 2 + 1, loop.batch_size}]
+        await loop.speed.warm_up(run, batches, loop.now)
         consumers = [asyncio.create_task(loop.consume(run)) for _ in range(copies)]
         began, requests = loop.now(), []
         for at, sizes in arrivals:
@@ -323,7 +324,7 @@ def test_a_server_that_warmed_up_on_a_busy_machine_admits_what_it_can_do() -> No
             return sizes
 
         loop = ModelLoop(batch_size=32, metrics=Silent())  # type: ignore[arg-type]
-        await loop.warm_up(run, [[(1, 1)] * n for n in (1, 8, 32)])
+        await loop.speed.warm_up(run, [[(1, 1)] * n for n in (1, 8, 32)], loop.now)
         for n in (1, 8, 32):
             assert loop.speed.predict_s(n) == pytest.approx(0.004 + 0.001 * n)
         consumer = asyncio.create_task(loop.consume(run))

@@ -19,9 +19,10 @@ import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from workers.admission import Admission
+from workers.calls import Calls
 from workers.jobs import (
     LOADING,
     STOPPING,
@@ -37,25 +38,11 @@ from workers.jobs import (
     Unanswered,
 )
 from workers.metrics import Metrics
-from workers.speed import Speed
+from workers.speed import Run, Speed
 
 log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its own start-up lines
 
-Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
 Ready = Callable[[], Awaitable[Any]]
-# A call that takes so many times what was predicted, and so many seconds at least, may never return.
-OVERDUE, OVERDUE_S = 5, 1.0
-# Each batch of the warm-up is measured that often, but no turn follows one that took so many seconds.
-WARM_UP_TURNS, WARM_UP_S = 3, 3.0
-
-
-class Call(NamedTuple):
-    """One call of the model in progress."""
-
-    started_at: float
-    size: float
-    ends_at: float  # as predicted
-    overdue_at: float
 
 
 def expire(jobs: list[Job]) -> None:
@@ -92,13 +79,13 @@ class ModelLoop:
 
     def __post_init__(self) -> None:
         self.queue, self.speed = JobQueue(), Speed()
+        self.calls = Calls(self.speed, self.hang_s)
         self.admission = Admission(
             self.queue, self.speed, self.batch_size, self.max_queue, self.budget_s, self.target_s
         )
         self.forecast = self.admission.forecast
         self.live: set[Job] = set()  # admitted and not yet answered
         self.running = 0  # those of them that the model works on
-        self.calls: list[Call] = []  # the oldest first
         self.consumers = 0  # copies of the model that are loaded
         self.lost_at = 0.0  # when the last of them was lost
         self.closing = False
@@ -162,7 +149,7 @@ class ModelLoop:
 
     def stuck_s(self) -> float:
         """How long the longest model call beyond `hang_s` has been running, 0 when none is."""
-        longest_s = self.now() - self.calls[0].started_at if self.calls else 0.0
+        longest_s = self.calls.longest_s(self.now())
         return longest_s if longest_s > self.hang_s else 0.0
 
     @property
@@ -198,38 +185,12 @@ class ModelLoop:
         now = self.now()
         if not self.consumers:
             return Refused(LOADING, self.lost_at + self.load_s - now)
-        if not (free := self._free_s(now)):
-            overdue_s = now - self.calls[0].started_at
+        if not (free_s := self.calls.free_s(now, self.consumers)):
+            overdue_s = self.calls.longest_s(now)
             return Refused(stuck(overdue_s), overdue_s)
-        return self.admission.refusal(now, free, lane, jobs, size, budget_s)
-
-    def _free_s(self, now: float) -> list[float]:
-        """In how many seconds each copy will be free, the first one first, but for those that may never be.
-
-        A call that takes longer than predicted is expected to take as much longer again.
-        """
-        idle = [0.0] * (self.consumers - len(self.calls))
-        return idle + sorted(abs(call.ends_at - now) for call in self.calls if now < call.overdue_at)
+        return self.admission.refusal(now, free_s, lane, jobs, size, budget_s)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-
-    async def warm_up(self, run: Run, batches: Sequence[Sequence[tuple[Any, float]]]) -> None:
-        """Learn how long `run` takes on `batches` of (query, size), at three sizes or more: call it before `consume`.
-
-        Raises what the model raises.
-        """
-        took_s: list[list[float]] = [[] for _ in batches]
-        for turn in range(1 + WARM_UP_TURNS):
-            began = self.now()
-            for batch, times_s in zip(batches, took_s, strict=True):
-                started_at = self.now()
-                await run([query for query, _ in batch])
-                if turn:  # the first time is the kernels'
-                    times_s.append(self.now() - started_at)
-            if turn and self.now() - began > WARM_UP_S:
-                break
-        for batch, times_s in zip(batches, took_s, strict=True):
-            self.speed.observe(sum(size for _, size in batch), min(times_s))
 
     async def consume(self, run: Run, ready: Ready | None = None) -> None:
         """Serve the queue with `run`, whenever its copy is `ready`, until cancelled. Start it once for every copy."""
@@ -335,8 +296,7 @@ class ModelLoop:
 
     async def _run(self, run: Run, batch: list[Job], closed_by: str) -> None:
         """Run the model on `batch` and answer every job of it, whatever the model throws."""
-        call = self._call(sum(job.size for job in batch))
-        self.calls.append(call)
+        call = self.calls.start(self.now(), sum(job.size for job in batch))
         for job in batch:
             self.running += not job.running
             job.running = True
@@ -350,7 +310,7 @@ class ModelLoop:
         except BaseException as exc:  # also SystemExit and MemoryError: no query may end the loop
             error = exc
         finally:
-            self.calls.remove(call)
+            self.calls.end(call)
         model_s = self.now() - call.started_at
         waits_s = [call.started_at - job.enqueued_at for job in batch]
         self.metrics.batch(len(batch), closed_by, model_s, waits_s)
@@ -363,12 +323,6 @@ class ModelLoop:
             await self._run_singly(run, batch)
         else:
             self._fail(batch, error)
-
-    def _call(self, size: float) -> Call:
-        now, predicted_s = self.now(), self.speed.predict_s(size)
-        # Nothing measured yet: it may as well build its kernels.
-        patience_s = max(OVERDUE_S, OVERDUE * predicted_s) if predicted_s else self.hang_s
-        return Call(now, size, now + predicted_s, now + patience_s)
 
     async def _run_singly(self, run: Run, batch: list[Job]) -> None:
         """One of `batch` made it raise: run each alone, once, so that only the culprit pays."""

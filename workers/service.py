@@ -97,7 +97,7 @@ class Service:
         batches = await in_thread(lambda: tasks.warm_up_batches(task, self.settings.BATCH_SIZE))
         try:
             for copy in self.copies:
-                await self.loop.warm_up(copy.run, batches)
+                await self.loop.speed.warm_up(copy.run, batches, self.loop.now)
         except ModelFailed as exc:
             raise CannotLoad(f"it fails on its own example: {exc}") from exc
 

@@ -1,10 +1,16 @@
 """How long the next model call will take: the cost law seconds = a + b * size, learnt from the calls so far."""
 
 from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
 
 CHANGED = 2.0  # a call that differs by more than this factor is an outlier; most of the last ones: a change
 LEAST_S = 1e-6  # a clock of whole milliseconds says 0, and no factor makes more of that
 RECENT = 7  # so up to 3 outliers in a row teach next to nothing, and 4 are a change
+# Each batch of the warm-up is measured that often, but no turn follows one that took so many seconds.
+WARM_UP_TURNS, WARM_UP_S = 3, 3.0
 
 
 class Speed:
@@ -19,6 +25,26 @@ class Speed:
         self.typical: dict[int, tuple[float, float]] = {}  # octave: size, seconds
         self.error = 0.0  # how far off the predictions are on average, as a fraction
         self.ratios = deque([1.0] * RECENT, RECENT)  # of the measured to the predicted seconds
+
+    async def warm_up(
+        self, run: Run, batches: Sequence[Sequence[tuple[Any, float]]], now: Callable[[], float]
+    ) -> None:
+        """Learn how long `run` takes on `batches` of (query, size), at three sizes or more: call it before `consume`.
+
+        Raises what the model raises.
+        """
+        took_s: list[list[float]] = [[] for _ in batches]
+        for turn in range(1 + WARM_UP_TURNS):
+            began = now()
+            for batch, times_s in zip(batches, took_s, strict=True):
+                started_at = now()
+                await run([query for query, _ in batch])
+                if turn:  # the first time is the kernels'
+                    times_s.append(now() - started_at)
+            if turn and now() - began > WARM_UP_S:
+                break
+        for batch, times_s in zip(batches, took_s, strict=True):
+            self.observe(sum(size for _, size in batch), min(times_s))
 
     def observe(self, size: float, seconds: float) -> None:
         """Learn that a call of `size` took `seconds`."""
