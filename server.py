@@ -4,8 +4,9 @@
     $ curl -d "Paris is the [MASK] of France." http://127.0.0.1:8000/
     [{"score":0.95,"token":3007,"token_str":"capital","sequence":"paris is the capital of france."},...
 
-A request's way: `answer` reads it, its task in `workers/tasks/` checks it, `workers/loop.py` queues it and gathers the
-batch, `workers/offload.py` runs the task's model on it, and the answer comes back here. Every setting is in `workers/settings.py`.
+The way of a request: `answer` reads it, its task in `workers/tasks/` checks it, `workers/loop.py` queues it and gathers
+the batch, `workers/offload.py` runs the task's model on it, and the answer comes back here. All settings are in
+`workers/settings.py`.
 """
 
 import contextlib
@@ -59,7 +60,7 @@ async def health(request: Request) -> Response:
 
 
 async def ready(request: Request) -> Response:
-    """GET /ready: 200 while a copy of the model is loaded, 503 with the reason when stuck or stopping; whatever the load."""
+    """GET /ready: 200 while a copy of the model is loaded, whatever the load; 503 with the reason when stuck or stopping."""
     service: Service = request.state.service
     if reason := service.unready():
         raise Refused(reason)

@@ -1,4 +1,4 @@
-"""Who is let in: nobody who would be late, and where there is always a queue no more than keep the wait near a target.
+"""Who is let in: nobody who would be late; and where there is always a queue, only so many that the wait stays near a target.
 
 The second is CoDel's idea, "controlled delay" (doi.org/10.1145/2208917.2209336): a queue that drains now and then is a
 burst, and may be as long as it likes; one that never does helps nobody.
@@ -38,7 +38,8 @@ class Admission:
             self.note_drained(now)
             if jobs == 1:
                 return None  # always when idle: a slow estimate must not lock the server shut
-        # At worst each runs by itself on the copy that is free last, then a full batch with this one: mostly that tells.
+        # At worst each job runs by itself on the copy that is free last, and then comes a full batch. If even that is
+        # soon enough, as it mostly is, there is no need for the forecast.
         singly_s = free_s[-1] + self.speed.predict_s(self.queue.size + size, len(self.queue) + jobs)
         singly_s += self.forecast.full_s
         enough_s = min(budget_s, self.target_s or budget_s) / self.speed.margin
@@ -49,11 +50,8 @@ class Admission:
             return Refused("the queue is full; retry after the time given", wait_s)
         if done_s * self.speed.margin > budget_s:
             return Refused(f"it would take {math.ceil(done_s)} s; retry after the time given", wait_s)
-        if (
-            self.target_s
-            and now - self.drained_at > PATIENCE * self.target_s
-            and wait_s > self._limit_s(jobs)
-        ):
+        stands = self.target_s and now - self.drained_at > PATIENCE * self.target_s
+        if stands and wait_s > self._limit_s(jobs):
             self.refused_at = now
             return Refused("too much is waiting; retry after the time given", wait_s)
         return None
@@ -68,6 +66,6 @@ class Admission:
         return min(target_s + full_s, max(2 * target_s, full_s))
 
     def note_drained(self, now: float) -> None:
-        """The queue is empty. So it was no standing one, unless that is only because others were refused of late."""
+        """The queue is empty: it was a burst, unless it is empty only because we have refused others of late."""
         if now - self.refused_at > PATIENCE * self.target_s + 20 * self.forecast.full_s:
             self.drained_at = now

@@ -20,8 +20,8 @@ from workers.jobs import Refused
 from workers.metrics import Metrics
 
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
-# Who asks again at once, whatever Retry-After says, gets as many refusals as the core can make, and the model gets none
-# of it. So from this many a second on each waits its turn, but no longer than a retry on another server may take.
+# A client that asks again at once, whatever Retry-After says, keeps the core busy with refusals, and nothing is left for
+# the model. So beyond this many a second each refusal waits its turn, but no longer than a retry elsewhere may take.
 REFUSALS_PER_S, HOLD_S = 1000, 0.1
 TICK_S = 0.02  # those who wait share one waking
 
@@ -32,7 +32,7 @@ Headers = tuple[tuple[bytes, bytes], ...]
 class Envelope:
     """Gives every request an id, refuses those that the model has no room for, and turns every error into a reply.
 
-    `protocols`: the routes beside `POST /`, and how their errors read. A request asks the model where it is a POST.
+    `protocols`: the routes beside `POST /`, and how their errors read. Every POST is a request to the model.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class Envelope:
     async def refuse(self, refused: Refused, scope: Scope, send: Send) -> None:
         """Reply without having read the body: under overload most of the work is this.
 
-        What is left of it the server reads and throws away, unless it waits to be asked for it.
+        The server reads the body and throws it away, unless the client waits for a "100 Continue" before it sends one.
         """
         now = asyncio.get_running_loop().time()
         self.next_refusal_at = max(now, min(self.next_refusal_at + 1 / REFUSALS_PER_S, now + HOLD_S))
         if self.next_refusal_at > now + 0.001:
             await self.turn(self.next_refusal_at).wait()
-        body, headers = no(scope["error"], str(refused), refused.retry_after_s)
+        body, headers = refusal(scope["error"], str(refused), refused.retry_after_s)
         if b"expect" in scope["fields"]:
             headers = (*headers, (b"connection", b"close"))  # its body may come or not
         self.metrics.requests_with(503).inc()
@@ -109,7 +109,7 @@ class Envelope:
         await send({"type": "http.response.body", "body": body})
 
     def turn(self, at: float) -> asyncio.Event:
-        """What is set at the end of the tick that `at` falls into."""
+        """An event that is set at the end of the tick that `at` falls into."""
         tick = int(at / TICK_S) + 1
         if tick not in self.turns:
             self.turns[tick] = asyncio.Event()
@@ -118,14 +118,13 @@ class Envelope:
 
     def _error_body(self, path: str) -> contract.ErrorBody:
         """How errors read under this path."""
-        return next(
-            (error for route, error in self.protocols if route.path_regex.match(path)), contract.error_body
-        )
+        matching = (error for route, error in self.protocols if route.path_regex.match(path))
+        return next(matching, contract.error_body)
 
 
 @functools.lru_cache(maxsize=64)
-def no(error: contract.ErrorBody, sentence: str, retry_after_s: int) -> tuple[bytes, Headers]:
-    """Body and headers of a refusal, made once a reason."""
+def refusal(error: contract.ErrorBody, sentence: str, retry_after_s: int) -> tuple[bytes, Headers]:
+    """Body and headers of a refusal, made once for each reason."""
     body = json.dumps(error(503, sentence)).encode()
     length, retry_after = b"%d" % len(body), b"%d" % retry_after_s
     headers = (

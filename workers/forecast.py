@@ -5,7 +5,8 @@ import math
 from workers.jobs import JobQueue, Lane
 from workers.speed import Speed
 
-PAYS = 20  # a batch of so many times the fixed cost of a call is within a twentieth of the most that batching can give
+# A batch of so many times the fixed cost of a call is within a twentieth of the most that batching can give.
+PAYS = 20
 
 
 class Forecast:
@@ -30,9 +31,9 @@ class Forecast:
     def plan(self, now: float, copies: int) -> None:
         """Choose the largest batch that its own jobs can afford.
 
-        It may take half the budget: whoever just missed the one before is in time all the same. It may take more when so
-        much is offered that it fills in the time that is left: size = rate * (budget - seconds(size)). But what takes more
-        than an eighth must pay.
+        It may take half the budget: who just missed the batch before is still in time. It may take more when so much is
+        offered that it fills in the time that is left: size = rate * (budget - seconds(size)). But a batch that takes
+        more than an eighth of the budget must pay.
         """
         if now < self.planned_at + 0.001:
             return  # what takes so little time can wait
@@ -68,16 +69,17 @@ class Forecast:
     def _starts_in_s(
         self, free_s: list[float], lane: Lane, ahead: float, size: float, own: float
     ) -> tuple[float, float]:
-        """When the batch starts that takes a job with `ahead` of `size` before it in `lane`; what it takes before it."""
+        """In how many seconds a job's batch would start, and what is in that batch before it, in size.
+
+        `ahead` jobs of `size` altogether are before it in its `lane`; its `own` size is not among them.
+        """
         other = self.queue.lists if lane is self.queue.singles else self.queue.singles
         if other.jobs or other.rate:
             # What is, and comes meanwhile, in the other lane goes in between, but never more than one for one.
             share = min(0.5, other.rate * self.full_s / (self.full_size or 1) / self.copies)
             others = min(ahead + 1, (len(other.jobs) + share * ahead) / (1 - share))
-            ahead, size = (
-                ahead + others,
-                size + others * (other.size / len(other.jobs) if other.jobs else self.usual_size),
-            )
+            ahead += others
+            size += others * (other.size / len(other.jobs) if other.jobs else self.usual_size)
         batches = int(max(ahead // self.batch_size, math.ceil((size + own) / self.affordable - 1e-9) - 1))
         if batches < 1:
             return free_s[0], size

@@ -1,4 +1,4 @@
-"""The jobs that wait for the model, in two lanes, single requests and lists of inputs; and what becomes of them."""
+"""The jobs that wait for the model, in two lanes, single requests and lists of inputs; and how they end."""
 
 import asyncio
 import itertools
@@ -88,7 +88,21 @@ class Job:
         if self.alive:
             error.index = self.index if error.index is None else error.index
             self.future.set_exception(error)
-            self.future.exception()  # its client may leave in this very tick; asyncio complains of what nobody looked at
+            # Its client may leave in this very tick: asyncio complains of what nobody looked at.
+            self.future.exception()
+
+
+def expire(jobs: list[Job]) -> None:
+    """End with `Late`, at their common deadline, those of `jobs` that have not ended."""
+    for job in jobs:
+        job.fail(Late(f"no answer within {job.deadline - job.enqueued_at:g} s; allow more time"))
+
+
+def fail_together(jobs: list[Job], ended: asyncio.Future[Answer]) -> None:
+    """When one of a list's `jobs` fails, nobody waits for the others any more."""
+    if not ended.cancelled() and isinstance(error := ended.exception(), Unanswered):
+        for job in jobs:
+            job.fail(error)
 
 
 class JobQueue:
@@ -123,15 +137,15 @@ class JobQueue:
             self._waiter.set_result(None)
 
     def first(self) -> Job:
-        """The job whose turn it is. Raises StopIteration when there is none."""
+        """The job whose turn it is; there must be one."""
         return next(iter(self.turn.jobs or self.other.jobs))
 
     def take(self, job: Job) -> None:
         """Remove `job`, the first one; next it's the other lane's turn."""
         self.discard(job)
-        self.turn, self.other = (
-            (self.lists, self.singles) if job.lane is self.singles else (self.singles, self.lists)
-        )
+        self.turn, self.other = self.singles, self.lists
+        if job.lane is self.singles:
+            self.turn, self.other = self.lists, self.singles
 
     def discard(self, job: Job) -> None:
         """Remove `job` if it is still in."""

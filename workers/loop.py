@@ -2,9 +2,8 @@
 
     submit(query) -> queue -> take_batch -> run(queries) -> each job's own future
 
-Everything runs on one event loop, so there are no locks on state. The loop asks `now`, that event loop's own clock unless
-told otherwise, for the time and takes `async run(queries) -> answers` for the model: the tests run it on a virtual clock
-with a model that is a formula.
+Everything runs on one event loop, so there are no locks on state. `now` tells the time, by default that event loop's own,
+and `async run(queries) -> answers` is the model: so the tests run it on a virtual clock with a model that is a formula.
 
 Unanswered
  +- Refused       not admitted: stopping, loading, queue full, or it would be too late anyway   (503)
@@ -35,7 +34,8 @@ from workers.jobs import (
     ModelDied,
     ModelFailed,
     Refused,
-    Unanswered,
+    expire,
+    fail_together,
 )
 from workers.metrics import Metrics
 from workers.speed import Run, Speed
@@ -45,26 +45,13 @@ log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its
 Ready = Callable[[], Awaitable[Any]]
 
 
-def expire(jobs: list[Job]) -> None:
-    """End with `Late`, at their common deadline, those of `jobs` that have not ended."""
-    for job in jobs:
-        job.fail(Late(f"no answer within {job.deadline - job.enqueued_at:g} s; allow more time"))
-
-
-def fail_together(jobs: list[Job], ended: asyncio.Future[Answer]) -> None:
-    """When one of a list's `jobs` fails, nobody waits for the others any more."""
-    if not ended.cancelled() and isinstance(error := ended.exception(), Unanswered):
-        for job in jobs:
-            job.fail(error)
-
-
 def stuck(seconds: float) -> str:
     return f"the model has not returned for {seconds:.0f} s"
 
 
 @dataclass(eq=False)
 class ModelLoop:
-    """Feeds `run` from one queue, `batch_size` queries at most at a time; several `run`s share the same queue."""
+    """Feeds `run` from one queue, at most `batch_size` queries at a time; several `run`s share the same queue."""
 
     batch_size: int = 1
     window_s: float = 0.0
@@ -106,10 +93,10 @@ class ModelLoop:
     async def submit_all(
         self, queries: Sequence[Any], sizes: Sequence[float], *, budget_s: float = math.inf
     ) -> list[Answer]:
-        """Return the answers to all `queries`, in order, or raise what ended the first that has none.
+        """Return the answers to all `queries`, in order, or raise the first failure; its `index` says whose it is.
 
         Each is a job of its own and shares batches with everybody's. All are admitted or none; when one fails or the
-        client leaves, the others free their places.
+        client leaves, the others free their places and are not run any more.
         """
         jobs = self._admit(queries, sizes, min(budget_s, self.budget_s))
         timer = asyncio.get_running_loop().call_later(jobs[0].deadline - jobs[0].enqueued_at, expire, jobs)
@@ -221,6 +208,7 @@ class ModelLoop:
             return
         self.consumers -= 1
         self.lost_at = self.now()
+        # Comes to pass only if the copy is not ready at once.
         lost = asyncio.get_running_loop().call_soon(self._refuse_hopeless)
         try:
             await ready()
@@ -259,7 +247,7 @@ class ModelLoop:
                 self._window = None
 
     def _take(self) -> list[Job]:
-        """Take the next batch out of the queue; answer at once those who can't make it: they'd make everyone else late."""
+        """Take the next batch; answer at once those who can't make it: they would make everyone else late."""
         queue, now, most = self.queue, self.now(), self.forecast.affordable
         if not queue:
             return []  # another copy was faster

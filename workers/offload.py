@@ -1,4 +1,7 @@
-"""Where inference runs: on the event loop or in a thread; `process.py` and `dirty.py` are two more. The choice is service.py's."""
+"""Where inference runs: here on the event loop or in a thread; see `process.py` and `dirty.py` for the other two.
+
+`service.py` chooses.
+"""
 
 import asyncio
 import contextlib
@@ -9,6 +12,8 @@ from typing import Any, Protocol
 
 from workers.jobs import ModelFailed
 
+Todo = tuple[asyncio.Future[Any], Callable[[], Any]]  # a call, and who waits for it
+
 
 class CannotLoad(RuntimeError):
     """The model can't be loaded: the message says why, in one line."""
@@ -17,7 +22,7 @@ class CannotLoad(RuntimeError):
 class Offload(Protocol):
     """One copy of the model, somewhere."""
 
-    loaded: asyncio.Event  # set while `run` need not wait for the model to be loaded, or loaded again
+    loaded: asyncio.Event  # set while a model is loaded: cleared while a dead one is replaced
     trouble: str = ""  # why it could not be loaded again, after several tries; empty as a rule
 
     async def start(self) -> str:
@@ -56,9 +61,7 @@ class Thread(Offload):
 
     def __init__(self, load: Callable[[], Any]) -> None:
         self.load, self.loaded = load, asyncio.Event()
-        self.todo: queue.SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None] = (
-            queue.SimpleQueue()
-        )
+        self.todo: queue.SimpleQueue[Todo | None] = queue.SimpleQueue()
 
     async def start(self) -> str:
         threading.Thread(target=self._work, name="model", daemon=True).start()
@@ -102,8 +105,8 @@ def answer_with(future: asyncio.Future[Any], call: Callable[[], Any]) -> None:
     outcome: tuple[Any, BaseException | None]
     try:
         outcome = call(), None
-    except BaseException as exc:  # StopIteration set on a future would never arrive: hence a pair
-        outcome = None, exc
+    except BaseException as exc:
+        outcome = None, exc  # as a value: StopIteration, set as a future's exception, would never arrive
     with contextlib.suppress(RuntimeError):  # the event loop is closed: the server has stopped without us
         future.get_loop().call_soon_threadsafe(settle, future, outcome)
 

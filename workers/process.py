@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import ctypes
 import io
+import logging
 import os
 import pickle
 import signal
@@ -24,10 +25,11 @@ from collections.abc import Callable
 from typing import Any
 
 from workers.jobs import ModelDied, ModelFailed
-from workers.loop import log
 from workers.memory import keep_what_is_there
 from workers.metrics import Metrics
 from workers.offload import CannotLoad, Offload, attempt_load, in_words
+
+log = logging.getLogger("uvicorn.error")
 
 TRIES = 4  # to replace a process, one after the other, before that counts as trouble
 PAUSE_S = 1.0  # after the first of them; twice as long after each further one
@@ -139,9 +141,8 @@ class Process(Offload):
             loop.call_soon_threadsafe(self._ended, process, from_model)
 
     def _ended(self, process: subprocess.Popen[bytes], from_model: asyncio.StreamReader) -> None:
-        if (
-            self.busy or not self.loaded.is_set()
-        ):  # `run` or `_spawn` reads what it has still sent, then the end
+        if self.busy or not self.loaded.is_set():
+            # `run` or `_spawn` is reading: let it have what was still sent, then the end.
             asyncio.get_running_loop().call_later(1, from_model.feed_eof)
         elif process is self.process:
             self._replace(f"ended with exit code {process.returncode}")
@@ -155,9 +156,8 @@ class Process(Offload):
         """Try again and again: what was short, memory or files, may be there later."""
         while True:
             if self.tries >= TRIES:
-                self.trouble = (
-                    f"{self.tries} model processes in a row have failed, the last one with: {reason}"
-                )
+                failed = f"{self.tries} model processes in a row have failed"
+                self.trouble = f"{failed}, the last one with: {reason}"
             await asyncio.sleep(pause_s(self.tries))
             self.tries += 1
             self.metrics.restarts.inc()
@@ -198,7 +198,7 @@ async def how_ended(process: subprocess.Popen[bytes]) -> str:
 
 
 class Pickler(pickle.Pickler):
-    """Makes lists of tensors: the server, who unpickles them, does without torch."""
+    """Turns tensors into lists: the server unpickles them, and it does without torch."""
 
     def reducer_override(self, value: Any) -> Any:
         torch = sys.modules.get("torch")
@@ -256,7 +256,7 @@ def main() -> None:
 
 
 def receive(stream: Any) -> bytes:
-    """The next message, or what has come of it when the server is gone."""
+    """The next message; empty or cut short when the server is gone."""
     return stream.read(int.from_bytes(stream.read(8)))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from workers import memory, tasks
 from workers.clients import SWEEP_S, Clients
 from workers.jobs import LOADING, ModelFailed, Refused
-from workers.loop import ModelLoop
+from workers.loop import ModelLoop, stuck
 from workers.metrics import Metrics
 from workers.offload import CannotLoad, Inline, Offload, Thread, attempt_load, in_thread, in_words
 from workers.process import Process
@@ -75,8 +75,8 @@ class Service:
 
     async def serve(self) -> None:
         """Load every copy of the model, then let each consume the one queue."""
-        # Look for garbage every 10,000 objects, not every 700: those that loading makes, a tenth of whose time it would
-        # take, and those of the requests in flight are none.
+        # Look for garbage every 10,000 objects, not every 700: neither what loading makes nor the requests in flight are
+        # garbage, and looking would take a tenth of the loading.
         gc.set_threshold(10_000)
         began = time.monotonic()
         make = partial(tasks.make, self.settings)
@@ -93,7 +93,7 @@ class Service:
         await asyncio.gather(*(self.loop.consume(copy.run, copy.loaded.wait) for copy in self.copies))
 
     async def warm_up(self, task: tasks.Task) -> None:
-        """Let every copy answer the examples once more, on its way to here. Raises CannotLoad where one can't."""
+        """Time every copy on the examples, the way there and back included. Raises CannotLoad where one fails on them."""
         batches = await in_thread(lambda: tasks.warm_up_batches(task, self.settings.BATCH_SIZE))
         try:
             for copy in self.copies:
@@ -119,9 +119,8 @@ class Service:
                 if len(inputs) == 1:
                     raise
                 raise type(exc)(f"input {number}: {exc}") from exc
-            except (
-                BaseException
-            ) as exc:  # SystemExit would end the server, StopIteration would never leave its thread
+            except BaseException as exc:
+                # SystemExit would end the server, StopIteration would never leave its thread.
                 raise ModelFailed(in_words(exc)) from exc
         return queries
 
@@ -130,7 +129,8 @@ class Service:
         settings = self.settings
         children = [copy.process.pid for copy in self.copies if isinstance(copy, Process)]
         mine = memory.resident_bytes([os.getpid(), *children])
-        copies = 0 if settings.OFFLOAD == "dirty" else settings.INSTANCES  # there none of the workers has it
+        # With "dirty" the model is in Gunicorn's own pool, in none of these workers.
+        copies = 0 if settings.OFFLOAD == "dirty" else settings.INSTANCES
         log.info(
             "Worker %d, one of %d: %d copies of the model, %d threads each, %d MB",
             *(os.getpid(), settings.WEB_CONCURRENCY, copies, settings.threads_per_instance, mine / 1e6),
@@ -168,7 +168,7 @@ class Service:
     def trouble(self) -> str:
         """Why this process should be restarted; empty while it should be left alone."""
         if stuck_s := self.loop.stuck_s():
-            return f"the model has not returned for {stuck_s:.0f} s; restart this server"
+            return f"{stuck(stuck_s)}; restart this server"
         return self.failure
 
     def unready(self) -> str:
@@ -206,9 +206,8 @@ class Service:
             signal.setitimer(signal.ITIMER_REAL, self.settings.GRACE_S)
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             # A second Ctrl-C waits for nobody, and Gunicorn's worker is gone before its lifespan ends.
-            self.event_loop.call_soon_threadsafe(
-                self.let_go if again and number == signal.SIGINT else self.stop
-            )
+            at_once = again and number == signal.SIGINT
+            self.event_loop.call_soon_threadsafe(self.let_go if at_once else self.stop)
         if callable(previous):
             previous(number, frame)
 
@@ -244,7 +243,9 @@ def make_copies(settings: Settings, metrics: Metrics, task: tasks.Task) -> list[
 
         return [Dirty(settings.HANG_S) for _ in instances]
     if settings.OFFLOAD == "process":
-        alone = replace(settings, INSTANCES=1)  # on cores of its own it shares them with none
+        alone = replace(
+            settings, INSTANCES=1
+        )  # a process with cores of its own shares them with no other copy
         return [
             Process(
                 partial(tasks.load_alone, alone if share else settings, i), settings.HANG_S, metrics, share

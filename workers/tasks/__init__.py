@@ -55,14 +55,13 @@ class Description(NamedTuple):
 class Task(Protocol):
     """Made from the settings where HTTP is. Only `load` may need the framework: the model may run elsewhere."""
 
-    media: tuple[
-        str, ...
-    ] = ()  # media types that it takes as raw bytes, besides text and JSON: "image/", "audio/"
+    # The media types that it takes as raw bytes, besides text and JSON: "image/", "audio/".
+    media: tuple[str, ...] = ()
 
     def __init__(self, settings: Settings) -> None: ...
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        """Return the query that asks this. Raises Malformed or CannotAnswer. For one thread at a time or several."""
+        """Return the query that asks this. Raises Malformed or CannotAnswer. Several threads may call it at once."""
 
     def load(self, instance: int) -> Model:
         """Load a copy of the model; instance i goes to `cuda:i` where there are several. Raises whatever it raises."""
@@ -111,7 +110,7 @@ def load(task: Task, settings: Settings, instance: int = 0, *, beside: int = 0) 
 
 
 def load_alone(settings: Settings, instance: int = 0) -> Model:
-    """The same where there is no task yet: in a process of its own."""
+    """Make the task and load a copy: for a process of its own, where there is no task yet."""
     return load(make(settings), settings, instance)
 
 

@@ -81,7 +81,7 @@ class StockFillMask(Stock):
 
 
 class FillMask(TextModel):
-    """The loaded pipeline."""
+    """The loaded model on the shared encoder."""
 
     def __init__(self, task: TextTask, pipe: Any) -> None:
         import torch
@@ -134,9 +134,8 @@ class FillMask(TextModel):
             scores = logits if len(alike) == 1 else logits[self.encoder.tensor(rows)]
             scores = scores.softmax(-1, dtype=self.float32)
             ids = None if targets is None else self.encoder.tensor(targets)
-            values, tokens = (scores if ids is None else scores[:, ids]).topk(
-                min(top_k, len(targets or scores[0]))
-            )
+            scores = scores if ids is None else scores[:, ids]
+            values, tokens = scores.topk(min(top_k, scores.shape[-1]))
             tokens = tokens if ids is None else ids[tokens]
             for row, *found in zip(rows, values.tolist(), tokens.tolist()):
                 best[row] = list(zip(*found))

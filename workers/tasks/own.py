@@ -7,10 +7,11 @@
 
         def check(self, inputs, parameters): ...        # optional: a ValueError's sentence is the 422;
                                                         # what it returns, if anything, is what __call__ gets
-        def size(self, inputs) -> int: ...              # optional: what such a one costs beside others, 1 by default
+        def size(self, inputs) -> int: ...              # optional: its cost, relative to other inputs; 1 by default
 
-`check` and `size` are asked before the queue, on the event loop: be quick. In OFFLOAD=process they have an instance of
-their own where HTTP is, unless they are static methods.
+`check` and `size` are asked before the queue, on the event loop: be quick. Of bodies over 1 KB they are asked in threads,
+several at a time: change nothing there that they share. In OFFLOAD=process they have an instance of their own where HTTP
+is, unless they are static methods.
 """
 
 import functools
@@ -32,7 +33,7 @@ class Task:
         self.settings = settings
         self.own = find_class(settings.MODEL)
         self.instance: Any = None
-        # To look one up takes half as long as everything else that a request costs.
+        # Without the cache, looking up a method would take half as long as everything else that a request costs.
         self.asked = functools.cache(self._asked)
 
     def _asked(self, name: str) -> Any:
@@ -66,7 +67,8 @@ class Task:
         return Own(made, self.settings.MODEL)
 
     def examples(self) -> list[Query]:
-        self.asked("check"), self.asked("size")  # made now, if they need an instance: no request waits for it
+        for name in ("check", "size"):
+            self.asked(name)  # makes the instance now, if they need one: no request waits for it
         return [self.check(self.own.example, {})] if hasattr(self.own, "example") else []
 
     def describe(self) -> Description:

@@ -27,9 +27,8 @@ class Row(NamedTuple):
     text: str
     pair: str | None
     ids: list[int]
-    types: list[int] | None = (
-        None  # which of the pair each belongs to; None where that is the first, or nobody cares
-    )
+    # Which of the pair each token belongs to, 0 or 1; None where all are 0, or the model takes no types.
+    types: list[int] | None = None
     encoding: Any = None  # what else `tokenizers` knows of the whole text
     window: list[int] | None = None  # which of its tokens these are; None: all
 
@@ -176,10 +175,8 @@ class TextTask:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.config, self.names = (
-            read_json(settings, "config.json"),
-            read_json(settings, "tokenizer_config.json"),
-        )
+        self.config = read_json(settings, "config.json")
+        self.names = read_json(settings, "tokenizer_config.json")
         self.tokens = self.read_tokens()
         positions = self.config.get("max_position_embeddings") or self.config.get("n_positions") or 1 << 30
         if self.config.get("model_type") in BEHIND_PADDING:
