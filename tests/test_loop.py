@@ -540,16 +540,16 @@ async def test_while_the_only_copy_loads_who_cannot_wait_is_told_when_it_will_be
     await asyncio.sleep(1)
     loaded.clear()
     tasks = submit_all(loop, "hurried", budget_s=5) + submit_all(loop, "patient", budget_s=20)
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(1.5)
     assert loop.unready() == "the model is still loading"
     with pytest.raises(Refused, match="loading") as refused:
         await loop.submit("a newcomer")
-    assert refused.value.retry_after_s == 6  # 5.5 s are left
+    assert refused.value.retry_after_s == 5  # 4.5 s are left
     (hurried, _) = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     with pytest.raises(Refused, match="loading"):
         await hurried.pop()
-    assert now() == 1.5
-    await asyncio.sleep(5.5)
+    assert now() == 2.5
+    await asyncio.sleep(4.5)
     loaded.set()
     assert await outcomes(tasks) == [Refused, "answer to patient"]
     assert loop.unready() == ""
@@ -586,6 +586,24 @@ async def test_while_a_copy_loads_again_the_others_do_the_work() -> None:
         await asyncio.sleep(0)
         done = await outcomes(submit_all(loop, *range(5)))
         assert done == ["answer to 0", ModelDied, "answer to 2", "answer to 3", "answer to 4"]
+        mortal.cancel()
+
+
+@on_virtual_clock
+async def test_while_another_copy_is_left_nobody_is_refused_because_one_loads_again() -> None:
+    loaded = asyncio.Event()
+    loaded.set()
+
+    async def dies(queries: list[Any]) -> list[Any]:
+        await asyncio.sleep(1)
+        loaded.clear()
+        raise ModelDied("it was killed")
+
+    async with serving(FakeModel(b=3), load_s=60) as loop:
+        mortal = asyncio.create_task(loop.consume(dies, waits_for(loaded)))
+        await asyncio.sleep(0)
+        tasks = submit_all(loop, "a", "b", "waits", budget_s=10)
+        assert await outcomes(tasks) == ["answer to a", ModelDied, "answer to waits"]
         mortal.cancel()
 
 

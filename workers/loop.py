@@ -208,12 +208,10 @@ class ModelLoop:
             return
         self.consumers -= 1
         self.lost_at = self.now()
-        # Comes to pass only if the copy is not ready at once.
-        lost = asyncio.get_running_loop().call_soon(self._refuse_hopeless)
+        asyncio.get_running_loop().call_soon(self._refuse_hopeless)
         try:
             await ready()
         finally:
-            lost.cancel()
             self.consumers += 1
 
     async def _gather(self) -> str:
@@ -361,7 +359,7 @@ class ModelLoop:
             job.fail(Refused(reason))
 
     def _refuse_hopeless(self) -> None:
-        """No copy is left: refuse those who can't wait until one has loaded again."""
+        """If no copy is left, refuse those who can't wait until one has loaded again."""
         if self.consumers:
             return
         back_at = self.now() + self.load_s
