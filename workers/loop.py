@@ -239,6 +239,7 @@ class ModelLoop:
                 await run([query for query, _ in batch])
                 if turn:  # the first time is the kernels'
                     times_s.append(self.now() - started_at)
+                await asyncio.sleep(0)  # an inline model must not keep a heartbeat waiting for all of it
             if turn and self.now() - began > WARM_UP_S:
                 break
         for batch, times_s in zip(batches, took_s, strict=True):
