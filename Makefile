@@ -17,6 +17,7 @@ test-slow: $(VENV)/dev
 bench: $(VENV)/dev
 	$(BIN)/python -m loadtests.bench
 	$(BIN)/python -m loadtests.bench_model
+	$(BIN)/python -m loadtests.bench_threads
 
 compare: $(VENV)/dev
 	$(BIN)/python -m loadtests.compare

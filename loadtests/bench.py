@@ -103,12 +103,11 @@ def measure(server: Server, users: int, duration_s: float) -> float:
 def bare_loop(batch_size: int, pipe: Connection) -> None:
     """For every duration from the pipe: texts per second of calling the model in a loop, nothing around it."""
     os.sched_setaffinity(0, {SERVER_CPU})
-    from workers.model import Model, Query
-
+    from workers import tasks
     from workers.settings import Settings
 
-    model = Model(Settings(BATCH_SIZE=batch_size))
-    queries = [Query(text) for text in texts(batch_size)]
+    task = tasks.make(settings := Settings(BATCH_SIZE=batch_size))
+    model, queries = tasks.load(task, settings), [task.check(text, {}).content for text in texts(batch_size)]
     while duration_s := pipe.recv():
         done, began = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - began) < duration_s:

@@ -59,18 +59,20 @@ def beside(scene: Scene) -> Iterator[None]:
 
 def answer(pipe: Connection) -> None:
     """For every (how, batch size, seconds) from the pipe: texts per second of calling the model in a loop."""
-    from workers.model import Model, Query
 
     from loadtests.bench import texts
+    from workers import tasks
     from workers.settings import Settings
     from workers.threads import WINDOW_S, Threads
 
-    model = Model(Settings(BATCH_SIZE=32, TORCH_THREADS=CORES))
-    import torch  # only now: before, workers.model says how OpenMP waits
+    settings = Settings(BATCH_SIZE=32, TORCH_THREADS=CORES)
+    task = tasks.make(settings)
+    model = tasks.load(task, settings)
+    import torch  # only now: before, the task says how OpenMP waits
 
     while order := pipe.recv():
         how, batch_size, duration_s = order
-        queries = [Query(text) for text in texts(batch_size)]
+        queries = [task.check(text, {}).content for text in texts(batch_size)]
         ours = how == "ours"
         threads = Threads(CORES if ours else 1)
         torch.set_num_threads(CORES if ours else int(how))

@@ -197,6 +197,7 @@ def simulate(
     window_ms: float = 0.0,
     max_queue: int = 256,
     deadline_s: float = 10.0,
+    queue_target_s: float = Settings.QUEUE_TARGET_S,
     instances: int = 1,
     rate_per_s: float = 0.0,
     duration_s: float = 60.0,
@@ -244,6 +245,7 @@ def simulate(
             window_s=window_ms / 1000,
             max_queue=max_queue,
             budget_s=deadline_s,
+            target_s=queue_target_s,
             metrics=Silent(),  # type: ignore[arg-type]
         )
         consumers = [asyncio.create_task(loop.consume(model)) for _ in range(instances)]

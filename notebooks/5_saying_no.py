@@ -37,6 +37,7 @@ import checks
 from loadtests import drive, planner
 from loadtests.planner import CostLaw
 from workers import offload, tasks
+from workers.admission import Admission
 from workers.jobs import ModelFailed
 from workers.loop import ModelLoop
 from workers.settings import Settings
@@ -61,7 +62,7 @@ from workers.tasks.text import Content
 # The last is what this server does. This is its admission, all of it:
 
 # %%
-print(inspect.getsource(ModelLoop._refusal))
+print(inspect.getsource(Admission.refusal))
 
 # %% [markdown]
 # The planner runs this very loop on a virtual clock. For "deadline" alone we blindfold it: it can't foresee any wait.
@@ -69,10 +70,10 @@ print(inspect.getsource(ModelLoop._refusal))
 
 # %%
 class Blindfolded(ModelLoop):
-    """The same loop, but it admits as if the queue were empty."""
+    """The same loop, but it admits everybody."""
 
-    def predicted_wait_s(self):
-        return 0.0
+    def _refusal(self, *asked):
+        return None
 
 
 LIMIT_S, LAW, SECONDS = 2.0, CostLaw(a_s=0.0, b_s=0.02), quick(30, 80)
@@ -89,7 +90,8 @@ def overload(policy, rho):
     """What clients see at `rho` times the capacity."""
     loop = Blindfolded if policy == "deadline" else ModelLoop
     with mock.patch.object(planner, "ModelLoop", loop):
-        return simulate(LAW, overhead_s=0, rate_per_s=rho * 50, duration_s=SECONDS, **POLICIES[policy])
+        still = {"overhead_s": 0, "queue_target_s": 0, "duration_s": SECONDS}
+        return simulate(LAW, rate_per_s=rho * 50, **still, **POLICIES[policy])
 
 
 # %%
@@ -179,7 +181,9 @@ claim(
 
 # %%
 patient, careful = serve_all(
-    {"MAX_QUEUE": 10**6, "DEADLINE_S": 600}, {"DEADLINE_S": LIMIT_S}, cores=SERVER_CORES
+    {"MAX_QUEUE": 10**6, "DEADLINE_S": 600, "QUEUE_TARGET_S": 0},
+    {"DEADLINE_S": LIMIT_S, "QUEUE_TARGET_S": 0},
+    cores=SERVER_CORES,
 )
 mu = capacity(careful, quick(3, 6), texts="long", users=8)
 seconds = quick(5, 15)

@@ -206,18 +206,18 @@ claim(
 # ## A timeout that kills healthy workers
 #
 # Gunicorn kills a worker that has given no heartbeat for `timeout` seconds. On an event loop the heartbeat is a task like
-# any other. **What do you think will happen** with a model on the loop (`OFFLOAD=inline`), a timeout of 4 s, and a
-# call of about 8 s? And with the model in a thread?
+# any other. **What do you think will happen** with a model on the loop (`OFFLOAD=inline`), a timeout of 6 s, and a
+# call of about 10 s? And with the model in a thread?
 
 # %%
-short = Mode("timeout-4", "gunicorn -c workers/uvicorn.conf.py --workers 1 --timeout 4")
+short = Mode("timeout-6", "gunicorn -c workers/uvicorn.conf.py --workers 1 --timeout 6")
 many = {"BATCH_SIZE": 512, "BATCH_WINDOW_MS": 1000, "MAX_QUEUE": 1000, "DEADLINE_S": 60}
 places = ("thread", "inline")
 fates, killed, burst = {}, {}, 0
 for place, server in zip(places, serve_all(*({"OFFLOAD": place} | many for place in places), mode=short)):
-    if not burst:  # as many as keep the model busy for 8 s
+    if not burst:  # as many as keep the model busy for 10 s
         few = load(server, "slow", duration_s=1, burst=32, burst_every_s=5, limit_s=30)
-        burst = min(int(8 * 32 / (few.model_ms.median() / 1000)), 500)
+        burst = min(int(10 * 32 / (few.model_ms.median() / 1000)), 500)
     df = load(server, "slow", duration_s=1, burst=burst, burst_every_s=5, limit_s=30, timeout_s=30)
     fates[place] = df.outcome.value_counts().to_dict()
     killed[place] = "WORKER TIMEOUT" in server.log()
@@ -226,7 +226,7 @@ for place, server in zip(places, serve_all(*({"OFFLOAD": place} | many for place
 stop()
 
 # %% [markdown]
-# (The timeout is 4 s and not 1 s, because loading counts, too: with 1 s the worker is killed while it loads, again and
+# (The timeout is 6 s and not 1 s, because loading counts, too: with 1 s the worker is killed while it loads, again and
 # again.)
 #
 # The inline worker was healthy. It computed what it was asked for, and was shot in the middle: not one client of the batch

@@ -1,5 +1,6 @@
 """How long the next model call will take: the cost law seconds = a + b * size, learnt from the calls so far."""
 
+import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ class Speed:
                 await run([query for query, _ in batch])
                 if turn:  # the first time is the kernels'
                     times_s.append(now() - started_at)
+                await asyncio.sleep(0)  # an inline model must not keep a heartbeat waiting for all of it
             if turn and now() - began > WARM_UP_S:
                 break
         for batch, times_s in zip(batches, took_s, strict=True):

@@ -115,10 +115,13 @@ def load_alone(settings: Settings, instance: int = 0) -> Model:
 
 
 def warm_up_batches(task: Task, batch_size: int) -> list[list[Query]]:
-    """Batches of at least three sizes, as far as the task has examples: each alone, a full batch, half of one."""
-    examples = task.examples()
+    """Batches of at least three sizes, as far as the task has examples: each alone, a full batch, half of one.
+
+    None of more than 32: the law is known by then, and a start should not take long.
+    """
+    examples, full = task.examples(), min(batch_size, 32)
     alone = [[query] for query in examples]
-    return alone + [examples[:1] * n for n in (batch_size // 2, batch_size) if n > 1 and examples]
+    return alone + [examples[:1] * n for n in (full // 2, full) if n > 1 and examples]
 
 
 def unknown_parameters(parameters: dict[str, Any], *known: str) -> None:
