@@ -168,6 +168,21 @@ def test_a_body_far_too_large_is_refused_without_a_reset(full: Server) -> None:
             assert hear(connection).status == 200
 
 
+def test_a_header_of_megabytes_is_refused_before_it_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full server, too, where the one that says how long to wait is read first."""
+    looked: list[Any] = []
+    monkeypatch.setattr("workers.contract.client_budget_s", looked.append)
+    envelope, service, sent = Envelope(Router([]), Metrics()), Full(), []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("status"))
+
+    headers = [(b"prefer", b"wait" + b" " * 4_000_000)]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": headers, "state": {"service": service}}
+    asyncio.run(envelope(scope, Mock(), send))
+    assert sent[0] == 431 and not looked
+
+
 def test_who_waits_to_be_asked_for_the_body_is_refused_unasked(full: Server) -> None:
     with dial(full) as connection:
         connection.sendall(request("POST", Content_Length="1000", Expect="100-continue"))

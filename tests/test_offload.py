@@ -387,6 +387,21 @@ def test_a_replacement_that_cannot_load_is_tried_again_and_is_trouble_after_a_fe
     with_process(scenario)
 
 
+def test_a_replacement_that_hangs_while_it_loads_is_replaced_too(
+    plan: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        kill(offload)
+        await eventually(lambda: "it did not load within" in caplog.text)
+        plan.unlink()
+        ((query, _),) = await offload.run(["a"])
+        assert query == "a"
+
+    plan.write_text("load wait")
+    with caplog.at_level("ERROR", logger="uvicorn.error"):
+        with_process(scenario, hang_s=2.0)
+
+
 def test_a_process_that_loads_but_dies_before_anyone_asks_is_trouble_too(plan: Path) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         for _ in range(process.TRIES + 1):

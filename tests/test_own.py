@@ -78,6 +78,13 @@ def test_its_check_refuses_with_its_own_sentence_and_prepares_what_it_gets(
         task.check(-1, {})
 
 
+def test_a_size_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in (-1, 10**308):
+        task = own(monkeypatch, __call__=echo, size=lambda self, inputs, its=size: its)
+        with pytest.raises(TypeError, match="it must be from 0 to"):
+            task.check("a", {})
+
+
 def test_a_class_that_checks_by_its_state_is_made_once_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     task = own(

@@ -5,6 +5,8 @@ import math
 from workers.jobs import JobQueue, Lane
 from workers.speed import Speed
 
+# A job of more than so many usual ones counts as so many: a giant that is refused must not move the door.
+OUTSIZED = 20
 # A batch of so many times the fixed cost of a call is within a twentieth of the most that batching can give.
 PAYS = 20
 
@@ -25,6 +27,7 @@ class Forecast:
 
     def offer(self, lane: Lane, jobs: int, size: float) -> None:
         """Note that somebody came with `jobs` of `size` altogether, admitted or not."""
+        size = min(size, jobs * OUTSIZED * self.usual_size or size)
         lane.offered += size
         self.usual_size += (size / jobs - self.usual_size) * (0.05 if self.usual_size else 1)
 

@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +58,10 @@ class Process(Offload):
         self.to_model: asyncio.StreamWriter
 
     async def start(self) -> str:
-        return await self._spawn()
+        began = time.monotonic()
+        description = await self._spawn()
+        self.load_limit_s = max(self.hang_s, 5 * (time.monotonic() - began))
+        return description
 
     async def run(self, queries: list[Any]) -> list[Any]:
         await self.loaded.wait()
@@ -162,9 +166,11 @@ class Process(Offload):
             self.tries += 1
             self.metrics.restarts.inc()
             try:
-                log.info("Serving %s", await self._spawn())
-            except CannotLoad as exc:
-                reason = str(exc)
+                async with asyncio.timeout(self.load_limit_s):
+                    log.info("Serving %s", await self._spawn())
+            except (TimeoutError, CannotLoad) as exc:
+                reason = str(exc) or f"it did not load within {self.load_limit_s:.0f} s"
+                self._kill()
                 log.error("the model process was not replaced: %s", reason)
             else:
                 self.trouble = ""
@@ -222,8 +228,12 @@ def packed(message: Any) -> bytes:
 
 
 async def unpacked(reader: asyncio.StreamReader) -> Any:
-    """The next message. Raises EOFError or OSError where the process has ended."""
-    return pickle.loads(await reader.readexactly(int.from_bytes(await reader.readexactly(8))))
+    """The next message. Raises EOFError or OSError where the process has ended, ModelFailed where it can't be read."""
+    body = await reader.readexactly(int.from_bytes(await reader.readexactly(8)))
+    try:
+        return pickle.loads(body)
+    except BaseException as exc:  # a class of one's own may do anything, also cancel us
+        raise ModelFailed(f"its answer can't be unpickled: {in_words(exc)}") from exc
 
 
 # --- in the model process ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import inspect
 import sys
 from typing import Any
 
-from workers.settings import Settings
+from workers.settings import MOST, Settings
 from workers.tasks import CannotAnswer, Description, Query, unknown_parameters
 
 
@@ -56,7 +56,10 @@ class Task:
             unknown_parameters(parameters)
         content = inputs if content is None else content
         size = self.asked("size")
-        return Query(content, int(size(content)) if size else 1)
+        n = int(size(content)) if size else 1
+        if not 0 <= n <= MOST:
+            raise TypeError(f"size() gives {n}; it must be from 0 to {MOST}")
+        return Query(content, n)
 
     def load(self, instance: int) -> "Own":
         if torch := sys.modules.get("torch"):
