@@ -182,7 +182,10 @@ def overhead(rounds: int, duration_s: float) -> list[dict[str, str]]:
 
 def saturated(rounds: int, duration_s: float) -> list[dict[str, str]]:
     """Texts per second over HTTP against a bare loop around the same model."""
-    with calling_the_model(32) as bare, serving("batch", 96, BATCH_SIZE="32") as over_http:
+    with (
+        calling_the_model(32) as bare,
+        serving("batch", 96, BATCH_SIZE="32", QUEUE_TARGET_S="0") as over_http,
+    ):
         rates = side_by_side({"in a bare loop": bare, "over HTTP": over_http}, rounds, duration_s)
     return [row("texts/s over HTTP, batch 32", rates, "over HTTP", "in a bare loop")]
 

@@ -76,10 +76,13 @@ class Asker(User):
     def __init__(self, environment: Any) -> None:
         super().__init__(environment)
         self.options = environment.parsed_options
+        settings = Settings.read()
+        # A class of one's own may take seconds to load: not on the schedule's time.
+        texts.example_of(settings)
         self.began = environment.began = getattr(environment, "began", None) or time.perf_counter()
         environment.numbers = getattr(environment, "numbers", -1) + 1  # users differ, runs do not
         self.rng = random.Random(f"{self.options.seed} {type(self).__name__} {environment.numbers}")
-        self.texts = texts.stream(self.options.texts, self.rng, Settings.read())
+        self.texts = texts.stream(self.options.texts, self.rng, settings)
         self.http = Http(self.host)
 
     def now_s(self) -> float:

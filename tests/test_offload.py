@@ -393,7 +393,7 @@ def test_a_replacement_that_hangs_while_it_loads_is_replaced_too(
     async def scenario(offload: Process, metrics: Metrics) -> None:
         kill(offload)
         await eventually(lambda: "it did not load within" in caplog.text)
-        plan.unlink()
+        os.unlink(plan)
         ((query, _),) = await offload.run(["a"])
         assert query == "a"
 

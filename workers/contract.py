@@ -59,7 +59,9 @@ def parse(body: bytes, request: Request, media: tuple[str, ...], max_inputs: int
     if media and (media_type in UNSAID or media_type.startswith(media)):
         return Asked([body], {})
     if media_type not in (*UNSAID, "text/plain", "application/json"):
-        known = " or ".join(["text/plain", "application/json", *(f"{kind}*" for kind in media)])
+        known = " or ".join(
+            ["text/plain", "application/json", *(kind + "*" * kind.endswith("/") for kind in media)]
+        )
         raise HTTPException(415, f"{media_type[:100]} is not understood; send {known}")
     if (charset := charset_of(content_type)) not in ("utf-8", "utf8", "us-ascii"):
         raise HTTPException(415, f"the body is said to be {charset[:100]}; send UTF-8")

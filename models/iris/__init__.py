@@ -3,7 +3,7 @@
     $ MODEL=models.iris:Iris uvicorn server:app
     $ curl -H "Content-Type: application/json" http://127.0.0.1:8000/ \\
         -d '{"inputs": {"sepal_length": 5.1, "sepal_width": 3.5, "petal_length": 1.4, "petal_width": 0.2}}'
-    {"species":"setosa","probability":0.99}
+    {"species":"setosa","probability":1.0}
 
 The flowers are Edgar Anderson's, measured by 1935, as R. A. Fisher published them: doi.org/10.1111/j.1469-1809.1936.tb02137.x
 """
@@ -46,6 +46,8 @@ class Iris:
             raise ValueError(f"send the four lengths {', '.join(FEATURES)}")
         if not all(type(cm) in (int, float) and math.isfinite(cm) and cm > 0 for cm in inputs.values()):
             raise ValueError("each length must be a number of cm above 0")
+        if parameters:
+            raise ValueError("there are no parameters; leave them out")
         return [float(inputs[name]) for name in FEATURES]
 
     @torch.inference_mode()

@@ -57,7 +57,7 @@ class Task(TextTask):
 
     def examples(self) -> list[Query]:
         short = f"Paris is the {self.mask} of France."
-        return [self.check(text, {}) for text in (short, short + " Or so they say." * 20)]
+        return self.fitting(short, short + " Or so they say." * 20)
 
     def describe(self) -> Description:
         example = {"inputs": f"Paris is the {self.mask} of France.", "parameters": {"top_k": 5}}

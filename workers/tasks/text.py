@@ -3,6 +3,7 @@
 The light half needs neither torch nor transformers: `tokenizers` and the model's JSON files.
 """
 
+import contextlib
 import copy
 import json
 import logging
@@ -215,7 +216,15 @@ class TextTask:
 
     def examples(self) -> list[Query]:
         """A short text and a long one."""
-        return [self.check("a text " * count, {}) for count in (1, min(50, self.limit // 4))]
+        return self.fitting("a text", "a text " * 50)
+
+    def fitting(self, first: Any, *others: Any, **parameters: Any) -> list[Query]:
+        """Queries for examples: the first, and those of the others that the model can take."""
+        queries = [self.check(first, parameters)]
+        for inputs in others:
+            with contextlib.suppress(CannotAnswer):
+                queries.append(self.check(inputs, parameters))
+        return queries
 
     def query(self, inputs: Any, parameters: dict[str, Any], *rows: Row) -> Query:
         """The query for rows that have been checked; its size is their tokens."""

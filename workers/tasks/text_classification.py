@@ -27,7 +27,7 @@ class Task(TextTask):
 
     def examples(self) -> list[Query]:
         pair = {"text": "a text", "text_pair": "another text"}
-        return [self.check(inputs, {}) for inputs in ("a text", pair, "a text " * 50)]
+        return self.fitting("a text", pair, "a text " * 50)
 
     def describe(self) -> Description:
         return Description(

@@ -30,8 +30,8 @@ class Task(TextTask):
         return kind(self, load_pipeline(self.settings, instance))
 
     def examples(self) -> list[Query]:
-        labels = {"candidate_labels": ["news", "sports"]}
-        return [self.check(text, labels) for text in ("a text", "a text " * 50)]
+        labels = ["news", "sports"][: self.settings.MAX_TOP_K]
+        return self.fitting("a text", "a text " * 50, candidate_labels=labels)
 
     def describe(self) -> Description:
         example = {"inputs": "a text", "parameters": {"candidate_labels": ["news", "sports"]}}

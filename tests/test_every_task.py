@@ -1,0 +1,92 @@
+"""The contract, for every task, in a thread, in a process and behind Gunicorn's threads: answers, lists, refusals."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import pytest
+from client import Crowd, get, post_json
+from test_clients import MADE, alike
+
+from loadtests.modes import MODES, Server, start
+from workers import tasks
+from workers.contract import rendered
+from workers.settings import Settings
+
+pytestmark = pytest.mark.slow
+MADE = {
+    **MADE,
+    "zero-shot-classification": MADE["text-classification"],
+    "own class": lambda _: "models.iris:Iris",
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """What each task's server is told."""
+    made = {task: make(tmp_path_factory.mktemp("model")) for task, make in MADE.items()}
+    return {
+        task: {"MODEL": model, "TASK": "fill-mask" if task == "own class" else task, "TORCH_THREADS": "1"}
+        for task, model in made.items()
+    }
+
+
+@pytest.fixture(scope="module", params=["thread", "process", "gthread-1x8"])
+def servers(
+    request: pytest.FixtureRequest, settings: dict[str, dict[str, str]]
+) -> Iterator[dict[str, Server]]:
+    with contextlib.ExitStack() as running, ThreadPoolExecutor() as crowd:
+        found = {
+            task: running.enter_context(start(MODES[request.param], {**its, "BATCH_SIZE": "4"}, wait=False))
+            for task, its in settings.items()
+        }
+        list(crowd.map(Server.wait_until_ready, found.values()))
+        yield found
+
+
+@pytest.fixture(scope="module")
+def alone(settings: dict[str, dict[str, str]]) -> Any:
+    """What a task's model, which the other tests compare with its oracle, answers to an input alone."""
+
+    @cache
+    def load(task: str) -> Any:
+        its = Settings(**settings[task] | {"TORCH_THREADS": 1})  # type: ignore[arg-type]
+        made = tasks.make(its)
+        return made, tasks.load(made, its)
+
+    def answer(task: str, inputs: Any, parameters: dict[str, Any]) -> Any:
+        made, model = load(task)
+        (found,) = model([made.check(inputs, parameters).content])
+        return json.loads(rendered(found))
+
+    return answer, lambda task: load(task)[0].describe().example
+
+
+@pytest.mark.parametrize("task", MADE)
+def test_answers_are_those_of_the_input_alone_singly_in_lists_and_in_a_crowd(
+    servers: dict[str, Server], alone: Any, crowd: Crowd, task: str
+) -> None:
+    answer, example_of = alone
+    example = example_of(task)
+    expected = answer(task, example["inputs"], example.get("parameters", {}))
+    alike(post_json(servers[task], example).json, expected)
+    asked = [
+        crowd.submit(post_json, servers[task], {**example, "inputs": [example["inputs"]] * 3})
+        for _ in range(4)
+    ]
+    for reply in asked:
+        alike(reply.result().json, [expected] * 3)
+
+
+@pytest.mark.parametrize("task", MADE)
+def test_what_is_no_input_is_refused_and_named(servers: dict[str, Server], alone: Any, task: str) -> None:
+    example = alone[1](task)
+    reply = post_json(servers[task], {**example, "inputs": [example["inputs"], {"no such": "field"}]})
+    assert reply.status in (400, 422) and reply.error.startswith("input 1: ")
+    assert reply.headers["X-Request-ID"]
+    reply = post_json(servers[task], {**example, "parameters": {"no_such_parameter": 1}})
+    assert reply.status in (400, 422) and reply.error
+    assert get(servers[task], "/health").json["status"] == "ok"
