@@ -54,10 +54,9 @@ class Envelope:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.router(scope, receive, send)
-        path, asks = scope["path"], scope["method"] == "POST"
         scope["app"] = self  # where the router finds it, its 404 is an exception
         scope["fields"] = fields = dict(scope["headers"])  # Starlette's own look-ups walk through all of them
-        scope["error"] = self.error_body(path)
+        scope["error"] = self.error_body(scope["path"])
         request_id = fields.get(b"x-request-id", b"")
         if not REQUEST_ID.fullmatch(request_id):
             # No uuid4: it is a system call, which would hand the model our turn.
@@ -65,32 +64,33 @@ class Envelope:
         scope["request_id"] = request_id
         request = Request(scope, receive)
         # First: what looks into a header takes 0.2 s a megabyte.
-        too_long = sum(map(len, chain.from_iterable(scope["headers"]))) > contract.MAX_HEADER_BYTES
-        if (
-            asks
-            and not too_long
-            and (refused := scope["state"]["service"].loop.refusal(contract.client_budget_s(request)))
-        ):
-            return await self.refuse(refused, scope, send)
-        started = False
+        if sum(map(len, chain.from_iterable(scope["headers"]))) > contract.MAX_HEADER_BYTES:
+            sentence = f"send at most {contract.MAX_HEADER_BYTES} bytes of headers"
+            too_long = JSONResponse(scope["error"](431, sentence), 431, contract.CLOSE)
+            return await self.reply(request, send, too_long)
+        if scope["method"] == "POST":
+            budget_s = contract.client_budget_s(request)
+            if refused := scope["state"]["service"].loop.refusal(budget_s):
+                return await self.refuse(refused, scope, send)
+        await self.reply(request, send)
+
+    async def reply(self, request: Request, send: Send, reply: Any = None) -> None:
+        """Send this reply; without one, what the request's endpoint or the router gives, or the error that it raises."""
+        scope, receive, started = request.scope, request.receive, False
 
         def send_with_id(message: Message) -> Awaitable[None]:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"].append((b"x-request-id", request_id))
-                if asks:
+                message["headers"].append((b"x-request-id", scope["request_id"]))
+                if scope["method"] == "POST":
                     self.metrics.requests_with(message["status"]).inc()
             return send(message)
 
         try:
-            if too_long:
-                sentence = f"send at most {contract.MAX_HEADER_BYTES} bytes of headers"
-                reply: Any = JSONResponse(scope["error"](431, sentence), 431, contract.CLOSE)
-            elif endpoint := self.endpoints.get((scope["method"], path)):
-                reply = await endpoint(request)
-            else:
-                reply = self.router
+            if not reply:
+                endpoint = self.endpoints.get((scope["method"], scope["path"]))
+                reply = await endpoint(request) if endpoint else self.router
             await reply(scope, receive, send_with_id)
         except Exception as exc:
             if started:

@@ -71,7 +71,9 @@ class Settings:
         "a number of milliseconds of at least 0",
         lambda value: 0 <= value < 1e6,
     )
-    MAX_QUEUE: int = at_least(1, 256, "bounds memory; the deadline bounds the wait")
+    MAX_QUEUE: int = at_least(
+        1, 256, "single requests that may wait, and inputs of lists; the deadline bounds the wait"
+    )
     QUEUE_TARGET_S: float = knob(
         "how long who is admitted waits while there is always a queue; 0: as long as the deadline allows",
         0.5,
