@@ -129,4 +129,7 @@ def example_of(settings: Settings) -> dict[str, Any] | None:
     """A body that the task takes; None for fill-mask, whose answers tell more. May take seconds, once."""
     if settings.TASK == "fill-mask" and not settings.is_own_class:
         return None
-    return tasks.make(settings).describe().example
+    task = tasks.make(settings)
+    example = task.describe().example
+    # Where a text is an image in base64 another text won't do: a list of one is sent as it is.
+    return example | {"inputs": [example["inputs"]]} if task.media else example

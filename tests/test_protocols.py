@@ -203,7 +203,7 @@ def test_no_room_is_a_503_with_the_time_to_wait(client: httpx2.Client, stopped: 
 
 def test_too_late_is_a_504(client: httpx2.Client, servers: dict[str, Server]) -> None:
     reply = embed(client, {"input": "a"}, Prefer="wait=0")
-    assert reply.status_code == 504 and "no answer within 0 s" in openai_error(reply)
+    assert reply.status_code == 504 and "allow more time" in openai_error(reply)
 
 
 def test_texts_are_ranked_as_text_embeddings_inference_does(rank: httpx2.Client) -> None:

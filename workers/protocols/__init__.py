@@ -23,7 +23,7 @@ async def read_json(request: Request, known: tuple[str, ...]) -> tuple[dict[str,
         raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
     wanted = f'an object with "{known[0]}"'
     try:
-        content = contract.load_json(body.decode(), wanted)
+        content = contract.load_json(body.removeprefix(contract.BOM).decode(), wanted)
     except UnicodeDecodeError as exc:
         raise HTTPException(400, f"byte {exc.start} of the body is not UTF-8; send UTF-8") from None
     if not isinstance(content, dict):
