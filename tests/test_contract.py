@@ -596,4 +596,5 @@ def test_wrong_setting_ends_the_server_with_a_sentence(mode: str) -> None:
             assert server.process.wait(60) != 0
             assert sentence in server.log()
         traceback = any("Traceback" in server.log() for server in servers.values())
-        assert traceback != kept("a wrong setting ends it with one sentence", mode)
+        if kept("a wrong setting ends it with one sentence", mode):
+            assert not traceback  # elsewhere Gunicorn shows one, unless it gives up before

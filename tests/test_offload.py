@@ -456,6 +456,8 @@ def test_a_stopped_process_is_not_replaced() -> None:
 
 def test_a_stop_during_a_replacement_leaves_no_process() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
+        others = psutil.Process().children()  # some other test's, such as multiprocessing's tracker
+        others.remove(psutil.Process(offload.process.pid))
         for turns in range(4):
             with pytest.raises(ModelDied):
                 await offload.run(["die"])
@@ -465,7 +467,7 @@ def test_a_stop_during_a_replacement_leaves_no_process() -> None:
             assert offload.replacing
             await asyncio.wait([offload.replacing])
             offload.process.wait(10)
-            assert not psutil.Process().children()
+            assert set(psutil.Process().children()) <= set(others)
             await offload.start()
 
     with_process(scenario)
