@@ -20,58 +20,40 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
 import uvloop
 
 from loadtests import drive
-from loadtests.crowd import Crowd
+from loadtests.crowd import Connection, Crowd, http
 from loadtests.modes import MODES, Mode, Server, start
 from loadtests.planner import markdown
 
 SERVER_CPU, CLIENT_CPU = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
 
 
-class Client(asyncio.Protocol):
+class Client(Connection):
     """Sends one request again and again over one connection; notes when each reply was complete."""
 
     def __init__(self, request: bytes) -> None:
         self.request = request
         self.done_at: list[float] = []
         self.errors = 0
-        self.buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
-        self.send()
+        super().connection_made(transport)
+        self.ask(self.request, self.again)
 
-    def send(self) -> None:
-        self.transport.write(self.request)  # type: ignore[attr-defined]
-
-    def data_received(self, data: bytes) -> None:
-        self.buffer += data
-        head, separator, body = self.buffer.partition(b"\r\n\r\n")
-        if not separator:
-            return
-        length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0])
-        if len(body) < length:
-            return
-        self.buffer = b""
-        self.errors += not head.startswith(b"HTTP/1.1 200")
+    def again(self, status: int) -> None:
+        self.errors += status != 200
         self.done_at.append(time.perf_counter())
-        self.send()
+        self.ask(self.request, self.again)
 
 
 def texts(n: int) -> list[str]:
     """Texts of different lengths, as real ones are; every one has its mask."""
     return ["Paris is the [MASK] of France." + " Or so they say." * (i % 3) for i in range(n)]
-
-
-def http(url: str, body: str) -> bytes:
-    host = url.split("/")[2]
-    head = f"POST / HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body.encode())}\r\n\r\n"
-    return (head + body).encode()
 
 
 async def ask(url: str, users: int, duration_s: float) -> float:
@@ -100,7 +82,7 @@ def measure(server: Server, users: int, duration_s: float) -> float:
     return rate
 
 
-def bare_loop(batch_size: int, pipe: Connection) -> None:
+def bare_loop(batch_size: int, pipe: Pipe) -> None:
     """For every duration from the pipe: texts per second of calling the model in a loop, nothing around it."""
     os.sched_setaffinity(0, {SERVER_CPU})
     from workers import tasks

@@ -218,6 +218,7 @@ print("those in flight:    ", sorted(reply.status for reply in in_flight))
 print("/health, at once:   ", health_after.status, f"after {health_after.ms:.0f} ms")
 waited_ms = max((reply.ms for reply in in_flight if reply.status == 200), default=0)
 print(f"who still queued:     200 after {waited_ms:.0f} ms, the time that a new process takes to load")
+server.wait_until_ready()  # until then: 503, and Retry-After says when
 next_one = ask(server)
 print("the next request:   ", next_one.status, f"after {next_one.ms:.0f} ms")
 
