@@ -56,11 +56,11 @@ def texts(n: int) -> list[str]:
     return ["Paris is the [MASK] of France." + " Or so they say." * (i % 3) for i in range(n)]
 
 
-async def ask(url: str, users: int, duration_s: float) -> float:
-    """Return requests per second of `users` that ask without a pause."""
+async def ask(url: str, requests: list[bytes], duration_s: float, client: type[Client] = Client) -> float:
+    """Return requests per second of users that ask without a pause, each with a request of its own."""
     loop = asyncio.get_running_loop()
     host, port = url.split("/")[2].split(":")
-    askers = [Client(http(url, text)) for text in texts(users)]
+    askers = [client(request) for request in requests]
     for connection in askers:
         await loop.create_connection(lambda c=connection: c, host, int(port))
     await asyncio.sleep(duration_s / 5)  # warm
@@ -77,7 +77,8 @@ def measure(server: Server, users: int, duration_s: float) -> float:
     """`ask` on a core of its own; returns when the server has done what was left."""
     os.sched_setaffinity(0, {CLIENT_CPU})
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        rate = runner.run(ask(server.url, users, duration_s))
+        requests = [http(server.url, text) for text in texts(users)]
+        rate = runner.run(ask(server.url, requests, duration_s))
     server.wait_until_idle()
     return rate
 

@@ -5,6 +5,7 @@ import random
 import re
 import time
 from collections import deque
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -14,6 +15,8 @@ from geventhttpclient.response import HTTPParseError, HTTPSocketResponse
 from locust import User
 
 from loadtests import texts
+from loadtests.expected import Expected
+from loadtests.forms import FORMS
 from loadtests.rows import Row
 from workers.settings import Settings
 
@@ -84,6 +87,8 @@ class Asker(User):
         self.rng = random.Random(f"{self.options.seed} {type(self).__name__} {environment.numbers}")
         self.texts = texts.stream(self.options.texts, self.rng, settings)
         self.http = Http(self.host)
+        self.form = FORMS[self.options.form]
+        self.expected = Expected.read(self.options.expected) if self.options.expected else None
 
     def now_s(self) -> float:
         """Seconds since the start of the test."""
@@ -92,24 +97,37 @@ class Asker(User):
     def ask(self, due_s: float | None = None, *, leave_after_s: float | None = None, attempt: int = 0) -> Row:
         """Ask one question. The client hangs up after `leave_after_s`, where given."""
         question = next(self.texts)
-        headers = {"Content-Type": question.media_type}
+        body, media_type = question.body, question.media_type
+        if isinstance(question, texts.Text):
+            body, media_type = self.form.body(question.text), self.form.media_type
+        headers = {"Content-Type": media_type}
         if self.options.tell_limit:
             headers["Prefer"] = f"wait={max(1, round(self.options.limit_s))}"
         return self._send(
             "model",
             "POST",
-            "/",
-            question.body,
+            self.form.path,
+            body,
             headers,
-            question.is_answered_by,
+            partial(self.is_right, question),
             due_s,
             leave_after_s,
             attempt,
         )
 
+    def is_right(self, question: "texts.Text | texts.Question", body: bytes) -> bool:
+        """Whether the reply answers the question, as the expected answers have it where there are any."""
+        if isinstance(question, texts.Question):
+            return question.is_answered_by(body)
+        answer = self.form.answer(body)
+        if self.expected:
+            return self.expected.agrees(question.text, answer)
+        return question.is_answered_with(answer)
+
     def check_health(self, due_s: float) -> Row:
-        """GET /health."""
-        return self._send("health", "GET", "/health", b"", {}, lambda body: b'"status"' in body, due_s)
+        """Ask whether it lives."""
+        form = self.form
+        return self._send("health", "GET", form.health, b"", {}, lambda body: form.health_says in body, due_s)
 
     def _send(
         self,

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 HEALTH_EVERY_S = 0.025
 
 
-def http(url: str, body: str) -> bytes:
-    """The bytes of POST /."""
+def http(url: str, body: str, path: str = "/", media_type: str = "text/plain") -> bytes:
+    """The bytes of a POST."""
     host = url.split("/")[2]
-    head = f"POST / HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body.encode())}\r\n\r\n"
-    return (head + body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {media_type}\r\n"
+    return f"{head}Content-Length: {len(body.encode())}\r\n\r\n{body}".encode()
 
 
 class Connection(asyncio.Protocol):

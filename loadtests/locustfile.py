@@ -32,6 +32,8 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "timeout_s": (0.0, "the client hangs up this long after the request was due; 0: at twice its limit"),
     "tell_limit": (0, "1: tell the server the limit, with Prefer: wait="),
     "texts": ("short", "short, mixed (a long one among ten) or long (200 tokens)"),
+    "form": ("ours", "how the server wants to be asked: a name in forms.py"),
+    "expected": ("", "file of answers that those to fill-mask must agree with, see expected.py"),
     "seed": (0, "the same seed gives the same arrivals and texts"),
     "duration_s": (0.0, "0: until stopped"),
     "health_per_s": (0.0, "health checks a second beside the load (class HealthChecks)"),

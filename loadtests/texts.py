@@ -67,9 +67,15 @@ class Text:
         return self.text.encode()
 
     def is_answered_by(self, body: bytes) -> bool:
-        """Whether `body` is five candidates for this very text, best first, with probabilities."""
+        """Whether `body` is the JSON of such an answer, see `is_answered_with`."""
         try:
-            candidates = json.loads(body)
+            return self.is_answered_with(json.loads(body))
+        except ValueError:
+            return False
+
+    def is_answered_with(self, candidates: Any) -> bool:
+        """Whether these are five candidates for this very text, best first, with probabilities."""
+        try:
             scores = [candidate["score"] for candidate in candidates]
             return (
                 len(candidates) == 5

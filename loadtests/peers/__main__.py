@@ -1,0 +1,180 @@
+"""This server and what people would pick instead, by the same load on the same core: `make peers`, or some of them:
+
+    $ make peers PEERS="litserve mosec"
+    $ python -m loadtests.peers --quick --peers fastapi-def --out /tmp/results
+
+Each peer runs as its own documentation has it, see the file in `loadtests/peers/`, with the stock pipeline and one thread.
+Peers take turns, round after round. What can't be installed or started is told in its row; the others go on.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from loadtests import drive, expected, machine
+from loadtests.peers import report
+from loadtests.peers.catalogue import CACHE, MODEL, OURS, PEERS, Peer, embedding_model
+from loadtests.peers.environments import NotInstalled, installed_mb, lines_of_code, prepare, requirements
+from loadtests.peers.failures import Failures
+from loadtests.peers.visit import LIMIT_S, MOST_PER_S, TIMEOUT_S, Row, Visit, cores, running
+
+ROUNDS = {"float32": 3, "bfloat16": 2, "instant": 2, "embeddings": 2, "tricks": 1}
+# Seconds of a visit, start and end included, as seen on two cores of a Xeon.
+VISIT_S = {"float32": 48.0, "bfloat16": 17.0, "instant": 9.0, "embeddings": 25.0, "tricks": 40.0}
+OURS_WITH_PEERS = [name for name in PEERS if name.startswith(OURS)]
+
+
+@dataclass
+class Run:
+    """What is the same for all visits, and all that was found."""
+
+    out: Path
+    scale: float
+    locust: drive.Generator
+    server_cpus: set[int]
+    client_cpus: set[int]
+    expected: dict[str, str]
+    about: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+
+    def visit(self, peer: Peer, model: str, repeat: int) -> None:
+        """Measure one server with one model; keep what was found, also when it fails midway."""
+        if model == "tricks":
+            self.about["failures"][peer.name] = Failures(peer, self.server_cpus).find()
+            return
+        began = time.monotonic()
+        with running(peer, model, self.server_cpus) as server:
+            first_answer_s = time.monotonic() - began
+            cpus = self.server_cpus | self.client_cpus
+            asked = self.expected.get(model, "")
+            visit = Visit(peer, model, repeat, server, self.locust, cpus, asked, self.scale)
+            try:
+                visit.note("start", first_answer_s=first_answer_s)
+                if model == "instant":
+                    visit.overhead()
+                elif model == "float32":
+                    capacity = visit.capacity()
+                    visit.note("memory", mb=server.memory_mb())
+                    visit.latency(capacity)
+                    server.wait_until_idle()
+                    visit.overload(capacity, 2)
+                    server.wait_until_idle()
+                    visit.overload(capacity, 10)
+                else:
+                    visit.capacity(users=(1, 32) if model == "embeddings" else (64,))
+                    visit.note("memory", mb=server.memory_mb())
+            finally:
+                self.rows += visit.rows
+
+    def save(self) -> None:
+        """Write all after every visit: an interrupted run is not lost."""
+        df = pd.DataFrame(self.rows, columns=Row._fields)
+        for column in ("value", "others"):
+            df[column] = df[column].map(lambda value: float(f"{value:.5g}"))
+        df.to_csv(self.out / "peers.csv", index=False)
+        (self.out / "peers.json").write_text(json.dumps(self.about, indent=1) + "\n")
+
+
+def order(peers: list[Peer], rounds: dict[str, int]) -> Iterator[tuple[Peer, str, int]]:
+    """Each round visits every peer once with each model, in an order of its own."""
+    for repeat in range(max(rounds.values())):
+        visits = [(peer, model, repeat) for peer in peers for model in peer.kinds if repeat < rounds.get(model, 0)]
+        yield from random.Random(repeat).sample(visits, len(visits))
+
+
+def install(peers: list[Peer], about: dict[str, Any]) -> list[Peer]:
+    """Make the environments; return those peers that have one, and note why the others have not."""
+    ready = []
+    for peer in (progress := tqdm(peers, unit="environment", file=sys.stderr)):
+        progress.set_description(peer.needs or "our own")
+        try:
+            if peer.needs:
+                prepare(peer.needs, tuple(requirements(peer)))
+            sizes = {"installed_mb": installed_mb(peer), "lines": lines_of_code(peer)}
+            about["size"][peer.name] = {name: round(value) for name, value in sizes.items()}
+            ready.append(peer)
+        except (NotInstalled, OSError, ValueError) as exc:
+            about["failed"][peer.name] = f"not installed: {exc}"
+    return ready
+
+
+def expected_answers(folder: Path, peers: list[Peer]) -> dict[str, str]:
+    """Model: the file of the plain pipeline's answers."""
+    file = expected.write(folder / "fill-mask.json", expected.fill_mask(MODEL))
+    found = {"float32": file, "bfloat16": f"{file}:bfloat16"}
+    if any("embeddings" in peer.kinds for peer in peers):
+        found["embeddings"] = expected.write(folder / "vectors.json", expected.embeddings(embedding_model()))
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; return how many visits failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="once and short: shows that it works, measures little")
+    parser.add_argument(
+        "--peers", nargs="*", choices=PEERS, metavar="PEER", help=f"besides this server: {', '.join(PEERS)}"
+    )
+    parser.add_argument("--models", nargs="+", choices=ROUNDS, default=list(ROUNDS), metavar="MODEL", help=", ".join(ROUNDS))
+    parser.add_argument("--rounds", type=int, help="of each model; default: 3 of float32, fewer of the others")
+    parser.add_argument("--only", action="store_true", help="the chosen peers only, without this server")
+    parser.add_argument("--out", type=Path, help="folder for the results; only a whole run has a default")
+    parser.add_argument("--redraw", action="store_true", help="only make the tables and pictures anew")
+    options = parser.parse_args(argv)
+    if (options.quick or options.peers or options.rounds or set(options.models) != set(ROUNDS)) and not options.out:
+        options.out = CACHE / "results"  # a part must not overwrite the whole
+    out = options.out or Path(__file__).parent.parent / "results"
+    if options.redraw:
+        report.write(out)
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C does: leave no server behind
+    chosen = list(options.peers or PEERS)
+    names = chosen if options.only else list(dict.fromkeys([*chosen, *OURS_WITH_PEERS]))
+    rounds = {model: options.rounds or (1 if options.quick else ROUNDS[model]) for model in options.models}
+    about: dict[str, Any] = {
+        **machine.describe(),
+        "limit_s": LIMIT_S,
+        "timeout_s": TIMEOUT_S,
+        "most_per_s": MOST_PER_S,
+        "scale": 0.25 if options.quick else 1.0,
+        "size": {},
+        "failures": {},
+        "failed": {},
+    }
+    CACHE.mkdir(exist_ok=True)
+    peers = install([PEERS[name] for name in names], about)
+    server_cpus, client_cpus = cores()
+    about["pinning"] = f"server on core {sorted(server_cpus)}, load generator on core {sorted(client_cpus)}"
+    visits = list(order(peers, rounds))
+    minutes = sum(VISIT_S[model] * (0.5 if options.quick else 1.0) for _, model, _ in visits) / 60
+    print(f"{len(visits)} visits of {len(peers)} servers, about {minutes:.0f} minutes; {about['pinning']}", flush=True)
+    os.sched_setaffinity(0, client_cpus)
+    answers = expected_answers(CACHE, peers)
+    with drive.generator(client_cpus) as locust:
+        run = Run(out, about["scale"], locust, server_cpus, client_cpus, answers, about)
+        for peer, model, repeat in (progress := tqdm(visits, unit="visit", file=sys.stderr)):
+            progress.set_description(f"round {repeat + 1}: {peer.name}, {model}")
+            try:
+                run.visit(peer, model, repeat)
+            except (RuntimeError, OSError) as exc:
+                about["failed"].setdefault(peer.name, f"{model}: {exc}")
+                progress.write(f"{peer.name}, {model} failed: {exc}")
+            run.save()
+    report.write(out)
+    print((out / "peers.md").read_text())
+    return len(about["failed"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""An environment for each file of requirements, in a cache folder; torch and what else fits is the project's own."""
+
+import json
+import subprocess
+import sys
+import sysconfig
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from loadtests.peers.catalogue import CACHE, FOLDER, Peer
+
+INSTALL_S = 900
+# Runs in a peer's environment: MB of all that pip would install for these requirements, as their own lists of files say.
+SIZE = """
+import json, sys
+from importlib.metadata import PackageNotFoundError, distribution
+from packaging.requirements import Requirement
+todo, seen = [(Requirement(line), "") for line in json.loads(sys.argv[1])], {}
+while todo:
+    wanted, extra = todo.pop()
+    if wanted.marker and not wanted.marker.evaluate({"extra": extra}):
+        continue
+    try:
+        found = distribution(wanted.name)
+    except PackageNotFoundError:
+        continue
+    for extra in ["", *wanted.extras]:
+        if (key := (wanted.name.lower().replace("_", "-"), extra)) not in seen:
+            seen[key] = sum(file.size or 0 for file in found.files or []) if not extra else 0
+            todo += [(Requirement(line), extra) for line in found.requires or []]
+print(sum(seen.values()) / 1e6)
+"""
+
+
+class NotInstalled(Exception):
+    """Why there is no environment, in one sentence."""
+
+
+def requirements(peer: Peer) -> list[str]:
+    """The lines of its file; of ours, those that serving needs."""
+    file = FOLDER / "requirements" / f"{peer.needs}.txt" if peer.needs else FOLDER.parent.parent / "requirements.txt"
+    lines = (line.partition("#")[0].strip() for line in file.read_text().splitlines())
+    return [line for line in lines if line and not line.startswith("-")]
+
+
+def is_met(lines: list[str]) -> bool:
+    """Whether the interpreter that runs has all of them."""
+    try:
+        return all(Requirement(line).specifier.contains(version(Requirement(line).name).partition("+")[0]) for line in lines)
+    except PackageNotFoundError:
+        return False
+
+
+@cache
+def prepare(needs: str, lines: tuple[str, ...]) -> None:
+    """Make the environment where the project's own won't do. Raises NotInstalled with pip's reason."""
+    folder = CACHE / needs
+    done = folder / "installed.json"
+    if done.exists() and json.loads(done.read_text()) == list(lines):
+        return
+    if is_met(list(lines)) and not folder.exists():
+        return
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "project.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # behind its own packages
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *lines]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
+    except subprocess.TimeoutExpired:
+        raise NotInstalled(f"pip took more than {INSTALL_S} s") from None
+    if found.returncode:
+        reasons = [line for line in found.stderr.splitlines() if line.startswith("ERROR")] or found.stderr.splitlines()
+        raise NotInstalled(f"pip: {reasons[-1][:200]}" if reasons else "pip failed")
+    done.write_text(json.dumps(lines))
+
+
+def installed_mb(peer: Peer) -> float:
+    """MB on disk of its requirements and all that these require, shared or not, as pip on this machine resolved them."""
+    command = [peer.python, "-c", SIZE, json.dumps(requirements(peer))]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def lines_of_code(peer: Peer) -> int:
+    """Lines that a user writes: no docstrings' first blocks, comments or blank lines, and the model's own not counted."""
+    count = 0
+    for name in peer.code:
+        text = Path(FOLDER / f"{name}.py").read_text()
+        body = text.split('"""', 2)[2] if text.startswith('"""') else text
+        count += sum(bool(line.strip()) and not line.strip().startswith("#") for line in body.splitlines())
+    return count

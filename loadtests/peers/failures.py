@@ -1,0 +1,121 @@
+"""What happens when something goes wrong, told in words: a model of tricks, few clients, no speed measured."""
+
+import json
+import signal
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from loadtests.modes import Server
+from loadtests.peers.catalogue import Peer
+from loadtests.peers.visit import Reply, ask, running
+
+NEIGHBOURS, LEAVERS, ASKERS = 7, 20, 16
+PATIENCE_S, BACK_S = 8.0, 12.0
+Found = dict[str, str]
+
+
+def told(outcomes: list[str]) -> str:
+    """7 × 200, 1 × 500."""
+    return ", ".join(f"{n} × {outcome}" for outcome, n in Counter(outcomes).most_common()) or "none"
+
+
+class Failures:
+    """The rows of one peer. Each takes a running server."""
+
+    def __init__(self, peer: Peer, cpus: set[int]) -> None:
+        self.peer, self.cpus = peer, cpus
+
+    def find(self) -> Found:
+        """All of them; one that can't be seen says why, the others are still found."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.calls = Path(folder) / "calls"
+            found: Found = {}
+            parts: list[tuple[tuple[str, ...], Callable[[Server], Found]]] = [
+                (("a client that leaves", "one bad text"), self.leave_then_bad),
+                (("SIGTERM under load",), self.stop),
+                (("model killed",), lambda server: self.break_with("model killed", "KILL", server)),
+                (("model hangs",), lambda server: self.break_with("model hangs", "HANG", server)),
+            ]
+            for names, part in parts:
+                try:
+                    with running(self.peer, "tricks", self.cpus, self.calls) as server:
+                        found |= part(server)
+                except (RuntimeError, OSError) as exc:
+                    found |= {name: f"not seen: {exc}" for name in names}
+            return found
+
+    def leave_then_bad(self, server: Server) -> Found:
+        return {"a client that leaves": self.leave(server), "one bad text": self.bad(server)}
+
+    def ask_all(self, server: Server, texts: list[str], timeout_s: float) -> list[Reply]:
+        """All at the same time, while the model is busy with another: they can share a batch."""
+        with ThreadPoolExecutor(len(texts) + 1) as pool:
+            pool.submit(ask, server.url, self.peer.asked, "the first", PATIENCE_S)
+            time.sleep(0.05)
+            return list(pool.map(lambda text: ask(server.url, self.peer.asked, text, timeout_s), texts))
+
+    def leave(self, server: Server) -> str:
+        """Clients hang up before the model is free; then wait until it has nothing more to do."""
+        self.ask_all(server, [f"leaver {i}" for i in range(LEAVERS)], 0.1)
+        ask(server.url, self.peer.asked, "the last", PATIENCE_S)  # behind them, where there is a queue
+        time.sleep(1.0)
+        texts = [text for line in self.calls.read_text().splitlines() for text in json.loads(line)]
+        return f"{sum('leaver' in text for text in texts)} of {LEAVERS} computed"
+
+    def bad(self, server: Server) -> str:
+        texts = ["BAD", *(f"neighbour {i}" for i in range(NEIGHBOURS))]
+        bad, *others = self.ask_all(server, texts, PATIENCE_S)
+        later = ask(server.url, self.peer.asked, "later", PATIENCE_S)
+        return f"itself {bad.outcome}; neighbours {told([r.outcome for r in others])}; later {later.outcome}"
+
+    def stop(self, server: Server) -> Found:
+        """Clients ask again and again; what those get who had asked before the signal, and who asked after it."""
+        before: list[str] = []
+        after: list[str] = []
+        ends, signalled = time.monotonic() + 2.5, threading.Event()
+
+        def client() -> None:
+            while time.monotonic() < ends:
+                is_after = signalled.is_set()
+                reply = ask(server.url, self.peer.asked, "a text", PATIENCE_S)
+                if is_after:
+                    after.append(reply.outcome)
+                    time.sleep(0.1)
+                elif signalled.is_set():
+                    before.append(reply.outcome)
+
+        with ThreadPoolExecutor(ASKERS) as pool:
+            for _ in range(ASKERS):
+                pool.submit(client)
+            time.sleep(1.0)
+            signalled.set()
+            server.process.send_signal(signal.SIGTERM)
+            signalled_at = time.monotonic()
+            while server.process.poll() is None and time.monotonic() < signalled_at + BACK_S:
+                time.sleep(0.02)
+            took_s = time.monotonic() - signalled_at
+        gone = f"gone after {took_s:.1f} s" if server.process.poll() is not None else f"still there after {BACK_S:g} s"
+        later = " or ".join(sorted(set(after))) or "nobody asked"
+        return {"SIGTERM under load": f"under way {told(before)}; later {later}; {gone}"}
+
+    def break_with(self, name: str, trick: str, server: Server) -> Found:
+        """One text breaks the model; what those get who wait with it, and when a later one is answered."""
+        texts = [trick, *(f"neighbour {i}" for i in range(NEIGHBOURS))]
+        began = time.monotonic()
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(self.ask_all, server, texts, BACK_S)
+            time.sleep(0.5)
+            back_s = None
+            while back_s is None and time.monotonic() - began < BACK_S:
+                if ask(server.url, self.peer.asked, "later", 1.0).outcome == "200":
+                    back_s = time.monotonic() - began
+                time.sleep(0.1)
+            outcomes = [reply.outcome for reply in waiting.result()]
+        later = f"answers again after {back_s:.0f} s" if back_s else f"no answer for {BACK_S:g} s"
+        dead = "" if server.process.poll() is None else ", the server has ended"
+        return {name: f"under way {told(outcomes)}; {later}{dead}"}

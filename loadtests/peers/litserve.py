@@ -1,0 +1,35 @@
+"""LitServe: https://lightning.ai/docs/litserve/features/batching
+
+    python -m loadtests.peers.litserve PORT
+
+32 texts or 10 ms; one worker; `fast_queue` was no faster here. Bodies are JSON.
+"""
+
+import os
+import sys
+
+import litserve as ls
+
+from loadtests.peers import model
+
+
+class FillMask(ls.LitAPI):
+    def setup(self, device):
+        self.model = model.load()
+
+    def decode_request(self, request):
+        return request
+
+    def predict(self, texts):
+        return self.model(texts)
+
+    def encode_response(self, output):
+        return output
+
+
+if __name__ == "__main__":
+    api = FillMask(max_batch_size=32, batch_timeout=0.01)
+    timeout_s = float(os.environ.get("PEER_TIMEOUT_S", "30"))
+    server = ls.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=timeout_s)
+    port = int(sys.argv[1])
+    server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning", access_log=False)

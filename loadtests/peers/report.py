@@ -1,0 +1,1 @@
+def write(out): (out/"peers.md").write_text("")
