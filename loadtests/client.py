@@ -148,6 +148,8 @@ class Asker(User):
         try:
             with gevent.Timeout(max(give_up_s, 0.001)):
                 reply = self.http.send(method, path, body, headers)
+            if reply.status == 429:
+                reply = reply._replace(status=503)  # which is how others refuse
             outcome = str(reply.status) if reply.status in (200, 503, 504) else "other"
         except gevent.Timeout:
             pass

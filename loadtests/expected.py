@@ -71,7 +71,6 @@ def embeddings(folder: str) -> dict[str, Any]:
     return dict(zip(asked, SentenceTransformer(folder, device="cpu").encode(asked).tolist()))
 
 
-def write(file: Path, answers: dict[str, Any]) -> str:
-    """Keep them; returns the name for `Expected.read`."""
+def write(file: Path, answers: dict[str, Any]) -> None:
+    """Keep them for `Expected.read`."""
     file.write_text(json.dumps(answers))
-    return str(file)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +110,20 @@ def install(peers: list[Peer], about: dict[str, Any]) -> list[Peer]:
     return ready
 
 
-def expected_answers(folder: Path, peers: list[Peer]) -> dict[str, str]:
-    """Model: the file of the plain pipeline's answers."""
-    file = expected.write(folder / "fill-mask.json", expected.fill_mask(MODEL))
-    found = {"float32": file, "bfloat16": f"{file}:bfloat16"}
-    if any("embeddings" in peer.kinds for peer in peers):
-        found["embeddings"] = expected.write(folder / "vectors.json", expected.embeddings(embedding_model()))
+def expected_answers(models: set[str]) -> dict[str, str]:
+    """Model: the file of the plain pipeline's answers, made once for these versions."""
+    versions = f"torch-{version('torch')}-transformers-{version('transformers')}.json"
+    found = {}
+    if models & {"float32", "bfloat16"}:
+        file = CACHE / f"fill-mask-{versions}"
+        if not file.exists():
+            expected.write(file, expected.fill_mask(MODEL))
+        found |= {"float32": str(file), "bfloat16": f"{file}:bfloat16"}
+    if "embeddings" in models:
+        file = CACHE / f"vectors-{versions}"
+        if not file.exists():
+            expected.write(file, expected.embeddings(embedding_model()))
+        found["embeddings"] = str(file)
     return found
 
 
@@ -160,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     minutes = sum(VISIT_S[model] * (0.5 if options.quick else 1.0) for _, model, _ in visits) / 60
     print(f"{len(visits)} visits of {len(peers)} servers, about {minutes:.0f} minutes; {about['pinning']}", flush=True)
     os.sched_setaffinity(0, client_cpus)
-    answers = expected_answers(CACHE, peers)
+    answers = expected_answers({model for _, model, _ in visits})
     with drive.generator(client_cpus) as locust:
         run = Run(out, about["scale"], locust, server_cpus, client_cpus, answers, about)
         for peer, model, repeat in (progress := tqdm(visits, unit="visit", file=sys.stderr)):

@@ -2,7 +2,7 @@
 
     bentoml serve loadtests.peers.bentoml_service:FillMask --host 127.0.0.1 --port PORT
 
-Adaptive batches of 32 at most; one worker; a latency bound so high that it refuses nobody who could be answered.
+Adaptive batches of 32 at most; one worker. 64 requests at a time, more are refused; a latency bound that refuses nobody else.
 """
 
 import os
@@ -14,7 +14,7 @@ from loadtests.peers import model
 
 @bentoml.service(
     workers=1,
-    traffic={"timeout": float(os.environ.get("PEER_TIMEOUT_S", "30"))},
+    traffic={"timeout": float(os.environ.get("PEER_TIMEOUT_S", "30")), "max_concurrency": 64},
     logging={"access": {"enabled": False}},
 )
 class FillMask:

@@ -54,7 +54,6 @@ class Peer(Mode):
             "PYTHONPATH": os.pathsep.join([str(ROOT), *([self.env["PYTHONPATH"]] if "PYTHONPATH" in self.env else [])]),
             "PEER_MODEL": kind if kind in ("instant", "tricks") else folder,
             "PEER_DTYPE": kind if kind == "bfloat16" else "float32",
-            "PEER_CACHE": str(CACHE),
             "OMP_NUM_THREADS": "1",
             "TORCH_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
@@ -75,11 +74,11 @@ def ours(name: str, kinds: tuple[str, ...] = ("float32", "instant", "tricks"), *
 
 
 def asgi(name: str, app: str, needs: str, *code: str, kinds: tuple[str, ...] = Peer.kinds) -> Peer:
-    command = f"uvicorn loadtests.peers.{app}:app --no-access-log --port {{port}}"
+    command = f"python -m uvicorn loadtests.peers.{app}:app --no-access-log --port {{port}}"
     return Peer(name, command, needs=needs, code=code or (app,), kinds=kinds)
 
 
-FLASK = "gunicorn {} --timeout 30 --bind 127.0.0.1:{{port}} loadtests.peers.flask_app:app"
+FLASK = "python -m gunicorn {} --timeout 30 --bind 127.0.0.1:{{port}} loadtests.peers.flask_app:app"
 INFINITY = (
     "infinity_emb v2 --model-id {folder} --served-model-name all-MiniLM-L6-v2 --engine torch --device cpu --dtype float32 "
     "--batch-size 32 --no-bettertransformer --host 127.0.0.1 --port {{port}}"
@@ -107,7 +106,7 @@ PEERS = {
         asgi("batch-inference-aio", "batch_inference_aio", "batch_inference"),
         asgi("batch-inference-threads", "batch_inference_threads", "batch_inference", "batch_inference_aio"),
         Peer("litserve", "python -m loadtests.peers.litserve {port}", needs="litserve", form="litserve", code=("litserve",)),
-        Peer("mosec", "python -m loadtests.peers.mosec --address 127.0.0.1 --port {port}", needs="mosec", form="mosec", code=("mosec",)),
+        Peer("mosec", "python -m loadtests.peers.mosec --capacity 64 --address 127.0.0.1 --port {port}", needs="mosec", form="mosec", code=("mosec",)),
         Peer("ray-serve", "python -m loadtests.peers.ray_serve {port}", needs="ray", form="ray", code=("ray_serve",)),
         Peer(
             "bentoml",

@@ -19,16 +19,12 @@ queue = asyncio.Queue()
 async def batch_predictor(predict):
     loop = asyncio.get_running_loop()
     while True:
-        batch = [await queue.get()]
-        deadline = loop.time() + MAX_WAIT_S
-        while len(batch) < MAX_BATCH_SIZE and (left_s := deadline - loop.time()) > 0:
-            try:
-                batch.append(await asyncio.wait_for(queue.get(), left_s))
-            except TimeoutError:
-                break
+        batch, deadline = [await queue.get()], loop.time() + MAX_WAIT_S
+        with contextlib.suppress(TimeoutError):
+            while len(batch) < MAX_BATCH_SIZE:
+                batch.append(await asyncio.wait_for(queue.get(), deadline - loop.time()))
         for (_, future), answer in zip(batch, predict([text for text, _ in batch])):
-            if not future.done():
-                future.set_result(answer)
+            future.set_result(answer)
 
 
 @contextlib.asynccontextmanager
@@ -43,8 +39,8 @@ app = FastAPI(lifespan=lifespan)
 
 @app.post("/")
 async def predict(request: Request):
-    future = asyncio.get_running_loop().create_future()
-    await queue.put(((await request.body()).decode(), future))
+    text, future = (await request.body()).decode(), asyncio.Future()
+    await queue.put((text, future))
     return await future
 
 

@@ -2,7 +2,7 @@
 
     python -m loadtests.peers.ray_serve PORT
 
-One replica; 32 texts or 10 ms; 256 requests at a time, since the default of 5 would starve the batch.
+One replica; 32 texts or 10 ms. 64 requests at a time, since the default of 5 would starve the batch; more are refused.
 """
 
 import signal
@@ -15,7 +15,7 @@ from starlette.requests import Request
 from loadtests.peers import model
 
 
-@serve.deployment(num_replicas=1, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.5})
+@serve.deployment(max_ongoing_requests=64, max_queued_requests=8, ray_actor_options={"num_cpus": 0.5})
 class FillMask:
     def __init__(self):
         self.model = model.load()

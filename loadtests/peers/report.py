@@ -1,1 +1,363 @@
-def write(out): (out/"peers.md").write_text("")
+"""The tables and pictures, made from the rows alone: `python -m loadtests.peers --redraw`."""
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from loadtests.machine import one_line
+from loadtests.peers.catalogue import FOLDER, OURS, PEERS
+from loadtests.planner import markdown
+from loadtests.report import COLOURS, frame, plain_numbers
+
+DISTURBED = 0.15  # cores that something else took; a measurement beside which it was more is dropped
+FASTEST, AUTO = f"{OURS}, batch 32", f"{OURS}, batch 32, auto"
+GREY = "#b8b8b8"
+USERS = (1, 8, 32, 64)
+LOADS = ("at 50%", "at 80%", "at 2 x", "at 10 x")
+FAILURES = ("one bad text", "a client that leaves", "model killed", "model hangs", "SIGTERM under load")
+GONE = """
+- TensorFlow Serving: Google's server of SavedModels. The registry has its client alone (tensorflow-serving-api 2.21); the
+  server is a Debian package of Google's own archive or a container, and takes no PyTorch model. For those: Triton.
+- Clipper: Berkeley's prediction server, whose adaptive batches and latency bounds many of these took over. Its last release,
+  clipper_admin 0.4.1, starts Docker containers and asks for a Python of its time. Ray Serve took its place.
+"""
+
+
+class Results:
+    """Medians over the undisturbed rounds, with the least and the greatest."""
+
+    def __init__(self, out: Path) -> None:
+        rows = pd.read_csv(out / "peers.csv")
+        self.about: dict[str, Any] = json.loads((out / "peers.json").read_text())
+        measured = ["peer", "model", "repeat", "what"]
+        self.disturbed = rows[rows["others"] > DISTURBED].groupby(measured).ngroups
+        self.measurements = rows.groupby(measured).ngroups
+        cell = ["peer", "model", "what", "metric"]
+        # Where every round was disturbed the quietest one stands, marked.
+        least = rows.groupby(cell)["others"].transform("min")
+        kept = rows[(rows["others"] <= DISTURBED) | (rows["others"] == least)]
+        grouped = kept.groupby(cell)
+        self.median, self.least, self.most = (getattr(grouped["value"], f)() for f in ("median", "min", "max"))
+        self.quietest = grouped["others"].min()
+        self.repeats = int(rows["repeat"].max()) + 1 if len(rows) else 0
+        seen = set(rows["peer"]) | set(self.about["failures"])
+        self.peers = [name for name in PEERS if name in seen and "embeddings" not in PEERS[name].kinds]
+        self.peers.sort(key=lambda name: -self.get(name, "float32", "short 64", "per_s", 0.0))
+
+    def get(self, peer: str, model: str, what: str, metric: str, default: float = math.nan) -> float:
+        return float(self.median.get((peer, model, what, metric), default))
+
+    def cell(self, peer: str, model: str, what: str, metric: str, digits: int = 0, *, spread: bool = True) -> str:
+        """The median, its spread where there is one, `~` before what was disturbed in every round."""
+        key = (peer, model, what, metric)
+        if key not in self.median:
+            return "-"
+        value, low, high = (number(series[key], digits) for series in (self.median, self.least, self.most))
+        mark = "~" if self.quietest[key] > DISTURBED else ""
+        return mark + (f"{value} ({low} to {high})" if spread and low != high else value)
+
+    def best(self, model: str, what: str, metric: str) -> tuple[str, float]:
+        """The best of the others."""
+        others = {name: self.get(name, model, what, metric, -1.0) for name in self.peers if not name.startswith(OURS)}
+        name = max(others, key=lambda name: others[name], default="")
+        return name, others.get(name, math.nan)
+
+
+def number(value: float, digits: int) -> str:
+    return "> 10" if math.isinf(value) else f"{value:,.{digits}f}"
+
+
+def write(out: Path) -> None:
+    """Write peers.md and the pictures beside the rows."""
+    results = Results(out)
+    parts = [
+        ("", decides(results)),
+        ("Answers per second, by connections in a closed loop", capacity(results)),
+        ("Latency in ms, at a part of its own capacity", latency(results)),
+        ("Overload: right answers within a second", overload(results)),
+        ("When something goes wrong", failures(results)),
+        ("Start, memory, size, and what the server itself costs", costs(results)),
+        ("Sentence embeddings, all-MiniLM-L6-v2", embeddings(results)),
+        ("Where the others are better", losses(results)),
+        ("Features", features()),
+        ("Not run", not_run(results)),
+    ]
+    text = "".join(f"\n## {title}\n\n{body.strip()}\n" if title else f"{body.strip()}\n" for title, body in parts if body)
+    (out / "peers.md").write_text(f"{about(results)}\n{text}")
+    for name, draw in {"peers": draw_capacity, "peers-overload": draw_overload}.items():
+        figure = draw(results)
+        figure.text(0.01, 0.005, one_line(results.about), fontsize=8, color="#555555")
+        figure.savefig(out / f"{name}.png", dpi=130)
+        plt.close(figure)
+
+
+def about(results: Results) -> str:
+    found = results.about
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return (
+        f"# This server and what people would pick instead\n\n"
+        f"`make peers`, {found['date']}: {found['processor']}, {found['cores']} cores; {found['pinning']}; one thread for the model; "
+        f"Python {found['python']}, {versions}. One model, the embedded fill-mask, the same texts, every answer compared with the "
+        "plain pipeline's. Each peer is a small program after a page of its own documentation, see the files in "
+        "[`loadtests/peers/`](../peers). "
+        f"Medians of up to {results.repeats} rounds in which all took turns, with the least and greatest. "
+        f"{results.disturbed} of {results.measurements} measurements were dropped, since something else took more than "
+        f"{DISTURBED:.0%} of a core meanwhile; `~`: the quietest one, where that was so in every round.\n"
+    )
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def decides(results: Results) -> str:
+    """The rows that README shows."""
+    rows = []
+
+    def row(what: str, ours: float, best: tuple[str, float], model: str = "float32") -> None:
+        name, theirs = best
+        if ours > 0 and theirs >= 0:
+            ratio = f"{ours / theirs:.1f} ×" if theirs else "-"
+            rows.append({"what": what, "this server": f"{ours:,.0f}", "best other": f"{theirs:,.0f} ({name})", "ratio": ratio})
+
+    for model, peer in (("float32", FASTEST), ("bfloat16", AUTO)):
+        for kind in ("short", "mixed"):
+            what = f"answers/s, {kind} texts, {model}"
+            row(what, results.get(peer, model, f"{kind} 64", "per_s"), results.best(model, f"{kind} 64", "per_s"))
+    name, metric = "at 2 x", "goodput_per_s"
+    row("right answers/s within 1 s at twice its load", results.get(FASTEST, "float32", name, metric),
+        results.best("float32", name, metric))  # fmt: skip
+    return markdown(rows) if rows else ""
+
+
+def each(results: Results, columns: dict[str, Callable[[str], str]]) -> str:
+    """A row for every server, but for those that have nothing to say."""
+    rows = []
+    for peer in results.peers:
+        cells = {title: cell(peer) for title, cell in columns.items()}
+        if set(cells.values()) != {"-"}:
+            rows.append({"server": f"**{peer}**" if peer.startswith(OURS) else peer} | cells)
+    return markdown(rows) if rows else ""
+
+
+def of(results: Results, model: str, what: str, metric: str, digits: int = 0) -> Callable[[str], str]:
+    return lambda peer: results.cell(peer, model, what, metric, digits)
+
+
+def capacity(results: Results) -> str:
+    columns = {f"{kind} {n}": of(results, "float32", f"{kind} {n}", "per_s") for kind in ("short", "mixed") for n in USERS}
+    columns |= {f"bfloat16, {kind} 64": of(results, "bfloat16", f"{kind} 64", "per_s") for kind in ("short", "mixed")}
+    return each(results, columns)
+
+
+def latency(results: Results) -> str:
+    columns = {
+        f"p{p} at {share}": of(results, "float32", f"at {share}", f"p{p}_ms") for share in ("50%", "80%") for p in (50, 99)
+    }
+    return each(results, columns)
+
+
+def overload(results: Results) -> str:
+    columns: dict[str, Callable[[str], str]] = {}
+    for what in ("at 2 x", "at 10 x"):
+        columns |= {
+            f"offered/s {what}": lambda peer, what=what: results.cell(peer, "float32", what, "offered_per_s", spread=False),
+            f"in time/s {what}": of(results, "float32", what, "goodput_per_s"),
+            f"the others got {what}": lambda peer, what=what: others_got(results, peer, what),
+            f"/health within 1 s {what}": lambda peer, what=what: health(results, peer, what),
+            f"answers again after, s {what}": of(results, "float32", what, "recovery_s", 1),
+        }
+    most = results.about["most_per_s"]
+    table = each(results, columns)
+    return table and f"{table}\n\nA client hangs up after {results.about['timeout_s']} s: nothing. No load is above {most:,.0f}/s, all that the generator sends on time.\n"  # fmt: skip
+
+
+def others_got(results: Results, peer: str, what: str) -> str:
+    """Shares of the requests that were not answered in time, by what they got."""
+    total = results.get(peer, "float32", what, "requests")
+    if math.isnan(total):
+        return "-"
+    names = {"503": "503", "504": "504", "lost": "nothing", "other": "another error", "wrong": "a wrong answer"}
+    shares = {name: results.get(peer, "float32", what, f"n_{key}", 0.0) / total for key, name in names.items()}
+    in_time = results.get(peer, "float32", what, "good_share", 0.0)
+    shares["an answer too late"] = max(0.0, results.get(peer, "float32", what, "n_200", 0.0) / total - in_time)
+    return ", ".join(f"{share:.0%} {name}" for name, share in shares.items() if share >= 0.005) or "-"
+
+
+def health(results: Results, peer: str, what: str) -> str:
+    share = results.get(peer, "float32", what, "health_share")
+    return "-" if math.isnan(share) else f"{share:.0%}"
+
+
+def failures(results: Results) -> str:
+    found = results.about["failures"]
+    table = each(results, {name: lambda peer, name=name: found.get(peer, {}).get(name, "-") for name in FAILURES})
+    return table and (
+        f"{table}\n\nA model that takes 0.2 s a call stands in. One bad text: it and seven others arrive together. A client that leaves: "
+        "20 do while the model is busy. Killed, hangs: one text of eight makes the model's process end, or its call never return; "
+        "who can set a limit on a call was given 5 s.\n"
+    )
+
+
+def costs(results: Results) -> str:
+    size = results.about["size"]
+    overhead = {}
+    for n in (1, 32):
+        overhead[f"instant model, requests/s, {n}"] = of(results, "instant", f"instant {n}", "per_s")
+        overhead[f"added ms, {n}"] = of(results, "instant", f"instant {n}", "ms", 2)
+    table = each(results, {
+        "first answer, s": of(results, "float32", "start", "first_answer_s", 1),
+        "memory, MB": of(results, "float32", "memory", "mb"),
+        "installed, MB": lambda peer: f"{size[peer]['installed_mb']:,}" if peer in size else "-",
+        "lines to write": lambda peer: str(size[peer]["lines"]) if peer in size else "-",
+        **overhead,
+    })  # fmt: skip
+    return table and (
+        f"{table}\n\nMemory: all of its processes, shared pages once (PSS). Installed: its requirements and all that these require, "
+        "with the CPU build of torch. Lines: without comments and the model's own; this server is ready-made, its about 3,000 lines are "
+        "yours once you copy them. Added: what a request takes when the model takes nothing, at so many connections.\n"
+    )
+
+
+def embeddings(results: Results) -> str:
+    names = [name for name in PEERS if "embeddings" in PEERS[name].kinds]
+    rows = [
+        {"server": name} | {f"{kind} {n}": results.cell(name, "embeddings", f"{kind} {n}", "per_s") for kind in ("short", "mixed") for n in (1, 32)}
+        for name in names
+        if not math.isnan(results.get(name, "embeddings", "short 1", "per_s"))
+    ]  # fmt: skip
+    return markdown(rows) if rows else ""
+
+
+def losses(results: Results) -> str:
+    """Every measured number in which another server beats the best of ours."""
+    asked = [
+        *(("float32", f"{kind} {n}", "per_s", True, f"answers/s, {kind}, {n} connections") for kind in ("short", "mixed") for n in USERS),
+        *(("float32", what, "goodput_per_s", True, f"right answers/s within 1 s {what}") for what in ("at 2 x", "at 10 x")),
+        ("float32", "start", "first_answer_s", False, "seconds to the first answer"),
+        ("float32", "memory", "mb", False, "memory, MB"),
+        *(("instant", f"instant {n}", "per_s", True, f"requests/s of an instant model, {n} connections") for n in (1, 32)),
+    ]  # fmt: skip
+    lines = []
+    for model, what, metric, more_is_better, title in asked:
+        values = {name: results.get(name, model, what, metric) for name in results.peers}
+        values = {name: value for name, value in values.items() if not math.isnan(value)}
+        ours = {name: value for name, value in values.items() if name.startswith(OURS)}
+        if not ours or len(ours) == len(values):
+            continue
+        best = (max if more_is_better else min)(ours.values())
+        better = {n: v for n, v in values.items() if n not in ours and (v > best if more_is_better else v < best)}
+        if better:
+            order = sorted(better.items(), key=lambda item: -item[1] if more_is_better else item[1])
+            digits = 1 if best < 10 else 0
+            who = ", ".join(f"{name} {value:,.{digits}f}" for name, value in order)
+            lines.append(f"- {title}: {who}; ours {best:,.{digits}f}")
+    lines.append(
+        "- A blocked loop serves in the order of arrival, without a word of refusal; TorchServe and Triton manage many models and their "
+        "versions at run time; Triton has streams and ensembles; Ray Serve spreads over machines: see the features."
+    )
+    return "\n".join(lines)
+
+
+def features() -> str:
+    """features.csv as a table; a cell that was read, not run, links to its page."""
+    with (FOLDER / "features.csv").open(newline="") as file:
+        cells = list(csv.DictReader(file))
+    servers = list(dict.fromkeys(cell["server"] for cell in cells))
+    by_feature: dict[str, dict[str, str]] = {}
+    for cell in cells:
+        page = "" if cell["source"] == "run" else f" [†]({cell['source']})"
+        by_feature.setdefault(cell["feature"], {})[cell["server"]] = cell["value"] + page
+    rows = [{"": name} | {server: found.get(server, "-") for server in servers} for name, found in by_feature.items()]
+    return f"{markdown(rows)}\n\nSeen by running it, or † read on that page."
+
+
+def not_run(results: Results) -> str:
+    failed = "".join(f"- {name}: {why}\n" for name, why in results.about["failed"].items())
+    return failed + GONE.strip()
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def colour(peer: str, best: list[str]) -> str:
+    """Ours in blue, then the best of the others; the rest is grey."""
+    if peer.startswith(OURS):
+        return COLOURS[0]
+    return (COLOURS[1], COLOURS[2], COLOURS[3], COLOURS[4])[best.index(peer)] if peer in best else GREY
+
+
+def draw_capacity(results: Results) -> Figure:
+    """Two bars a server: short and mixed texts, at 64 connections."""
+    peers = [name for name in results.peers if not math.isnan(results.get(name, "float32", "short 64", "per_s"))]
+    shown = [(AUTO, "bfloat16")] * (not math.isnan(results.get(AUTO, "bfloat16", "short 64", "per_s")))
+    shown += [(name, "float32") for name in peers]
+    ratios = []
+    for kind in ("short", "mixed"):
+        best = results.best("float32", f"{kind} 64", "per_s")[1]
+        ratios.append(results.get(FASTEST, "float32", f"{kind} 64", "per_s") / best if best > 0 else math.nan)
+    title = "Answers a second from one core, one model, the same answers"
+    if not any(map(math.isnan, ratios)):
+        title = f"One core, one model, the same answers: {ratios[0]:.1f} times as many\nas the best other server, {ratios[1]:.0f} times when lengths are mixed"  # fmt: skip
+    figure, axes = frame(title, 2.4 + 0.5 * len(shown))
+    most = max((results.get(name, model, "short 64", "per_s") for name, model in shown), default=1.0)
+    for i, (name, model) in enumerate(shown):
+        for kind, offset, alpha in (("short", -0.2, 1.0), ("mixed", 0.2, 0.5)):
+            value = results.get(name, model, f"{kind} 64", "per_s")
+            axes.barh(i + offset, value, 0.38, color=colour(name, []), alpha=alpha)
+            words = f" {kind} texts" if i == 0 else ""
+            axes.text(value + most * 0.01, i + offset, f"{value:,.0f}{words}", va="center", fontsize=10, color="#333333")
+    axes.set_yticks(range(len(shown)), [f"{name}{', bfloat16' * (name == AUTO)}".replace(", auto", "") for name, _ in shown])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlim(0, most * 1.25)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("answers per second; mixed: one text in ten has 200 tokens")
+    return figure
+
+
+def draw_overload(results: Results) -> Figure:
+    """Right answers within a second, by offered load; labels stand at the lines' ends."""
+    lines = {}
+    for name in results.peers:
+        points = [
+            (results.get(name, "float32", what, "offered_per_s"), results.get(name, "float32", what, "goodput_per_s"))
+            for what in LOADS
+        ]
+        if not any(math.isnan(value) for point in points for value in point):
+            lines[name] = points
+    others = sorted((name for name in lines if not name.startswith(OURS)), key=lambda name: -lines[name][2][1])
+    best = others[:4]
+    title = "Right answers within a second, against what is asked for"
+    if FASTEST in lines and others:
+        here, theirs = lines[FASTEST][2][1], lines[others[0]][2][1]
+        title = f"Asked for twice what they can: {here:,.0f} right answers a second\nwithin a second here, {theirs:,.0f} at the best other server"
+    figure, axes = frame(title, 8)
+    for name, points in lines.items():
+        tone, front = colour(name, best), name in best or name.startswith(OURS)
+        width = 3 if name == FASTEST else 1.8 if front else 1.0
+        axes.plot(*zip(*points, strict=True), color=tone, linewidth=width, marker="o", markersize=4, zorder=3 if front else 2)
+    label_ends(axes, {name: points[-1] for name, points in lines.items() if name in best or name.startswith(OURS)}, best)
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(right=axes.get_xlim()[1] * 4)
+    plain_numbers(axes.xaxis)
+    axes.set_xlabel("requests per second (50 %, 80 %, 2 ×, 10 × of its own capacity); grey: all others")
+    axes.set_ylabel("right answers per second within 1 s")
+    return figure
+
+
+def label_ends(axes: Any, ends: dict[str, tuple[float, float]], best: list[str]) -> None:
+    """Names right of the lines' ends, pushed apart where they would overlap."""
+    apart = 0.035 * max((y for _, y in ends.values()), default=1.0)
+    right = max((x for x, _ in ends.values()), default=1.0)
+    below = -math.inf
+    for name, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
+        at = below = max(y, below + apart)
+        axes.annotate(name, (x, y), (right * 1.15, at), color=colour(name, best), va="center", fontsize=11,
+                      arrowprops={"arrowstyle": "-", "color": colour(name, best), "linewidth": 0.5})  # fmt: skip

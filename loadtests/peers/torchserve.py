@@ -2,7 +2,8 @@
 
     python -m loadtests.peers.torchserve PORT
 
-This file is the handler, and packs itself with torch-model-archiver. 32 texts or 10 ms; one worker; a queue of 1,000.
+This file is the handler, and packs itself with torch-model-archiver. 32 texts or 10 ms; one worker; a queue of 64: more
+can't be answered within a second.
 """
 
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from loadtests.peers import model
 
-MODEL = """minWorkers: 1\nmaxWorkers: 1\nbatchSize: 32\nmaxBatchDelay: 10\njobQueueSize: 1000\nresponseTimeout: {timeout}
+MODEL = """minWorkers: 1\nmaxWorkers: 1\nbatchSize: 32\nmaxBatchDelay: 10\njobQueueSize: 64\nresponseTimeout: {timeout}
 """
 SERVER = """inference_address=http://127.0.0.1:{0}\nmanagement_address=http://127.0.0.1:{1}
 metrics_address=http://127.0.0.1:{2}\ngrpc_inference_address=127.0.0.1\ngrpc_management_address=127.0.0.1

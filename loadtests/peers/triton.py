@@ -2,7 +2,7 @@
 
     python -m loadtests.peers.triton PORT
 
-Batches of 32 at most, 10 ms; one instance. Texts and answers travel as bytes in its JSON (KServe's protocol v2).
+Batches of 32 at most, 10 ms; one instance; a queue of 64: more can't be answered within a second. Texts and answers travel as bytes in its JSON (KServe's protocol v2).
 """
 
 import json
@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 from pytriton.decorators import batch
-from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
+from pytriton.model_config import DynamicBatcher, ModelConfig, QueuePolicy, Tensor
 from pytriton.triton import Triton, TritonConfig
 
 from loadtests.peers import model
@@ -28,7 +28,7 @@ if __name__ == "__main__":
     port = int(sys.argv[1])
     config = TritonConfig(http_address="127.0.0.1", http_port=port, grpc_address="127.0.0.1", grpc_port=port + 1,
                           metrics_address="127.0.0.1", metrics_port=port + 2, log_verbose=0)  # fmt: skip
-    batcher = DynamicBatcher(max_queue_delay_microseconds=10_000)
+    batcher = DynamicBatcher(max_queue_delay_microseconds=10_000, default_queue_policy=QueuePolicy(max_queue_size=64))
     with Triton(config=config) as triton:
         triton.bind(
             model_name="fill_mask",

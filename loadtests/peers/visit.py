@@ -105,8 +105,9 @@ class Visit:
             with self.watch() as others:
                 options = {"rate_per_s": max(1.0, share * capacity), "duration_s": LATENCY_S * self.scale}
                 df = self.load("open", limit_s=5.0, timeout_s=5.0, **options)
-            found = drive.summary(df, 5.0)
-            keep = {name: found[name] for name in ("offered_per_s", "p50_ms", "p99_ms", "lateness_p99_ms")}
+            found = drive.summary(df, LIMIT_S)
+            names = ("offered_per_s", "goodput_per_s", "p50_ms", "p99_ms", "lateness_p99_ms")
+            keep = {name: found[name] for name in names}
             self.note(f"at {share:.0%}", others[0], **keep, **counts(df))
 
     def overload(self, capacity: float, times: int) -> None:
@@ -127,6 +128,7 @@ class Visit:
             others[0],
             offered_per_s=found["offered_per_s"],
             goodput_per_s=found["goodput_per_s"],
+            good_share=found["good_share"],
             lateness_p99_ms=found["lateness_p99_ms"],
             health_share=float(in_time.mean()),
             health_p99_ms=float(health["latency_ms"].quantile(0.99)),
