@@ -1,9 +1,9 @@
-# make serve · test · compare · notebooks · lint: each does its own set-up. PYTHON=python3.12 make serve picks another.
+# make serve · test · compare · peers · notebooks · lint: each does its own set-up. PYTHON=python3.12 make serve picks another.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-slow bench compare plan lint notebooks lessons
+.PHONY: serve test test-slow bench compare peers plan lint notebooks lessons
 
 serve: $(VENV)/serve
 	$(BIN)/uvicorn server:app
@@ -21,6 +21,9 @@ bench: $(VENV)/dev
 
 compare: $(VENV)/dev
 	$(BIN)/python -m loadtests.compare
+
+peers: $(VENV)/dev  # PEERS="litserve mosec" for some of them
+	$(BIN)/python -m loadtests.peers $(if $(PEERS),--peers $(PEERS))
 
 plan: $(VENV)/dev
 	$(BIN)/python -m loadtests.planner $(PLAN)

@@ -36,6 +36,8 @@ SERVER_CPU, CLIENT_CPU = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(
 class Client(Connection):
     """Sends one request again and again over one connection; notes when each reply was complete."""
 
+    ended = False
+
     def __init__(self, request: bytes) -> None:
         self.request = request
         self.done_at: list[float] = []
@@ -67,6 +69,10 @@ async def ask(url: str, requests: list[bytes], duration_s: float, client: type[C
     began = time.perf_counter()
     await asyncio.sleep(duration_s)
     ended = time.perf_counter()
+    for asker in askers:
+        asker.ended = True
+        asker.transport.abort()
+    await asyncio.sleep(0)  # or the transports outlive the loop
     if errors := sum(asker.errors for asker in askers):
         raise RuntimeError(f"{errors} replies were not 200")
     done = sum(began <= at < ended for asker in askers for at in asker.done_at)

@@ -33,7 +33,11 @@ class Expected:
         """Whether it is the pipeline's answer to this text, within the tolerance."""
         expected = self.answers[text]
         try:
-            return self._is_near(expected, answer) if isinstance(expected[0], list) else is_parallel(expected, answer)
+            return (
+                self._is_near(expected, answer)
+                if isinstance(expected[0], list)
+                else is_parallel(expected, answer)
+            )
         except (TypeError, LookupError, ValueError):
             return False
 

@@ -90,7 +90,9 @@ class Run:
 def order(peers: list[Peer], rounds: dict[str, int]) -> Iterator[tuple[Peer, str, int]]:
     """Each round visits every peer once with each model, in an order of its own."""
     for repeat in range(max(rounds.values())):
-        visits = [(peer, model, repeat) for peer in peers for model in peer.kinds if repeat < rounds.get(model, 0)]
+        visits = [
+            (peer, model, repeat) for peer in peers for model in peer.kinds if repeat < rounds.get(model, 0)
+        ]
         yield from random.Random(repeat).sample(visits, len(visits))
 
 
@@ -130,17 +132,25 @@ def expected_answers(models: set[str]) -> dict[str, str]:
 def main(argv: list[str] | None = None) -> int:
     """Run it; return how many visits failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="once and short: shows that it works, measures little")
+    parser.add_argument(
+        "--quick", action="store_true", help="once and short: shows that it works, measures little"
+    )
     parser.add_argument(
         "--peers", nargs="*", choices=PEERS, metavar="PEER", help=f"besides this server: {', '.join(PEERS)}"
     )
-    parser.add_argument("--models", nargs="+", choices=ROUNDS, default=list(ROUNDS), metavar="MODEL", help=", ".join(ROUNDS))
-    parser.add_argument("--rounds", type=int, help="of each model; default: 3 of float32, fewer of the others")
+    parser.add_argument(
+        "--models", nargs="+", choices=ROUNDS, default=list(ROUNDS), metavar="MODEL", help=", ".join(ROUNDS)
+    )
+    parser.add_argument(
+        "--rounds", type=int, help="of each model; default: 3 of float32, fewer of the others"
+    )
     parser.add_argument("--only", action="store_true", help="the chosen peers only, without this server")
     parser.add_argument("--out", type=Path, help="folder for the results; only a whole run has a default")
     parser.add_argument("--redraw", action="store_true", help="only make the tables and pictures anew")
     options = parser.parse_args(argv)
-    if (options.quick or options.peers or options.rounds or set(options.models) != set(ROUNDS)) and not options.out:
+    if (
+        options.quick or options.peers or options.rounds or set(options.models) != set(ROUNDS)
+    ) and not options.out:
         options.out = CACHE / "results"  # a part must not overwrite the whole
     out = options.out or Path(__file__).parent.parent / "results"
     if options.redraw:
@@ -167,7 +177,11 @@ def main(argv: list[str] | None = None) -> int:
     about["pinning"] = f"server on core {sorted(server_cpus)}, load generator on core {sorted(client_cpus)}"
     visits = list(order(peers, rounds))
     minutes = sum(VISIT_S[model] * (0.5 if options.quick else 1.0) for _, model, _ in visits) / 60
-    print(f"{len(visits)} visits of {len(peers)} servers, about {minutes:.0f} minutes; {about['pinning']}", flush=True)
+    print(
+        f"{len(visits)} visits of {len(peers)} servers, about {minutes:.0f} minutes; {about['pinning']}",
+        flush=True,
+    )
+    had = os.sched_getaffinity(0)
     os.sched_setaffinity(0, client_cpus)
     answers = expected_answers({model for _, model, _ in visits})
     with drive.generator(client_cpus) as locust:
@@ -180,6 +194,7 @@ def main(argv: list[str] | None = None) -> int:
                 about["failed"].setdefault(peer.name, f"{model}: {exc}")
                 progress.write(f"{peer.name}, {model} failed: {exc}")
             run.save()
+    os.sched_setaffinity(0, had)
     report.write(out)
     print((out / "peers.md").read_text())
     return len(about["failed"])

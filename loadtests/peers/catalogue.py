@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from loadtests.forms import FORMS, Form
@@ -51,7 +50,9 @@ class Peer(Mode):
         """The environment variables that give it a model: float32, bfloat16, instant or tricks."""
         folder = str(MODEL)
         env = {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *([self.env["PYTHONPATH"]] if "PYTHONPATH" in self.env else [])]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT), *([self.env["PYTHONPATH"]] if "PYTHONPATH" in self.env else [])]
+            ),
             "PEER_MODEL": kind if kind in ("instant", "tricks") else folder,
             "PEER_DTYPE": kind if kind == "bfloat16" else "float32",
             "OMP_NUM_THREADS": "1",
@@ -64,7 +65,10 @@ class Peer(Mode):
         if kind == "tricks":
             env |= {"PEER_TIMEOUT_S": FAILURE_S, "HANG_S": FAILURE_S, "PEER_CALLS": str(calls)}
         if self.is_ours and kind in ("instant", "tricks"):
-            env["MODEL"] = {"instant": "loadtests.bench_apps:Instant", "tricks": "loadtests.peers.model:Tricks"}[kind]
+            env["MODEL"] = {
+                "instant": "loadtests.bench_apps:Instant",
+                "tricks": "loadtests.peers.model:Tricks",
+            }[kind]
         return env
 
 

@@ -41,7 +41,11 @@ class NotInstalled(Exception):
 
 def requirements(peer: Peer) -> list[str]:
     """The lines of its file; of ours, those that serving needs."""
-    file = FOLDER / "requirements" / f"{peer.needs}.txt" if peer.needs else FOLDER.parent.parent / "requirements.txt"
+    file = (
+        FOLDER / "requirements" / f"{peer.needs}.txt"
+        if peer.needs
+        else FOLDER.parent.parent / "requirements.txt"
+    )
     lines = (line.partition("#")[0].strip() for line in file.read_text().splitlines())
     return [line for line in lines if line and not line.startswith("-")]
 
@@ -49,7 +53,10 @@ def requirements(peer: Peer) -> list[str]:
 def is_met(lines: list[str]) -> bool:
     """Whether the interpreter that runs has all of them."""
     try:
-        return all(Requirement(line).specifier.contains(version(Requirement(line).name).partition("+")[0]) for line in lines)
+        return all(
+            Requirement(line).specifier.contains(version(Requirement(line).name).partition("+")[0])
+            for line in lines
+        )
     except PackageNotFoundError:
         return False
 
@@ -73,7 +80,9 @@ def prepare(needs: str, lines: tuple[str, ...]) -> None:
     except subprocess.TimeoutExpired:
         raise NotInstalled(f"pip took more than {INSTALL_S} s") from None
     if found.returncode:
-        reasons = [line for line in found.stderr.splitlines() if line.startswith("ERROR")] or found.stderr.splitlines()
+        reasons = [
+            line for line in found.stderr.splitlines() if line.startswith("ERROR")
+        ] or found.stderr.splitlines()
         raise NotInstalled(f"pip: {reasons[-1][:200]}" if reasons else "pip failed")
     done.write_text(json.dumps(lines))
 

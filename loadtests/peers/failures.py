@@ -20,8 +20,8 @@ Found = dict[str, str]
 
 
 def told(outcomes: list[str]) -> str:
-    """7 × 200, 1 × 500."""
-    return ", ".join(f"{n} × {outcome}" for outcome, n in Counter(outcomes).most_common()) or "none"
+    """7 x 200, 1 x 500."""
+    return ", ".join(f"{n} x {outcome}" for outcome, n in Counter(outcomes).most_common()) or "none"
 
 
 class Failures:
@@ -99,7 +99,11 @@ class Failures:
             while server.process.poll() is None and time.monotonic() < signalled_at + BACK_S:
                 time.sleep(0.02)
             took_s = time.monotonic() - signalled_at
-        gone = f"gone after {took_s:.1f} s" if server.process.poll() is not None else f"still there after {BACK_S:g} s"
+        gone = (
+            f"gone after {took_s:.1f} s"
+            if server.process.poll() is not None
+            else f"still there after {BACK_S:g} s"
+        )
         later = " or ".join(sorted(set(after))) or "nobody asked"
         return {"SIGTERM under load": f"under way {told(before)}; later {later}; {gone}"}
 

@@ -2,7 +2,7 @@
 
     uvicorn loadtests.peers.onnx:app
 
-`torch.onnx.export` writes the model once; the runtime optimises its graph; tokenizer and top five are written by hand.
+`torch.onnx.export` writes the model once; the runtime optimises its graph, on the one core that it is given.
 """
 
 from pathlib import Path
@@ -20,13 +20,12 @@ FILE = Path(".peers/fill_mask.onnx")
 
 def load(folder):
     if not FILE.exists():
-        sizes, ones = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}, torch.ones(2, 8, dtype=torch.int64)
+        sizes = dict(enumerate(map(torch.export.Dim, ["batch", "tokens"])))
+        ones = torch.ones(2, 8, dtype=torch.int64)
         net = AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager").eval()
-        names, shapes = ["input_ids", "attention_mask"], (sizes, sizes)
-        torch.onnx.export(net, (ones, ones), FILE, input_names=names, dynamic_shapes=shapes, dynamo=True)
-    tokenizer, options = AutoTokenizer.from_pretrained(folder), onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(FILE, options)
+        args = {"input_names": ["input_ids", "attention_mask"], "dynamic_shapes": (sizes, sizes)}
+        torch.onnx.export(net, (ones, ones), FILE, **args, dynamo=True)
+    tokenizer, session = AutoTokenizer.from_pretrained(folder), onnxruntime.InferenceSession(FILE)
 
     def predict(texts):
         inputs = dict(tokenizer(texts, padding=True, return_tensors="np", return_token_type_ids=False))

@@ -44,7 +44,9 @@ class Results:
         least = rows.groupby(cell)["others"].transform("min")
         kept = rows[(rows["others"] <= DISTURBED) | (rows["others"] == least)]
         grouped = kept.groupby(cell)
-        self.median, self.least, self.most = (getattr(grouped["value"], f)() for f in ("median", "min", "max"))
+        self.median, self.least, self.most = (
+            getattr(grouped["value"], f)() for f in ("median", "min", "max")
+        )
         self.quietest = grouped["others"].min()
         self.repeats = int(rows["repeat"].max()) + 1 if len(rows) else 0
         seen = set(rows["peer"]) | set(self.about["failures"])
@@ -54,7 +56,9 @@ class Results:
     def get(self, peer: str, model: str, what: str, metric: str, default: float = math.nan) -> float:
         return float(self.median.get((peer, model, what, metric), default))
 
-    def cell(self, peer: str, model: str, what: str, metric: str, digits: int = 0, *, spread: bool = True) -> str:
+    def cell(
+        self, peer: str, model: str, what: str, metric: str, digits: int = 0, *, spread: bool = True
+    ) -> str:
         """The median, its spread where there is one, `~` before what was disturbed in every round."""
         key = (peer, model, what, metric)
         if key not in self.median:
@@ -65,7 +69,11 @@ class Results:
 
     def best(self, model: str, what: str, metric: str) -> tuple[str, float]:
         """The best of the others."""
-        others = {name: self.get(name, model, what, metric, -1.0) for name in self.peers if not name.startswith(OURS)}
+        others = {
+            name: self.get(name, model, what, metric, -1.0)
+            for name in self.peers
+            if not name.startswith(OURS)
+        }
         name = max(others, key=lambda name: others[name], default="")
         return name, others.get(name, math.nan)
 
@@ -89,7 +97,9 @@ def write(out: Path) -> None:
         ("Features", features()),
         ("Not run", not_run(results)),
     ]
-    text = "".join(f"\n## {title}\n\n{body.strip()}\n" if title else f"{body.strip()}\n" for title, body in parts if body)
+    text = "".join(
+        f"\n## {title}\n\n{body.strip()}\n" if title else f"{body.strip()}\n" for title, body in parts if body
+    )
     (out / "peers.md").write_text(f"{about(results)}\n{text}")
     for name, draw in {"peers": draw_capacity, "peers-overload": draw_overload}.items():
         figure = draw(results)
@@ -123,13 +133,24 @@ def decides(results: Results) -> str:
     def row(what: str, ours: float, best: tuple[str, float], model: str = "float32") -> None:
         name, theirs = best
         if ours > 0 and theirs >= 0:
-            ratio = f"{ours / theirs:.1f} ×" if theirs else "-"
-            rows.append({"what": what, "this server": f"{ours:,.0f}", "best other": f"{theirs:,.0f} ({name})", "ratio": ratio})
+            ratio = f"{ours / theirs:.1f} x" if theirs else "-"
+            rows.append(
+                {
+                    "what": what,
+                    "this server": f"{ours:,.0f}",
+                    "best other": f"{theirs:,.0f} ({name})",
+                    "ratio": ratio,
+                }
+            )
 
     for model, peer in (("float32", FASTEST), ("bfloat16", AUTO)):
         for kind in ("short", "mixed"):
             what = f"answers/s, {kind} texts, {model}"
-            row(what, results.get(peer, model, f"{kind} 64", "per_s"), results.best(model, f"{kind} 64", "per_s"))
+            row(
+                what,
+                results.get(peer, model, f"{kind} 64", "per_s"),
+                results.best(model, f"{kind} 64", "per_s"),
+            )
     name, metric = "at 2 x", "goodput_per_s"
     row("right answers/s within 1 s at twice its load", results.get(FASTEST, "float32", name, metric),
         results.best("float32", name, metric))  # fmt: skip
@@ -151,14 +172,22 @@ def of(results: Results, model: str, what: str, metric: str, digits: int = 0) ->
 
 
 def capacity(results: Results) -> str:
-    columns = {f"{kind} {n}": of(results, "float32", f"{kind} {n}", "per_s") for kind in ("short", "mixed") for n in USERS}
-    columns |= {f"bfloat16, {kind} 64": of(results, "bfloat16", f"{kind} 64", "per_s") for kind in ("short", "mixed")}
+    columns = {
+        f"{kind} {n}": of(results, "float32", f"{kind} {n}", "per_s")
+        for kind in ("short", "mixed")
+        for n in USERS
+    }
+    columns |= {
+        f"bfloat16, {kind} 64": of(results, "bfloat16", f"{kind} 64", "per_s") for kind in ("short", "mixed")
+    }
     return each(results, columns)
 
 
 def latency(results: Results) -> str:
     columns = {
-        f"p{p} at {share}": of(results, "float32", f"at {share}", f"p{p}_ms") for share in ("50%", "80%") for p in (50, 99)
+        f"p{p} at {share}": of(results, "float32", f"at {share}", f"p{p}_ms")
+        for share in ("50%", "80%")
+        for p in (50, 99)
     }
     return each(results, columns)
 
@@ -167,7 +196,9 @@ def overload(results: Results) -> str:
     columns: dict[str, Callable[[str], str]] = {}
     for what in ("at 2 x", "at 10 x"):
         columns |= {
-            f"offered/s {what}": lambda peer, what=what: results.cell(peer, "float32", what, "offered_per_s", spread=False),
+            f"offered/s {what}": lambda peer, what=what: results.cell(
+                peer, "float32", what, "offered_per_s", spread=False
+            ),
             f"in time/s {what}": of(results, "float32", what, "goodput_per_s"),
             f"the others got {what}": lambda peer, what=what: others_got(results, peer, what),
             f"/health within 1 s {what}": lambda peer, what=what: health(results, peer, what),
@@ -183,10 +214,20 @@ def others_got(results: Results, peer: str, what: str) -> str:
     total = results.get(peer, "float32", what, "requests")
     if math.isnan(total):
         return "-"
-    names = {"503": "503", "504": "504", "lost": "nothing", "other": "another error", "wrong": "a wrong answer"}
-    shares = {name: results.get(peer, "float32", what, f"n_{key}", 0.0) / total for key, name in names.items()}
+    names = {
+        "503": "503",
+        "504": "504",
+        "lost": "nothing",
+        "other": "another error",
+        "wrong": "a wrong answer",
+    }
+    shares = {
+        name: results.get(peer, "float32", what, f"n_{key}", 0.0) / total for key, name in names.items()
+    }
     in_time = results.get(peer, "float32", what, "good_share", 0.0)
-    shares["an answer too late"] = max(0.0, results.get(peer, "float32", what, "n_200", 0.0) / total - in_time)
+    shares["an answer too late"] = max(
+        0.0, results.get(peer, "float32", what, "n_200", 0.0) / total - in_time
+    )
     return ", ".join(f"{share:.0%} {name}" for name, share in shares.items() if share >= 0.005) or "-"
 
 
@@ -197,7 +238,9 @@ def health(results: Results, peer: str, what: str) -> str:
 
 def failures(results: Results) -> str:
     found = results.about["failures"]
-    table = each(results, {name: lambda peer, name=name: found.get(peer, {}).get(name, "-") for name in FAILURES})
+    table = each(
+        results, {name: lambda peer, name=name: found.get(peer, {}).get(name, "-") for name in FAILURES}
+    )
     return table and (
         f"{table}\n\nA model that takes 0.2 s a call stands in. One bad text: it and seven others arrive together. A client that leaves: "
         "20 do while the model is busy. Killed, hangs: one text of eight makes the model's process end, or its call never return; "
@@ -252,7 +295,9 @@ def losses(results: Results) -> str:
         if not ours or len(ours) == len(values):
             continue
         best = (max if more_is_better else min)(ours.values())
-        better = {n: v for n, v in values.items() if n not in ours and (v > best if more_is_better else v < best)}
+        better = {
+            n: v for n, v in values.items() if n not in ours and (v > best if more_is_better else v < best)
+        }
         if better:
             order = sorted(better.items(), key=lambda item: -item[1] if more_is_better else item[1])
             digits = 1 if best < 10 else 0
@@ -274,7 +319,10 @@ def features() -> str:
     for cell in cells:
         page = "" if cell["source"] == "run" else f" [†]({cell['source']})"
         by_feature.setdefault(cell["feature"], {})[cell["server"]] = cell["value"] + page
-    rows = [{"": name} | {server: found.get(server, "-") for server in servers} for name, found in by_feature.items()]
+    rows = [
+        {"": name} | {server: found.get(server, "-") for server in servers}
+        for name, found in by_feature.items()
+    ]
     return f"{markdown(rows)}\n\nSeen by running it, or † read on that page."
 
 
@@ -295,7 +343,9 @@ def colour(peer: str, best: list[str]) -> str:
 
 def draw_capacity(results: Results) -> Figure:
     """Two bars a server: short and mixed texts, at 64 connections."""
-    peers = [name for name in results.peers if not math.isnan(results.get(name, "float32", "short 64", "per_s"))]
+    peers = [
+        name for name in results.peers if not math.isnan(results.get(name, "float32", "short 64", "per_s"))
+    ]
     shown = [(AUTO, "bfloat16")] * (not math.isnan(results.get(AUTO, "bfloat16", "short 64", "per_s")))
     shown += [(name, "float32") for name in peers]
     ratios = []
@@ -312,8 +362,18 @@ def draw_capacity(results: Results) -> Figure:
             value = results.get(name, model, f"{kind} 64", "per_s")
             axes.barh(i + offset, value, 0.38, color=colour(name, []), alpha=alpha)
             words = f" {kind} texts" if i == 0 else ""
-            axes.text(value + most * 0.01, i + offset, f"{value:,.0f}{words}", va="center", fontsize=10, color="#333333")
-    axes.set_yticks(range(len(shown)), [f"{name}{', bfloat16' * (name == AUTO)}".replace(", auto", "") for name, _ in shown])
+            axes.text(
+                value + most * 0.01,
+                i + offset,
+                f"{value:,.0f}{words}",
+                va="center",
+                fontsize=10,
+                color="#333333",
+            )
+    axes.set_yticks(
+        range(len(shown)),
+        [f"{name}{', bfloat16' * (name == AUTO)}".replace(", auto", "") for name, _ in shown],
+    )
     axes.set_ylim(len(shown) - 0.4, -0.6)
     axes.set_xlim(0, most * 1.25)
     axes.grid(visible=False, axis="y")
@@ -326,12 +386,17 @@ def draw_overload(results: Results) -> Figure:
     lines = {}
     for name in results.peers:
         points = [
-            (results.get(name, "float32", what, "offered_per_s"), results.get(name, "float32", what, "goodput_per_s"))
+            (
+                results.get(name, "float32", what, "offered_per_s"),
+                results.get(name, "float32", what, "goodput_per_s"),
+            )
             for what in LOADS
         ]
         if not any(math.isnan(value) for point in points for value in point):
             lines[name] = points
-    others = sorted((name for name in lines if not name.startswith(OURS)), key=lambda name: -lines[name][2][1])
+    others = sorted(
+        (name for name in lines if not name.startswith(OURS)), key=lambda name: -lines[name][2][1]
+    )
     best = others[:4]
     title = "Right answers within a second, against what is asked for"
     if FASTEST in lines and others:
@@ -341,13 +406,24 @@ def draw_overload(results: Results) -> Figure:
     for name, points in lines.items():
         tone, front = colour(name, best), name in best or name.startswith(OURS)
         width = 3 if name == FASTEST else 1.8 if front else 1.0
-        axes.plot(*zip(*points, strict=True), color=tone, linewidth=width, marker="o", markersize=4, zorder=3 if front else 2)
-    label_ends(axes, {name: points[-1] for name, points in lines.items() if name in best or name.startswith(OURS)}, best)
+        axes.plot(
+            *zip(*points, strict=True),
+            color=tone,
+            linewidth=width,
+            marker="o",
+            markersize=4,
+            zorder=3 if front else 2,
+        )
+    label_ends(
+        axes,
+        {name: points[-1] for name, points in lines.items() if name in best or name.startswith(OURS)},
+        best,
+    )
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlim(right=axes.get_xlim()[1] * 4)
     plain_numbers(axes.xaxis)
-    axes.set_xlabel("requests per second (50 %, 80 %, 2 ×, 10 × of its own capacity); grey: all others")
+    axes.set_xlabel("requests per second (50 %, 80 %, 2 x, 10 x of its own capacity); grey: all others")
     axes.set_ylabel("right answers per second within 1 s")
     return figure
 

@@ -28,7 +28,9 @@ if __name__ == "__main__":
     port = int(sys.argv[1])
     config = TritonConfig(http_address="127.0.0.1", http_port=port, grpc_address="127.0.0.1", grpc_port=port + 1,
                           metrics_address="127.0.0.1", metrics_port=port + 2, log_verbose=0)  # fmt: skip
-    batcher = DynamicBatcher(max_queue_delay_microseconds=10_000, default_queue_policy=QueuePolicy(max_queue_size=64))
+    batcher = DynamicBatcher(
+        max_queue_delay_microseconds=10_000, default_queue_policy=QueuePolicy(max_queue_size=64)
+    )
     with Triton(config=config) as triton:
         triton.bind(
             model_name="fill_mask",

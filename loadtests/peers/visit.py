@@ -24,7 +24,10 @@ from loadtests.modes import Server, start
 from loadtests.peers.catalogue import Peer
 
 TEXT = "Paris is the [MASK] of France."
-LIMIT_S, TIMEOUT_S = 1.0, 1.5  # overload: an answer after the first is worth nothing; after the second the client hangs up
+LIMIT_S, TIMEOUT_S = (
+    1.0,
+    1.5,
+)  # overload: an answer after the first is worth nothing; after the second the client hangs up
 MOST_PER_S = 1500.0  # more than this the generator's core can't send on time
 START_S = 120.0
 RECOVERY_S = 10.0  # longer is told as "> 10"
@@ -89,7 +92,9 @@ class Visit:
             for n in users:
                 with self.watch() as others:
                     seconds = CAPACITY_S[texts] * self.scale
-                    df = self.load("closed", users=n, duration_s=seconds, texts=texts, limit_s=10.0, timeout_s=20.0)
+                    df = self.load(
+                        "closed", users=n, duration_s=seconds, texts=texts, limit_s=10.0, timeout_s=20.0
+                    )
                 done_s = (df["due_s"] + df["latency_ms"] / 1000)[df["outcome"] == "200"]
                 per_s = len(done_s) / done_s.max() if len(done_s) else 0.0
                 self.note(f"{texts} {n}", others[0], per_s=per_s, **counts(df))
@@ -165,6 +170,8 @@ class Reconnecting(bench.Client):
     """Opens a new connection when the server closes one, as Gunicorn's sync workers do after each reply."""
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self.ended:
+            return
         loop = asyncio.get_running_loop()
         host, port = self.transport.get_extra_info("peername")[:2]
         self.buffer = b""
