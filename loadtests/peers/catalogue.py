@@ -12,7 +12,7 @@ MODEL = ROOT / "models" / "minilm-mlm"
 FOLDER = Path(__file__).parent
 CACHE = ROOT / ".peers"
 OURS = "ours"
-FAILURE_S = "5"  # for who can set a limit on a model's call; what a hang costs is asked with it
+FAILURE_S = "3"  # for who can set a limit on a model's call; what a hang costs is asked with it
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ PEERS = {
         asgi("batch-inference-aio", "batch_inference_aio", "batch_inference"),
         asgi("batch-inference-threads", "batch_inference_threads", "batch_inference", "batch_inference_aio"),
         Peer("litserve", "python -m loadtests.peers.litserve {port}", needs="litserve", form="litserve", code=("litserve",)),
-        Peer("mosec", "python -m loadtests.peers.mosec --capacity 64 --address 127.0.0.1 --port {port}", needs="mosec", form="mosec", code=("mosec",)),
+        Peer("mosec", "python -m loadtests.peers.mosec --capacity 64 --timeout 30000 --address 127.0.0.1 --port {port}", needs="mosec", form="mosec", code=("mosec",)),
         Peer("ray-serve", "python -m loadtests.peers.ray_serve {port}", needs="ray", form="ray", code=("ray_serve",)),
         Peer(
             "bentoml",

@@ -15,7 +15,7 @@ from loadtests.peers.catalogue import Peer
 from loadtests.peers.visit import Reply, ask, running
 
 NEIGHBOURS, LEAVERS, ASKERS = 7, 20, 16
-PATIENCE_S, BACK_S = 8.0, 12.0
+PATIENCE_S, BACK_S = 8.0, 8.0
 Found = dict[str, str]
 
 

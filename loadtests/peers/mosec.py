@@ -1,9 +1,9 @@
 """mosec: https://mosecorg.github.io/mosec/
 
-    python -m loadtests.peers.mosec --capacity 64 --address 127.0.0.1 --port PORT
+    python -m loadtests.peers.mosec --capacity 64 --timeout 30000 --address 127.0.0.1 --port PORT
 
 32 texts or 10 ms; one worker process; who finds 64 before it is refused, as they can't be answered within a second.
-Its time limit is 3 s by default, too short for a batch of long texts here.
+Its time limit for a request is 3 s by default, too short for a batch of long texts here.
 """
 
 import os

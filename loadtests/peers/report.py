@@ -206,7 +206,7 @@ def overload(results: Results) -> str:
         }
     most = results.about["most_per_s"]
     table = each(results, columns)
-    return table and f"{table}\n\nA client hangs up after {results.about['timeout_s']} s: nothing. No load is above {most:,.0f}/s, all that the generator sends on time.\n"  # fmt: skip
+    return table and f"{table}\n\nCounted from the third second of the overload on, when queues have filled. A client hangs up after {results.about['timeout_s']} s: nothing. No load is above {most:,.0f}/s, all that the generator sends on time.\n"  # fmt: skip
 
 
 def others_got(results: Results, peer: str, what: str) -> str:
@@ -244,7 +244,7 @@ def failures(results: Results) -> str:
     return table and (
         f"{table}\n\nA model that takes 0.2 s a call stands in. One bad text: it and seven others arrive together. A client that leaves: "
         "20 do while the model is busy. Killed, hangs: one text of eight makes the model's process end, or its call never return; "
-        "who can set a limit on a call was given 5 s.\n"
+        "who can set a limit on a call was given 3 s.\n"
     )
 
 
@@ -323,7 +323,7 @@ def features() -> str:
         {"": name} | {server: found.get(server, "-") for server in servers}
         for name, found in by_feature.items()
     ]
-    return f"{markdown(rows)}\n\nSeen by running it, or † read on that page."
+    return f"{markdown(rows)}\n\nWithout a mark: seen by running it, or in its installed code. †: read on that page. -: not looked up."
 
 
 def not_run(results: Results) -> str:
@@ -341,6 +341,13 @@ def colour(peer: str, best: list[str]) -> str:
     return (COLOURS[1], COLOURS[2], COLOURS[3], COLOURS[4])[best.index(peer)] if peer in best else GREY
 
 
+def titled(title: str, height: float) -> tuple[Figure, Any]:
+    """A frame whose title starts at the picture's edge: names of servers are long."""
+    figure, axes = frame("", height)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+    return figure, axes
+
+
 def draw_capacity(results: Results) -> Figure:
     """Two bars a server: short and mixed texts, at 64 connections."""
     peers = [
@@ -354,8 +361,8 @@ def draw_capacity(results: Results) -> Figure:
         ratios.append(results.get(FASTEST, "float32", f"{kind} 64", "per_s") / best if best > 0 else math.nan)
     title = "Answers a second from one core, one model, the same answers"
     if not any(map(math.isnan, ratios)):
-        title = f"One core, one model, the same answers: {ratios[0]:.1f} times as many\nas the best other server, {ratios[1]:.0f} times when lengths are mixed"  # fmt: skip
-    figure, axes = frame(title, 2.4 + 0.5 * len(shown))
+        title = f"One core, the same answers: {ratios[0]:.1f} times as many as the best\nother server, {ratios[1]:.0f} times when lengths are mixed"
+    figure, axes = titled(title, 2.4 + 0.5 * len(shown))
     most = max((results.get(name, model, "short 64", "per_s") for name, model in shown), default=1.0)
     for i, (name, model) in enumerate(shown):
         for kind, offset, alpha in (("short", -0.2, 1.0), ("mixed", 0.2, 0.5)):
@@ -402,7 +409,7 @@ def draw_overload(results: Results) -> Figure:
     if FASTEST in lines and others:
         here, theirs = lines[FASTEST][2][1], lines[others[0]][2][1]
         title = f"Asked for twice what they can: {here:,.0f} right answers a second\nwithin a second here, {theirs:,.0f} at the best other server"
-    figure, axes = frame(title, 8)
+    figure, axes = titled(title, 8)
     for name, points in lines.items():
         tone, front = colour(name, best), name in best or name.startswith(OURS)
         width = 3 if name == FASTEST else 1.8 if front else 1.0
@@ -423,7 +430,7 @@ def draw_overload(results: Results) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlim(right=axes.get_xlim()[1] * 4)
     plain_numbers(axes.xaxis)
-    axes.set_xlabel("requests per second (50 %, 80 %, 2 x, 10 x of its own capacity); grey: all others")
+    axes.set_xlabel("requests per second: 50 %, 80 %, 2 x, 10 x of its own capacity")
     axes.set_ylabel("right answers per second within 1 s")
     return figure
 
