@@ -21,10 +21,10 @@ FILE = Path(".peers/fill_mask.onnx")
 def load(folder):
     if not FILE.exists():
         sizes = dict(enumerate(map(torch.export.Dim, ["batch", "tokens"])))
-        ones = torch.ones(2, 8, dtype=torch.int64)
-        net = AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager").eval()
+        ids, mask = torch.ones(2, 2, 8, dtype=torch.int64)  # one tensor for both would be one input
+        net = AutoModelForMaskedLM.from_pretrained(folder, dtype="float32").eval()
         args = {"input_names": ["input_ids", "attention_mask"], "dynamic_shapes": (sizes, sizes)}
-        torch.onnx.export(net, (ones, ones), FILE, **args, dynamo=True)
+        torch.onnx.export(net, (ids, mask.clone()), FILE, **args, dynamo=True)
     tokenizer, session = AutoTokenizer.from_pretrained(folder), onnxruntime.InferenceSession(FILE)
 
     def predict(texts):

@@ -3,6 +3,7 @@
     python -m loadtests.peers.ray_serve PORT
 
 One replica; 32 texts or 10 ms. 64 requests at a time, since the default of 5 would starve the batch; more are refused.
+Its control ports listen on all addresses, with a token, whatever is set here.
 """
 
 import signal
