@@ -131,10 +131,15 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def start(
-    mode: Mode, env: Mapping[str, str] | None = None, *, cpus: set[int] | None = None, wait: bool = True
+    mode: Mode,
+    env: Mapping[str, str] | None = None,
+    *,
+    cpus: set[int] | None = None,
+    wait: bool = True,
+    port: int = 0,
 ) -> Iterator[Server]:
     """Start `mode` on a free port of the loopback interface with extra settings, on `cpus` only; stop it at the end."""
-    port = free_port()
+    port = port or free_port()
     environ = {**os.environ, "PYTHONUNBUFFERED": "1", **BASE, **mode.env, **(env or {})}
     with tempfile.NamedTemporaryFile(prefix=f"{mode.name}-", suffix=".log") as log_file:
         process = subprocess.Popen(

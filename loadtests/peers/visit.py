@@ -5,6 +5,7 @@ import contextlib
 import http.client
 import math
 import os
+import random
 import socket
 import threading
 import time
@@ -189,7 +190,7 @@ class Reconnecting(bench.Client):
 @contextlib.contextmanager
 def running(peer: Peer, model: str, cpus: set[int], calls: Path | None = None) -> Iterator[Server]:
     """The server, answering; at the end all of its processes are killed. Raises RuntimeError when it does not start."""
-    with start(peer, peer.settings(model, calls), cpus=cpus, wait=False) as server:
+    with start(peer, peer.settings(model, calls), cpus=cpus, wait=False, port=free_ports()) as server:
         family: list[psutil.Process] = []
         try:
             wait_for_first_answer(server, peer.asked)
@@ -201,6 +202,16 @@ def running(peer: Peer, model: str, cpus: set[int], calls: Path | None = None) -
             for process in reversed(family):
                 with contextlib.suppress(psutil.Error):
                     process.kill()
+
+
+def free_ports(count: int = 6) -> int:
+    """The first of some ports in a row that are free now; Multi Model Server takes none above 32767."""
+    while True:
+        first = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 def wait_for_first_answer(server: Server, form: Form) -> None:
