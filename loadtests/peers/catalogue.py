@@ -1,6 +1,5 @@
 """The peers: how each is started and asked, and what must be installed for it."""
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +49,7 @@ class Peer(Mode):
         """The environment variables that give it a model: float32, bfloat16, instant or tricks."""
         folder = str(MODEL)
         env = {
-            "PYTHONPATH": os.pathsep.join(
-                [str(ROOT), *([self.env["PYTHONPATH"]] if "PYTHONPATH" in self.env else [])]
-            ),
+            "PYTHONPATH": str(ROOT),
             "PEER_MODEL": kind if kind in ("instant", "tricks") else folder,
             "PEER_DTYPE": kind if kind == "bfloat16" else "float32",
             "OMP_NUM_THREADS": "1",
@@ -123,7 +120,6 @@ PEERS = {
         Peer(
             "triton",
             "python -m loadtests.peers.triton {port}",
-            {"PYTHONPATH": str(FOLDER / "triton_fix")},
             needs="triton",
             form="triton",
             code=("triton",),

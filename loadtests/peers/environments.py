@@ -1,6 +1,7 @@
 """An environment for each file of requirements, in a cache folder; torch and what else fits is the project's own."""
 
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -74,6 +75,8 @@ def prepare(needs: str, lines: tuple[str, ...]) -> None:
     python = folder / "bin" / "python"
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "project.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # behind its own packages
+    if (fix := FOLDER / f"{needs}_fix").exists():
+        shutil.copytree(fix, site, dirs_exist_ok=True)
     command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *lines]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
