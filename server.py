@@ -48,7 +48,7 @@ async def health(request: Request) -> Response:
     service: Service = request.state.service
     trouble = service.trouble()
     status = {
-        "status": "stuck" if trouble else "ok" if service.loop.consumers else "loading",
+        "status": "stuck" if trouble else "ok" if service.loop.copies.loaded else "loading",
         "model": settings.model_name,
         "queue_depth": service.loop.depth,
         "running": service.loop.running,

@@ -246,7 +246,7 @@ def test_a_storm_of_refusals_is_slowed_down_and_a_few_are_not_slowed_at_all() ->
 def test_who_leaves_has_left_the_queue_after_two_sweeps() -> None:
     async def scenario() -> None:
         loop = ModelLoop(max_queue=300)
-        loop.consumers = 1  # which takes nothing
+        loop.copies.loaded = 1  # which takes nothing
         clients, left = Clients(Settings(), loop), asyncio.Event()
 
         async def receive() -> dict[str, str]:

@@ -199,8 +199,8 @@ def test_while_the_only_copy_loads_again_requests_are_refused_with_the_time_that
 ) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         await eventually(client, "/ready", 200)
-        assert 0 < service.loop.load_s < 60
-        service.loop.load_s = 59.5
+        assert 0 < service.loop.copies.load_s < 60
+        service.loop.copies.load_s = 59.5
         loads("wait")
         assert (await client.post("/", content="die")).status_code == 500
         for ask in (client.get("/ready"), client.post("/", content="a text")):
@@ -505,7 +505,7 @@ def test_nothing_is_kept_of_a_request_that_has_ended(gated: type[Gated]) -> None
         clients, loop = service.clients, service.loop
         service.clients.sweep()
         assert not (clients.reading or clients.waiting or clients.seen or clients.watching)
-        assert not (loop.live or loop.running or loop.queue or loop.queue.size or loop.calls)
+        assert not (loop.live or loop.running or loop.queue or loop.queue.size or loop.copies.calls)
 
     with_app(scenario)
 

@@ -17,8 +17,9 @@ from typing import Any
 
 from workers import memory, tasks
 from workers.clients import SWEEP_S, Clients
+from workers.copies import stuck
 from workers.jobs import LOADING, ModelFailed, Refused
-from workers.loop import ModelLoop, stuck
+from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.offload import CannotLoad, Inline, Offload, Thread, attempt_load, in_thread, in_words
 from workers.process import Process
@@ -85,7 +86,7 @@ class Service:
         self.copies = make_copies(self.settings, self.metrics, task)
         for description in await asyncio.gather(*(copy.start() for copy in self.copies)):
             log.info("Serving %s", description)
-        self.loop.load_s = time.monotonic() - began
+        self.loop.copies.load_s = time.monotonic() - began
         await self.warm_up(task)
         memory.keep_what_is_there()
         self.report()
@@ -167,7 +168,7 @@ class Service:
 
     def trouble(self) -> str:
         """Why this process should be restarted; empty while it should be left alone."""
-        if stuck_s := self.loop.stuck_s():
+        if stuck_s := self.loop.copies.stuck_s:
             return f"{stuck(stuck_s)}; restart this server"
         return self.failure
 
