@@ -304,7 +304,7 @@ def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(
 @contextlib.contextmanager
 def serving(model: str = "Model", mode: str = "thread", **env: str) -> Iterator[Server]:
     """A server with the moody model, that is not waited for."""
-    with start(MODES[mode], {"MODEL": f"tests.moody:{model}", "GRACE_S": "2", **env}, wait=False) as server:
+    with start(MODES[mode], {"MODEL": f"tests.moody:{model}", "GRACE_S": "3", **env}, wait=False) as server:
         yield server
 
 
@@ -351,7 +351,7 @@ def ends(server: Server, *signals: int) -> int:
     for number in signals:
         os.killpg(server.process.pid, number)  # a terminal signals them all
         time.sleep(0.05)  # two at once may be one
-    code = server.process.wait(20)
+    code = server.process.wait(60)
     until(lambda: all(gone(process) for process in everybody))
     return code
 
@@ -411,10 +411,10 @@ def test_so_it_does_under_gunicorn(hangs: str, offload: str, way: str) -> None:
 def test_gunicorns_workers_end_before_their_master_or_the_alarm_kills_them(
     hangs: str, number: int, mode: str, workers: int
 ) -> None:
-    with serving(mode=mode, HANGS=hangs, GRACE_S="5") as server:
+    with serving(mode=mode, HANGS=hangs, GRACE_S="20") as server:
         until(lambda: server.log().count("hanging" if hangs else "Serving ") == workers)
         server.process.send_signal(number)  # to the master alone
-        server.process.wait(20)
+        server.process.wait(60)
         assert "SIGKILL" not in server.log() and "SIGALRM" not in server.log()
 
 
@@ -424,7 +424,7 @@ def test_signals_again_and_again_do_not_put_the_end_off() -> None:
         with dial(server) as connection:
             connection.sendall(request("POST", "/", b"hang"))
             until(lambda: "hanging" in server.log())
-            end = time.monotonic() + 20
+            end = time.monotonic() + 60
             while server.process.poll() is None:
                 assert time.monotonic() < end
                 server.process.send_signal(signal.SIGTERM)
@@ -469,7 +469,7 @@ def test_the_copies_of_the_model_end_with_the_service() -> None:
             await service.started.wait()
         (copy,) = service.copies
         assert isinstance(copy, process.Process)
-        assert await asyncio.to_thread(copy.process.wait, 10) == -signal.SIGKILL
+        assert await asyncio.to_thread(copy.process.wait, 30) == -signal.SIGKILL
 
     in_thread(run)
 
