@@ -14,8 +14,6 @@ from loadtests.modes import MODES, ROOT
 from workers.threads import usable_cores
 
 MODEL = ROOT / "models" / "minilm-mlm"
-
-
 # Their tests share nothing that takes long to make: each goes to whichever process is free.
 SINGLE = {
     "test_admission",
@@ -28,7 +26,7 @@ SINGLE = {
 }
 
 
-class Together(LoadScopeScheduling):  # type: ignore[misc]
+class Together(LoadScopeScheduling):
     """What shares servers or models stays in one process: the tests of a file, or of a deployment mode in it.
 
     The groups of most tests come first. (xdist's own loadgroup writes to what pytest 9.2 no longer reads.)

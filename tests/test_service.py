@@ -89,7 +89,8 @@ def in_thread(run: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
     thread = threading.Thread(target=target)
     thread.start()
-    thread.join(120)
+    thread.join(240)
+    assert not thread.is_alive(), "it does not end"
     if failures:
         raise failures[0]
 
@@ -304,7 +305,7 @@ def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(
 @contextlib.contextmanager
 def serving(model: str = "Model", mode: str = "thread", **env: str) -> Iterator[Server]:
     """A server with the moody model, that is not waited for."""
-    with start(MODES[mode], {"MODEL": f"tests.moody:{model}", "GRACE_S": "3", **env}, wait=False) as server:
+    with start(MODES[mode], {"MODEL": f"tests.moody:{model}", "GRACE_S": "2", **env}, wait=False) as server:
         yield server
 
 
@@ -371,7 +372,8 @@ WAYS = {
 def test_a_server_whose_model_hangs_ends_within_its_grace_time_and_so_do_its_processes(
     hangs: str, offload: str, way: str
 ) -> None:
-    with serving(OFFLOAD=offload, HANGS=hangs) as server, contextlib.ExitStack() as connections:
+    its = {"OFFLOAD": offload, "HANGS": hangs, "GRACE_S": "3" if hangs == "call" else "20"}
+    with serving(**its) as server, contextlib.ExitStack() as connections:
         until(lambda: "hanging" in server.log() if hangs != "call" else served(server))
         if hangs == "call":
             connection = connections.enter_context(dial(server))
