@@ -413,7 +413,7 @@ def test_so_it_does_under_gunicorn(hangs: str, offload: str, way: str) -> None:
 def test_gunicorns_workers_end_before_their_master_or_the_alarm_kills_them(
     hangs: str, number: int, mode: str, workers: int
 ) -> None:
-    with serving(mode=mode, HANGS=hangs, GRACE_S="20") as server:
+    with serving(mode=mode, HANGS=hangs, GRACE_S="5") as server:
         until(lambda: server.log().count("hanging" if hangs else "Serving ") == workers)
         server.process.send_signal(number)  # to the master alone
         server.process.wait(60)
