@@ -31,7 +31,7 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-notebooks: $(VENV)/dev
+notebooks: $(VENV)/lab
 	$(BIN)/jupyter lab notebooks
 
 lessons: $(VENV)/dev
@@ -44,4 +44,8 @@ $(VENV)/serve: requirements.txt
 
 $(VENV)/dev: requirements-dev.txt $(VENV)/serve
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/lab: requirements-lab.txt $(VENV)/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-lab.txt
 	touch $@

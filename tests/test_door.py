@@ -80,7 +80,7 @@ def served(folder: Path, **env: str) -> Iterator[httpx2.Client]:
     environ = {**os.environ, "MODEL": "stand_in:Upper", **env}
     with (
         subprocess.Popen(command, cwd=folder, env=environ) as process,
-        httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
+        httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
 
         def is_ready() -> bool:
@@ -90,7 +90,7 @@ def served(folder: Path, **env: str) -> Iterator[httpx2.Client]:
             return False
 
         try:
-            until(is_ready, 60)
+            until(is_ready)
             yield client
         finally:
             process.kill()

@@ -47,13 +47,13 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
 
 @pytest.fixture(scope="module")
 def client(servers: dict[str, Server]) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=servers["embedder"].url, timeout=30) as client:
+    with httpx2.Client(base_url=servers["embedder"].url, timeout=60) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def rank(servers: dict[str, Server]) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=servers["reranker"].url, timeout=30) as client:
+    with httpx2.Client(base_url=servers["reranker"].url, timeout=60) as client:
         yield client
 
 
