@@ -561,8 +561,25 @@ def test_a_pipeline_that_padding_would_change_answers_one_by_one(folder: Any) ->
 
 
 def test_a_task_that_nobody_knows_says_how_to_serve_it_all_the_same() -> None:
-    with pytest.raises(ValueError, match="TASK=video-classification is not known; serve a class of your own"):
+    with pytest.raises(
+        ValueError, match=r"TASK=video-classification is not known; known are .* a class of your own"
+    ):
         tasks.make(Settings(TASK="video-classification"))
+
+
+@pytest.mark.parametrize("name", ["fill_mask", "Fill-Mask", "fillmask"])
+def test_a_misspelt_task_is_told_what_was_meant_and_what_there_is(name: str) -> None:
+    with pytest.raises(ValueError, match=f"TASK={name} is not known, did you mean fill-mask") as caught:
+        tasks.make(Settings(TASK=name))
+    known = str(caught.value).partition("known are ")[2].partition(";")[0].split(", ")
+    assert {"feature-extraction", "image-classification", "text-ranking"} <= set(known)
+    assert not {"own", "pipeline", "text", "encoder"} & set(known)
+
+
+@pytest.mark.parametrize("name", ["own", "pipeline", "encoder"])
+def test_a_file_beside_the_tasks_is_none(name: str) -> None:
+    with pytest.raises(ValueError, match=f"TASK={name} is not known"):
+        tasks.make(Settings(TASK=name))
 
 
 def test_a_client_cannot_hand_the_pipeline_whatever_it_takes(folder: Any) -> None:
