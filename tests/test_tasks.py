@@ -55,6 +55,7 @@ TASKS: dict[str, tuple[str, dict[str, Any], list[tuple[Any, dict[str, Any]]]]] =
         ]
         + [
             (TEXTS[2], {"aggregation_strategy": "simple", "ignore_labels": ["PER", "O"]}),
+            (TEXTS[2], {"ignore_labels": []}),
             ("the dog isn't quickly " * 150, {"aggregation_strategy": "simple", "stride": 17}),
         ],
     ),
@@ -391,7 +392,7 @@ CHECKS: list[tuple[str, Any, dict[str, Any], type, str]] = [
     ("text-classification", "a " * 600, {}, CannotAnswer, "has 602 tokens; send at most 512"),
     ("token-classification", "a", {"aggregation_strategy": "most"}, Malformed, "none or simple or first"),
     ("token-classification", "a", {"stride": 5}, Malformed, '"stride" joins what overlaps'),
-    ("token-classification", "a", {"ignore_labels": "O"}, Malformed, "a list of 1 to 100 words"),
+    ("token-classification", "a", {"ignore_labels": "O"}, Malformed, "a list of 0 to 100 words"),
     ("zero-shot-classification", "a", {}, Malformed, '"candidate_labels" must be a list'),
     ("zero-shot-classification", "a", {"candidate_labels": " , "}, Malformed, '"candidate_labels" must be'),
     (
