@@ -1,4 +1,8 @@
-"""The contract, for every task, in a thread, in a process and behind Gunicorn's threads: answers, lists, refusals."""
+"""The contract, for any task, in every deployment mode: answers, lists, refusals.
+
+A mode knows no task. So every one is served in a thread, in a process and behind Gunicorn's threads, the ways to a model
+that differ most, and in the other modes a text's label, a vector and a class of one's own.
+"""
 
 import contextlib
 import json
@@ -9,6 +13,7 @@ from typing import Any
 
 import pytest
 from client import Crowd, get, post_json
+from promises import TESTED
 from test_clients import MADE, alike
 
 from loadtests.modes import MODES, Server, start
@@ -17,11 +22,18 @@ from workers.contract import rendered
 from workers.settings import Settings
 
 pytestmark = pytest.mark.slow
-MADE = {
-    **MADE,
-    "zero-shot-classification": MADE["text-classification"],
-    "own class": lambda _: "models.iris:Iris",
+MADE = {**MADE, "own class": lambda _: "models.iris:Iris"}
+SOME = ["text-classification", "feature-extraction", "own class"]
+SERVED = {
+    mode: list(MADE) if mode in ("thread", "process", "gthread-1x8") else SOME
+    for mode in (*TESTED, "process")
 }
+EACH = pytest.mark.parametrize(
+    ("servers", "task"),
+    [pytest.param(mode, task, id=f"{mode} {task}") for mode, served in SERVED.items() for task in served],
+    indirect=["servers"],
+    scope="module",  # the tests of a mode one after the other
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +46,16 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
     }
 
 
-@pytest.fixture(scope="module", params=["thread", "process", "gthread-1x8"])
+@pytest.fixture(scope="module")
 def servers(
     request: pytest.FixtureRequest, settings: dict[str, dict[str, str]]
 ) -> Iterator[dict[str, Server]]:
     with contextlib.ExitStack() as running, ThreadPoolExecutor() as crowd:
         found = {
-            task: running.enter_context(start(MODES[request.param], {**its, "BATCH_SIZE": "4"}, wait=False))
-            for task, its in settings.items()
+            task: running.enter_context(
+                start(MODES[request.param], {**settings[task], "BATCH_SIZE": "4"}, wait=False)
+            )
+            for task in SERVED[request.param]
         }
         list(crowd.map(Server.wait_until_ready, found.values()))
         yield found
@@ -65,7 +79,7 @@ def alone(settings: dict[str, dict[str, str]]) -> Any:
     return answer, lambda task: load(task)[0].describe().example
 
 
-@pytest.mark.parametrize("task", MADE)
+@EACH
 def test_answers_are_those_of_the_input_alone_singly_in_lists_and_in_a_crowd(
     servers: dict[str, Server], alone: Any, crowd: Crowd, task: str
 ) -> None:
@@ -81,7 +95,7 @@ def test_answers_are_those_of_the_input_alone_singly_in_lists_and_in_a_crowd(
         alike(reply.result().json, [expected] * 3)
 
 
-@pytest.mark.parametrize("task", MADE)
+@EACH
 def test_what_is_no_input_is_refused_and_named(servers: dict[str, Server], alone: Any, task: str) -> None:
     example = alone[1](task)
     reply = post_json(servers[task], {**example, "inputs": [example["inputs"], {"no such": "field"}]})

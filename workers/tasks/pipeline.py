@@ -6,13 +6,17 @@ One after the other, as padding to the longest of a batch changes some answers: 
 import base64
 import binascii
 import contextlib
+import difflib
 import io
+import itertools
 import os
+import pkgutil
 import threading
 import wave
 from types import SimpleNamespace
 from typing import Any
 
+from workers import tasks
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Description, Malformed, Query
 from workers.tasks.text import (
@@ -125,9 +129,7 @@ class Task(TextTask):
     def __init__(self, settings: Settings) -> None:
         self.kind = next((kind for kind, tasks in TAKEN.items() if settings.TASK in tasks), None)
         if self.kind is None:
-            raise ValueError(
-                f"TASK={settings.TASK} is not known; serve a class of your own: MODEL=my_model:Class"
-            )
+            raise ValueError(not_known(settings.TASK))
         if self.kind == "text":
             super().__init__(settings)
         else:
@@ -182,6 +184,16 @@ class Task(TextTask):
         takes = "a text" if self.kind == "text" else f"the bytes of the {self.kind}"
         example = "a text" if self.kind == "text" else base64.b64encode(an_example(self.kind)).decode()
         return Description(takes, f"what the {self.settings.TASK} pipeline answers", {"inputs": example})
+
+
+def not_known(task: str) -> str:
+    """The sentence that says so, with the names that are, first the one that was probably meant."""
+    files = (module.name.replace("_", "-") for module in pkgutil.iter_modules(tasks.__path__))
+    known = sorted({*filter(tasks.file_of, files), *itertools.chain(*TAKEN.values())})
+    # So strict, as another word in place of "text" is another task, not a misspelt one.
+    meant = difflib.get_close_matches(task.lower().replace("_", "-"), known, 1, 0.9)
+    hint = f", did you mean {meant[0]}?" if meant else ";"
+    return f"TASK={task} is not known{hint} known are {', '.join(known)}; or a class of your own: MODEL=my_model:Class"
 
 
 class Stock:

@@ -65,13 +65,13 @@ def one_of(*choices: str) -> Rule:
     return " or ".join(choices), lambda value: value in choices
 
 
-def some_words(most: int) -> Rule:
+def some_words(most: int, least: int = 1) -> Rule:
     """A list of texts, none of them blank."""
     return (
-        f"a list of 1 to {most} words",
+        f"a list of {least} to {most} words",
         lambda value: (
             isinstance(value, list)
-            and 1 <= len(value) <= most
+            and least <= len(value) <= most
             and all(isinstance(word, str) and word.strip() for word in value)
         ),
     )

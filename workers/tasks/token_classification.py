@@ -24,7 +24,7 @@ class Task(TextTask):
         checked(
             parameters,
             aggregation_strategy=one_of("none", "simple", "first", "average", "max"),
-            ignore_labels=some_words(self.settings.MAX_TOP_K),
+            ignore_labels=some_words(self.settings.MAX_TOP_K, least=0),  # none: what is outside, too
             stride=a_number(0, self.longest // 2),
         )
         text = a_text(inputs)
