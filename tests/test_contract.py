@@ -45,7 +45,9 @@ FAR = {  # these are tested with the slow ones, where they can run
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(mode, marks=[pytest.mark.slow, FAR[mode]] if mode in FAR else []) for mode in TESTED],
+    params=[
+        pytest.param(mode, marks=[pytest.mark.slow, FAR[mode]] if mode in FAR else []) for mode in TESTED
+    ],
 )
 def mode(request: pytest.FixtureRequest) -> str:
     return request.param
