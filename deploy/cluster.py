@@ -50,6 +50,7 @@ class Cluster:
         }
         self.processes: set[Process] = set()
         self.keepers: dict[int, asyncio.Task[None]] = {}  # by their places in haproxy.cfg
+        self.tasks: set[asyncio.Task[None]] = set()  # and those that leave
         self.ready = {place: asyncio.Event() for place in range(1, PLACES + 1)}
         self.orders: asyncio.Queue[signal.Signals] = asyncio.Queue()
         self.served = False  # a replica has been ready
@@ -64,7 +65,9 @@ class Cluster:
             loop.add_signal_handler(number, self.stop, number)
         haproxy = await self.start("haproxy", "-db", "-f", str(ROOT / "deploy" / "haproxy.cfg"))
         watch = asyncio.create_task(haproxy.wait())
-        watch.add_done_callback(lambda _: self.end.done() or self.end.set_result(1))
+        watch.add_done_callback(lambda _: self.fail(1))
+        while not await self.tell("show version") and not watch.done():
+            await asyncio.sleep(0.01)
         for _ in range(self.n):
             self.add()
         obedience = asyncio.create_task(self.obey())
@@ -72,7 +75,9 @@ class Cluster:
             return await self.end
         finally:
             obedience.cancel()
-            await asyncio.gather(*map(self.remove, list(self.keepers)))
+            for keeper in self.keepers.values():
+                keeper.cancel()
+            await asyncio.wait(self.tasks)
             with contextlib.suppress(ProcessLookupError):
                 haproxy.send_signal(signal.SIGUSR1)  # lets what it has under way finish: SIGTERM would not
             await watch
@@ -84,6 +89,11 @@ class Cluster:
         elif number == signal.SIGINT:
             for process in self.processes:
                 process.kill()
+
+    def fail(self, code: int) -> None:
+        """End with this exit code, if it does not end anyway."""
+        if not self.end.done():
+            self.end.set_result(code)
 
     async def obey(self) -> None:
         """Do what signals ask, one after the other."""
@@ -106,13 +116,15 @@ class Cluster:
         place = next((place for place in self.ready if place not in self.keepers), None)
         if place:
             self.keepers[place] = asyncio.create_task(self.keep(place))
+            self.tasks.add(self.keepers[place])
         return place
 
     async def remove(self, place: int) -> None:
         """Let it answer what it has admitted, and no more."""
         keeper = self.keepers.pop(place)
         keeper.cancel()
-        await asyncio.gather(keeper, return_exceptions=True)
+        await asyncio.wait([keeper])
+        self.tasks.discard(keeper)
 
     async def keep(self, place: int) -> None:
         """Keep a replica in this place until cancelled: when one has ended, another comes."""
@@ -141,8 +153,8 @@ class Cluster:
                 await self.tell(f"set server replicas/replica{place} state maint")
                 await self.finish(process)
                 self.ready[place].clear()
-            if not self.served and not self.end.done():
-                self.end.set_result(process.returncode or 1)  # nor could another one start
+            if not self.served:
+                self.fail(process.returncode or 1)  # nor could another one start
             print(f"replica {place} has ended with {process.returncode}; starting another", flush=True)
             await asyncio.sleep(1)
 
@@ -171,13 +183,15 @@ class Cluster:
         self.processes.add(process)
         return process
 
-    async def tell(self, command: str) -> None:
-        """Give HAProxy an order over its socket, if it is there."""
+    async def tell(self, command: str) -> bool:
+        """Give HAProxy an order over its socket; return whether it is there."""
         with contextlib.suppress(OSError):
             reader, writer = await asyncio.open_unix_connection(self.socket)
             with contextlib.closing(writer):
                 writer.write(f"{command}\n".encode())
                 await reader.read()
+            return True
+        return False
 
 
 def end_with_parent() -> None:

@@ -26,6 +26,8 @@ from workers.admission import FEW, PATIENCE
 
 POLICIES = ("round robin", "two choices", "least connections", "shared queue")
 RESULTS = Path(__file__).parent / "results"
+# More is never advised: a slice of seconds can't show what builds up over an hour.
+MOST_BUSY = 0.95
 MARGIN = 1.1  # of Speed, where the model's times are steady
 
 
@@ -437,14 +439,14 @@ def thinned(
 
 def keeps(fleet: Fleet, rate_per_s: float, loss: float, seed: int = 0) -> bool:
     """Whether no more than a share `loss` of the requests gets no answer within the deadline."""
-    requests = min(3e5, max(2e4, 30 / max(loss, 1e-4)))
+    requests = max(2e4, 30 / max(loss, 1e-4), min(20 * fleet.deadline_s * rate_per_s, 5e5))
     duration_s = max(requests / rate_per_s, 2 * fleet.deadline_s)
     return simulate(fleet, rate_per_s=rate_per_s, duration_s=duration_s, seed=seed).summary()["loss"] <= loss
 
 
 def replicas_for(fleet: Fleet, rate_per_s: float, loss: float) -> int:
     """The fewest replicas that keep `loss`: more are tried until they do, then fewer."""
-    too_few = math.ceil(rate_per_s / fleet.capacity_per_s) - 1
+    too_few = math.ceil(rate_per_s / fleet.capacity_per_s / MOST_BUSY) - 1
     enough, step = too_few + 1, 1
     while not keeps(replace(fleet, replicas=enough), rate_per_s, loss):
         too_few, enough, step = enough, enough + step, 2 * step

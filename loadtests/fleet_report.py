@@ -198,22 +198,22 @@ def write(out: Path) -> None:
 
 
 def storm_advice(times: list[float], goodput: dict[str, list[float]]) -> str:
-    """Where the answers fall below nine tenths of what they are without retries."""
+    """From where on retries cost a tenth of the answers, and half of them."""
     plain = goodput["no retries"]
     lines = []
-    for name, shares in goodput.items():
-        begins = next(
-            (x for x, share, base in zip(times, shares, plain, strict=True) if share < 0.9 * base), None
+    for name in list(goodput)[1:]:
+        shares = [share / base for share, base in zip(goodput[name], plain, strict=True)]
+        tenth, half = (
+            next((x for x, share in zip(times, shares) if share < most), None) for most in (0.9, 0.5)
         )
-        if name != "no retries":
-            lines.append(
-                f"- {name}: "
-                + (
-                    f"a storm from {begins:g} times the capacity on."
-                    if begins
-                    else f"no storm up to {times[-1]:g} times."
-                )
-            )
+        found = (
+            f"a tenth of the answers gone from {tenth:g} times the capacity on"
+            if tenth
+            else "no tenth of the answers gone"
+        )
+        lines.append(
+            f"- {name}: {found}, " + (f"half of them from {half:g} times on." if half else "and never half.")
+        )
     return (
         "\n"
         + "\n".join(lines)
@@ -261,7 +261,7 @@ def draw(
     ):
         three.plot(times, shares, "o-", color=colour, label=name)
     three.set_ylim(0, 1.1)
-    three.legend(frameon=False)
+    three.legend(frameon=False, loc="lower left")
     titled(
         three,
         "Retries without a bound leave no time for answers",
