@@ -22,12 +22,10 @@ SLEEPS = {"MODEL": "loadtests.bench_apps:Sleeps", "DEADLINE_S": f"{LIMIT_S:g}"}
 LOADS = (0.5, 0.8, 0.95, 2.0)
 
 
-def price(modes: list[str], rounds: int, seconds: float) -> str:
-    """A row a mode: the medians of rounds that take turns."""
+def price(modes: list[str], rounds: int, seconds: float, cpus: set[int] | None) -> str:
+    """A row a mode, whose processes share `cpus`: the medians of rounds that take turns."""
     with contextlib.ExitStack() as stack:
-        servers = {
-            name: stack.enter_context(start(MODES[name], INSTANT, cpus={SERVER_CPU})) for name in modes
-        }
+        servers = {name: stack.enter_context(start(MODES[name], INSTANT, cpus=cpus)) for name in modes}
         for server in servers.values():
             server.wait_until_idle()
         rates: dict[tuple[str, int], list[float]] = {}
@@ -94,9 +92,12 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["thread", "haproxy-2"], metavar="MODE")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement of the price")
+    parser.add_argument("--no-twin", action="store_true", help="the price only")
     options = parser.parse_args()
-    print(price(options.modes, options.rounds, options.seconds), flush=True)
-    print("\n" + twin(10 * options.seconds))
+    for where, cpus in (("on one core", {SERVER_CPU}), ("on all cores, the client's among them", None)):
+        print(f"{where}:\n\n{price(options.modes, options.rounds, options.seconds, cpus)}\n", flush=True)
+    if not options.no_twin:
+        print(twin(10 * options.seconds))
 
 
 if __name__ == "__main__":

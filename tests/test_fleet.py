@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from loadtests import drive, fleet, planner
+from loadtests import drive, fleet, fleet_report, planner
 from loadtests.fleet import Autoscaler, Fleet, Retries, simulate
 from loadtests.planner import CostLaw
 
@@ -123,3 +123,11 @@ def test_a_law_is_read_as_the_planner_prints_it(capsys: pytest.CaptureFixture[st
     assert fleet.law("20") == CostLaw(0.02, 0.0)
     fleet.main(["--rate", "300", "--replica-ms", "10", "--deadline-s", "0.2", "--loss", "0.01"])
     assert "least connections" in capsys.readouterr().out
+
+
+def test_the_advice_says_from_where_on_retries_cost_answers() -> None:
+    said = fleet_report.storm_advice([1, 2, 3], {"no retries": [1, 1, 0.9], "some": [1, 0.8, 0.4]})
+    assert (
+        "- some: a tenth of the answers gone from 2 times the capacity on, half of them from 3 times on."
+        in said
+    )
