@@ -191,7 +191,7 @@ def write(out: Path) -> None:
                 for (cold_s, headroom), outcome in days.items()
             ]
         ),
-        "\nWhat is refused is refused while replicas start. Headroom must cover what the load can grow in one cold start; or make the "
+        "\nRefused is who comes while replicas start, and at night, when one is alone. Headroom must cover what the load can grow in one cold start; or make the "
         "start shorter, which costs nothing all day.\n",
     ]
     (out / "fleet.md").write_text("\n".join(text))
