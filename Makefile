@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-slow bench compare plan lint notebooks lessons
+.PHONY: serve cluster test test-slow bench compare plan lint notebooks lessons
 
 serve: $(VENV)/serve
 	$(BIN)/uvicorn server:app
+
+cluster: $(VENV)/serve
+	$(BIN)/python -m deploy.cluster $(or $(N),2)
 
 test: $(VENV)/dev
 	$(BIN)/pytest --numprocesses=auto
@@ -23,7 +26,7 @@ compare: $(VENV)/dev
 	$(BIN)/python -m loadtests.compare
 
 plan: $(VENV)/dev
-	$(BIN)/python -m loadtests.planner $(PLAN)
+	$(BIN)/python -m loadtests.$(if $(FLEET),fleet $(FLEET),planner $(PLAN))
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import http.client
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -22,6 +23,7 @@ from client import POISON, SLOW, Crowd, Reply, dial, get, hear, metric, post, po
 from conftest import MODEL
 from promises import (
     GUNICORNS_PAGE,
+    ITS_REPLICAS,
     ITS_SHARE,
     ITS_THREADS,
     NEVER,
@@ -36,10 +38,18 @@ from loadtests.modes import MODES, Server, start
 
 PARIS = "Paris is the [MASK] of France."
 GATHERS = "a batch gathers all connections"
-WORKERS = {mode: 2 if mode in ("uvicorn-2", "sync-2", "dirty") else 1 for mode in TESTED}
+WORKERS = {mode: 2 if mode in ("uvicorn-2", "sync-2", "dirty", "haproxy-2") else 1 for mode in TESTED}
+FAR = {  # these are tested with the slow ones, where they can run
+    "haproxy-2": pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed"),
+}
 
 
-@pytest.fixture(scope="module", params=TESTED)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(mode, marks=[pytest.mark.slow, FAR[mode]] if mode in FAR else []) for mode in TESTED
+    ],
+)
 def mode(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -359,9 +369,10 @@ def test_batch_gathers_the_connections_that_it_can(patient: Server, crowd: Crowd
     if how == ITS_SHARE:
         gathers_those_of_its_worker(patient)
         return
-    batches = {batch(reply.result()) for reply in crowd.post(patient, *[PARIS] * 16)}
-    if how is None:
-        assert batches == {(16, "full")}
+    n = 32 if how == ITS_REPLICAS else 16
+    batches = {batch(reply.result()) for reply in crowd.post(patient, *[PARIS] * n)}
+    if how in (None, ITS_REPLICAS):
+        assert batches == {(16, "full")}, "replicas get equal shares"
     elif how == ITS_THREADS:
         assert 1 < max(batches)[0] <= 8
     else:
