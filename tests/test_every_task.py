@@ -6,6 +6,7 @@ that differ most, and in the other modes a text's label, a vector and a class of
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -28,9 +29,14 @@ SERVED = {
     mode: list(MADE) if mode in ("thread", "process", "gthread-1x8") else SOME
     for mode in (*TESTED, "process")
 }
+NEEDS = {"haproxy-2": pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")}
 EACH = pytest.mark.parametrize(
     ("servers", "task"),
-    [pytest.param(mode, task, id=f"{mode} {task}") for mode, served in SERVED.items() for task in served],
+    [
+        pytest.param(mode, task, id=f"{mode} {task}", marks=NEEDS.get(mode, ()))
+        for mode, served in SERVED.items()
+        for task in served
+    ],
     indirect=["servers"],
     scope="module",  # the tests of a mode one after the other
 )
