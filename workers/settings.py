@@ -103,6 +103,9 @@ class Settings:
     MAX_TOP_K: int = at_least(1, 100, "the reply grows with it")
     MAX_INPUTS: int = at_least(1, 64, "in one request; each is a job of its own")
 
+    # The page
+    PAGE: bool = knob("0: no page at GET /", True, "1 or 0", lambda value: True)
+
     # Stopping
     GRACE_S: float = seconds(10.0, "from SIGTERM to exit at the latest; keep it under your supervisor's own")
 
