@@ -10,7 +10,7 @@ from client import Reply, get, post_json
 from conftest import MODEL
 
 import workers
-from loadtests.modes import MODES, ROOT, Server, start
+from loadtests.modes import MODES, ROOT, Mode, Server, start
 
 ECHO = "tests.stand_in:Obedient"  # it takes any JSON
 EMBEDDED = pytest.param(str(MODEL), 100, marks=pytest.mark.slow)
@@ -19,13 +19,22 @@ EMBEDDED = pytest.param(str(MODEL), 100, marks=pytest.mark.slow)
 @pytest.mark.parametrize(("model", "examples"), [(ECHO, 15), EMBEDDED], ids=["echo", "embedded"])
 @pytest.mark.parametrize("mode", ["thread", "gthread-1x8"])
 def test_schemathesis_finds_nothing(mode: str, model: str, examples: int) -> None:
+    find_nothing(MODES[mode], {"MODEL": model}, examples)
+
+
+def test_schemathesis_finds_nothing_behind_a_key() -> None:
+    settings = {"MODEL": ECHO, "API_KEY": "a-key-0123"}
+    find_nothing(MODES["thread"], settings, 15, "--header", "x-api-key: a-key-0123")
+
+
+def find_nothing(mode: Mode, settings: dict[str, str], examples: int, *more: str) -> None:
     program = [
         str(Path(sys.executable).parent / "st"),
         "--config-file",
         str(ROOT / "tests/schemathesis.toml"),
     ]
-    options = ["--checks", "all", "--max-examples", str(examples), "--seed", "1", "--no-color"]
-    with start(MODES[mode], {"MODEL": model}) as server:
+    options = ["--checks", "all", "--max-examples", str(examples), "--seed", "1", "--no-color", *more]
+    with start(mode, settings) as server:
         command = [*program, "run", server.url + "openapi.json", *options]
         found = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stdout

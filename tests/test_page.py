@@ -159,6 +159,19 @@ def test_a_refusal_is_shown_with_when_to_ask_again(browser: Browser, crowd: Crow
 
 
 @in_browser
+def test_where_a_key_is_needed_it_asks_for_one(browser: Browser) -> None:
+    with start(MODES["thread"], {**FILL_MASK, "API_KEY": "a-key-0123"}) as server:
+        visit = Visit(browser, server)
+        expect(visit.page.locator("#banner")).to_contain_text("send a key")
+        visit.page.get_by_label("API key").fill("a-key-0123")
+        expect(visit.page.get_by_label("Text")).to_have_value("a [MASK]")
+        visit.ask()
+        expect(visit.page.locator("#answer")).to_contain_text("thing")
+        assert "a-key-0123" not in (visit.page.locator("#curl").text_content() or "")
+        visit.close()
+
+
+@in_browser
 def test_it_survives_a_restart(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
     port = modes.free_port()
     monkeypatch.setattr(modes, "free_port", lambda: port)

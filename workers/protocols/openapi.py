@@ -111,7 +111,7 @@ def sayable(example: dict[str, Any]) -> Any:
 def document(service: Service) -> dict[str, Any]:
     """The contract as OpenAPI 3.1."""
     settings, said = service.settings, service.task.describe()
-    paths = {
+    paths: dict[str, Any] = {
         "/": {"post": model_operation(said, service)},
         "/health": {
             "get": operation("Whether the process should be left alone", {200: "It should.", 503: "No."})
@@ -119,7 +119,9 @@ def document(service: Service) -> dict[str, Any]:
         "/ready": {
             "get": operation("Whether a copy of the model is loaded", {200: "One is.", 503: "None is."})
         },
-        "/metrics": {"get": operation("Prometheus' text format", {200: "All metrics."}, "text/plain")},
+        "/metrics": {
+            "get": operation("Prometheus' text format", {200: "All metrics.", **STATUSES}, "text/plain")
+        },
         "/info": {"get": operation("What is served, its limits and settings", {200: "These.", **STATUSES})},
         "/openapi.json": {"get": operation("This document", {200: "It.", **STATUSES})},
     }
@@ -128,7 +130,7 @@ def document(service: Service) -> dict[str, Any]:
         if hasattr(module, "operations") and module.routes(settings):
             for path, methods in module.operations(service).items():
                 paths[path] = paths.get(path, {}) | methods
-    return {
+    whole = {
         "openapi": "3.1.0",
         "info": {
             "title": f"{settings.model_name}, behind one queue",
@@ -138,6 +140,23 @@ def document(service: Service) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": {"Error": ERROR_SCHEMA}},
     }
+    if settings.API_KEY:
+        lock(whole, {"/health", "/ready"} | ({"/metrics"} if settings.METRICS_OPEN else set()))
+    return whole
+
+
+def lock(whole: dict[str, Any], open_paths: set[str]) -> None:
+    """Say where a key is needed: everywhere but on these paths and on the page."""
+    bearer, header = (
+        {"type": "http", "scheme": "bearer"},
+        {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    )
+    whole["components"]["securitySchemes"] = {"bearer": bearer, "header": header}
+    for path, methods in whole["paths"].items():
+        for asked in methods.values():
+            if path not in open_paths and "text/html" not in asked["responses"]["200"]["content"]:
+                asked["security"] = [{"bearer": []}, {"header": []}]
+                asked["responses"]["401"] = response(401, "Without a key, or with a wrong one.", "")
 
 
 ERROR_SCHEMA = {
@@ -166,6 +185,8 @@ def response(status: int, what: str, media_type: str) -> dict[str, Any]:
     headers = {
         "X-Request-ID": {"schema": {"type": "string"}, "description": "Yours, if you sent a short plain one."}
     }
+    if status == 401:
+        headers["WWW-Authenticate"] = {"schema": {"type": "string"}}
     if status == 503:
         headers["Retry-After"] = {"schema": {"type": "integer", "minimum": 1}, "description": "In seconds."}
     content: dict[str, Any] = {media_type: {}} if status == 200 else {"application/json": {"schema": ERROR}}

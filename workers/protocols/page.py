@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from workers.guard import public
 from workers.metrics import Metrics
 from workers.protocols.openapi import STATUSES, operation
 from workers.service import Service
@@ -34,6 +35,7 @@ def routes(settings: Settings) -> list[Route]:
         html, headers={"Content-Security-Policy": policy(html), **HEADERS}, media_type="text/html"
     )
 
+    @public  # there is nothing in it but how to ask
     async def page(request: Request) -> Response:
         """GET / and GET /docs."""
         return reply
