@@ -107,7 +107,7 @@ def parse_json(text: str, max_inputs: int) -> Asked:
     if not isinstance(parameters, dict):
         raise HTTPException(400, '"parameters" are no object; send one, such as {"top_k": 3}')
     if twice := sorted(content.keys() & parameters.keys()):
-        raise HTTPException(400, f'"{twice[0]}" is there twice; send it beside "inputs" or in "parameters"')
+        raise HTTPException(422, f'"{twice[0]}" is there twice; send it beside "inputs" or in "parameters"')
     parameters = {name: value for name, value in (content | parameters).items() if value is not None}
     if not isinstance(inputs, list):
         return Asked([inputs], parameters)

@@ -223,7 +223,6 @@ def bodies(said: Description, service: Service) -> dict[str, Any]:
         "properties": {"inputs": {"anyOf": [one, several]}, "parameters": parameters, **fields},
         "required": ["inputs"],
         "additionalProperties": is_open,
-        **({"allOf": [{"not": twice(name)} for name in fields]} if fields else {}),
     }
     example = sayable(said.example)
     content: dict[str, Any] = {"application/json": {"schema": schema}}
@@ -234,12 +233,6 @@ def bodies(said: Description, service: Service) -> dict[str, Any]:
     if texts:
         content["text/plain"] = {"schema": {"pattern": r"\S"} | texts[0] | {"type": "string"}}
     return content | {kind: {"schema": {}} for kind in media}
-
-
-def twice(name: str) -> dict[str, Any]:
-    """A body in which a parameter stands beside the inputs and among the parameters: it might say two things."""
-    among = {"type": "object", "required": [name]}
-    return {"required": [name, "parameters"], "properties": {"parameters": among}}
 
 
 def choices(schema: dict[str, Any]) -> list[dict[str, Any]]:
