@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
-from workers import contract
+from workers import contract, stream
 from workers.envelope import Envelope
 from workers.guard import Guard, public, with_cors
 from workers.jobs import Refused
@@ -39,6 +39,8 @@ async def answer(request: Request) -> Response:
     body = await service.clients.read(request)
     asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
     queries = await service.check(asked.inputs, asked.parameters, len(body))
+    if asked.is_list and (form := stream.wanted(request)):
+        return stream.Streamed(service, request, queries, form)
     answers = await service.clients.wait(request, queries)
     values = [answer.value for answer in answers]
     return contract.Answered(answers, values if asked.is_list else values[0])

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import workers
-from workers import contract, protocols
+from workers import contract, protocols, stream
 from workers.jobs import ModelFailed
 from workers.service import Service
 from workers.settings import Settings
@@ -203,6 +203,7 @@ def model_operation(said: Description, service: Service) -> dict[str, Any]:
     asked = operation(f"Ask the model: {said.takes}", statuses)
     asked["parameters"] = [PREFER]
     asked["requestBody"] = {"required": True, "content": bodies(said, service)}
+    asked["responses"]["200"]["content"] |= {form: {} for form in stream.FORMS}
     asked["responses"]["200"]["headers"]["Server-Timing"] = {
         "schema": {"type": "string"},
         "description": "Where the time went: queue and model in ms, the batch's size and why it closed.",
