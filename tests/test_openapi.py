@@ -6,37 +6,40 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client import get, post_json
+from client import get, post_json, request, say
 from conftest import MODEL
 
 import workers
-from loadtests.modes import MODES, ROOT, Mode, Server, start
+from loadtests.modes import MODES, ROOT, Server, start
 
 ECHO = "tests.stand_in:Obedient"  # it takes any JSON
+CONFIG = ROOT / "tests" / "schemathesis.toml"
+KEY = """
+[auth.openapi.header]
+api_key = "a-key-0123"
+"""
 EMBEDDED = pytest.param(str(MODEL), 100, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("model", "examples"), [(ECHO, 15), EMBEDDED], ids=["echo", "embedded"])
 @pytest.mark.parametrize("mode", ["thread", "gthread-1x8"])
 def test_schemathesis_finds_nothing(mode: str, model: str, examples: int) -> None:
-    find_nothing(MODES[mode], {"MODEL": model}, examples)
+    with start(MODES[mode], {"MODEL": model}) as server:
+        find_nothing(examples, server.url + "openapi.json")
 
 
-def test_schemathesis_finds_nothing_behind_a_key() -> None:
-    settings = {"MODEL": ECHO, "API_KEY": "a-key-0123"}
-    find_nothing(MODES["thread"], settings, 15, "--header", "x-api-key: a-key-0123")
+def test_schemathesis_finds_nothing_behind_a_key(tmp_path: Path) -> None:
+    config, contract = tmp_path / "schemathesis.toml", tmp_path / "openapi.json"
+    config.write_text(CONFIG.read_text() + KEY)
+    with start(MODES["thread"], {"MODEL": ECHO, "API_KEY": "a-key-0123"}) as server:
+        contract.write_bytes(say(server, request("GET", "/openapi.json", x_api_key="a-key-0123")).body)
+        find_nothing(15, str(contract), "--url", server.url, config=config)
 
 
-def find_nothing(mode: Mode, settings: dict[str, str], examples: int, *more: str) -> None:
-    program = [
-        str(Path(sys.executable).parent / "st"),
-        "--config-file",
-        str(ROOT / "tests/schemathesis.toml"),
-    ]
-    options = ["--checks", "all", "--max-examples", str(examples), "--seed", "1", "--no-color", *more]
-    with start(mode, settings) as server:
-        command = [*program, "run", server.url + "openapi.json", *options]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def find_nothing(examples: int, *where: str, config: Path = CONFIG) -> None:
+    program = [str(Path(sys.executable).parent / "st"), "--config-file", str(config)]
+    options = ["--checks", "all", "--max-examples", str(examples), "--seed", "1", "--no-color"]
+    found = subprocess.run([*program, "run", *where, *options], capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stdout
 
 
