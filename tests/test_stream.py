@@ -22,6 +22,7 @@ def server() -> Iterator[Server]:
         "MODEL": "tests.stand_in:Obedient",
         "MAX_QUEUE": "4",
         "BODY_TIMEOUT_S": "1",
+        "DEADLINE_S": "60",
         "MAX_BODY_BYTES": "9000000",
     }
     with start(MODES["thread"], settings) as server:

@@ -56,6 +56,8 @@ class Streamed(Response):
                 body = b"".join(line.result() for line in lines if line in done)
                 async with asyncio.timeout(self.service.settings.BODY_TIMEOUT_S):
                     await send({"type": "http.response.body", "body": body, "more_body": True})
+                    # uvicorn waits only before it sends again: until the client has taken what is there.
+                    await send({"type": "http.response.body", "body": b"", "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         except TimeoutError:
             pass  # it has stopped reading: without an end of the reply the server closes the connection
