@@ -23,6 +23,7 @@ from pathlib import Path
 
 from prometheus_client import multiprocess
 
+from workers.guard import is_loopback
 from workers.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,8 @@ class Cluster:
             "SERVER_TIMEOUT": f"{int(settings.DEADLINE_S) + 5}s",
             "PROMETHEUS_MULTIPROC_DIR": self.metrics,
             "WEB_CONCURRENCY": str(n),  # so many share the cores
+            # They are on loopback, but known by HAProxy's names.
+            "ALLOWED_HOSTS": settings.ALLOWED_HOSTS or ("" if is_loopback(bind.rpartition(":")[0]) else "*"),
             # HAProxy takes a second more than they do.
             "GRACE_S": f"{max(self.grace_s - 1, self.grace_s / 2):g}",
         }

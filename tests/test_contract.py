@@ -282,9 +282,9 @@ def test_stalled_bodies_do_not_keep_others_from_being_read(spawning: Server, mod
 def test_unknown_path_and_method_are_json_too(server: Server) -> None:
     assert (reply := get(server, "/nothing")).status == 404
     assert reply.error
-    assert (reply := get(server, "/")).status == 405
+    assert (reply := say(server, request("PUT", "/"))).status == 405
     assert reply.error
-    assert "POST" in reply.headers["Allow"]
+    assert reply.headers["Allow"] == "GET, HEAD, POST"
 
 
 def test_both_content_length_and_transfer_encoding_are_refused(server: Server) -> None:
@@ -544,7 +544,7 @@ def test_dead_worker_is_replaced_and_none_outlives_its_master(sick: Server, mode
 
 
 def test_killed_model_process_costs_its_own_batch_only(spawning: Server, crowd: Crowd, mode: str) -> None:
-    replies = crowd.post(spawning, *numbered(12, SLOW))
+    replies = crowd.post(spawning, *numbered(24, SLOW))
     until(lambda: any(reply.done() for reply in replies))
     model_processes(spawning)[0].kill()
     failed = [future.result() for future in replies if future.result().status != 200]
@@ -558,7 +558,7 @@ def test_killed_model_process_costs_its_own_batch_only(spawning: Server, crowd: 
         assert "starting another" in spawning.log()
         until(lambda: post(spawning, PARIS).status == 200)
     else:
-        assert len(failed) > 1
+        assert failed
         until(lambda: post(spawning, PARIS).status == 200)
 
 

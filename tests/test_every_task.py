@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
+import jsonschema
 import pytest
 from client import Crowd, get, post_json
 from promises import TESTED
@@ -83,6 +84,21 @@ def alone(settings: dict[str, dict[str, str]]) -> Any:
         return json.loads(rendered(found))
 
     return answer, lambda task: load(task)[0].describe().example
+
+
+@EACH
+def test_what_machines_read_allows_its_example_and_nothing_else(
+    servers: dict[str, Server], alone: Any, task: str
+) -> None:
+    example = alone[1](task)
+    asked = get(servers[task], "/openapi.json").json["paths"]["/"]["post"]["requestBody"]["content"]
+    schema = asked["application/json"]["schema"]
+    for body in (example, {**example, "inputs": [example["inputs"]] * 3}):
+        jsonschema.validate(body, schema)
+    for wrong in ({}, {**example, "inputs": None}, {**example, "colour": "red"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)
+        assert post_json(servers[task], wrong).status == 400
 
 
 @EACH

@@ -48,6 +48,7 @@ class Service:
             now=time.monotonic,  # uvloop's own time has whole milliseconds only
         )
         self.copies: list[Offload] = []
+        self.descriptions: list[str] = []  # of each: what, how large, where
         self.clients = Clients(settings, self.loop)
         self.exit_code, self.failure = 0, ""
         self.started = asyncio.Event()  # every copy is loaded, or none will be
@@ -84,7 +85,8 @@ class Service:
         self._task = task = await in_thread(lambda: attempt_load(make))
         self.clients.expect(task.media)
         self.copies = make_copies(self.settings, self.metrics, task)
-        for description in await asyncio.gather(*(copy.start() for copy in self.copies)):
+        self.descriptions = await asyncio.gather(*(copy.start() for copy in self.copies))
+        for description in self.descriptions:
             log.info("Serving %s", description)
         self.loop.copies.load_s = time.monotonic() - began
         await self.warm_up(task)

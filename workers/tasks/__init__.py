@@ -50,6 +50,8 @@ class Description(NamedTuple):
     takes: str  # a sentence on `inputs`
     gives: str  # a sentence on the answer
     example: dict[str, Any]  # a body that works: {"inputs": ..., "parameters": {...}}
+    inputs: dict[str, Any] = {}  # noqa: RUF012  the JSON Schema of one input
+    parameters: dict[str, Any] | None = None  # the JSON Schema of each parameter; None: any
 
 
 class Task(Protocol):

@@ -79,7 +79,9 @@ class Task:
 
     def describe(self) -> Description:
         what = inspect.getdoc(self.own) or self.settings.MODEL
-        return Description("any JSON", what.splitlines()[0], {"inputs": getattr(self.own, "example", None)})
+        example = {"inputs": getattr(self.own, "example", None)}
+        parameters: dict[str, Any] | None = None if hasattr(self.own, "check") else {}
+        return Description("any JSON", what.splitlines()[0].rstrip("."), example, {}, parameters)
 
 
 class Own:

@@ -29,6 +29,7 @@ from workers.tasks.text import (
     checked,
     describe,
     one_of,
+    schemas,
     some_words,
 )
 
@@ -134,16 +135,17 @@ class Task(TextTask):
             super().__init__(settings)
         else:
             self.settings, self.media = settings, (f"{self.kind}/", "application/octet-stream")
+        self.rules = self.find_rules()
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        parameters = checked(parameters, **self.rules())
+        parameters = checked(parameters, self.rules)
         if self.kind != "text":
             return Query(Content(self.medium(inputs), parameters, []))
         if isinstance(inputs, str):
             return self.query(inputs, parameters, self.row(a_text(inputs)))
         return Query(Content(inputs, parameters, []))
 
-    def rules(self) -> dict[str, Rule]:
+    def find_rules(self) -> dict[str, Rule]:
         """What a client may set. Not whatever the pipeline takes: with some of it a client can load code."""
         most, apply = self.settings.MAX_TOP_K, one_of("softmax", "sigmoid", "none")
         match self.settings.TASK:
@@ -183,7 +185,8 @@ class Task(TextTask):
     def describe(self) -> Description:
         takes = "a text" if self.kind == "text" else f"the bytes of the {self.kind}"
         example = "a text" if self.kind == "text" else base64.b64encode(an_example(self.kind)).decode()
-        return Description(takes, f"what the {self.settings.TASK} pipeline answers", {"inputs": example})
+        gives = f"what the {self.settings.TASK} pipeline answers"
+        return Description(takes, gives, {"inputs": example}, {}, schemas(self.rules))
 
 
 def not_known(task: str) -> str:
