@@ -1,12 +1,15 @@
-# make serve · test · compare · peers · notebooks · lint: each does its own set-up. PYTHON=python3.12 make serve picks another.
+# make serve · cluster · test · bench · compare · peers · plan · notebooks · lint: each does its own set-up. PYTHON=python3.12 make serve picks another.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve test test-slow bench compare peers plan lint notebooks lessons
+.PHONY: serve cluster test test-slow bench compare peers plan lint notebooks lessons
 
 serve: $(VENV)/serve
 	$(BIN)/uvicorn server:app
+
+cluster: $(VENV)/serve
+	$(BIN)/python -m deploy.cluster $(or $(N),2)
 
 test: $(VENV)/dev
 	$(BIN)/pytest --numprocesses=auto
@@ -26,7 +29,7 @@ peers: $(VENV)/dev  # PEERS="litserve mosec" for some of them
 	$(BIN)/python -m loadtests.peers $(if $(PEERS),--peers $(PEERS))
 
 plan: $(VENV)/dev
-	$(BIN)/python -m loadtests.planner $(PLAN)
+	$(BIN)/python -m loadtests.$(if $(FLEET),fleet $(FLEET),planner $(PLAN))
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -34,7 +37,7 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-notebooks: $(VENV)/dev
+notebooks: $(VENV)/lab
 	$(BIN)/jupyter lab notebooks
 
 lessons: $(VENV)/dev
@@ -47,4 +50,8 @@ $(VENV)/serve: requirements.txt
 
 $(VENV)/dev: requirements-dev.txt $(VENV)/serve
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/lab: requirements-lab.txt $(VENV)/dev
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-lab.txt
 	touch $@

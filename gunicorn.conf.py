@@ -4,6 +4,6 @@
 from workers.deployment import *  # noqa: F403  what all modes share, each with its why
 
 wsgi_app = "server:app"
-worker_class = "uvicorn_worker.UvicornWorker"  # uvicorn.workers is deprecated
+worker_class = "workers.patient.Worker"  # uvicorn, with a bound on the time for headers
 workers = 1  # a second one would be a second model and a second queue; INSTANCES=2 shares one queue instead
 max_requests = 0  # no restarts: each would load the model again, and nothing here is known to leak

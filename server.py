@@ -21,8 +21,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
-from workers import contract
+from workers import contract, stream
 from workers.envelope import Envelope
+from workers.guard import Guard, public, with_cors
 from workers.jobs import Refused
 from workers.metrics import Metrics
 from workers.service import Service
@@ -38,17 +39,20 @@ async def answer(request: Request) -> Response:
     body = await service.clients.read(request)
     asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
     queries = await service.check(asked.inputs, asked.parameters, len(body))
+    if asked.is_list and (form := stream.wanted(request)):
+        return stream.Streamed(service, request, queries, form)
     answers = await service.clients.wait(request, queries)
     values = [answer.value for answer in answers]
     return contract.Answered(answers, values if asked.is_list else values[0])
 
 
+@public
 async def health(request: Request) -> Response:
     """GET /health: 200 while the process should be left alone, 503 with the reason when it should be restarted."""
     service: Service = request.state.service
     trouble = service.trouble()
     status = {
-        "status": "stuck" if trouble else "ok" if service.loop.consumers else "loading",
+        "status": "stuck" if trouble else "ok" if service.loop.copies.loaded else "loading",
         "model": settings.model_name,
         "queue_depth": service.loop.depth,
         "running": service.loop.running,
@@ -59,6 +63,7 @@ async def health(request: Request) -> Response:
     return JSONResponse(status, 503 if trouble else 200)
 
 
+@public
 async def ready(request: Request) -> Response:
     """GET /ready: 200 while a copy of the model is loaded, whatever the load; 503 with the reason when stuck or stopping."""
     service: Service = request.state.service
@@ -87,17 +92,12 @@ def find_protocols() -> Iterator[tuple[Route, contract.ErrorBody]]:
 
 
 protocols = list(find_protocols())
-app = Envelope(
-    Router(
-        [
-            Route("/", answer, methods=["POST"]),
-            Route("/health", health),
-            Route("/ready", ready),
-            Route("/metrics", prometheus),
-            *(route for route, _ in protocols),
-        ],
-        lifespan=lifespan,
-    ),
-    metrics,
-    protocols,
-)
+routes = [
+    Route("/", answer, methods=["POST"]),
+    Route("/health", health),
+    Route("/ready", ready),
+    Route("/metrics", public(prometheus) if settings.METRICS_OPEN else prometheus),
+    *(route for route, _ in protocols),
+]
+envelope = Envelope(Router(routes, lifespan=lifespan), metrics, protocols, Guard(settings, routes))
+app = with_cors(envelope, settings)

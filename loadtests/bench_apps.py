@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+SLEEP_S = 0.02
 WORDS = ("thing", "one", "man", "day", "way")
 
 
@@ -61,6 +62,14 @@ class Stuck:
     def __call__(self, inputs: list[Any]) -> list[Any]:
         time.sleep(3600)
         return inputs
+
+
+class Sleeps:
+    """Takes 20 ms a call and computes nothing: so several replicas of it share a machine without slowing each other."""
+
+    def __call__(self, inputs: list[Any]) -> list[Any]:
+        time.sleep(SLEEP_S)
+        return [answer(text) for text in inputs]
 
 
 async def echo(request: Request) -> JSONResponse:

@@ -25,19 +25,23 @@ import transformers
 from workers import memory, tasks
 from workers.settings import HERE, Settings
 from workers.tasks.packed import PackedLinear
-from workers.tasks.pipeline import load_pipeline
+from workers.tasks.pipeline import load_model, load_pipeline
 
 FOLDER = HERE / "models" / "minilm-mlm"
 HEADS = {  # the embedded model's encoder under another head, whose weights are random
     "text-classification": ("BertForSequenceClassification", 3),
     "token-classification": ("BertForTokenClassification", 9),
+    "zero-shot-classification": ("BertForSequenceClassification", 3),
+    "question-answering": ("BertForQuestionAnswering", 2),
 }
+PARAMETERS = {"zero-shot-classification": {"candidate_labels": ["sports", "politics"]}}
+QUESTION = "Where did they go?"
 TASKS = ("fill-mask", *HEADS)
 DTYPES = ("float32", "bfloat16")
 FILLER = "and then they went along the old road that led from the harbour to the town on the hill"
 
 Case = tuple[str, str, int, str]  # stock or ours, dtype, batch size, short or mixed
-Asked = list[tuple[str, Any]]  # a text, and what the task makes of it
+Asked = list[tuple[Any, Any]]  # an input, and what the task makes of it
 
 
 def texts(count: int, lengths: str) -> list[str]:
@@ -48,6 +52,11 @@ def texts(count: int, lengths: str) -> list[str]:
         filler = (FILLER.split() * 12)[:190]
         chosen = [" ".join([text, *filler]) if i % 10 == 5 else text for i, text in enumerate(chosen)]
     return chosen
+
+
+def an_input(task: str, text: str) -> Any:
+    """What the task is asked of a text."""
+    return {"question": QUESTION, "context": text} if task == "question-answering" else text
 
 
 def folder_for(task: str) -> str:
@@ -62,9 +71,22 @@ def folder_for(task: str) -> str:
     return folder
 
 
-def stock_call(pipe: Any) -> Callable[[Asked], Any]:
-    """The stock pipeline, a batch a call."""
-    return lambda batch: pipe([text for text, _ in batch], batch_size=len(batch))
+def stock_call(settings: Settings) -> Callable[[Asked], Any]:
+    """The stock pipeline, a batch a call. Where Transformers has none any more its tokenizer and its model alone."""
+    if settings.TASK == "question-answering":
+        loaded = load_model(settings, 0, "AutoModelForQuestionAnswering")
+
+        @torch.inference_mode()
+        def forward(batch: Asked) -> Any:
+            pairs = [(inputs["question"], inputs["context"]) for inputs, _ in batch]
+            return loaded.model(
+                **loaded.tokenizer(pairs, padding=True, return_tensors="pt").to(loaded.model.device)
+            )
+
+        return forward
+    pipe, parameters = load_pipeline(settings), PARAMETERS.get(settings.TASK, {})
+    rows = len(parameters.get("candidate_labels", " "))  # an input's, which a batch keeps together
+    return lambda batch: pipe([text for text, _ in batch], batch_size=rows * len(batch), **parameters)
 
 
 def our_call(model: Any) -> Callable[[Asked], Any]:
@@ -86,13 +108,14 @@ def measure(name: str, batches: list[int], repeats: int, device: str) -> dict[Ca
     for dtype in DTYPES:
         settings = Settings(MODEL=folder, TASK=name, DTYPE=dtype, DEVICE=device, TORCH_THREADS=1)
         task = tasks.make(settings)
-        calls["stock", dtype] = stock_call(load_pipeline(settings))
+        calls["stock", dtype] = stock_call(settings)
         calls["ours", dtype] = our_call(task.load(0))
     rates: dict[Case, list[float]] = {}
     for _ in range(repeats + 1):
         for lengths in ("short", "mixed"):
             for batch in batches:
-                asked = [(text, task.check(text, {}).content) for text in texts(max(32, batch), lengths)]
+                inputs = [an_input(name, text) for text in texts(max(32, batch), lengths)]
+                asked = [(one, task.check(one, PARAMETERS.get(name, {})).content) for one in inputs]
                 for (kind, dtype), call in calls.items():
                     rates.setdefault((kind, dtype, batch, lengths), []).append(rate(call, batch, asked))
     # The first call of a size pays for buffers and kernels.

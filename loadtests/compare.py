@@ -59,7 +59,7 @@ SCENARIOS = (
     Scenario("own 10 x", 4.0, 10.0),
     Scenario("spike", 6.0, 0.5, kind="spike"),
 )
-WARM_UP_S, CAPACITY_S, SPIKE_S = 0.8, 5.0, 1.0
+WARM_UP_S, CAPACITY_S, SPIKE_S, ALONE_S = 0.8, 5.0, 1.0, 2.0
 BESIDE_S = 18.0  # start, stop and drains of one visit
 
 
@@ -95,6 +95,8 @@ class Comparison:
             capacity = self.capacity(server, note, repeat)
             setting = self.foresight.setting(mode) if mode.name in PREDICTED else None
             if setting:
+                alone = self.load(server, "closed", users=1, duration_s=ALONE_S * self.scale)
+                setting = setting.slower(alone["model_ms"].mean() / 1000)
                 cost = setting.cost
                 note("cost law", a_s=cost.a_s, b_s=cost.b_s, spread=cost.spread, **setting.overhead._asdict())
                 note("capacity", predicted_per_s=setting.capacity_per_s)
@@ -221,7 +223,8 @@ PREDICTED = {
 class Foresight:
     """What the planner needs to know to predict a visit.
 
-    It times the bare model on the server's core beside each visit: the machine's speed drifts by more than the planner errs.
+    It times the bare model on the server's core beside each visit: the machine's speed drifts by more than the planner
+    errs. A single user tells how much slower a call is between requests, with other work in the caches.
     """
 
     measure: Callable[..., pd.DataFrame]  # see planner.measuring_on
@@ -269,7 +272,7 @@ def cores(server_cores: int) -> tuple[set[int], set[int]]:
 
 def predicted_minutes(visits: int, scenarios: list[Scenario], scale: float) -> float:
     """How long it will take."""
-    loads_s = WARM_UP_S + CAPACITY_S + sum(scenario.seconds for scenario in scenarios)
+    loads_s = WARM_UP_S + ALONE_S + CAPACITY_S + sum(scenario.seconds for scenario in scenarios)
     return (visits * (scale * loads_s + BESIDE_S) + 60) / 60
 
 

@@ -60,6 +60,8 @@ MODES = {
         Mode("uvicorn-2", "gunicorn -c workers/uvicorn.conf.py"),
         Mode("asgi", "gunicorn -c workers/asgi.conf.py"),
         Mode("dirty", "gunicorn -c workers/dirty.conf.py"),
+        # One generator is thousands of clients.
+        Mode("haproxy-2", "python -m deploy.cluster 2", {"CLIENT_CONNECTIONS": "4096"}),
     )
 }
 

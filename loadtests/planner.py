@@ -342,6 +342,11 @@ class Setting:
             self.cost, self.batch_size, self.instances, overhead_s=self.overhead.overhead_s
         )
 
+    def slower(self, one_s: float) -> "Setting":
+        """The same where a call with one text was seen to take `one_s` on average, and all others longer in proportion."""
+        cost, factor = self.cost, one_s / self.cost.seconds(1)
+        return replace(self, cost=replace(cost, a_s=cost.a_s * factor, b_s=cost.b_s * factor))
+
     def summary(self, rate_per_s: float, limit_s: float, duration_s: float = 30.0) -> dict[str, Any]:
         """What `drive.summary` would say of this setting at this rate."""
         df = simulate(

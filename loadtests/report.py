@@ -20,8 +20,8 @@ from loadtests.planner import markdown
 
 # Okabe and Ito's colours, which the colour-blind can tell apart; more modes than colours, so markers and lines differ too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s")
-LINES = ("-", "--")
+MARKERS = ("o", "s", "^")
+LINES = ("-", "--", ":")
 PREDICTED_SCENARIOS = ("own 50 %", "own 80 %", "own 2 x", "own 10 x")
 TABLE = {  # column: (scenario, metric, digits)
     "capacity /s": ("capacity", "per_s", 0),
@@ -70,7 +70,7 @@ class Results:
         """How lines of a mode look, the same in every picture."""
         i = sorted(self.modes).index(mode)
         turn, colour = divmod(i, len(COLOURS))
-        return {"color": COLOURS[colour], "marker": MARKERS[turn % 2], "linestyle": LINES[turn % 2]}
+        return {"color": COLOURS[colour], "marker": MARKERS[turn % 3], "linestyle": LINES[turn % 3]}
 
 
 def write(out: Path) -> None:

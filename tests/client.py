@@ -41,7 +41,7 @@ class Reply:
         return self.json["error"]
 
 
-def dial(server: Server, timeout_s: float = 30) -> socket.socket:
+def dial(server: Server, timeout_s: float = 60) -> socket.socket:
     """A connection."""
     url = urlsplit(server.url)
     return socket.create_connection((url.hostname, url.port), timeout_s)
@@ -91,7 +91,7 @@ def metric(server: Server, name: str) -> float:
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + " ", name + "{")))
 
 
-def until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
+def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     """Poll until it is true and return it; fails after `timeout_s`."""
     end = time.monotonic() + timeout_s
     while not (value := condition()):

@@ -1,22 +1,61 @@
 """What the tests share: the plain pipeline to compare with, a model that fails, many clients."""
 
+import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from client import Crowd
+from xdist.scheduler import LoadScopeScheduling
 
-from loadtests.modes import ROOT
+from loadtests.modes import MODES, ROOT
+from workers.threads import usable_cores
 
 MODEL = ROOT / "models" / "minilm-mlm"
+# Their tests share nothing that takes long to make: each goes to whichever process is free.
+SINGLE = {
+    "test_admission",
+    "test_loop",
+    "test_offload",
+    "test_own",
+    "test_planner",
+    "test_service",
+    "test_tasks",
+}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares a server stays in one process: the tests of a file, or of a deployment mode in it."""
-    for item in items:
-        mode = getattr(item, "callspec", None) and item.callspec.params.get("mode")  # type: ignore[attr-defined]
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {mode or ''}"))
+class Together(LoadScopeScheduling):
+    """What shares servers or models stays in one process: the tests of a file, or of a deployment mode in it.
+
+    The groups of most tests come first. (xdist's own loadgroup writes to what pytest 9.2 no longer reads.)
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, test = nodeid.partition("::")
+        if Path(file).stem in SINGLE:
+            return nodeid
+        mode = re.search(rf"\[({'|'.join(MODES)})[-\]]", test)
+        return f"{file} {mode[1] if mode else ''}"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Together(config, log)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Half of the time a test waits: for a server to start or to end, for a deadline."""
+    return 2 * usable_cores()
+
+
+@pytest.fixture(autouse=True)
+def audible() -> None:
+    """What the app logs reaches caplog, whoever has silenced it before: the lessons' helpers do, and server programs."""
+    for name in ("uvicorn", "uvicorn.error"):
+        log = logging.getLogger(name)
+        log.handlers, log.propagate, log.disabled = [], True, False
+        log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

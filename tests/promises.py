@@ -3,10 +3,11 @@
 The tests read it: what is kept is asserted, and so is what is not.
 """
 
-TESTED = ["thread", "recommended", "uvicorn-2", "asgi", "gthread-1x8", "sync-2", "dirty"]
+TESTED = ["thread", "recommended", "uvicorn-2", "asgi", "gthread-1x8", "sync-2", "dirty", "haproxy-2"]
 
 # How a promise is not kept, where a test asserts just that.
 GUNICORNS_PAGE = "Gunicorn's own page"
+ITS_REPLICAS = "its replica's share"
 ITS_SHARE = "its worker's share"
 ITS_THREADS = "8 at most, its threads"
 NEVER = "never"
@@ -16,6 +17,7 @@ WHILE_A_WORKER_IS_FREE = "while a worker is free"
 # What the tests assert for every mode alike, then what differs: promise -> the modes that can't, and why.
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "answers are the plain pipeline's, raw and JSON": {},
+    "any task: an input's answer is its own, alone and in a crowd": {},
     "wrong input is refused at once, in one JSON form": {},
     "a body far too large gets its 413": dict.fromkeys(
         ("asgi", "gthread-1x8", "sync-2"), "or a reset, if it goes on sending"
@@ -35,6 +37,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "dirty": ITS_SHARE,
         "gthread-1x8": ITS_THREADS,
         "sync-2": NEVER,
+        "haproxy-2": ITS_REPLICAS,
     },
     "too much work is refused (503)": {"sync-2": "waits unseen in the kernel"},
     "/health answers while the model runs": {

@@ -56,6 +56,7 @@ MADE: dict[str, Callable[[Path], str]] = {
     "token-classification": lambda folder: small_bert(folder, "ForTokenClassification", **labels(ENTITIES)),
     "question-answering": lambda folder: small_bert(folder, "ForQuestionAnswering"),
     "text-ranking": lambda folder: small_bert(folder, "ForSequenceClassification", num_labels=1),
+    "zero-shot-classification": lambda folder: small_bert(folder, "ForSequenceClassification", num_labels=3),
     "image-classification": small_vit,
 }
 
@@ -132,8 +133,7 @@ def picture(pipe: Any, **parameters: Any) -> Any:
     return pipe(Image.open(io.BytesIO(jpeg())), **parameters)
 
 
-# A method of InferenceClient, what it is given, and what the oracle of its task says. Of a classification it keeps the
-# first label only; zero_shot_classification is not among them: it reads a list where the pipeline gives an object.
+# A method of InferenceClient, what it is given, and what the oracle of its task says.
 Asked = tuple[str, tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]
 ASKED: list[Asked] = [
     ("feature_extraction", (TEXT,), {}, lambda model: model.encode(TEXT)),
@@ -151,13 +151,6 @@ ASKED: list[Asked] = [
         (TEXT,),
         {"other_sentences": SENTENCES},
         lambda model: model.similarity(model.encode(TEXT), model.encode(SENTENCES))[0].tolist(),
-    ),
-    ("text_classification", (TEXT,), {}, lambda pipe: pipe(TEXT)[0]),
-    (
-        "text_classification",
-        (TEXT,),
-        {"top_k": 2, "function_to_apply": "sigmoid"},
-        lambda pipe: pipe(TEXT, top_k=2, function_to_apply="sigmoid")[0],
     ),
     ("token_classification", (TEXT,), {}, lambda pipe: pipe(TEXT)),
     (
@@ -187,21 +180,49 @@ ASKED: list[Asked] = [
     ("image_classification", (jpeg(),), {}, picture),
     ("image_classification", (jpeg(),), {"top_k": 2}, lambda pipe: picture(pipe, top_k=2)),
 ]
+# What it reads in another form than the pipeline's.
+ASKED_OF_THE_DOOR: list[Asked] = [
+    ("text_classification", (TEXT,), {}, lambda pipe: pipe(TEXT, top_k=None)),
+    (
+        "text_classification",
+        (TEXT,),
+        {"top_k": 2, "function_to_apply": "sigmoid"},
+        lambda pipe: pipe(TEXT, top_k=2, function_to_apply="sigmoid"),
+    ),
+    ("zero_shot_classification", (TEXT, ["old", "new"]), {}, lambda pipe: listed(pipe(TEXT, ["old", "new"]))),
+    (
+        "zero_shot_classification",
+        (TEXT, ["old", "new"]),
+        {"multi_label": True, "hypothesis_template": "It is {}!"},
+        lambda pipe: listed(pipe(TEXT, ["old", "new"], multi_label=True, hypothesis_template="It is {}!")),
+    ),
+]
+
+
+def listed(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the zero-shot pipeline says, label by label."""
+    return [{"label": label, "score": score} for label, score in zip(found["labels"], found["scores"])]
 
 
 @pytest.mark.parametrize(
-    ("method", "args", "kwargs", "expected"), ASKED, ids=[f"{asked[0]} {list(asked[2])}" for asked in ASKED]
+    ("door", "method", "args", "kwargs", "expected"),
+    [
+        pytest.param(door, *asked, id=f"/{door} {asked[0]} {list(asked[2])}")
+        for door, some in (("", ASKED), ("hf-inference", ASKED + ASKED_OF_THE_DOOR))
+        for asked in some
+    ],
 )
 def test_hugging_faces_client_gets_what_the_oracle_gives(
     urls: dict[str, str],
     oracle: Callable[[str], Any],
+    door: str,
     method: str,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     expected: Callable[[Any], Any],
 ) -> None:
     task = method.replace("_", "-")
-    found = getattr(InferenceClient(model=urls[task]), method)(*args, **kwargs)
+    found = getattr(InferenceClient(model=urls[task] + door), method)(*args, **kwargs)
     alike(found, expected(oracle(task)))
 
 
@@ -211,6 +232,22 @@ def test_hugging_faces_async_client_gets_the_same(urls: dict[str, str], oracle: 
             return await asyncio.gather(*(client.feature_extraction(text) for text in SENTENCES))
 
     alike(asyncio.run(ask()), list(oracle("feature-extraction").encode(SENTENCES)))
+
+
+def test_its_door_answers_lists_with_lists_and_errors_as_post_does(urls: dict[str, str]) -> None:
+    def ask(task: str, inputs: Any, **parameters: Any) -> Any:
+        content = {"inputs": inputs, "parameters": parameters}
+        return httpx2.post(urls[task] + "hf-inference", json=content)
+
+    one, both = (ask("text-classification", asked).json() for asked in (TEXT, [TEXT, "Hm"]))
+    assert len(both) == 2 and len(one) == 1
+    alike(both[0], one[0])
+    one, both = (
+        ask("zero-shot-classification", asked, candidate_labels="a, b").json() for asked in (TEXT, [TEXT] * 2)
+    )
+    alike(both, [one, one])
+    reply = ask("zero-shot-classification", TEXT)
+    assert reply.status_code == 400 and reply.json()["error"].startswith('"candidate_labels" must be')
 
 
 def test_hugging_faces_client_shows_the_sentence_of_an_error(urls: dict[str, str]) -> None:

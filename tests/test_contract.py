@@ -8,11 +8,13 @@ import http.client
 import os
 import re
 import select
+import shutil
 import signal
 import socket
 import struct
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,6 +23,7 @@ from client import POISON, SLOW, Crowd, Reply, dial, get, hear, metric, post, po
 from conftest import MODEL
 from promises import (
     GUNICORNS_PAGE,
+    ITS_REPLICAS,
     ITS_SHARE,
     ITS_THREADS,
     NEVER,
@@ -35,10 +38,18 @@ from loadtests.modes import MODES, Server, start
 
 PARIS = "Paris is the [MASK] of France."
 GATHERS = "a batch gathers all connections"
-WORKERS = {mode: 2 if mode in ("uvicorn-2", "sync-2", "dirty") else 1 for mode in TESTED}
+WORKERS = {mode: 2 if mode in ("uvicorn-2", "sync-2", "dirty", "haproxy-2") else 1 for mode in TESTED}
+FAR = {  # these are tested with the slow ones, where they can run
+    "haproxy-2": pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed"),
+}
 
 
-@pytest.fixture(scope="module", params=TESTED)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(mode, marks=[pytest.mark.slow, FAR[mode]] if mode in FAR else []) for mode in TESTED
+    ],
+)
 def mode(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -51,7 +62,7 @@ def started(mode: str, **settings: str) -> Iterator[Server]:
     """A server in which every worker is ready. Its model is the stand-in, unless said otherwise."""
     usual = {"MODEL": "tests.stand_in:FillMask", "MAX_BODY_BYTES": "16384"}
     with start(MODES[mode], usual | settings) as server:
-        until(lambda: len(workers(server)) == WORKERS[mode], 60)  # ready tells of one only
+        until(lambda: len(workers(server)) == WORKERS[mode])  # ready tells of one only
         yield server
 
 
@@ -73,7 +84,7 @@ def server(mode: str) -> Iterator[Server]:
 def sick(mode: str) -> Iterator[Server]:
     """Its batches, on which one word is poison, wait for company."""
     window_ms = "0" if exception(GATHERS, mode) == NEVER else "500"
-    with started(mode, BATCH_SIZE="4", BATCH_WINDOW_MS=window_ms, DEADLINE_S="5") as server:
+    with started(mode, BATCH_SIZE="4", BATCH_WINDOW_MS=window_ms, DEADLINE_S="20") as server:
         yield server
 
 
@@ -81,14 +92,14 @@ def sick(mode: str) -> Iterator[Server]:
 def patient(mode: str) -> Iterator[Server]:
     """It waits as good as for ever until a batch is full, where one ever is."""
     window_ms = {ITS_THREADS: "1000", NEVER: "50"}.get(exception(GATHERS, mode) or "", "60000")
-    with started(mode, BATCH_SIZE="16", BATCH_WINDOW_MS=window_ms, DEADLINE_S="90") as server:
+    with started(mode, BATCH_SIZE="16", BATCH_WINDOW_MS=window_ms, DEADLINE_S="90", GRACE_S="30") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def spawning(mode: str) -> Iterator[Server]:
     """The model in a process of its own. Waits as good as for ever for a body."""
-    its = {"OFFLOAD": "process", "DEADLINE_S": "20", "BODY_TIMEOUT_S": "60", "GRACE_S": "3", "HANG_S": "5"}
+    its = {"OFFLOAD": "process", "DEADLINE_S": "20", "BODY_TIMEOUT_S": "60", "GRACE_S": "30", "HANG_S": "5"}
     with started(mode, BATCH_SIZE="1", **its) as server:
         yield server
 
@@ -271,9 +282,9 @@ def test_stalled_bodies_do_not_keep_others_from_being_read(spawning: Server, mod
 def test_unknown_path_and_method_are_json_too(server: Server) -> None:
     assert (reply := get(server, "/nothing")).status == 404
     assert reply.error
-    assert (reply := get(server, "/")).status == 405
+    assert (reply := say(server, request("PUT", "/"))).status == 405
     assert reply.error
-    assert "POST" in reply.headers["Allow"]
+    assert reply.headers["Allow"] == "GET, HEAD, POST"
 
 
 def test_both_content_length_and_transfer_encoding_are_refused(server: Server) -> None:
@@ -358,9 +369,10 @@ def test_batch_gathers_the_connections_that_it_can(patient: Server, crowd: Crowd
     if how == ITS_SHARE:
         gathers_those_of_its_worker(patient)
         return
-    batches = {batch(reply.result()) for reply in crowd.post(patient, *[PARIS] * 16)}
-    if how is None:
-        assert batches == {(16, "full")}
+    n = 32 if how == ITS_REPLICAS else 16
+    batches = {batch(reply.result()) for reply in crowd.post(patient, *[PARIS] * n)}
+    if how in (None, ITS_REPLICAS):
+        assert batches == {(16, "full")}, "replicas get equal shares"
     elif how == ITS_THREADS:
         assert 1 < max(batches)[0] <= 8
     else:
@@ -454,19 +466,22 @@ def test_client_that_leaves_frees_its_place(spawning: Server, mode: str) -> None
     assert post(spawning, PARIS).status == 200
 
 
-def test_health_answers_while_the_model_runs(server: Server, mode: str) -> None:
+def test_health_answers_while_the_model_runs(server: Server, mode: str, tmp_path: Path) -> None:
     how = exception("/health answers while the model runs", mode)
     free = {WHILE_A_THREAD_IS_FREE: 8, WHILE_A_WORKER_IS_FREE: 2}.get(how or "")
+    gate = tmp_path / "gate"
     with contextlib.ExitStack() as connections:
         busy = [connections.enter_context(dial(server)) for _ in range(2 * free if free else 24)]
         for connection in busy:
-            connection.sendall(request("POST", "/", SLOW.encode()))
+            text = SLOW if free else f"{PARIS} until:{gate}"
+            connection.sendall(request("POST", "/", text.encode()))
         assert get(server, "/health").status == 200
         answered = len(select.select(busy, [], [], 0)[0])
         if free:
             assert answered > len(busy) - free, "its turn came when only the others were still busy"
         else:
             assert answered < len(busy)
+        gate.touch()
         for connection in busy:
             hear(connection)
 
@@ -474,27 +489,18 @@ def test_health_answers_while_the_model_runs(server: Server, mode: str) -> None:
 # --- how it ends ------------------------------------------------------------------------------------------------------
 
 
-def test_second_ctrl_c_exits_at_once(patient: Server, crowd: Crowd) -> None:
-    """The last test of `patient`."""
-    replies = crowd.post(patient, *[SLOW] * 32)
-    until(lambda: any(reply.done() for reply in replies))
-    os.killpg(patient.process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
-    until(lambda: patient.process.poll() is not None or get_or_none(patient, "/ready") != 200)
+def test_second_ctrl_c_exits_at_once(patient: Server, crowd: Crowd, mode: str, tmp_path: Path) -> None:
+    """The last test of `patient`: its calls would last for ever, where a request holds no thread; the grace time 30 s."""
+    holds = exception(GATHERS, mode) in (ITS_THREADS, NEVER)
+    replies = crowd.post(patient, *[SLOW if holds else f"{PARIS} until:{tmp_path / 'never'}"] * 32)
+    until(lambda: "waiting" in patient.log() or any(reply.done() for reply in replies))
     began = time.monotonic()
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(patient.process.pid, signal.SIGINT)
-    patient.process.wait(10)
-    assert time.monotonic() - began < 2
+    while patient.process.poll() is None:  # again and again: two at once may be one
+        os.killpg(patient.process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+        time.sleep(0.2)
+        assert time.monotonic() - began < 20, "it did not wait for the grace time's end"
     for reply in replies:
         reply.exception()
-
-
-def get_or_none(server: Server, path: str) -> int | None:
-    """The status, None when there is no answer."""
-    try:
-        return get(server, path).status
-    except (OSError, http.client.HTTPException):
-        return None
 
 
 def test_sigterm_under_load_answers_everybody_exactly_once(server: Server, crowd: Crowd, mode: str) -> None:
@@ -509,15 +515,15 @@ def test_sigterm_under_load_answers_everybody_exactly_once(server: Server, crowd
     outcomes: dict[str, int] = {}
     for i, future in enumerate(replies):
         try:
-            reply = future.result(timeout=15)
+            reply = future.result(timeout=60)
         except OSError as exc:
             outcomes[type(exc).__name__] = outcomes.get(type(exc).__name__, 0) + 1
             continue
         honest = (200, 503) if kept("SIGTERM lets admitted work finish", mode) else (200, 500, 503)
         assert reply.status in honest
         assert is_own(i, reply.json) if reply.status == 200 else reply.error
-    server.process.wait(12)
-    assert time.monotonic() - began < 12
+    server.process.wait(60)
+    assert time.monotonic() - began < 20
     assert (not outcomes) is kept("SIGTERM resets nobody", mode), outcomes
 
 
@@ -525,20 +531,20 @@ def test_dead_worker_is_replaced_and_none_outlives_its_master(sick: Server, mode
     """The last test of `sick`."""
     os.kill(workers(sick)[0], signal.SIGKILL)
     if not kept("a dead worker is replaced", mode):
-        assert sick.process.wait(10) == -signal.SIGKILL
+        assert sick.process.wait(60) == -signal.SIGKILL
         return
-    until(lambda: len(workers(sick)) == WORKERS[mode] + 1, 60)
+    until(lambda: len(workers(sick)) == WORKERS[mode] + 1)
     assert post(sick, PARIS).status == 200
     others = sick.processes()[1:]
     sick.process.kill()
-    _, alive = psutil.wait_procs(others, timeout=5)
+    _, alive = psutil.wait_procs(others, timeout=30)
     for orphan in alive:
         orphan.kill()
     assert not alive
 
 
 def test_killed_model_process_costs_its_own_batch_only(spawning: Server, crowd: Crowd, mode: str) -> None:
-    replies = crowd.post(spawning, *numbered(12, SLOW))
+    replies = crowd.post(spawning, *numbered(24, SLOW))
     until(lambda: any(reply.done() for reply in replies))
     model_processes(spawning)[0].kill()
     failed = [future.result() for future in replies if future.result().status != 200]
@@ -552,8 +558,8 @@ def test_killed_model_process_costs_its_own_batch_only(spawning: Server, crowd: 
         assert "starting another" in spawning.log()
         until(lambda: post(spawning, PARIS).status == 200)
     else:
-        assert len(failed) > 1
-        until(lambda: post(spawning, PARIS).status == 200, 60)
+        assert failed
+        until(lambda: post(spawning, PARIS).status == 200)
 
 
 def model_processes(server: Server) -> list[psutil.Process]:
@@ -571,8 +577,8 @@ def test_stalled_body_does_not_hold_sigterm(spawning: Server) -> None:
         began = time.monotonic()
         spawning.process.send_signal(signal.SIGTERM)
         assert hear(stalled).status == 503
-        spawning.process.wait(20)
-        assert time.monotonic() - began < 4
+        spawning.process.wait(60)
+        assert time.monotonic() - began < 20, "it did not wait for the grace time's end"
 
 
 WRONG_SETTINGS = {

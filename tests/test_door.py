@@ -80,7 +80,7 @@ def served(folder: Path, **env: str) -> Iterator[httpx2.Client]:
     environ = {**os.environ, "MODEL": "stand_in:Upper", **env}
     with (
         subprocess.Popen(command, cwd=folder, env=environ) as process,
-        httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client,
+        httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
     ):
 
         def is_ready() -> bool:
@@ -90,7 +90,7 @@ def served(folder: Path, **env: str) -> Iterator[httpx2.Client]:
             return False
 
         try:
-            until(is_ready, 60)
+            until(is_ready)
             yield client
         finally:
             process.kill()
@@ -246,7 +246,7 @@ def test_a_storm_of_refusals_is_slowed_down_and_a_few_are_not_slowed_at_all() ->
 def test_who_leaves_has_left_the_queue_after_two_sweeps() -> None:
     async def scenario() -> None:
         loop = ModelLoop(max_queue=300)
-        loop.consumers = 1  # which takes nothing
+        loop.copies.loaded = 1  # which takes nothing
         clients, left = Clients(Settings(), loop), asyncio.Event()
 
         async def receive() -> dict[str, str]:

@@ -1,14 +1,21 @@
-"""The contract, for every task, in a thread, in a process and behind Gunicorn's threads: answers, lists, refusals."""
+"""The contract, for any task, in every deployment mode: answers, lists, refusals.
+
+A mode knows no task. So every one is served in a thread, in a process and behind Gunicorn's threads, the ways to a model
+that differ most, and in the other modes a text's label, a vector and a class of one's own.
+"""
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
+import jsonschema
 import pytest
 from client import Crowd, get, post_json
+from promises import TESTED
 from test_clients import MADE, alike
 
 from loadtests.modes import MODES, Server, start
@@ -17,11 +24,23 @@ from workers.contract import rendered
 from workers.settings import Settings
 
 pytestmark = pytest.mark.slow
-MADE = {
-    **MADE,
-    "zero-shot-classification": MADE["text-classification"],
-    "own class": lambda _: "models.iris:Iris",
+MADE = {**MADE, "own class": lambda _: "models.iris:Iris"}
+SOME = ["text-classification", "feature-extraction", "own class"]
+SERVED = {
+    mode: list(MADE) if mode in ("thread", "process", "gthread-1x8") else SOME
+    for mode in (*TESTED, "process")
 }
+NEEDS = {"haproxy-2": pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")}
+EACH = pytest.mark.parametrize(
+    ("servers", "task"),
+    [
+        pytest.param(mode, task, id=f"{mode} {task}", marks=NEEDS.get(mode, ()))
+        for mode, served in SERVED.items()
+        for task in served
+    ],
+    indirect=["servers"],
+    scope="module",  # the tests of a mode one after the other
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +53,16 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
     }
 
 
-@pytest.fixture(scope="module", params=["thread", "process", "gthread-1x8"])
+@pytest.fixture(scope="module")
 def servers(
     request: pytest.FixtureRequest, settings: dict[str, dict[str, str]]
 ) -> Iterator[dict[str, Server]]:
     with contextlib.ExitStack() as running, ThreadPoolExecutor() as crowd:
         found = {
-            task: running.enter_context(start(MODES[request.param], {**its, "BATCH_SIZE": "4"}, wait=False))
-            for task, its in settings.items()
+            task: running.enter_context(
+                start(MODES[request.param], {**settings[task], "BATCH_SIZE": "4"}, wait=False)
+            )
+            for task in SERVED[request.param]
         }
         list(crowd.map(Server.wait_until_ready, found.values()))
         yield found
@@ -65,7 +86,22 @@ def alone(settings: dict[str, dict[str, str]]) -> Any:
     return answer, lambda task: load(task)[0].describe().example
 
 
-@pytest.mark.parametrize("task", MADE)
+@EACH
+def test_what_machines_read_allows_its_example_and_nothing_else(
+    servers: dict[str, Server], alone: Any, task: str
+) -> None:
+    example = alone[1](task)
+    asked = get(servers[task], "/openapi.json").json["paths"]["/"]["post"]["requestBody"]["content"]
+    schema = asked["application/json"]["schema"]
+    for body in (example, {**example, "inputs": [example["inputs"]] * 3}):
+        jsonschema.validate(body, schema)
+    for wrong in ({}, {**example, "inputs": None}, {**example, "colour": "red"}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema)
+        assert post_json(servers[task], wrong).status == 400
+
+
+@EACH
 def test_answers_are_those_of_the_input_alone_singly_in_lists_and_in_a_crowd(
     servers: dict[str, Server], alone: Any, crowd: Crowd, task: str
 ) -> None:
@@ -81,7 +117,7 @@ def test_answers_are_those_of_the_input_alone_singly_in_lists_and_in_a_crowd(
         alike(reply.result().json, [expected] * 3)
 
 
-@pytest.mark.parametrize("task", MADE)
+@EACH
 def test_what_is_no_input_is_refused_and_named(servers: dict[str, Server], alone: Any, task: str) -> None:
     example = alone[1](task)
     reply = post_json(servers[task], {**example, "inputs": [example["inputs"], {"no such": "field"}]})

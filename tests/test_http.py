@@ -148,7 +148,12 @@ def test_an_answer_that_is_no_json_spares_the_others_of_its_batch(
 
 
 def test_the_model_runs_nothing_for_clients_that_have_left(server: Server, mode: str, tmp_path: Path) -> None:
-    run, left, gate = run_so_far(server), counted(server, 499), tmp_path / "gate"
+    """On a busy machine the last of them may find a call that takes too long, and are refused."""
+
+    def answered_so_far() -> float:
+        return counted(server, 499) + counted(server, 503)
+
+    run, before, gate = run_so_far(server), answered_so_far(), tmp_path / "gate"
     until_then = json.dumps({"inputs": {"until": str(gate)}}).encode()
     with contextlib.ExitStack() as connections:
         held = [connections.enter_context(dial(server)) for _ in range(THREADS[mode])]
@@ -158,10 +163,10 @@ def test_the_model_runs_nothing_for_clients_that_have_left(server: Server, mode:
             with dial(server) as leaver:
                 leaver.sendall(request("POST", "/", b"a text"))
         if mode in ("thread", "asgi"):
-            until(lambda: counted(server, 499) == left + 100)
+            until(lambda: answered_so_far() == before + 100)
         gate.touch()
         assert [hear(connection).status for connection in held] == [200] * len(held)
-    until(lambda: counted(server, 499) == left + 100)
+    until(lambda: answered_so_far() == before + 100)
     assert run_so_far(server) == run + len(held)
 
 

@@ -506,9 +506,9 @@ async def test_queries_that_killed_the_models_process_are_not_run_again() -> Non
 async def test_a_call_that_hangs_is_reported_and_new_jobs_are_refused() -> None:
     async with serving(FakeModel(b=500), hang_s=60, budget_s=10) as loop:
         assert await outcomes(submit_all(loop, "a")) == [Late]
-        assert loop.stuck_s() == 0
+        assert loop.copies.stuck_s == 0
         await asyncio.sleep(60)
-        assert loop.stuck_s() == pytest.approx(70)
+        assert loop.copies.stuck_s == pytest.approx(70)
         with pytest.raises(Refused, match="not returned"):
             await loop.submit("b")
 
@@ -523,7 +523,7 @@ async def test_a_copy_that_loads_again_is_no_call_of_the_model() -> None:
     loaded.clear()  # it dies while nobody asks anything of it
     task = submit_all(loop, "a")
     await asyncio.sleep(100)
-    assert loop.stuck_s() == 0 and not loop.running and loop.depth == 1
+    assert loop.copies.stuck_s == 0 and not loop.running and loop.depth == 1
     loaded.set()
     answer = await task[0]
     assert (answer.queue_s, answer.model_s) == (100, 1)
@@ -535,7 +535,8 @@ async def test_a_copy_that_loads_again_is_no_call_of_the_model() -> None:
 async def test_while_the_only_copy_loads_who_cannot_wait_is_told_when_it_will_be_back() -> None:
     loaded, model = asyncio.Event(), FakeModel()
     loaded.set()
-    loop = ModelLoop(budget_s=1000, load_s=6)
+    loop = ModelLoop(budget_s=1000)
+    loop.copies.load_s = 6
     consumer = asyncio.create_task(loop.consume(model, waits_for(loaded)))
     await asyncio.sleep(1)
     loaded.clear()
@@ -599,7 +600,8 @@ async def test_while_another_copy_is_left_nobody_is_refused_because_one_loads_ag
         loaded.clear()
         raise ModelDied("it was killed")
 
-    async with serving(FakeModel(b=3), load_s=60) as loop:
+    async with serving(FakeModel(b=3)) as loop:
+        loop.copies.load_s = 60
         mortal = asyncio.create_task(loop.consume(dies, waits_for(loaded)))
         await asyncio.sleep(0)
         tasks = submit_all(loop, "a", "b", "waits", budget_s=10)
@@ -616,6 +618,75 @@ async def test_a_call_that_nobody_waits_for_any_more_still_has_to_end() -> None:
             await loop.submit("b", budget_s=1)
         await asyncio.sleep(3)
         assert await outcomes(submit_all(loop, "c", budget_s=1)) == [Late], "idle: it is tried"
+
+
+@on_virtual_clock
+async def test_a_call_slower_than_foreseen_is_expected_to_take_as_much_longer_again() -> None:
+    async with serving(FakeModel(b=4)) as loop:
+        loop.speed.observe(1, 3)
+        tasks = submit_all(loop, "a")
+        await asyncio.sleep(3.5)
+        assert loop.copies.free_s() == [pytest.approx(0.5)]
+        with pytest.raises(Refused):
+            await loop.submit("b", budget_s=3.7)
+        assert await outcomes(tasks + submit_all(loop, "c", budget_s=4)) == ["answer to a", Late]
+
+
+@on_virtual_clock
+async def test_the_first_call_of_all_may_take_its_time() -> None:
+    async with serving(FakeModel(b=20), hang_s=60) as loop:
+        tasks = submit_all(loop, "a")
+        await asyncio.sleep(15)
+        assert await outcomes(tasks + submit_all(loop, "b")) == ["answer to a", "answer to b"]
+
+
+@on_virtual_clock
+async def test_who_is_refused_at_the_door_counts_as_offered_load_too() -> None:
+    async with serving(FakeModel(b=1), budget_s=5) as loop:
+        loop.speed.observe(1, 1)
+        tasks = submit_all(loop, "a", "b", "c")
+        await asyncio.sleep(0.5)
+        before = loop.queue.singles.offered
+        assert all(loop.refusal(3) for _ in range(10))
+        offered = loop.queue.singles.offered - before
+        assert offered == pytest.approx(10)
+        await outcomes(tasks)
+
+
+@on_virtual_clock
+async def test_a_giant_does_not_make_everybody_look_like_one() -> None:
+    async with serving(FakeModel()) as loop:
+        loop.speed.observe(1, 1)
+        await outcomes(submit_all(loop, "a"))
+        with pytest.raises(Refused):
+            await asyncio.gather(loop.submit("b"), loop.submit("a giant", size=1e6))
+        assert loop.forecast.usual_size < 3
+
+
+@on_virtual_clock
+async def test_a_batch_is_no_larger_than_its_own_jobs_can_afford() -> None:
+    """Half the budget: who has just missed it is still in time after the next."""
+    model = FakeModel(b=1)
+    async with serving(model, batch_size=32, budget_s=20, target_s=0) as loop:
+        for n in (1, 8, 32):
+            loop.speed.observe(n, n)
+        await outcomes(submit_all(loop, "plans"))
+        answers = await outcomes(submit_all(loop, *range(16)))
+    assert {len(call) for call in model.calls} <= set(range(1, 11)), "half of 20 s is 10 at 1 s each"
+    assert answers.count(Late) == 0 and max(map(len, model.calls)) > 1
+
+
+@on_virtual_clock
+async def test_of_those_who_are_late_in_any_case_whoever_has_just_left_is_not_run() -> None:
+    loop = ModelLoop(batch_size=2)
+    loop.copies.loaded = 1
+    leaver, other = submit_all(loop, "leaver", "other")
+    await asyncio.sleep(0)
+    loop.speed.observe(1, 30)
+    leaver.cancel()
+    batch, _ = await loop.take_batch()
+    assert [job.query for job in batch] == ["other"]
+    await asyncio.gather(leaver, other, return_exceptions=True)
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------

@@ -294,9 +294,9 @@ def test_a_hung_process_is_killed_and_replaced(frozen: bool) -> None:
         with pytest.raises(ModelDied, match="did not return within"):
             await offload.run(["more than the kernel holds for it" * 10**6, "hang"])
         ((query, _),) = await offload.run(["a"])
-        assert query == "a" and hung.wait(10) == -signal.SIGKILL
+        assert query == "a" and hung.wait(30) == -signal.SIGKILL
 
-    with_process(scenario, hang_s=1.0)
+    with_process(scenario, hang_s=3.0)
 
 
 def test_a_process_that_closes_its_connection_is_killed_and_replaced() -> None:
@@ -305,7 +305,7 @@ def test_a_process_that_closes_its_connection_is_killed_and_replaced() -> None:
         with pytest.raises(ModelDied, match="closed its connection"):
             await offload.run(["close"])
         ((query, _),) = await offload.run(["a"])
-        assert query == "a" and deaf.wait(10) == -signal.SIGKILL
+        assert query == "a" and deaf.wait(30) == -signal.SIGKILL
 
     with_process(scenario)
 
@@ -343,10 +343,7 @@ def test_a_process_that_is_killed_while_idle_is_replaced_before_anyone_asks(
         ((query, _),) = await offload.run(["a"])
         assert query == "a"
 
-    with caplog.at_level(
-        "ERROR", logger="uvicorn.error"
-    ):  # the lessons' helpers, imported earlier, silence it
-        with_process(scenario)
+    with_process(scenario)
 
 
 def test_a_replacement_that_cannot_even_be_started_is_tried_again(
@@ -398,8 +395,7 @@ def test_a_replacement_that_hangs_while_it_loads_is_replaced_too(
         assert query == "a"
 
     plan.write_text("load wait")
-    with caplog.at_level("ERROR", logger="uvicorn.error"):
-        with_process(scenario, hang_s=2.0)
+    with_process(scenario, hang_s=2.0)
 
 
 def test_a_process_that_loads_but_dies_before_anyone_asks_is_trouble_too(plan: Path) -> None:
@@ -439,7 +435,7 @@ def test_a_call_that_is_given_up_gives_its_answers_to_nobody() -> None:
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        assert await asyncio.to_thread(offload.process.wait, 10) == -signal.SIGKILL
+        assert await asyncio.to_thread(offload.process.wait, 30) == -signal.SIGKILL
 
     with_process(scenario)
 
@@ -447,7 +443,7 @@ def test_a_call_that_is_given_up_gives_its_answers_to_nobody() -> None:
 def test_a_stopped_process_is_not_replaced() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         offload.stop()
-        await asyncio.to_thread(offload.process.wait, 10)
+        await asyncio.to_thread(offload.process.wait, 30)
         await asyncio.sleep(0.01)  # the event loop looks at what has ended
         assert restarts(metrics) == 0
 
@@ -466,7 +462,7 @@ def test_a_stop_during_a_replacement_leaves_no_process() -> None:
             offload.stop()
             assert offload.replacing
             await asyncio.wait([offload.replacing])
-            offload.process.wait(10)
+            offload.process.wait(30)
             assert set(psutil.Process().children()) <= set(others)
             await offload.start()
 

@@ -117,6 +117,32 @@ def test_a_class_that_is_not_there_is_named(model: str, sentence: str) -> None:
         tasks.make(Settings(MODEL=model))
 
 
+@pytest.mark.parametrize("gives", [{"a": 1}, "a", b"a", {"a"}, None, np.float32(1)])
+def test_what_is_no_list_of_answers_is_never_taken_for_one(
+    monkeypatch: pytest.MonkeyPatch, gives: Any
+) -> None:
+    model = own(monkeypatch, __call__=lambda self, inputs: gives).load(0)
+    with pytest.raises(TypeError, match=f"__call__ gives {type(gives).__name__}; it must give a list"):
+        model(["a text"])
+
+
+async def waits(self: Any, *asked: Any) -> Any:
+    return asked
+
+
+async def waits_and_yields(self: Any, *asked: Any) -> Any:
+    yield asked
+
+
+@pytest.mark.parametrize("method", [waits, waits_and_yields])
+@pytest.mark.parametrize("name", ["__call__", "check", "size"])
+def test_an_async_method_is_told_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, name: str, method: Any
+) -> None:
+    with pytest.raises(ImportError, match=f"somebodys_model:Own: {name} is async; make it a plain method"):
+        own(monkeypatch, **{"__call__": echo} | {name: method})
+
+
 BROKEN = """
 class Raises:
     def __init__(self): raise RuntimeError("the weights are not there")

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from workers import contract
 from workers.settings import Settings
 from workers.tasks import Malformed, fill_mask
+from workers.tasks.text import a_number, checked
 
 IMAGES = ("image/",)
 
@@ -99,11 +100,20 @@ def test_a_list_is_several_inputs_be_they_lists_or_null() -> None:
 
 
 def test_parameters_may_stand_beside_the_inputs_and_null_is_none() -> None:
-    asked = read_json(
-        '{"inputs": "a", "top_k": 1, "seed": null, "parameters": {"top_k": 2, "targets": null}}'
-    )
-    assert asked.parameters == {"top_k": 2}
+    asked = read_json('{"inputs": "a", "top_k": 1, "seed": null, "parameters": {"x": 2, "targets": null}}')
+    assert asked.parameters == {"top_k": 1, "x": 2}
     assert read_json('{"inputs": "a", "parameters": null}').parameters == {}
+
+
+def test_a_parameter_that_says_two_things_is_refused() -> None:
+    with pytest.raises(HTTPException, match='422: "top_k" is there twice'):
+        read_json('{"inputs": "a", "top_k": 1, "parameters": {"top_k": 2}}')
+
+
+def test_a_whole_number_is_one_however_it_is_written() -> None:
+    assert checked({"top_k": 2.0}, {"top_k": a_number(1, 5)}) == {"top_k": 2}
+    with pytest.raises(Malformed):
+        checked({"top_k": 2.5}, {"top_k": a_number(1, 5)})
 
 
 def test_a_byte_order_mark_is_no_part_of_the_body() -> None:
@@ -258,7 +268,7 @@ def task() -> fill_mask.Task:
     [
         {"top_k": True},
         {"top_k": "3"},
-        {"top_k": 3.0},
+        {"top_k": 3.5},
         {"top_k": 0},
         {"top_k": 101},
         {"targets": []},

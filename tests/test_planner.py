@@ -97,7 +97,7 @@ def test_the_same_seed_gives_the_same_traffic() -> None:
 
 def test_a_request_of_gthread_costs_something_besides_the_model() -> None:
     found = planner.measure_overhead(duration_s=0.5, mode=MODES["gthread-1x8"])
-    assert 0 < found.overhead_s < 0.1 and found.waking_s >= 0 and 0 < found.refusal_s < 0.1
+    assert 0 < found.overhead_s < 1 and found.waking_s >= 0 and 0 < found.refusal_s < 1
 
 
 def test_requests_come_when_they_are_said_to() -> None:

@@ -47,13 +47,13 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
 
 @pytest.fixture(scope="module")
 def client(servers: dict[str, Server]) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=servers["embedder"].url, timeout=30) as client:
+    with httpx2.Client(base_url=servers["embedder"].url, timeout=60) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def rank(servers: dict[str, Server]) -> Iterator[httpx2.Client]:
-    with httpx2.Client(base_url=servers["reranker"].url, timeout=30) as client:
+    with httpx2.Client(base_url=servers["reranker"].url, timeout=60) as client:
         yield client
 
 
@@ -115,8 +115,8 @@ def test_fewer_dimensions_are_the_first_ones_at_length_1(client: httpx2.Client) 
         ({}, '"input" must be a text, a list of 1 to 4 texts'),
         ({"input": []}, '"input" must be a text, a list of 1 to 4 texts'),
         ({"input": ["a"] * 5}, '"input" must be a text, a list of 1 to 4 texts'),
-        ({"input": ["a", ""]}, 'input 1: "inputs" is empty'),
-        ({"input": ["a", LONG]}, "input 1: the text has 702 tokens; send at most 512"),
+        ({"input": ["a", ""]}, 'input 1: "input" is empty'),
+        ({"input": ["a", 1]}, 'input 1: "input" must be a text'),
         ({"input": [99999]}, "99999 is no token of this model"),
         ({"input": "a", "encoding_format": "hex"}, '"encoding_format" must be "float" or "base64"'),
         ({"input": "a", "dimensions": 1536}, '"dimensions" must be a whole number from 1 to 32'),
@@ -129,6 +129,12 @@ def test_what_makes_no_sense_is_a_400_in_openais_form(
 ) -> None:
     reply = embed(client, content)
     assert reply.status_code == 400 and sentence in openai_error(reply)
+
+
+def test_too_many_tokens_are_refused_without_a_word_of_what_openai_has_not(client: httpx2.Client) -> None:
+    reply = embed(client, {"input": ["a", LONG]})
+    assert reply.status_code == 400
+    assert openai_error(reply) == "input 1: the text has 702 tokens; send at most 512"
 
 
 @pytest.mark.parametrize(
@@ -251,6 +257,7 @@ def test_long_documents_are_cut_and_long_texts_only_where_asked_for(rank: httpx2
         ({"query": "a", "texts": []}, '"texts" must be a list of 1 to 4 texts'),
         ({"query": "a", "texts": ["b"] * 5}, '"texts" must be a list of 1 to 4 texts'),
         ({"texts": ["b"]}, '"query" must be a text'),
+        ({"query": "a", "texts": ["b"], "documents": ["c"]}, 'there are "texts" and "documents"; send one'),
         ({"query": "a", "texts": ["b", 1]}, 'input 1: "text" must be a text'),
         ({"query": "a", "texts": ["b"], "top_n": 0}, '"top_n" must be a whole number of at least 1'),
         (

@@ -55,6 +55,7 @@ TASKS: dict[str, tuple[str, dict[str, Any], list[tuple[Any, dict[str, Any]]]]] =
         ]
         + [
             (TEXTS[2], {"aggregation_strategy": "simple", "ignore_labels": ["PER", "O"]}),
+            (TEXTS[2], {"ignore_labels": []}),
             ("the dog isn't quickly " * 150, {"aggregation_strategy": "simple", "stride": 17}),
         ],
     ),
@@ -391,7 +392,7 @@ CHECKS: list[tuple[str, Any, dict[str, Any], type, str]] = [
     ("text-classification", "a " * 600, {}, CannotAnswer, "has 602 tokens; send at most 512"),
     ("token-classification", "a", {"aggregation_strategy": "most"}, Malformed, "none or simple or first"),
     ("token-classification", "a", {"stride": 5}, Malformed, '"stride" joins what overlaps'),
-    ("token-classification", "a", {"ignore_labels": "O"}, Malformed, "a list of 1 to 100 words"),
+    ("token-classification", "a", {"ignore_labels": "O"}, Malformed, "a list of 0 to 100 words"),
     ("zero-shot-classification", "a", {}, Malformed, '"candidate_labels" must be a list'),
     ("zero-shot-classification", "a", {"candidate_labels": " , "}, Malformed, '"candidate_labels" must be'),
     (
@@ -561,8 +562,25 @@ def test_a_pipeline_that_padding_would_change_answers_one_by_one(folder: Any) ->
 
 
 def test_a_task_that_nobody_knows_says_how_to_serve_it_all_the_same() -> None:
-    with pytest.raises(ValueError, match="TASK=video-classification is not known; serve a class of your own"):
+    with pytest.raises(
+        ValueError, match=r"TASK=video-classification is not known; known are .* a class of your own"
+    ):
         tasks.make(Settings(TASK="video-classification"))
+
+
+@pytest.mark.parametrize("name", ["fill_mask", "Fill-Mask", "fillmask"])
+def test_a_misspelt_task_is_told_what_was_meant_and_what_there_is(name: str) -> None:
+    with pytest.raises(ValueError, match=f"TASK={name} is not known, did you mean fill-mask") as caught:
+        tasks.make(Settings(TASK=name))
+    known = str(caught.value).partition("known are ")[2].partition(";")[0].split(", ")
+    assert {"feature-extraction", "image-classification", "text-ranking"} <= set(known)
+    assert not {"own", "pipeline", "text", "encoder"} & set(known)
+
+
+@pytest.mark.parametrize("name", ["own", "pipeline", "encoder"])
+def test_a_file_beside_the_tasks_is_none(name: str) -> None:
+    with pytest.raises(ValueError, match=f"TASK={name} is not known"):
+        tasks.make(Settings(TASK=name))
 
 
 def test_a_client_cannot_hand_the_pipeline_whatever_it_takes(folder: Any) -> None:

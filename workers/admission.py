@@ -33,11 +33,11 @@ class Admission:
 
         `free_s`: in how many seconds each copy of the model will be free, the first one first.
         """
-        idle = not free_s[0] and not self.queue
-        if idle:
+        if not self.queue:
             self.note_drained(now)
-            if jobs == 1:
-                return None  # always when idle: a slow estimate must not lock the server shut
+        idle = not free_s[0] and not self.queue
+        if idle and jobs == 1:
+            return None  # always when idle: a slow estimate must not lock the server shut
         # At worst each job runs by itself on the copy that is free last, and then comes a full batch. If even that is
         # soon enough, as it mostly is, there is no need for the forecast.
         singly_s = free_s[-1] + self.speed.predict_s(self.queue.size + size, len(self.queue) + jobs)

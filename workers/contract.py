@@ -106,6 +106,8 @@ def parse_json(text: str, max_inputs: int) -> Asked:
     parameters = {} if parameters is None else parameters
     if not isinstance(parameters, dict):
         raise HTTPException(400, '"parameters" are no object; send one, such as {"top_k": 3}')
+    if twice := sorted(content.keys() & parameters.keys()):
+        raise HTTPException(422, f'"{twice[0]}" is there twice; send it beside "inputs" or in "parameters"')
     parameters = {name: value for name, value in (content | parameters).items() if value is not None}
     if not isinstance(inputs, list):
         return Asked([inputs], parameters)
@@ -215,6 +217,9 @@ def error_reply(scope: Scope, exc: Exception) -> JSONResponse:
         case HTTPException():
             status, sentence = exc.status_code, SENTENCES.get(exc.detail, exc.detail)
             headers = dict(exc.headers or {})
+            if status == 405:  # Starlette names the methods of one of the path's routes
+                allowed = [method for method, path in scope["app"].endpoints if path == scope["path"]]
+                headers["Allow"] = ", ".join(sorted(allowed)) or headers["Allow"]
         case Malformed():
             status, sentence = 400, str(exc)
         case CannotAnswer():

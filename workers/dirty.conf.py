@@ -10,7 +10,7 @@ import os
 from workers.deployment import *  # noqa: F403  what all modes share, each with its why
 
 wsgi_app = "server:app"
-worker_class = "uvicorn_worker.UvicornWorker"
+worker_class = "workers.patient.Worker"  # uvicorn, with a bound on the time for headers
 workers = 2
 raw_env = ["OFFLOAD=dirty"]  # each keeps its own queue; calls meet in Gunicorn's, which is unbounded
 dirty_apps = ["workers.dirty:DirtyModel"]

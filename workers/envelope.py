@@ -32,13 +32,18 @@ Headers = tuple[tuple[bytes, bytes], ...]
 class Envelope:
     """Gives every request an id, refuses those that the model has no room for, and turns every error into a reply.
 
-    `protocols`: the routes beside `POST /`, and how their errors read. Every POST is a request to the model.
+    `protocols`: the routes beside `POST /`, and how their errors read. `guard`: why a request isn't let in, if it isn't.
+    Every POST is a request to the model.
     """
 
     def __init__(
-        self, router: Router, metrics: Metrics, protocols: Sequence[tuple[Route, contract.ErrorBody]] = ()
+        self,
+        router: Router,
+        metrics: Metrics,
+        protocols: Sequence[tuple[Route, contract.ErrorBody]] = (),
+        guard: Callable[[Scope], Exception | None] = lambda scope: None,
     ) -> None:
-        self.router, self.metrics, self.protocols = router, metrics, protocols
+        self.router, self.metrics, self.protocols, self.guard = router, metrics, protocols, guard
         self.endpoints: dict[tuple[str, str], Endpoint] = {
             (method, route.path): route.endpoint  # a look-up costs a tenth of the router's walk
             for route in router.routes
@@ -68,6 +73,8 @@ class Envelope:
             sentence = f"send at most {contract.MAX_HEADER_BYTES} bytes of headers"
             too_long = JSONResponse(scope["error"](431, sentence), 431, contract.CLOSE)
             return await self.reply(request, send, too_long)
+        if not_let_in := self.guard(scope):
+            return await self.reply(request, send, contract.error_reply(scope, not_let_in))
         if scope["method"] == "POST":
             budget_s = contract.client_budget_s(request)
             if refused := scope["state"]["service"].loop.refusal(budget_s):

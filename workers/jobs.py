@@ -73,7 +73,7 @@ class Job:
     size: float
     enqueued_at: float
     deadline: float
-    lane: Lane
+    lane: Lane = field(repr=False)  # which shows its jobs
     future: asyncio.Future[Answer]
     running: bool = False
     index: int | None = None  # in its list

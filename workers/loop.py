@@ -15,13 +15,13 @@ Unanswered
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from workers.admission import Admission
-from workers.calls import Calls
+from workers.copies import Copies, Ready, stuck
 from workers.jobs import (
     LOADING,
     STOPPING,
@@ -42,12 +42,6 @@ from workers.speed import Run, Speed
 
 log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its own start-up lines
 
-Ready = Callable[[], Awaitable[Any]]
-
-
-def stuck(seconds: float) -> str:
-    return f"the model has not returned for {seconds:.0f} s"
-
 
 @dataclass(eq=False)
 class ModelLoop:
@@ -60,21 +54,18 @@ class ModelLoop:
     # How long those wait who are admitted while there is always a queue; 0: as long as they can.
     target_s: float = 0.5
     hang_s: float = math.inf
-    load_s: float = 0.0  # how long the model took to load, the last time
     metrics: Metrics = field(default_factory=Metrics)
     now: Callable[[], float] = lambda: asyncio.get_running_loop().time()
 
     def __post_init__(self) -> None:
         self.queue, self.speed = JobQueue(), Speed()
-        self.calls = Calls(self.speed, self.hang_s)
+        self.copies = Copies(self.speed, self.hang_s, self.now, self._refuse_hopeless)
         self.admission = Admission(
             self.queue, self.speed, self.batch_size, self.max_queue, self.budget_s, self.target_s
         )
         self.forecast = self.admission.forecast
         self.live: set[Job] = set()  # admitted and not yet answered
         self.running = 0  # those of them that the model works on
-        self.consumers = 0  # copies of the model that are loaded
-        self.lost_at = 0.0  # when the last of them was lost
         self.closing = False
         self._taking = asyncio.Lock()  # one consumer gathers a batch at a time, or two would split it
         self._window: asyncio.Timeout | None = None
@@ -130,14 +121,9 @@ class ModelLoop:
         """
         if self.closing:
             return STOPPING
-        if not self.consumers:
+        if not self.copies.loaded:
             return LOADING
-        return stuck(stuck_s) if (stuck_s := self.stuck_s()) else ""
-
-    def stuck_s(self) -> float:
-        """How long the longest model call beyond `hang_s` has been running, 0 when none is."""
-        longest_s = self.calls.longest_s(self.now())
-        return longest_s if longest_s > self.hang_s else 0.0
+        return stuck(stuck_s) if (stuck_s := self.copies.stuck_s) else ""
 
     @property
     def depth(self) -> int:
@@ -169,28 +155,26 @@ class ModelLoop:
         """Why `jobs` of one request, `size` altogether, are not admitted now; None where they are."""
         if self.closing:
             return Refused(STOPPING)
-        now = self.now()
-        if not self.consumers:
-            return Refused(LOADING, self.lost_at + self.load_s - now)
-        if not (free_s := self.calls.free_s(now, self.consumers)):
-            overdue_s = self.calls.longest_s(now)
-            return Refused(stuck(overdue_s), overdue_s)
-        return self.admission.refusal(now, free_s, lane, jobs, size, budget_s)
+        free_s = self.copies.free_s()
+        unfit = self.copies.unfit(free_s)
+        return unfit or self.admission.refusal(self.now(), free_s, lane, jobs, size, budget_s)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     async def consume(self, run: Run, ready: Ready | None = None) -> None:
         """Serve the queue with `run`, whenever its copy is `ready`, until cancelled. Start it once for every copy."""
-        self.consumers += 1
+        self.copies.loaded += 1
         try:
             while True:
-                await self._until(ready)  # a copy that died loads again: meanwhile the work is the others'
+                await self.copies.until(
+                    ready
+                )  # a copy that died loads again: meanwhile the work is the others'
                 batch, closed_by = await self.take_batch(ready)
                 if batch:
                     await self._run(run, batch, closed_by)
                 await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out for ever
         finally:
-            self.consumers -= 1
+            self.copies.loaded -= 1
 
     async def take_batch(self, ready: Ready | None = None) -> tuple[list[Job], str]:
         """Wait until a batch is due and the copy is ready; take it, and tell why it closed.
@@ -199,20 +183,8 @@ class ModelLoop:
         """
         async with self._taking:
             closed_by = await self._gather()
-        await self._until(ready)
+        await self.copies.until(ready)
         return self._take(), closed_by
-
-    async def _until(self, ready: Ready | None) -> None:
-        """Wait until the copy is ready: meanwhile it is none of the consumers."""
-        if not ready:
-            return
-        self.consumers -= 1
-        self.lost_at = self.now()
-        asyncio.get_running_loop().call_soon(self._refuse_hopeless)
-        try:
-            await ready()
-        finally:
-            self.consumers += 1
 
     async def _gather(self) -> str:
         """Wait until a batch is due; tell why it closes. Its jobs stay in the queue: they may leave.
@@ -271,7 +243,7 @@ class ModelLoop:
             if job not in batch:
                 job.fail(Late(TOO_SHORT))
         # For the next one: who is in this one was admitted by the last plan.
-        self.forecast.plan(now, self.consumers)
+        self.forecast.plan(now, self.copies.loaded)
         return batch
 
     def _worth_running(self, job: Job) -> bool:
@@ -282,7 +254,7 @@ class ModelLoop:
 
     async def _run(self, run: Run, batch: list[Job], closed_by: str) -> None:
         """Run the model on `batch` and answer every job of it, whatever the model throws."""
-        call = self.calls.start(self.now(), sum(job.size for job in batch))
+        call = self.copies.start(sum(job.size for job in batch))
         for job in batch:
             self.running += not job.running
             job.running = True
@@ -296,7 +268,7 @@ class ModelLoop:
         except BaseException as exc:  # also SystemExit and MemoryError: no query may end the loop
             error = exc
         finally:
-            self.calls.end(call)
+            self.copies.end(call)
         model_s = self.now() - call.started_at
         waits_s = [call.started_at - job.enqueued_at for job in batch]
         self.metrics.batch(len(batch), closed_by, model_s, waits_s)
@@ -360,9 +332,9 @@ class ModelLoop:
 
     def _refuse_hopeless(self) -> None:
         """If no copy is left, refuse those who can't wait until one has loaded again."""
-        if self.consumers:
+        if self.copies.loaded:
             return
-        back_at = self.now() + self.load_s
+        load_s = self.copies.load_s
         for job in self.queue:
-            if job.deadline < back_at:
-                job.fail(Refused(LOADING, self.load_s))
+            if job.deadline < self.now() + load_s:
+                job.fail(Refused(LOADING, load_s))

@@ -20,6 +20,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.gauges: list[tuple[Gauge, Callable[[], float]]] = []
+        # Who wants to see each model call: called with what `batch` is.
+        self.onlooker: Callable[[int, str, float, list[float]], None] | None = None
         self.requests = Counter(
             "model_requests", "Requests to the model by HTTP status", ["status"], registry=registry
         )
@@ -68,6 +70,8 @@ class Metrics:
         self.call.observe(model_s)
         for wait_s in waits_s:
             self.queue_wait.observe(wait_s)
+        if self.onlooker:
+            self.onlooker(size, closed_by, model_s, waits_s)
 
     def abandoned(self) -> None:
         """Count a job whose client left before the answer."""

@@ -17,8 +17,9 @@ from typing import Any
 
 from workers import memory, tasks
 from workers.clients import SWEEP_S, Clients
+from workers.copies import stuck
 from workers.jobs import LOADING, ModelFailed, Refused
-from workers.loop import ModelLoop, stuck
+from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.offload import CannotLoad, Inline, Offload, Thread, attempt_load, in_thread, in_words
 from workers.process import Process
@@ -47,6 +48,7 @@ class Service:
             now=time.monotonic,  # uvloop's own time has whole milliseconds only
         )
         self.copies: list[Offload] = []
+        self.descriptions: list[str] = []  # of each: what, how large, where
         self.clients = Clients(settings, self.loop)
         self.exit_code, self.failure = 0, ""
         self.started = asyncio.Event()  # every copy is loaded, or none will be
@@ -83,9 +85,10 @@ class Service:
         self._task = task = await in_thread(lambda: attempt_load(make))
         self.clients.expect(task.media)
         self.copies = make_copies(self.settings, self.metrics, task)
-        for description in await asyncio.gather(*(copy.start() for copy in self.copies)):
+        self.descriptions = await asyncio.gather(*(copy.start() for copy in self.copies))
+        for description in self.descriptions:
             log.info("Serving %s", description)
-        self.loop.load_s = time.monotonic() - began
+        self.loop.copies.load_s = time.monotonic() - began
         await self.warm_up(task)
         memory.keep_what_is_there()
         self.report()
@@ -167,7 +170,7 @@ class Service:
 
     def trouble(self) -> str:
         """Why this process should be restarted; empty while it should be left alone."""
-        if stuck_s := self.loop.stuck_s():
+        if stuck_s := self.loop.copies.stuck_s:
             return f"{stuck(stuck_s)}; restart this server"
         return self.failure
 

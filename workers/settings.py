@@ -35,6 +35,19 @@ def one_of(*choices: str, why: str) -> Any:
     return knob(why, choices[0], " or ".join(choices), lambda value: value in choices)
 
 
+def secret(why: str) -> Any:
+    """A text that is shown nowhere."""
+    allowed = {"why": why, "allowed": "printable, without blanks", "is_allowed": is_key, "is_secret": True}
+    return field(default="", repr=False, metadata=allowed)
+
+
+def is_key(keys: str) -> bool:
+    """Whether a header can carry each of these."""
+    return all(
+        key.isascii() and key.isprintable() and " " not in key for key in map(str.strip, keys.split(","))
+    )
+
+
 OWN_CLASS = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")  # my_model:Iris
 
 
@@ -103,6 +116,29 @@ class Settings:
     MAX_TOP_K: int = at_least(1, 100, "the reply grows with it")
     MAX_INPUTS: int = at_least(1, 64, "in one request; each is a job of its own")
 
+    # Who may ask
+    API_KEY: str = secret("one or several, with commas between; empty: everybody may ask")
+    METRICS_OPEN: bool = knob("1: /metrics needs no API_KEY", False, "1 or 0", lambda value: True)
+    ALLOWED_HOSTS: str = knob(
+        "this server's names, with commas between, *.example.com for all below; empty: any, but loopback's own on loopback",
+        "",
+        "names with commas between",
+        lambda value: "/" not in value,
+    )
+    CORS_ORIGINS: str = knob(
+        "the web pages from elsewhere that may ask, such as https://example.com, with commas between",
+        "",
+        "origins with commas between, or *",
+        lambda value: all(one.strip() == "*" or "://" in one for one in value.split(",") if one.strip()),
+    )
+    HEADERS_TIMEOUT_S: float = seconds(10.0, "uvicorn itself waits for ever; see patient.py")
+    MAX_CONNECTIONS: int = at_least(
+        0, 0, "of one client's address, 0: any number; behind a proxy all have the proxy's"
+    )
+
+    # The page
+    PAGE: bool = knob("0: no page at GET /", True, "1 or 0", lambda value: True)
+
     # Stopping
     GRACE_S: float = seconds(10.0, "from SIGTERM to exit at the latest; keep it under your supervisor's own")
 
@@ -123,7 +159,8 @@ class Settings:
                 return value
         except ValueError:
             pass
-        raise SystemExit(f"{knob.name}={raw!r} is not allowed: it must be {knob.metadata['allowed']}")
+        shown = "…" if knob.metadata.get("is_secret") else repr(raw)
+        raise SystemExit(f"{knob.name}={shown} is not allowed: it must be {knob.metadata['allowed']}")
 
     @property
     def is_own_class(self) -> bool:

@@ -4,5 +4,5 @@
 from workers.deployment import *  # noqa: F403  what all modes share, each with its why
 
 wsgi_app = "server:app"
-worker_class = "uvicorn_worker.UvicornWorker"  # uvicorn.workers is deprecated
+worker_class = "workers.patient.Worker"  # uvicorn, with a bound on the time for headers
 workers = 2  # twice the memory; a batch can only gather what came to its own worker

@@ -142,7 +142,7 @@ class Exchange:
             "query_string": request.query_string,
             "headers": [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in request.headers],
             "client": (request.remote_addr, 0),
-            "server": None,
+            "server": address if isinstance(address := self.connection.getsockname(), tuple) else None,
             "state": dict(state),
         }
 

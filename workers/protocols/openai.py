@@ -48,8 +48,8 @@ async def embeddings(request: Request) -> Response:
     parameters = {"normalize": True} | {k: content[k] for k in ("dimensions",) if k in content}
     try:
         queries = await service.check(texts(content, service.settings.MAX_INPUTS), parameters, n_bytes)
-    except CannotAnswer as exc:
-        raise Malformed(str(exc)) from exc  # OpenAI has no 422
+    except (CannotAnswer, Malformed) as exc:
+        raise Malformed(in_openais_words(str(exc))) from exc  # it has no 422
     answers = await service.clients.wait(request, queries)
     data = [
         {"object": "embedding", "index": index, "embedding": encoded(answer.value, form)}
@@ -74,6 +74,11 @@ def embedder(request: Request) -> Service:
     if not getattr(getattr(service, "task", None), "embeds", True):
         raise HTTPException(404, "this model gives no vector a text; serve a sentence-transformers model")
     return service
+
+
+def in_openais_words(sentence: str) -> str:
+    """The task's sentence without what is not sent here."""
+    return sentence.replace('"inputs"', '"input"').removesuffix(', or "truncate": true')
 
 
 def texts(content: dict[str, Any], most: int) -> list[Any]:

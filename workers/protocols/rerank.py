@@ -59,6 +59,8 @@ async def rerank(request: Request) -> Response:
 
 def texts(content: dict[str, Any], most: int) -> list[str]:
     """The texts to rank."""
+    if "texts" in content and "documents" in content:
+        raise Malformed('there are "texts" and "documents"; send one of them')
     name = "texts" if "texts" in content else "documents"
     given = content.get(name)
     if not isinstance(given, list) or not 1 <= len(given) <= most:

@@ -50,6 +50,8 @@ class Description(NamedTuple):
     takes: str  # a sentence on `inputs`
     gives: str  # a sentence on the answer
     example: dict[str, Any]  # a body that works: {"inputs": ..., "parameters": {...}}
+    inputs: dict[str, Any] = {}  # noqa: RUF012  the JSON Schema of one input
+    parameters: dict[str, Any] | None = None  # the JSON Schema of each parameter; None: any
 
 
 class Task(Protocol):
@@ -74,13 +76,18 @@ class Task(Protocol):
 
 def make(settings: Settings) -> Task:
     """Return the task that the settings name. Raises whatever reading its files raises."""
-    name = "own" if settings.is_own_class else ALIASES.get(settings.TASK, settings.TASK).replace("-", "_")
-    known = name.isidentifier() and importlib.util.find_spec(f"{__name__}.{name}")
-    module = importlib.import_module(f"{__name__}.{name if known else 'pipeline'}")
-    if not hasattr(module, "Task"):
-        raise ValueError(f"TASK={settings.TASK} is no task")
-    task: Callable[[Settings], Task] = module.Task
+    name = "own" if settings.is_own_class else file_of(ALIASES.get(settings.TASK, settings.TASK))
+    task: Callable[[Settings], Task] = importlib.import_module(f"{__name__}.{name or 'pipeline'}").Task
     return task(settings)
+
+
+def file_of(task: str) -> str | None:
+    """The module in this folder that is the task of this name; None where there is none."""
+    name = task.replace("-", "_")
+    if "_" in task or task in ("own", "pipeline") or not name.isidentifier():
+        return None
+    path = f"{__name__}.{name}"
+    return name if importlib.util.find_spec(path) and hasattr(importlib.import_module(path), "Task") else None
 
 
 class Considerate:

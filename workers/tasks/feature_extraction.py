@@ -10,7 +10,19 @@ from workers.settings import Settings
 from workers.tasks import CannotAnswer, Description, Query
 from workers.tasks.pipeline import load_model
 from workers.tasks.sentence import CUTTING, Recipe, SentenceModel, SentenceTask, is_ids
-from workers.tasks.text import A_TEXT, YES_OR_NO, Content, Row, a_number, a_text, checked, ids_and_types
+from workers.tasks.text import (
+    A_TEXT,
+    TEXT,
+    YES_OR_NO,
+    Content,
+    Row,
+    Rule,
+    a_number,
+    a_text,
+    checked,
+    ids_and_types,
+    schemas,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +38,9 @@ class Task(SentenceTask):
         self.rules = CUTTING
         if self.recipe:
             dimensions = a_number(1, self.recipe.dimensions)
-            float_only = '"float"; POST to /v1/embeddings for base64', lambda form: form == "float"
+            float_only = Rule(
+                '"float"; POST to /v1/embeddings for base64', lambda form: form == "float", {"const": "float"}
+            )
             self.rules = CUTTING | {
                 "prompt_name": A_TEXT,
                 "normalize": YES_OR_NO,
@@ -35,7 +49,7 @@ class Task(SentenceTask):
             }
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        checked(parameters, **self.rules)
+        checked(parameters, self.rules)
         if is_ids(inputs):
             return self.query(inputs, parameters, self.known(inputs))
         prompt = self.prompt(parameters) if self.recipe else ""
@@ -60,7 +74,9 @@ class Task(SentenceTask):
 
     def describe(self) -> Description:
         gives = "its vector" if self.recipe else "the vectors of its tokens"
-        return Description("a text", gives, {"inputs": "a text"})
+        ids = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+        inputs = {"anyOf": [TEXT, ids]}
+        return Description("a text", gives, {"inputs": "a text"}, inputs, schemas(self.rules))
 
 
 class FeatureExtraction(SentenceModel):

@@ -5,6 +5,7 @@ alike, and the text around a mask is decoded once, not once for each word.
 """
 
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -14,7 +15,17 @@ from typing import Any
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Description, Query
 from workers.tasks.pipeline import Stock, load_pipeline
-from workers.tasks.text import Content, TextModel, TextTask, a_number, a_text, checked, some_words
+from workers.tasks.text import (
+    TEXT,
+    Content,
+    TextModel,
+    TextTask,
+    a_number,
+    a_text,
+    checked,
+    schemas,
+    some_words,
+)
 
 log = logging.getLogger("uvicorn.error")
 
@@ -33,12 +44,13 @@ class Task(TextTask):
             raise ValueError(f"{settings.MODEL} has no mask token; it can't fill one")
         self.mask_id = mask_id
         self.around = len(self.tokens("").ids)  # tokens around every text
+        most = settings.MAX_TOP_K
+        self.rules = {"top_k": a_number(1, most), "targets": some_words(most)}
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
         if isinstance(targets := parameters.get("targets"), str):
             parameters = parameters | {"targets": [targets]}
-        most = self.settings.MAX_TOP_K
-        checked(parameters, top_k=a_number(1, most), targets=some_words(most))
+        checked(parameters, self.rules)
         row = self.row(a_text(inputs))
         masks = row.ids.count(self.mask_id)
         if not masks:
@@ -61,7 +73,11 @@ class Task(TextTask):
 
     def describe(self) -> Description:
         example = {"inputs": f"Paris is the {self.mask} of France.", "parameters": {"top_k": 5}}
-        return Description(f"a text with one {self.mask} or a few", "the likeliest words", example)
+        some_text = TEXT | {"pattern": re.escape(self.mask)}
+        targets = {"anyOf": [TEXT, self.rules["targets"].schema]}  # one is a list of one
+        parameters = schemas(self.rules) | {"targets": targets}
+        takes = f"a text with one {self.mask} or a few"
+        return Description(takes, "the likeliest words", example, some_text, parameters)
 
 
 class StockFillMask(Stock):

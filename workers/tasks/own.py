@@ -18,10 +18,13 @@ import functools
 import importlib
 import inspect
 import sys
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 from workers.settings import MOST, Settings
 from workers.tasks import CannotAnswer, Description, Query, unknown_parameters
+
+NO_LIST = (Mapping, Set, str, bytes)  # can be made a list, too, but not one of answers in their order
 
 
 class Task:
@@ -76,7 +79,9 @@ class Task:
 
     def describe(self) -> Description:
         what = inspect.getdoc(self.own) or self.settings.MODEL
-        return Description("any JSON", what.splitlines()[0], {"inputs": getattr(self.own, "example", None)})
+        example = {"inputs": getattr(self.own, "example", None)}
+        parameters: dict[str, Any] | None = None if hasattr(self.own, "check") else {}
+        return Description("any JSON", what.splitlines()[0].rstrip("."), example, {}, parameters)
 
 
 class Own:
@@ -86,7 +91,11 @@ class Own:
         self.instance, self.description = instance, name
 
     def __call__(self, contents: list[Any]) -> list[Any]:
-        return list(self.instance(contents))
+        answers = self.instance(contents)
+        if not isinstance(answers, Iterable) or isinstance(answers, NO_LIST):
+            what = type(answers).__name__
+            raise TypeError(f"__call__ gives {what}; it must give a list, with an answer for each input")
+        return list(answers)
 
 
 def find_class(name: str) -> type:
@@ -99,4 +108,14 @@ def find_class(name: str) -> type:
         raise ImportError(f"there is no class {class_name} in {module_name}")
     if "__call__" not in dir(found):
         raise ImportError(f"{name} has no __call__(self, inputs)")
+    for method in ("__call__", "check", "size"):
+        if is_async(getattr(found, method, None)):
+            raise ImportError(
+                f"{name}: {method} is async; make it a plain method, it has a thread of its own"
+            )
     return found
+
+
+def is_async(method: Any) -> bool:
+    """Whether nothing happens when it is called."""
+    return inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)

@@ -6,13 +6,17 @@ One after the other, as padding to the longest of a batch changes some answers: 
 import base64
 import binascii
 import contextlib
+import difflib
 import io
+import itertools
 import os
+import pkgutil
 import threading
 import wave
 from types import SimpleNamespace
 from typing import Any
 
+from workers import tasks
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Description, Malformed, Query
 from workers.tasks.text import (
@@ -25,6 +29,7 @@ from workers.tasks.text import (
     checked,
     describe,
     one_of,
+    schemas,
     some_words,
 )
 
@@ -125,23 +130,22 @@ class Task(TextTask):
     def __init__(self, settings: Settings) -> None:
         self.kind = next((kind for kind, tasks in TAKEN.items() if settings.TASK in tasks), None)
         if self.kind is None:
-            raise ValueError(
-                f"TASK={settings.TASK} is not known; serve a class of your own: MODEL=my_model:Class"
-            )
+            raise ValueError(not_known(settings.TASK))
         if self.kind == "text":
             super().__init__(settings)
         else:
             self.settings, self.media = settings, (f"{self.kind}/", "application/octet-stream")
+        self.rules = self.find_rules()
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        parameters = checked(parameters, **self.rules())
+        parameters = checked(parameters, self.rules)
         if self.kind != "text":
             return Query(Content(self.medium(inputs), parameters, []))
         if isinstance(inputs, str):
             return self.query(inputs, parameters, self.row(a_text(inputs)))
         return Query(Content(inputs, parameters, []))
 
-    def rules(self) -> dict[str, Rule]:
+    def find_rules(self) -> dict[str, Rule]:
         """What a client may set. Not whatever the pipeline takes: with some of it a client can load code."""
         most, apply = self.settings.MAX_TOP_K, one_of("softmax", "sigmoid", "none")
         match self.settings.TASK:
@@ -181,7 +185,18 @@ class Task(TextTask):
     def describe(self) -> Description:
         takes = "a text" if self.kind == "text" else f"the bytes of the {self.kind}"
         example = "a text" if self.kind == "text" else base64.b64encode(an_example(self.kind)).decode()
-        return Description(takes, f"what the {self.settings.TASK} pipeline answers", {"inputs": example})
+        gives = f"what the {self.settings.TASK} pipeline answers"
+        return Description(takes, gives, {"inputs": example}, {}, schemas(self.rules))
+
+
+def not_known(task: str) -> str:
+    """The sentence that says so, with the names that are, first the one that was probably meant."""
+    files = (module.name.replace("_", "-") for module in pkgutil.iter_modules(tasks.__path__))
+    known = sorted({*filter(tasks.file_of, files), *itertools.chain(*TAKEN.values())})
+    # So strict, as another word in place of "text" is another task, not a misspelt one.
+    meant = difflib.get_close_matches(task.lower().replace("_", "-"), known, 1, 0.9)
+    hint = f", did you mean {meant[0]}?" if meant else ";"
+    return f"TASK={task} is not known{hint} known are {', '.join(known)}; or a class of your own: MODEL=my_model:Class"
 
 
 class Stock:

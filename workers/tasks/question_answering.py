@@ -5,28 +5,44 @@ Transformers 5 dropped its pipeline. This answers as that of 4.57 did, from the 
 
 from typing import Any
 
+from workers.settings import Settings
 from workers.tasks import CannotAnswer, Description, Malformed, Query
 from workers.tasks.pipeline import load_model
-from workers.tasks.text import YES_OR_NO, Content, Row, TextModel, TextTask, a_number, a_text, checked
+from workers.tasks.text import (
+    TEXT,
+    YES_OR_NO,
+    Content,
+    Row,
+    TextModel,
+    TextTask,
+    a_number,
+    a_text,
+    an_object,
+    checked,
+    schemas,
+)
 
 
 class Task(TextTask):
     """What `pipeline("question-answering")` took and gave."""
 
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.rules = {
+            "top_k": a_number(1, settings.MAX_TOP_K),
+            "max_answer_len": a_number(1, self.longest),
+            "handle_impossible_answer": YES_OR_NO,
+            "align_to_words": YES_OR_NO,
+            "doc_stride": a_number(0, self.longest),
+            "max_seq_len": a_number(1, self.longest),
+            "max_question_len": a_number(1, self.longest),  # never had an effect with today's tokenizers
+        }
+
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
         if not isinstance(inputs, dict) or inputs.keys() != {"question", "context"}:
             raise Malformed('"inputs" must be {"question": "...", "context": "..."}')
         question, context = (a_text(inputs[name], name) for name in ("question", "context"))
-        checked(
-            parameters,
-            top_k=a_number(1, self.settings.MAX_TOP_K),
-            max_answer_len=a_number(1, self.longest),
-            handle_impossible_answer=YES_OR_NO,
-            align_to_words=YES_OR_NO,
-            doc_stride=a_number(0, self.longest),
-            max_seq_len=a_number(1, self.longest),
-            max_question_len=a_number(1, self.longest),  # never had an effect with today's tokenizers
-        )
+        checked(parameters, self.rules)
         length = parameters.get("max_seq_len", min(self.longest, 384))
         stride = parameters.get("doc_stride", min(length // 2, 128))
         try:
@@ -43,7 +59,11 @@ class Task(TextTask):
 
     def describe(self) -> Description:
         example = {"inputs": {"question": "Where does Ada live?", "context": "Ada lives in London."}}
-        return Description("a question and a context", "the answer, as it stands in the context", example)
+        inputs, gives = (
+            an_object({"question": TEXT, "context": TEXT}),
+            "the answer, as it stands in the context",
+        )
+        return Description("a question and a context", gives, example, inputs, schemas(self.rules))
 
 
 class QuestionAnswering(TextModel):

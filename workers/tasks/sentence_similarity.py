@@ -6,7 +6,7 @@ from workers.settings import Settings
 from workers.tasks import CannotAnswer, Description, Malformed, Query
 from workers.tasks.pipeline import load_model
 from workers.tasks.sentence import CUTTING, Recipe, SentenceModel, SentenceTask
-from workers.tasks.text import A_TEXT, Content, Row, a_text, checked
+from workers.tasks.text import A_TEXT, TEXT, Content, Row, a_text, an_object, checked, schemas
 
 FORM = '{"source_sentence": "a text", "sentences": ["another", ...]}'
 
@@ -18,9 +18,10 @@ class Task(SentenceTask):
         super().__init__(settings)
         # Without a modules.json sentence-transformers itself takes the mean.
         self.recipe = Recipe.read(settings) or Recipe(["mean"], 0)
+        self.rules = CUTTING | {"prompt_name": A_TEXT}
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        checked(parameters, **CUTTING, prompt_name=A_TEXT)
+        checked(parameters, self.rules)
         if not isinstance(inputs, dict) or inputs.keys() != {"source_sentence", "sentences"}:
             raise Malformed(f'"inputs" must be {FORM}')
         sentences, most = inputs["sentences"], self.settings.MAX_INPUTS
@@ -50,7 +51,14 @@ class Task(SentenceTask):
 
     def describe(self) -> Description:
         example = {"source_sentence": "a text", "sentences": ["another", "a third"]}
-        return Description("a sentence and others", "a number for each of the others", {"inputs": example})
+        several = {"type": "array", "items": TEXT, "minItems": 1, "maxItems": self.settings.MAX_INPUTS}
+        return Description(
+            "a sentence and others",
+            "a number for each of the others",
+            {"inputs": example},
+            an_object({"source_sentence": TEXT, "sentences": several}),
+            schemas(self.rules),
+        )
 
 
 class Similarity(SentenceModel):

@@ -47,43 +47,72 @@ class Content(NamedTuple):
     rows: list[Row]
 
 
-Rule = tuple[str, Callable[[Any], bool]]  # what a parameter must be: in words, and whether a value is
-A_TEXT: Rule = "a text", lambda value: isinstance(value, str)
-YES_OR_NO: Rule = "true or false", lambda value: isinstance(value, bool)
+class Rule(NamedTuple):
+    """What a parameter must be: in words, whether a value is, and as a JSON Schema."""
+
+    words: str
+    is_allowed: Callable[[Any], bool]
+    schema: dict[str, Any]
+
+
+A_TEXT = Rule("a text", lambda value: isinstance(value, str), {"type": "string"})
+YES_OR_NO = Rule("true or false", lambda value: isinstance(value, bool), {"type": "boolean"})
+TEXT = {"type": "string", "pattern": r"\S"}  # what `a_text` takes
 
 
 def a_number(least: int, most: int) -> Rule:
     """A whole number."""
-    return (
+    return Rule(
         f"a whole number from {least} to {most}",
         lambda value: type(value) is int and least <= value <= most,
+        {"type": "integer", "minimum": least, "maximum": most},
     )
 
 
 def one_of(*choices: str) -> Rule:
     """One of a few words."""
-    return " or ".join(choices), lambda value: value in choices
+    return Rule(" or ".join(choices), lambda value: value in choices, {"enum": list(choices)})
 
 
-def some_words(most: int) -> Rule:
+def some_words(most: int, least: int = 1) -> Rule:
     """A list of texts, none of them blank."""
-    return (
-        f"a list of 1 to {most} words",
+    return Rule(
+        f"a list of {least} to {most} words",
         lambda value: (
             isinstance(value, list)
-            and 1 <= len(value) <= most
+            and least <= len(value) <= most
             and all(isinstance(word, str) and word.strip() for word in value)
         ),
+        {"type": "array", "items": TEXT, "minItems": least, "maxItems": most},
     )
 
 
-def checked(parameters: dict[str, Any], **rules: Rule) -> dict[str, Any]:
-    """The parameters, if each keeps its rule. Raises Malformed with a sentence on the first that doesn't."""
+def schemas(rules: dict[str, Rule]) -> dict[str, Any]:
+    """The JSON Schema of each parameter."""
+    return {name: rule.schema for name, rule in rules.items()}
+
+
+def an_object(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
+    """The JSON Schema of an object with these fields and no others."""
+    return {
+        "type": "object",
+        "properties": required | optional,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def checked(parameters: dict[str, Any], rules: dict[str, Rule]) -> dict[str, Any]:
+    """The parameters, if each keeps its rule. Raises Malformed with a sentence on the first that doesn't.
+
+    JSON has one kind of number: 5.0 becomes 5 where a whole number is due.
+    """
     unknown_parameters(parameters, *rules)
     for name, value in parameters.items():
-        allowed, is_allowed = rules[name]
-        if not is_allowed(value):
-            raise Malformed(f'"{name}" must be {allowed}')
+        if type(value) is float and value.is_integer() and rules[name].schema.get("type") == "integer":
+            value = parameters[name] = int(value)
+        if not rules[name].is_allowed(value):
+            raise Malformed(f'"{name}" must be {rules[name].words}')
     return parameters
 
 
@@ -173,9 +202,10 @@ class TextTask:
     """What all tasks with a text share, where HTTP is."""
 
     media: tuple[str, ...] = ()
+    rules: dict[str, Rule]  # of its parameters
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+        self.settings, self.rules = settings, {}
         self.config = read_json(settings, "config.json")
         self.names = read_json(settings, "tokenizer_config.json")
         self.tokens = self.read_tokens()

@@ -2,17 +2,33 @@
 
 from typing import Any
 
+from workers.settings import Settings
 from workers.tasks import Description, Malformed, Query
 from workers.tasks.pipeline import Stock, load_pipeline
-from workers.tasks.text import Content, TextModel, TextTask, a_number, a_text, checked, one_of
+from workers.tasks.text import (
+    TEXT,
+    Content,
+    TextModel,
+    TextTask,
+    a_number,
+    a_text,
+    an_object,
+    checked,
+    one_of,
+    schemas,
+)
 
 
 class Task(TextTask):
     """What `pipeline("text-classification")` takes and gives."""
 
-    def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
         apply = one_of("softmax", "sigmoid", "none")
-        checked(parameters, top_k=a_number(1, self.settings.MAX_TOP_K), function_to_apply=apply)
+        self.rules = {"top_k": a_number(1, settings.MAX_TOP_K), "function_to_apply": apply}
+
+    def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        checked(parameters, self.rules)
         if not isinstance(inputs, dict):
             return self.query(inputs, parameters, self.row(a_text(inputs)))
         if inputs.keys() - {"text", "text_pair"} or "text" not in inputs:
@@ -30,8 +46,13 @@ class Task(TextTask):
         return self.fitting("a text", pair, "a text " * 50)
 
     def describe(self) -> Description:
+        pair = an_object({"text": TEXT}, text_pair={"anyOf": [TEXT, {"type": "null"}]})
         return Description(
-            "a text, or a pair of texts", "its labels, the likeliest first", {"inputs": "a text"}
+            "a text, or a pair of texts",
+            "its labels, the likeliest first",
+            {"inputs": "a text"},
+            {"anyOf": [TEXT, pair]},
+            schemas(self.rules),
         )
 
 

@@ -9,7 +9,7 @@ from workers.settings import Settings
 from workers.tasks import Description, Malformed, Query
 from workers.tasks.pipeline import load_model
 from workers.tasks.sentence import CUTTING, SentenceTask, read_modules
-from workers.tasks.text import YES_OR_NO, Content, TextModel, a_text, checked
+from workers.tasks.text import TEXT, YES_OR_NO, Content, TextModel, a_text, an_object, checked, schemas
 
 
 class Task(SentenceTask):
@@ -21,9 +21,10 @@ class Task(SentenceTask):
             raise ValueError(
                 f"modules.json: {unknown.pop()} is not known here; a reranker is a Transformer only"
             )
+        self.rules = CUTTING | {"raw_scores": YES_OR_NO}
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        checked(parameters, **CUTTING, raw_scores=YES_OR_NO)
+        checked(parameters, self.rules)
         if not isinstance(inputs, dict) or inputs.keys() != {"query", "text"}:
             raise Malformed('"inputs" must be {"query": "a text", "text": "another"}')
         query, text = (a_text(inputs[name], name) for name in ("query", "text"))
@@ -38,7 +39,9 @@ class Task(SentenceTask):
 
     def describe(self) -> Description:
         example = {"query": "What is the capital of France?", "text": "Paris is the capital of France."}
-        return Description("a query and a text", "how well the text answers it", {"inputs": example})
+        inputs = an_object({"query": TEXT, "text": TEXT})
+        gives = "how well the text answers it"
+        return Description("a query and a text", gives, {"inputs": example}, inputs, schemas(self.rules))
 
     @property
     def activation(self) -> str:

@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from workers.settings import Settings
 from workers.tasks import Description, Malformed, Query
 from workers.tasks.pipeline import Stock, load_pipeline
 from workers.tasks.text import (
+    TEXT,
     Content,
     Row,
     TextModel,
@@ -13,6 +15,7 @@ from workers.tasks.text import (
     a_text,
     checked,
     one_of,
+    schemas,
     some_words,
 )
 
@@ -20,13 +23,16 @@ from workers.tasks.text import (
 class Task(TextTask):
     """What `pipeline("token-classification")` takes and gives."""
 
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.rules = {
+            "aggregation_strategy": one_of("none", "simple", "first", "average", "max"),
+            "ignore_labels": some_words(settings.MAX_TOP_K, least=0),  # none: what is outside, too
+            "stride": a_number(0, self.longest // 2),
+        }
+
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        checked(
-            parameters,
-            aggregation_strategy=one_of("none", "simple", "first", "average", "max"),
-            ignore_labels=some_words(self.settings.MAX_TOP_K),
-            stride=a_number(0, self.longest // 2),
-        )
+        checked(parameters, self.rules)
         text = a_text(inputs)
         if (stride := parameters.get("stride")) is None:
             return self.query(inputs, parameters, self.row(text))
@@ -42,7 +48,8 @@ class Task(TextTask):
 
     def describe(self) -> Description:
         example = {"inputs": "Ada lives in London.", "parameters": {"aggregation_strategy": "simple"}}
-        return Description("a text", "its entities and where they stand", example)
+        gives = "its entities and where they stand"
+        return Description("a text", gives, example, TEXT, schemas(self.rules))
 
 
 class TokenClassification(TextModel):

@@ -2,9 +2,21 @@
 
 from typing import Any
 
+from workers.settings import Settings
 from workers.tasks import Description, Malformed, Query
 from workers.tasks.pipeline import Stock, load_pipeline
-from workers.tasks.text import A_TEXT, YES_OR_NO, Content, TextModel, TextTask, a_text, checked, some_words
+from workers.tasks.text import (
+    A_TEXT,
+    TEXT,
+    YES_OR_NO,
+    Content,
+    TextModel,
+    TextTask,
+    a_text,
+    checked,
+    schemas,
+    some_words,
+)
 
 TEMPLATE = "This example is {}."
 
@@ -12,13 +24,21 @@ TEMPLATE = "This example is {}."
 class Task(TextTask):
     """What `pipeline("zero-shot-classification")` takes and gives: a pair of texts for each label."""
 
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        labelled = some_words(settings.MAX_TOP_K)
+        self.rules = {
+            "candidate_labels": labelled,
+            "hypothesis_template": A_TEXT,
+            "multi_label": YES_OR_NO,
+        }
+
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
         labels = parameters.get("candidate_labels", [])
         if isinstance(labels, str):
             labels = [label.strip() for label in labels.split(",") if label.strip()]
         parameters = parameters | {"candidate_labels": labels}
-        labelled = some_words(self.settings.MAX_TOP_K)
-        checked(parameters, candidate_labels=labelled, hypothesis_template=A_TEXT, multi_label=YES_OR_NO)
+        checked(parameters, self.rules)
         template, text = parameters.get("hypothesis_template", TEMPLATE), a_text(inputs)
         # Not more than that: `str.format` would obey a client who asks for a width of a billion.
         if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
@@ -35,7 +55,11 @@ class Task(TextTask):
 
     def describe(self) -> Description:
         example = {"inputs": "a text", "parameters": {"candidate_labels": ["news", "sports"]}}
-        return Description("a text", "the labels, the likeliest first, and their scores", example)
+        gives = "the labels, the likeliest first, and their scores"
+        labels = {"anyOf": [TEXT, self.rules["candidate_labels"].schema]}  # one text: with commas between
+        template = {"type": "string", "pattern": r"^[^{}]*\{\}[^{}]*$"}
+        parameters = schemas(self.rules) | {"candidate_labels": labels, "hypothesis_template": template}
+        return Description("a text", gives, example, TEXT, parameters)
 
 
 class ZeroShotClassification(TextModel):

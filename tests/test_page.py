@@ -1,0 +1,207 @@
+"""The page at GET /, in a real browser: Debian's Chromium, without which these tests are skipped."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import axe_playwright_python
+import pytest
+from client import Crowd, Reply, get, post_json, until
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from loadtests import modes
+from loadtests.modes import MODES, Server, start
+from workers.metrics import Metrics
+from workers.protocols import page as of_page
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+in_browser = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt-get install chromium")
+AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
+FILL_MASK = {"MODEL": "tests.stand_in:FillMask", "BATCH_SIZE": "8"}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        # As root Chromium has no sandbox; it sees this server's page only.
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with start(MODES["thread"], FILL_MASK) as server:
+        yield server
+
+
+class Visit:
+    """A look at the page, what the browser complained of, and whom it asked."""
+
+    def __init__(self, browser: Browser, server: Server, **options: Any) -> None:
+        self.page: Page = browser.new_page(**options)
+        self.problems: list[str] = []
+        self.asked: set[str] = set()
+        self.page.on("console", lambda said: self.problems.append(f"{said.type}: {said.text}"))
+        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
+        self.page.on("request", lambda asked: self.asked.add(asked.url))
+        self.page.goto(server.url)
+
+    def ask(self) -> None:
+        self.page.get_by_role("button", name="Ask the model").click()
+
+    def close(self) -> None:
+        self.page.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, server: Server) -> Iterator[Visit]:
+    visit = Visit(browser, server)
+    yield visit
+    visit.close()
+
+
+@in_browser
+def test_an_example_works_at_one_click_and_nobody_else_is_asked(visit: Visit, server: Server) -> None:
+    visit.page.get_by_role("button", name="Example").click()
+    answer = visit.page.locator("#answer")
+    expect(answer.get_by_role("row")).to_have_count(5)
+    expect(answer.get_by_role("row").first).to_contain_text("thing")
+    expect(visit.page.locator("#rows tr")).to_contain_text("size 1, closed by")
+    assert not visit.problems
+    assert all(url.startswith((server.url, "data:")) for url in visit.asked)
+
+
+@in_browser
+def test_its_curl_and_its_python_give_the_same(visit: Visit) -> None:
+    visit.page.get_by_label("Text").fill("""it's a "[MASK]", é\nor \\ two""")
+    visit.ask()
+    expect(visit.page.locator("#json")).to_contain_text("it's a")
+    shown = visit.page.locator("#json").text_content()
+    curl = visit.page.locator("#curl").text_content() or ""
+    python = visit.page.locator("#python").text_content() or ""
+    told = subprocess.run(
+        ["bash", "-c", "curl -s " + curl.removeprefix("curl ")], capture_output=True, text=True
+    )
+    reckoned = subprocess.run([sys.executable, "-c", python], capture_output=True, text=True)
+    same = visit.page.evaluate("([a, b]) => JSON.stringify(JSON.parse(a)) === b.trim()", [shown, told.stdout])
+    assert same, told
+    assert eval(reckoned.stdout) == visit.page.evaluate("text => JSON.parse(text)", shown)
+
+
+@in_browser
+def test_a_hundred_form_batches_that_it_shows(visit: Visit) -> None:
+    visit.page.get_by_role("button", name="100", exact=True).click()
+    expect(visit.page.locator("#sent")).to_have_text("100 answered, 0 not.", timeout=20_000)
+    expect(visit.page.locator("#blocks div").filter(has_text="8").first).to_be_attached()
+    visit.page.get_by_role("button", name="A steady rate").click()
+    expect(visit.page.locator("#rate")).not_to_have_text("0")
+    visit.page.get_by_role("button", name="A steady rate").click()
+    assert not visit.problems
+
+
+@in_browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_everybody_can_use_it(browser: Browser, server: Server, scheme: Any, width: int) -> None:
+    visit = Visit(browser, server, color_scheme=scheme, viewport={"width": width, "height": 844})
+    visit.page.get_by_role("button", name="100", exact=True).click()
+    visit.page.get_by_label("Text").fill("no mask here")
+    visit.ask()
+    expect(visit.page.locator("#answer")).to_contain_text("put [MASK] where the missing word is")
+    visit.page.get_by_role("button", name="Example").click()
+    expect(visit.page.locator("#answer")).to_contain_text("thing")
+    for summary in visit.page.locator("summary").all():
+        if not summary.evaluate("it => it.parentElement.open"):
+            summary.click()
+    expect(visit.page.locator("#statuses tr").first).to_be_visible()
+    visit.page.evaluate(AXE)
+    found = visit.page.evaluate("axe.run()")
+    assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found["violations"]] == []
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+    visit.close()
+
+
+@in_browser
+def test_the_keyboard_is_enough(visit: Visit) -> None:
+    expect(visit.page.get_by_label("Text")).to_have_value("a [MASK]")
+    visit.page.get_by_label("Text").focus()
+    for _ in range(10):
+        visit.page.keyboard.press("Tab")
+        if visit.page.evaluate("document.activeElement.id") == "ask":
+            break
+    visit.page.keyboard.press("Enter")
+    expect(visit.page.locator("#answer")).to_contain_text("thing")
+
+
+@in_browser
+def test_a_refusal_is_shown_with_when_to_ask_again(browser: Browser, crowd: Crowd, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with start(MODES["thread"], {"MODEL": "tests.stand_in:Obedient", "MAX_QUEUE": "1"}) as server:
+        visit = Visit(browser, server)
+        expect(visit.page.get_by_label("Text")).to_have_value("a text")
+        waiting: list[Future[Reply]] = []
+        for n in (1, 0):  # one runs, one waits
+            waiting.append(crowd.submit(post_json, server, {"inputs": {"until": str(gate)}}))
+            until(lambda n=n: get(server, "/live").json["depth"] == 1 - n)
+        visit.ask()
+        expect(visit.page.locator("#answer")).to_contain_text("The server says 503")
+        expect(visit.page.locator("#answer")).to_contain_text("Ask again after")
+        gate.touch()
+        assert [reply.result().status for reply in waiting] == [200, 200]
+        visit.close()
+
+
+@in_browser
+def test_where_a_key_is_needed_it_asks_for_one(browser: Browser) -> None:
+    with start(MODES["thread"], {**FILL_MASK, "API_KEY": "a-key-0123"}) as server:
+        visit = Visit(browser, server)
+        expect(visit.page.locator("#banner")).to_contain_text("send a key")
+        visit.page.get_by_label("API key").fill("a-key-0123")
+        expect(visit.page.get_by_label("Text")).to_have_value("a [MASK]")
+        visit.ask()
+        expect(visit.page.locator("#answer")).to_contain_text("thing")
+        assert "a-key-0123" not in (visit.page.locator("#curl").text_content() or "")
+        visit.close()
+
+
+@in_browser
+def test_it_survives_a_restart(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = modes.free_port()
+    monkeypatch.setattr(modes, "free_port", lambda: port)
+    with start(MODES["thread"], FILL_MASK) as server:
+        visit = Visit(browser, server)
+        expect(visit.page.get_by_label("Text")).to_have_value("a [MASK]")
+    expect(visit.page.locator("#banner")).to_contain_text("does not answer")
+    with start(MODES["thread"], {"MODEL": "tests.stand_in:Obedient"}):
+        expect(visit.page.get_by_label("Text")).to_have_value("a text")  # what is served now
+        expect(visit.page.locator("#banner")).to_be_hidden()
+        visit.ask()
+        expect(visit.page.locator("#answer")).to_contain_text("a text")
+    visit.close()
+
+
+def test_it_is_one_file_that_may_run_its_own_script_only(server: Server) -> None:
+    reply = get(server, "/")
+    assert reply.status == 200
+    assert reply.headers.get_content_type() == "text/html"
+    assert "default-src 'none'; script-src 'sha256-" in reply.headers["Content-Security-Policy"]
+    assert get(server, "/docs").body == reply.body
+
+
+def test_when_nobody_looks_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = Metrics()
+    watch = of_page.Watch(metrics)
+    metrics.batch(1, "idle", 0.1, [0.0])
+    assert watch.look() == []
+    metrics.batch(2, "full", 0.1, [0.0, 0.2])
+    assert watch.look() == [{"n": 1, "size": 2, "closed_by": "full", "model_s": 0.1, "wait_s": 0.2}]
+    monkeypatch.setattr(of_page, "FORGET_S", -1)
+    metrics.batch(3, "full", 0.1, [0.0])
+    assert metrics.onlooker is None

@@ -1,0 +1,44 @@
+"""Hugging Face's hosted inference, for its clients: POST /hf-inference, the same as POST / where no line below says more.
+
+    client = huggingface_hub.InferenceClient(model="http://127.0.0.1:8000/hf-inference")
+    client.text_classification("a text")           all labels: [[{"label": …, "score": …}, …]]; the pipeline: the likeliest
+    client.zero_shot_classification("a text", […])  [{"label": …, "score": …}, …]; the pipeline: an object of lists
+
+POST / answers as the pipeline does, of which these clients take the first label and an error.
+"""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from workers import contract, tasks
+from workers.service import Service
+from workers.settings import Settings
+
+
+def routes(settings: Settings) -> list[Route]:
+    return [Route("/hf-inference", answer, methods=["POST"])]
+
+
+async def answer(request: Request) -> Response:
+    """POST /hf-inference: the model's answer to one input, or to each of a list, in the hosted form."""
+    service: Service = request.state.service
+    settings = service.settings
+    task = "" if settings.is_own_class else tasks.ALIASES.get(settings.TASK, settings.TASK)
+    body = await service.clients.read(request)
+    asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
+    parameters = {"top_k": settings.MAX_TOP_K} if task == "text-classification" else {}
+    queries = await service.check(asked.inputs, parameters | asked.parameters, len(body))
+    answers = await service.clients.wait(request, queries)
+    values = [hosted(task, answer.value) for answer in answers]
+    is_list = asked.is_list or task == "text-classification"
+    return contract.Answered(answers, values if is_list else values[0])
+
+
+def hosted(task: str, value: Any) -> Any:
+    """An answer in the form that the clients read."""
+    if task == "zero-shot-classification":
+        return [{"label": label, "score": score} for label, score in zip(value["labels"], value["scores"])]
+    return value

@@ -1,0 +1,247 @@
+"""The contract, readable by machines: GET /openapi.json (OpenAPI 3.1) and GET /info.
+
+Both are made from what the task says of itself, once it is known: until then they are 503, as all else. `operations(service)`
+of another protocol's file, where there is one, are its paths as OpenAPI has them.
+"""
+
+import importlib
+import os
+import pkgutil
+import re
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+import workers
+from workers import contract, protocols, stream
+from workers.jobs import ModelFailed
+from workers.service import Service
+from workers.settings import Settings
+from workers.tasks import Description
+from workers.tasks.text import find
+
+SAID = (
+    "OFFLOAD",
+    "INSTANCES",
+    "WEB_CONCURRENCY",
+    "BATCH_SIZE",
+    "BATCH_WINDOW_MS",
+    "MAX_QUEUE",
+    "QUEUE_TARGET_S",
+)
+ERROR = {"$ref": "#/components/schemas/Error"}
+STATUSES = {  # of every request, then of those to the model
+    403: "From a place that is not allowed: a foreign Host or Origin.",
+    431: "The headers are too long.",
+    503: "Not now: it loads, it stops, or there is too much work. Ask again after `Retry-After` seconds.",
+}
+OF_THE_MODEL = {
+    400: "Not of the form that is taken; the sentence says what to send.",
+    408: "The body did not arrive in time.",
+    413: "The body is too large.",
+    415: "The media type, its charset or its encoding is not understood.",
+    422: "Well-formed, but the model can't answer it; the sentence says what to change.",
+    500: "The model failed on this input; report it with the X-Request-ID.",
+    504: "No answer in time.",
+}
+
+
+def routes(settings: Settings) -> list[Route]:
+    return [Route("/openapi.json", openapi), Route("/info", info)]
+
+
+async def openapi(request: Request) -> Response:
+    """GET /openapi.json: the whole contract."""
+    return JSONResponse(document(request.state.service))
+
+
+async def info(request: Request) -> Response:
+    """GET /info: what is served, its limits, and the settings that matter; no path and no secret."""
+    service: Service = request.state.service
+    settings, task = service.settings, service.task
+    said = task.describe()
+    dtype, device = where(service)
+    limits = {name: getattr(settings, name) for name in ("MAX_INPUTS", "MAX_TOP_K", "MAX_MASKS")}
+    content = {
+        "version": workers.__version__,
+        "task": "own" if settings.is_own_class else settings.TASK,
+        "model": {"name": settings.model_name, "revision": revision(settings)},
+        "dtype": dtype,
+        "device": device,
+        "takes": said.takes,
+        "gives": said.gives,
+        "example": sayable(said.example),
+        "media": list(task.media),
+        "limits": {
+            "MAX_BODY_BYTES": service.clients.most_bytes,
+            "MAX_TOKENS": getattr(task, "limit", settings.MAX_TOKENS),
+            **limits,
+            "DEADLINE_S": settings.DEADLINE_S,
+        },
+        "settings": {name: getattr(settings, name) for name in SAID},
+    }
+    return Response(contract.rendered(content), media_type="application/json")
+
+
+def where(service: Service) -> tuple[str | None, str | None]:
+    """The dtype and the device that a loaded copy says it has; None where it says nothing, as one's own class."""
+    found = re.search(r"torch\.(\w+), (\w+(?::\d+)?)", " ".join(service.descriptions))
+    return (found[1], found[2]) if found else (None, None)
+
+
+def revision(settings: Settings) -> str | None:
+    """The commit of a model from the hub; None for a folder and for one's own class."""
+    if settings.is_own_class or os.path.isdir(settings.MODEL):
+        return None
+    found = re.search(r"/snapshots/(\w+)/", find(settings.MODEL, "config.json") or "")
+    return found[1] if found else None
+
+
+def sayable(example: dict[str, Any]) -> Any:
+    """The example, None where JSON can't say it."""
+    try:
+        contract.rendered(example)
+    except ModelFailed:
+        return None
+    return example
+
+
+def document(service: Service) -> dict[str, Any]:
+    """The contract as OpenAPI 3.1."""
+    settings, said = service.settings, service.task.describe()
+    paths: dict[str, Any] = {
+        "/": {"post": model_operation(said, service)},
+        "/health": {
+            "get": operation("Whether the process should be left alone", {200: "It should.", 503: "No."})
+        },
+        "/ready": {
+            "get": operation("Whether a copy of the model is loaded", {200: "One is.", 503: "None is."})
+        },
+        "/metrics": {
+            "get": operation("Prometheus' text format", {200: "All metrics.", **STATUSES}, "text/plain")
+        },
+        "/info": {"get": operation("What is served, its limits and settings", {200: "These.", **STATUSES})},
+        "/openapi.json": {"get": operation("This document", {200: "It.", **STATUSES})},
+    }
+    for found in pkgutil.iter_modules(protocols.__path__):
+        module = importlib.import_module(f"{protocols.__name__}.{found.name}")
+        if hasattr(module, "operations") and module.routes(settings):
+            for path, methods in module.operations(service).items():
+                paths[path] = paths.get(path, {}) | methods
+    whole = {
+        "openapi": "3.1.0",
+        "info": {
+            "title": f"{settings.model_name}, behind one queue",
+            "version": workers.__version__,
+            "description": f"Takes {said.takes}; gives {said.gives}. Every error is JSON and says what to do.",
+        },
+        "paths": paths,
+        "components": {"schemas": {"Error": ERROR_SCHEMA}},
+    }
+    if settings.API_KEY:
+        lock(whole, {"/health", "/ready"} | ({"/metrics"} if settings.METRICS_OPEN else set()))
+    return whole
+
+
+def lock(whole: dict[str, Any], open_paths: set[str]) -> None:
+    """Say where a key is needed: everywhere but on these paths and on the page."""
+    bearer, header = (
+        {"type": "http", "scheme": "bearer"},
+        {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    )
+    whole["components"]["securitySchemes"] = {"bearer": bearer, "header": header}
+    for path, methods in whole["paths"].items():
+        for asked in methods.values():
+            if path not in open_paths and "text/html" not in asked["responses"]["200"]["content"]:
+                asked["security"] = [{"bearer": []}, {"header": []}]
+                asked["responses"]["401"] = response(401, "Without a key, or with a wrong one.", "")
+
+
+ERROR_SCHEMA = {
+    "type": "object",
+    "properties": {"error": {"type": "string", "description": "One sentence that says what to do."}},
+    "required": ["error"],
+    "additionalProperties": False,
+}
+PREFER = {
+    "name": "Prefer",
+    "in": "header",
+    "description": "`wait=SECONDS` (RFC 7240): an answer within these, or 504; never longer than DEADLINE_S.",
+    "schema": {"type": "string", "examples": ["wait=2"]},
+}
+
+
+def operation(summary: str, statuses: dict[int, str], media_type: str = "application/json") -> dict[str, Any]:
+    """A request without a body, or what all of them have: its responses, by status."""
+    return {
+        "summary": summary,
+        "responses": {str(status): response(status, what, media_type) for status, what in statuses.items()},
+    }
+
+
+def response(status: int, what: str, media_type: str) -> dict[str, Any]:
+    headers = {
+        "X-Request-ID": {"schema": {"type": "string"}, "description": "Yours, if you sent a short plain one."}
+    }
+    if status == 401:
+        headers["WWW-Authenticate"] = {"schema": {"type": "string"}}
+    if status == 503:
+        headers["Retry-After"] = {"schema": {"type": "integer", "minimum": 1}, "description": "In seconds."}
+    content: dict[str, Any] = {media_type: {}} if status == 200 else {"application/json": {"schema": ERROR}}
+    return {"description": what, "headers": headers, "content": content}
+
+
+def model_operation(said: Description, service: Service) -> dict[str, Any]:
+    """POST /."""
+    statuses = {
+        200: f"{said.gives}: one answer, or a list of them for a list of inputs.",
+        **STATUSES,
+        **OF_THE_MODEL,
+    }
+    asked = operation(f"Ask the model: {said.takes}", statuses)
+    asked["parameters"] = [PREFER]
+    asked["requestBody"] = {"required": True, "content": bodies(said, service)}
+    asked["responses"]["200"]["content"] |= {form: {} for form in stream.FORMS}
+    asked["responses"]["200"]["headers"]["Server-Timing"] = {
+        "schema": {"type": "string"},
+        "description": "Where the time went: queue and model in ms, the batch's size and why it closed.",
+    }
+    return asked
+
+
+def bodies(said: Description, service: Service) -> dict[str, Any]:
+    """What may be posted, by media type."""
+    one = alone(said.inputs)
+    several = {"type": "array", "items": said.inputs, "minItems": 1, "maxItems": service.settings.MAX_INPUTS}
+    named = {} if said.parameters is None else said.parameters
+    fields = {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in named.items()}
+    is_open = said.parameters is None
+    parameters = {"type": ["object", "null"], "properties": fields, "additionalProperties": is_open}
+    schema = {
+        "type": "object",
+        "properties": {"inputs": {"anyOf": [one, several]}, "parameters": parameters, **fields},
+        "required": ["inputs"],
+        "additionalProperties": is_open,
+    }
+    example = sayable(said.example)
+    content: dict[str, Any] = {"application/json": {"schema": schema}}
+    if example and example["inputs"] is not None:
+        content["application/json"]["example"] = example
+    media = [kind + "*" for kind in service.task.media if kind.endswith("/")]
+    texts = [] if media else [choice for choice in choices(one) if "string" in choice["type"]]
+    if texts:
+        content["text/plain"] = {"schema": {"pattern": r"\S"} | texts[0] | {"type": "string"}}
+    return content | {kind: {"schema": {}} for kind in media}
+
+
+def choices(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    return schema.get("anyOf", [schema])
+
+
+def alone(schema: dict[str, Any]) -> dict[str, Any]:
+    """An input that stands alone: no list, which would be several of them."""
+    if not schema:
+        return {"type": ["string", "number", "boolean", "object"]}
+    return {"anyOf": [choice for choice in choices(schema) if choice["type"] != "array"]}
