@@ -9,8 +9,8 @@ from typing import Any
 
 from loadtests import texts
 
-# dtype: how far a probability may be off, and how many of the five words must be the pipeline's. On the load tests' texts
-# bfloat16 moved probabilities by 0.05 at most; the words that changed were the least likely.
+# dtype: how far a probability may be off, and how many of the five words must be the pipeline's: wide enough for rounding,
+# far too narrow for another text's answer.
 TOLERANCE = {"float32": (1e-3, 4), "bfloat16": (0.06, 3)}
 LEAST_COSINE = 0.999
 
