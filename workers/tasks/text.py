@@ -311,6 +311,7 @@ def read_json(settings: Settings, name: str) -> dict[str, Any]:
             content = json.load(file)
     except ValueError as exc:
         raise ValueError(f"{name} is no JSON: {exc}") from exc
-    if not isinstance(content, list if name == "modules.json" else dict):
-        raise ValueError(f"{name} has no {'list' if name == 'modules.json' else 'object'}")
+    kind: Any = list if name == "modules.json" else dict
+    if not isinstance(content, kind):
+        raise ValueError(f"{name} is no {kind.__name__}")
     return content
