@@ -20,9 +20,11 @@ from PIL import Image
 from small_models import ENTAILMENT, ENTITIES, make_model, make_tokenizer, save
 
 from workers import tasks
+from workers.contract import rendered
 from workers.settings import HERE, Settings
 from workers.tasks import CannotAnswer, Malformed, encoder, packed, pipeline
 from workers.tasks.packed import EndToEnd, PackedLinear
+from workers.tasks.pipeline import open_image
 
 TEXTS = [
     "the dog",
@@ -552,6 +554,55 @@ def test_a_small_file_with_a_huge_image_is_refused(eye: str) -> None:
         task.check(file.getvalue(), {})
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_half_an_image_is_refused_not_run(eye: str, form: str) -> None:
+    task = tasks.make(Settings(MODEL=eye, TASK="image-classification"))
+    data = picture(form=form)
+    with pytest.raises(CannotAnswer, match="send a whole JPEG or PNG"):
+        task.check(data[: len(data) // 2], {})
+
+
+def test_no_program_is_run_for_an_image(eye: str) -> None:
+    task = tasks.make(Settings(MODEL=eye, TASK="image-classification"))
+    with pytest.raises(CannotAnswer, match="cannot be read"):
+        task.check(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n", {})
+
+
+def test_masks_are_images_in_base64(tmp_path: Path) -> None:
+    config = transformers.SegformerConfig(
+        num_labels=4,
+        hidden_sizes=[8, 16, 16, 16],
+        num_attention_heads=[1] * 4,
+        depths=[1] * 4,
+        decoder_hidden_size=16,
+    )
+    transformers.SegformerForSemanticSegmentation(config).save_pretrained(tmp_path)
+    transformers.SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    task, model = load(str(tmp_path), "image-segmentation")
+    (expected,) = plain(str(tmp_path), "image-segmentation", [(open_image(picture()), {})])
+    (found,) = json.loads(rendered(model([task.check(picture(), {}).content])))
+    assert [one["label"] for one in found] == [one["label"] for one in expected]
+    for one, other in zip(found, expected):
+        mask = Image.open(io.BytesIO(base64.b64decode(one["mask"])))
+        assert np.array_equal(np.asarray(mask), np.asarray(other["mask"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "parameters"),
+    [
+        ("question-answering", {"question": "who?", "context": "dog " * 20_000}, {}),
+        ("question-answering", {"question": "who?", "context": "dog " * 500}, {"doc_stride": 376}),
+        ("token-classification", "dog " * 40_000, {"aggregation_strategy": "simple", "stride": 17}),
+    ],
+)
+def test_a_text_of_too_many_windows_is_refused_before_it_keeps_the_model(
+    folder: Any, name: str, inputs: Any, parameters: dict[str, Any]
+) -> None:
+    task = tasks.make(Settings(MODEL=folder("bert", "MaskedLM"), TASK=name))
+    with pytest.raises(CannotAnswer, match=r"windows of .* tokens; send one that takes at most 64"):
+        task.check(inputs, parameters)
+
+
 def test_a_pipeline_that_padding_would_change_answers_one_by_one(folder: Any) -> None:
     where = folder("bert", "MaskedLM")
     task = pipeline.Task(Settings(MODEL=where, TASK="feature-extraction", TORCH_THREADS=1))
@@ -559,6 +610,15 @@ def test_a_pipeline_that_padding_would_change_answers_one_by_one(folder: Any) ->
     assert "one by one" in model.description
     asked = [(text, {}) for text in TEXTS]
     audit(task, model, asked, plain(where, "feature-extraction", asked))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "modules.json"])
+@pytest.mark.parametrize("content", [b'{"half": ', b"\xff\xfe", b"7"])
+def test_a_broken_file_of_the_model_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    shutil.copytree(HERE / "models" / "minilm-mlm", tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{name} "):
+        tasks.make(Settings(MODEL=str(tmp_path), TASK="feature-extraction"))
 
 
 def test_a_task_that_nobody_knows_says_how_to_serve_it_all_the_same() -> None:

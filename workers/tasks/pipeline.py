@@ -39,6 +39,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 LOADING = threading.Lock()  # two loads at once collide in Transformers: "Tensor on device meta"
 MAX_PIXELS = 1 << 25  # a small file can unfold to gigabytes
+FORMATS = [
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+]  # for others Pillow runs programs: PostScript's, for one
 # A text would be taken for an address or a path of this machine by pipelines of images and sounds: there it is base64.
 TAKEN = {
     "image": {
@@ -209,13 +217,26 @@ class Stock:
         )
 
     def __call__(self, contents: list[Content]) -> list[Any]:
-        return [self.pipe(self.opened(content.inputs), **content.parameters) for content in contents]
+        return [in_json(self.pipe(self.opened(content.inputs), **content.parameters)) for content in contents]
 
     def opened(self, inputs: Any) -> Any:
         """As pipelines take it: an image as Pillow's."""
         if isinstance(inputs, dict):
             return {name: self.opened(value) for name, value in inputs.items()}
         return open_image(inputs) if isinstance(inputs, bytes) and self.pipe.image_processor else inputs
+
+
+def in_json(answer: Any) -> Any:
+    """Its images, such as masks, as Hugging Face's hosted pipelines give them: a PNG in base64."""
+    if isinstance(answer, dict):
+        return {name: in_json(value) for name, value in answer.items()}
+    if isinstance(answer, list):
+        return [in_json(value) for value in answer]
+    if not callable(save := getattr(answer, "save", None)):
+        return answer
+    file = io.BytesIO()
+    save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def an_example(kind: str | None) -> bytes:
@@ -236,14 +257,16 @@ def open_image(data: bytes) -> Any:
     """A Pillow image, of which only the head has been read."""
     from PIL import Image  # only those who serve images need it
 
-    return Image.open(io.BytesIO(data))
+    return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def check_image(data: bytes) -> None:
-    """Raise CannotAnswer where this is no image, or one that would take gigabytes."""
+    """Raise CannotAnswer where this is no image, or half of one, or one that would take gigabytes."""
     try:
-        width, height = open_image(data).size
-    except OSError:
-        raise CannotAnswer("the image cannot be read; send a JPEG or a PNG") from None
-    if width * height > MAX_PIXELS:
-        raise CannotAnswer(f"the image has {width * height} pixels; send at most {MAX_PIXELS}")
+        image = open_image(data)
+        if (pixels := image.width * image.height) <= MAX_PIXELS:
+            image.load()  # only this notices that the end is missing
+            return
+    except Exception:  # of a broken file Pillow raises anything
+        raise CannotAnswer("the image cannot be read; send a whole JPEG or PNG") from None
+    raise CannotAnswer(f"the image has {pixels} pixels; send at most {MAX_PIXELS}")

@@ -46,9 +46,12 @@ class Task(TextTask):
         length = parameters.get("max_seq_len", min(self.longest, 384))
         stride = parameters.get("doc_stride", min(length // 2, 128))
         try:
-            return self.query(inputs, parameters, *self.tokens.windows(length, stride, question, context))
+            windows = self.tokens.windows(self.settings.MAX_INPUTS, length, stride, question, context)
+        except CannotAnswer:
+            raise
         except ValueError:
             raise CannotAnswer(f"the question leaves no room for the context in {length} tokens") from None
+        return self.query(inputs, parameters, *windows)
 
     def load(self, instance: int) -> "QuestionAnswering":
         return QuestionAnswering(self, load_model(self.settings, instance, "AutoModelForQuestionAnswering"))

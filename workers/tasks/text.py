@@ -147,10 +147,11 @@ class Tokens:
         types = encoding.type_ids if self.has_types else None
         return Row(text, pair, encoding.ids, types if types and any(types) else None, encoding)
 
-    def windows(self, length: int, stride: int, text: str, pair: str | None = None) -> list[Row]:
+    def windows(self, most: int, length: int, stride: int, text: str, pair: str | None = None) -> list[Row]:
         """The text, or the second of a pair, in windows of at most `length` tokens that overlap by `stride`.
 
-        The same windows as `tokenizers` makes. Raises ValueError where there is no room for them.
+        The same windows as `tokenizers` makes. Raises ValueError where there is no room for them, CannotAnswer where they
+        would be more than `most`: one text would keep the model for minutes.
         """
         whole = self(text, pair)
         count, part = len(whole.ids), 0 if pair is None else 1
@@ -159,8 +160,12 @@ class Tokens:
         room = length - (count - (stop - start))
         if room <= stride:
             raise ValueError(f"{length} tokens leave no room for a stride of {stride}")
-        rows = []
-        for first in range(start, max(start + 1, stop - stride), room - stride):
+        starts, rows = range(start, max(start + 1, stop - stride), room - stride), []
+        if len(starts) > most:
+            raise CannotAnswer(
+                f"the text takes {len(starts)} windows of {length} tokens; send one that takes at most {most}"
+            )
+        for first in starts:
             last = min(first + room, stop)
             window = [*range(start), *range(first, last), *range(stop, count)]
             ids, types = ([of[i] for i in window] if of else None for of in (whole.ids, whole.types))
@@ -327,9 +332,16 @@ def find(model: str, name: str) -> str | None:
 
 
 def read_json(settings: Settings, name: str) -> dict[str, Any]:
-    """A JSON file of the model; empty where there is none."""
+    """A JSON file of the model; empty where there is none. Raises ValueError, which names it, where it can't be read."""
     path = find(settings.MODEL, name)
     if path is None:
         return {}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError as exc:
+        raise ValueError(f"{name} is no JSON: {exc}") from exc
+    kind: Any = list if name == "modules.json" else dict
+    if not isinstance(content, kind):
+        raise ValueError(f"{name} is no {kind.__name__}")
+    return content

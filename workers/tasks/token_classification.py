@@ -40,7 +40,8 @@ class Task(TextTask):
             raise Malformed(
                 '"stride" joins what overlaps: it needs an "aggregation_strategy" other than none'
             )
-        return self.query(inputs, parameters, *self.tokens.windows(self.longest, stride, text))
+        windows = self.tokens.windows(self.settings.MAX_INPUTS, self.longest, stride, text)
+        return self.query(inputs, parameters, *windows)
 
     def load(self, instance: int) -> Any:
         pipe = load_pipeline(self.settings, instance)
