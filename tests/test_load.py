@@ -250,7 +250,7 @@ def test_a_stopped_open_loop_counts_those_who_still_wait() -> None:
         said = subprocess.run(
             [
                 *(str(Path(sys.executable).parent / "locust"), "-f", "loadtests/locustfile.py", "--headless"),
-                *("--host", url.rstrip("/"), "-t", "1s", "-u", "1", "OpenLoop"),
+                *("--host", url.rstrip("/"), "-t", "5s", "-u", "1", "OpenLoop"),
                 *("--rate-per-s", "20", "--timeout-s", "2", "--exit-code-on-error", "1", "--json"),
             ],
             cwd=ROOT,
