@@ -234,7 +234,9 @@ def test_one_address_has_so_many_connections_and_no_more() -> None:
     with haproxy_alone(CLIENT_CONNECTIONS="4") as (server, _), contextlib.ExitStack() as stack:
         connections = [stack.enter_context(dial(server)) for _ in range(4)]
         assert post(server, PARIS).status == 429
-        connections += [stack.enter_context(dial(server)) for _ in range(10)]
+        for _ in range(10):
+            with contextlib.suppress(ConnectionError):
+                connections.append(stack.enter_context(dial(server)))
         replies = []
         for connection in connections:
             with contextlib.suppress(ConnectionError):

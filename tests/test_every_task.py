@@ -30,17 +30,7 @@ SERVED = {
     mode: list(MADE) if mode in ("thread", "process", "gthread-1x8") else SOME
     for mode in (*TESTED, "process")
 }
-NEEDS = {"haproxy-2": pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")}
-EACH = pytest.mark.parametrize(
-    ("servers", "task"),
-    [
-        pytest.param(mode, task, id=f"{mode} {task}", marks=NEEDS.get(mode, ()))
-        for mode, served in SERVED.items()
-        for task in served
-    ],
-    indirect=["servers"],
-    scope="module",  # the tests of a mode one after the other
-)
+NO_HAPROXY = pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +43,10 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
     }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(mode, marks=NO_HAPROXY if mode == "haproxy-2" else ()) for mode in SERVED],
+)
 def servers(
     request: pytest.FixtureRequest, settings: dict[str, dict[str, str]]
 ) -> Iterator[dict[str, Server]]:
@@ -86,44 +79,41 @@ def alone(settings: dict[str, dict[str, str]]) -> Any:
     return answer, lambda task: load(task)[0].describe().example
 
 
-@EACH
 def test_what_machines_read_allows_its_example_and_nothing_else(
-    servers: dict[str, Server], alone: Any, task: str
+    servers: dict[str, Server], alone: Any
 ) -> None:
-    example = alone[1](task)
-    asked = get(servers[task], "/openapi.json").json["paths"]["/"]["post"]["requestBody"]["content"]
-    schema = asked["application/json"]["schema"]
-    for body in (example, {**example, "inputs": [example["inputs"]] * 3}):
-        jsonschema.validate(body, schema)
-    wrongs: list[Any] = [{}, {**example, "inputs": None}, {**example, "colour": "red"}]
-    for wrong in wrongs[:1] if task == "own class" else wrongs:  # what else that takes only it knows
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(wrong, schema)
-        assert post_json(servers[task], wrong).status == 400
+    for task, server in servers.items():
+        example = alone[1](task)
+        asked = get(server, "/openapi.json").json["paths"]["/"]["post"]["requestBody"]["content"]
+        schema = asked["application/json"]["schema"]
+        for body in (example, {**example, "inputs": [example["inputs"]] * 3}):
+            jsonschema.validate(body, schema)
+        wrongs: list[Any] = [{}, {**example, "inputs": None}, {**example, "colour": "red"}]
+        for wrong in wrongs[:1] if task == "own class" else wrongs:  # what else that takes only it knows
+            with pytest.raises(jsonschema.ValidationError):
+                jsonschema.validate(wrong, schema)
+            assert post_json(server, wrong).status == 400
 
 
-@EACH
 def test_answers_are_those_of_the_input_alone_singly_in_lists_and_in_a_crowd(
-    servers: dict[str, Server], alone: Any, crowd: Crowd, task: str
+    servers: dict[str, Server], alone: Any, crowd: Crowd
 ) -> None:
     answer, example_of = alone
-    example = example_of(task)
-    expected = answer(task, example["inputs"], example.get("parameters", {}))
-    alike(post_json(servers[task], example).json, expected)
-    asked = [
-        crowd.submit(post_json, servers[task], {**example, "inputs": [example["inputs"]] * 3})
-        for _ in range(4)
-    ]
-    for reply in asked:
-        alike(reply.result().json, [expected] * 3)
+    for task, server in servers.items():
+        example = example_of(task)
+        expected = answer(task, example["inputs"], example.get("parameters", {}))
+        alike(post_json(server, example).json, expected)
+        three = {**example, "inputs": [example["inputs"]] * 3}
+        for reply in [crowd.submit(post_json, server, three) for _ in range(4)]:
+            alike(reply.result().json, [expected] * 3)
 
 
-@EACH
-def test_what_is_no_input_is_refused_and_named(servers: dict[str, Server], alone: Any, task: str) -> None:
-    example = alone[1](task)
-    reply = post_json(servers[task], {**example, "inputs": [example["inputs"], {"no such": "field"}]})
-    assert reply.status in (400, 422) and reply.error.startswith("input 1: ")
-    assert reply.headers["X-Request-ID"]
-    reply = post_json(servers[task], {**example, "parameters": {"no_such_parameter": 1}})
-    assert reply.status in (400, 422) and reply.error
-    assert get(servers[task], "/health").json["status"] == "ok"
+def test_what_is_no_input_is_refused_and_named(servers: dict[str, Server], alone: Any) -> None:
+    for task, server in servers.items():
+        example = alone[1](task)
+        reply = post_json(server, {**example, "inputs": [example["inputs"], {"no such": "field"}]})
+        assert reply.status in (400, 422) and reply.error.startswith("input 1: ")
+        assert reply.headers["X-Request-ID"]
+        reply = post_json(server, {**example, "parameters": {"no_such_parameter": 1}})
+        assert reply.status in (400, 422) and reply.error
+        assert get(server, "/health").json["status"] == "ok"
