@@ -51,8 +51,7 @@ class ModelLoop:
     window_s: float = 0.0
     max_queue: int = 256  # jobs in each lane
     budget_s: float = 10.0
-    # How long those wait who are admitted while there is always a queue; 0: as long as they can.
-    target_s: float = 0.5
+    target_s: float = 0.5  # of waiting, where there is always a queue; 0: none
     hang_s: float = math.inf
     metrics: Metrics = field(default_factory=Metrics)
     now: Callable[[], float] = lambda: asyncio.get_running_loop().time()
