@@ -237,20 +237,21 @@ def draw(
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
     one, two, three, four = (ax for row in axes for ax in row)
     for policy, ms in p99.items():
-        one.plot([x * 100 for x in loads], ms, "o-", color=COLOURS[policy], label=policy)
+        one.plot([x * 100 for x in loads], ms, "o-", color=COLOURS[policy])
+        one.text(loads[-1] * 101, ms[-1], policy, color=COLOURS[policy], va="center")
     titled(one, "Least connections is close to one shared queue", "load, %", "p99, ms")
     one.set_yscale("log")
-    one.legend(frameon=False)
+    one.set_yticks([100, 200, 400], ["100", "200", "400"], minor=False)
+    one.minorticks_off()
+    one.set_xlim(right=108)
     two.plot(
         rates, [100 * rate * 0.02 / n for rate, n in zip(rates, needed, strict=True)], "o-", color="#0072B2"
     )
     for rate, n in zip(rates, needed, strict=True):
-        two.annotate(
-            f"{n} replicas", (rate, 100 * rate * 0.02 / n), (0, -14), textcoords="offset points", ha="center"
-        )
+        two.annotate(f"{n} replicas", (rate, 100 * rate * 0.02 / n), (8, -16), textcoords="offset points")
     two.set_xscale("log")
     two.set_ylim(0, 105)
-    two.margins(x=0.15)
+    two.margins(x=0.25)
     titled(
         two,
         "The larger the fleet, the busier it can be\n(99.9 % answered within 0.5 s)",
@@ -260,9 +261,11 @@ def draw(
     for (name, shares), colour in zip(
         goodput.items(), ("#999999", "#E69F00", "#009E73", "#D55E00"), strict=True
     ):
-        three.plot(times, shares, "o-", color=colour, label=name)
+        three.plot(times, shares, "o-", color=colour)
+        up = 0.03 if name == "no retries" else -0.03 if "budget" in name else 0.0  # they meet
+        three.text(times[-1] + 0.1, shares[-1] + up, name, color=colour, va="center")
     three.set_ylim(0, 1.1)
-    three.legend(frameon=False, loc="lower left")
+    three.set_xlim(right=8.4)
     titled(
         three,
         "Retries without a bound leave no time for answers",
