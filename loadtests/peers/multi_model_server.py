@@ -43,6 +43,7 @@ if __name__ == "__main__":
                         "service:handle", "--export-path", store], check=True)  # fmt: skip
         os.chdir(store)  # its logs
         server = subprocess.Popen([python / "multi-model-server", "--start", "--foreground", "--mms-config", f"{store}/server",
-                                   "--model-store", store, "--log-config", f"{store}/log4j2.xml"])  # fmt: skip
+                                   "--model-store", store, "--log-config", f"{store}/log4j2.xml"],
+                                  env={**os.environ, "TMPDIR": store})  # fmt: skip  # where it notes that it runs
         register(port + 1, os.environ.get("PEER_TIMEOUT_S", "60"))
         sys.exit(server.wait())
