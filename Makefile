@@ -15,7 +15,8 @@ test: $(VENV)/dev
 	$(BIN)/pytest --numprocesses=auto
 
 test-slow: $(VENV)/dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow --numprocesses=2
+	$(BIN)/pytest -m alone
 
 bench: $(VENV)/dev
 	$(BIN)/python -m loadtests.bench
