@@ -126,9 +126,8 @@ class Queue:
     __slots__ = ("copies", "drained_at", "jobs", "refused_at", "slow")
 
     def __init__(self) -> None:
-        self.jobs: deque[tuple[float, int, float]] = (
-            deque()
-        )  # when it first came, attempts, when it came here
+        # when it first came, attempts, when it came here
+        self.jobs: deque[tuple[float, int, float]] = deque()
         self.copies = 0
         self.drained_at = self.refused_at = -math.inf
         self.slow = 1.0  # how much longer calls take than the law says
