@@ -310,7 +310,8 @@ class Simulation:
     def take(self, replica: Replica) -> None:
         """Start on the next batch, if there is one."""
         queue, now = replica.queue, self.now
-        jobs, batch = queue.jobs, []
+        jobs = queue.jobs
+        batch: list[tuple[float, int, float]] = []
         latest_s = self.fleet.deadline_s - self.calls_s[min(len(jobs), self.most)]
         while jobs and len(batch) < self.most:
             job = jobs.popleft()
