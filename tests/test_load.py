@@ -162,9 +162,8 @@ def test_goodput_counts_right_answers_within_the_clients_limit() -> None:
 
 def test_goodput_counts_neither_a_queue_that_was_empty_at_first_nor_one_that_is_emptied_afterwards() -> None:
     df = rows([1.0] * 20 + [900.0] * 80, ["200"] * 20 + ["503"] * 60 + ["200"] * 20, duration_s=5.0)
-    assert drive.summary(df, limit_s=1)["goodput_per_s"] == pytest.approx(
-        2 / 4
-    )  # of the last 20, two in time
+    in_time, seconds = 2, 4  # of the last 20
+    assert drive.summary(df, limit_s=1)["goodput_per_s"] == pytest.approx(in_time / seconds)
 
 
 def test_percentiles_are_not_rounded() -> None:
