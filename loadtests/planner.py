@@ -232,7 +232,7 @@ def simulate(
             answer, outcome = await loop.submit(None), "200"
         except Refused as exc:
             outcome, retry_after_s = "503", float(exc.retry_after_s)
-            owed_s += refusal_s - overhead_s
+            owed_s += refusal_s - overhead_s - waking_s
         except Late:
             outcome = "504"
         latency_ms = (loop.now() - began) * 1000
