@@ -102,11 +102,13 @@ class Server:
         """Poll /ready. Raises RuntimeError with the log when it ends or isn't ready in time."""
         began = time.monotonic()
         while time.monotonic() - began < timeout_s and self.process.poll() is None:
-            with (
-                contextlib.suppress(OSError, urllib.error.URLError),
-                urllib.request.urlopen(self.url + "ready", timeout=5),
-            ):
-                return
+            try:
+                with urllib.request.urlopen(self.url + "ready", timeout=5):
+                    return
+            except urllib.error.HTTPError as loading:
+                loading.close()
+            except OSError:
+                pass
             time.sleep(0.05)
         raise RuntimeError(f"{self.mode.name} is not ready (exit code {self.process.poll()}):\n{self.log()}")
 
