@@ -28,7 +28,7 @@ BASE = {"OFFLOAD": "thread", "BATCH_SIZE": "1", "BATCH_WINDOW_MS": "0", "INSTANC
 
 @dataclass(frozen=True)
 class Mode:
-    """A command as README gives it, its settings, and the name that tables and pictures use."""
+    """A documented command, its settings, and the name that tables and pictures use."""
 
     name: str
     command: str
