@@ -12,7 +12,7 @@ from workers.speed import Speed
 
 # A queue that has not been empty for so many targets is a standing one, no burst; but a few requests are none, however
 # slow the model is.
-PATIENCE, FEW = 2, 4
+PATIENCE, FEW = 2, 6
 
 
 class Admission:
@@ -59,11 +59,9 @@ class Admission:
     def _limit_s(self, jobs: int) -> float:
         """How long `jobs` of one request may wait where there is always a queue.
 
-        Near the target, or as long as one batch takes, or a few requests like it.
+        The target, or so long that one batch can fill while another runs, or a few requests like it.
         """
-        full_s = self.forecast.full_s
-        target_s = max(self.target_s, FEW * jobs * self.forecast.usual_s)
-        return min(target_s + full_s, max(2 * target_s, full_s))
+        return max(self.target_s, FEW * jobs * self.forecast.usual_s, 1.5 * self.forecast.full_s)
 
     def note_drained(self, now: float) -> None:
         """The queue is empty: it was a burst, unless it is empty only because we have refused others of late."""
