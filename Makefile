@@ -1,9 +1,9 @@
-# make serve · cluster · test · bench · compare · peers · plan · notebooks · lint: each does its own set-up. PYTHON=python3.12 make serve picks another.
+# make serve · cluster · test · bench · chaos · compare · peers · plan · notebooks · lint: each does its own set-up. PYTHON=python3.12 make serve picks another.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve cluster test test-slow bench compare peers plan lint notebooks lessons
+.PHONY: serve cluster test test-slow bench chaos compare peers plan lint notebooks lessons
 
 serve: $(VENV)/serve
 	$(BIN)/uvicorn server:app
@@ -21,6 +21,9 @@ bench: $(VENV)/dev
 	$(BIN)/python -m loadtests.bench
 	$(BIN)/python -m loadtests.bench_model
 	$(BIN)/python -m loadtests.bench_threads
+
+chaos: $(VENV)/dev  # CHAOS_S=3600 for an hour, SEED=1 for another one
+	$(BIN)/python -m loadtests.chaos $(if $(SEED),--seed $(SEED))
 
 compare: $(VENV)/dev
 	$(BIN)/python -m loadtests.compare

@@ -15,6 +15,7 @@ from loadtests.chaos_model import answer
 DEADLINE_S, BODY_TIMEOUT_S, MAX_BODY_BYTES = 3.0, 2.0, 400_000
 SLACK_S = 3.0  # beyond a deadline: the machine is shared, and so is the core of the clients
 NOBODY, LOST, HUNG, TWICE = "nobody listened", "lost", "hung", "more than one reply"
+LEAVES, LEFT = "leaves", "left"
 UNHEARD = "reset"  # amid a stop: the system's queue of connections ends with the socket that listens
 
 
@@ -110,7 +111,7 @@ def leaves(n: str, rng: random.Random) -> Question:
     raw = post(f"{rng.choice(('good', 'dawdles', 'poison'))} {n}".encode())
     whole = rng.random() < 0.7
     return Question(
-        "leaves", raw if whole else raw[: rng.randrange(len(raw))], leaves_after_s=rng.uniform(0, 0.3)
+        LEAVES, raw if whole else raw[: rng.randrange(len(raw))], leaves_after_s=rng.uniform(0, 0.3)
     )
 
 
@@ -124,18 +125,23 @@ KINDS: dict[Callable[[str, random.Random], Question], int] = {
 }  # fmt: skip
 
 
-@dataclass
+@dataclass(slots=True)
 class Outcome:
-    """One request and its end, in seconds on the monotonic clock."""
+    """One request and its end, in seconds on the monotonic clock. An hour has many: what was said is not kept."""
 
-    question: Question
+    kind: str
     sent_at: float
     ended_at: float
-    reply: Reply
+    status: int
+    trouble: str  # why there was no reply
+    wrong: str  # what is wrong with it in any case
+    excuses: str = ""  # what it is instead, while a process dies or the model raises on everybody: nothing, or also wrong
+    over_s: float = 0.0  # after its deadline
+    answered: bool = False
 
     @property
     def name(self) -> str:
-        return self.reply.trouble or str(self.reply.status)
+        return self.trouble or str(self.status)
 
     def verdict(self, may_fail: bool, may_be: Container[str], lag_s: float) -> str:
         """What is wrong with it, empty where it is a right outcome.
@@ -143,31 +149,49 @@ class Outcome:
         `may_fail`: a process died, or the model raised on everybody, meanwhile; `may_be`: the troubles that are nobody's
         fault, as the server was restarted; `lag_s`: how long the clients themselves were held up.
         """
-        asked, reply = self.question, self.reply
-        if asked.leaves_after_s is not None or reply.trouble in may_be:
+        if self.trouble in may_be:
             return ""
-        if reply.trouble:
-            return f"{reply.trouble} {reply.body.decode()}".strip()
-        took_s = self.ended_at - self.sent_at
-        if took_s > asked.deadline_s + SLACK_S + lag_s:
-            return f"late, after {took_s:.1f} s"
-        allowed = {*asked.statuses, 503, 504} | ({500} if may_fail else set())
-        if reply.status not in allowed:
-            return f"{reply.status}, not {' or '.join(map(str, asked.statuses))}"
-        return self.wrong_content()
+        if self.over_s > SLACK_S + lag_s and not self.trouble:
+            return f"late by {self.over_s:.1f} s"
+        return self.excuses if may_fail and self.status == 500 else self.wrong
 
-    def wrong_content(self) -> str:
-        asked, reply = self.question, self.reply
-        if reply.status == 200 and asked.content is None:
-            return ""
-        try:
-            said = json.loads(reply.body)
-        except ValueError:
-            return "no JSON"
-        if reply.status == 200:
-            return "" if said == asked.content else "mixed up"
-        fine = isinstance(said, dict) and said.keys() == {"error"} and isinstance(said["error"], str)
-        return "" if fine else "an error of another form"
+
+def judged(asked: Question, reply: Reply, sent_at: float, ended_at: float) -> Outcome:
+    """What came of it, as far as the two alone can tell."""
+    content, wrong = wrong_content(asked, reply), ""
+    if asked.leaves_after_s is not None:
+        return Outcome(LEAVES, sent_at, ended_at, reply.status, LEFT if reply.trouble else "", "")
+    if reply.trouble:
+        wrong = f"{reply.trouble} {reply.body.decode()}".strip()
+    elif reply.status not in (*asked.statuses, 503, 504):
+        wrong = f"{reply.status}, not {' or '.join(map(str, asked.statuses))}"
+    over_s = ended_at - sent_at - asked.deadline_s
+    answered = reply.status == 200 and asked.content is not None
+    return Outcome(
+        asked.kind,
+        sent_at,
+        ended_at,
+        reply.status,
+        reply.trouble,
+        wrong or content,
+        content,
+        over_s,
+        answered,
+    )
+
+
+def wrong_content(asked: Question, reply: Reply) -> str:
+    """What is wrong with what it says."""
+    if reply.trouble or (reply.status == 200 and asked.content is None):
+        return ""
+    try:
+        said = json.loads(reply.body)
+    except ValueError:
+        return "no JSON"
+    if reply.status == 200:
+        return "" if said == asked.content else "mixed up"
+    fine = isinstance(said, dict) and said.keys() == {"error"} and isinstance(said["error"], str)
+    return "" if fine else "an error of another form"
 
 
 Door = Callable[[str, Question], Any]  # where the server is, what is sent -> the reply; over HTTP, gRPC ...
@@ -210,6 +234,7 @@ DOORS: list[Door] = [over_http]  # another protocol's door: one more of these, w
 
 
 async def asked(url: str, question: Question, door: Door = over_http) -> Outcome:
+    """Ask it through this door; what came of it."""
     sent_at = time.monotonic()
     reply = await door(url, question)
-    return Outcome(question, sent_at, time.monotonic(), reply)
+    return judged(question, reply, sent_at, time.monotonic())

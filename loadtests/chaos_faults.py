@@ -86,6 +86,10 @@ def fault(name: str, where: Callable[[Target], Any] = lambda target: True, **may
     return register
 
 
+async def nothing(target: Target) -> None:
+    """Of itself."""
+
+
 def has_process(target: Target) -> bool:
     return target.has_process
 

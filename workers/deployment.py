@@ -41,8 +41,8 @@ graceful_timeout = int(_settings.GRACE_S) + 2
 keepalive = max(1, min(5, int(_settings.GRACE_S) - 1))
 # One path in the home folder, the same for every server: two would fight for it.
 control_socket_disable = True
-# A heartbeat on a slow disk can block the worker.
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+# A heartbeat on a slow disk can block the worker. Some containers have it, but read-only.
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 # gthread: of the files that a process may open, half are for the model. Without any left the worker dies.
 _files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 worker_connections = 1000 if _files == resource.RLIM_INFINITY else min(1000, _files // 2)
