@@ -1,6 +1,7 @@
 """The chaos suite sees what is wrong; and the short form of it finds nothing."""
 
 import asyncio
+import contextlib
 import random
 
 import pytest
@@ -23,14 +24,19 @@ def wrong_of(*pieces: bytes, then_waits: bool = False) -> str:
         if then_waits:
             await reader.read()
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+        served.set()
 
     async def run() -> Outcome:
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
             question = good("0", CHANCE, **({"deadline_s": 0.1 - 3 * SLACK_S} if then_waits else {}))
             host, port = server.sockets[0].getsockname()
             outcome = await asked(f"http://{host}:{port}/", question)
+            await served.wait()
         return outcome
 
+    served = asyncio.Event()
     return asyncio.run(run()).verdict(may_fail=False, may_be=(), lag_s=60)
 
 
