@@ -272,7 +272,7 @@ class Storm:
             if len(possible) < 2:
                 fresh = [fault for fault in FAULTS if fault.where(self.target)]
                 possible += chance.sample(fresh, len(fresh))
-            n = 2 if chance.random() < 0.25 else 1
+            n = min(2 if chance.random() < 0.25 else 1, len(possible))
             some = [possible.pop(0) for _ in range(n)]
             if faults.restarted in {fault.happens for fault in some}:
                 some = some[:1]
@@ -366,7 +366,9 @@ def report(runs: list[Run], seconds: float, seed: int) -> str:
         f"`CHAOS_S={seconds:g} python -m loadtests.chaos --seed {seed}`; {machine}.",
         "Each request must end once, rightly and within its deadline, whatever happens: an answer to its own text, its own "
         "error, or a refusal. 500 is right for a poison text, and for others only while a model process dies or the model "
-        "raises on everybody.",
+        "raises on everybody. Nobody listened: a connection that was made while the server was restarted, or had no "
+        "file descriptor left, and was never read from. Starved: the recommended deployment with a model process, where "
+        "`/dev/shm` is read-only and the disk for temporary files has 1 MB.",
         markdown(flipped),
         "Faults:",
         markdown(faults),
