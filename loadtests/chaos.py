@@ -337,8 +337,7 @@ class Storm:
             began_at = time.monotonic()
             run.storm = began_at, began_at + self.seconds
             await asyncio.gather(self.clients(self.seconds), self.befalls(self.seconds - 2))
-            run.outcomes += faults.FLOODS
-            faults.FLOODS.clear()
+            run.outcomes += self.target.outcomes
             await self.recover()
             after = await self.calm()
             run.census = before, after

@@ -11,12 +11,13 @@ import resource
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 
-from loadtests.chaos_clients import LOST, NOBODY, UNHEARD, asked, good, huge
+from loadtests.chaos_clients import LOST, NOBODY, UNHEARD, Outcome, asked, good, huge
 from loadtests.modes import Mode, Server
 
 
@@ -29,6 +30,7 @@ class Target:
     rng: random.Random
     restart: Callable[[], Awaitable[None]]
     server: Server = field(init=False)
+    outcomes: list[Outcome] = field(default_factory=list)  # of requests that are part of a fault
 
     @property
     def moods(self) -> Path:
@@ -90,12 +92,7 @@ async def nothing(target: Target) -> None:
     """Of itself."""
 
 
-def has_process(target: Target) -> bool:
-    return target.has_process
-
-
-def has_master(target: Target) -> bool:
-    return target.has_master
+has_process, has_master = attrgetter("has_process"), attrgetter("has_master")
 
 
 @fault("a model process killed", has_process, may_fail=True)
@@ -130,10 +127,7 @@ async def raises(target: Target) -> None:
 @fault("a flood")
 async def flood(target: Target) -> None:
     clients = [asked(target.server.url, good(f"flood {i}", target.rng)) for i in range(300)]
-    FLOODS.extend(await asyncio.gather(*clients))
-
-
-FLOODS: list[Any] = []  # outcomes that the run takes from here
+    target.outcomes.extend(await asyncio.gather(*clients))
 
 
 @fault("no memory for the model", has_process, may_fail=True)
@@ -142,7 +136,7 @@ async def no_memory(target: Target) -> None:
     if model := target.a_model():
         async with limited([model], resource.RLIMIT_AS, lambda p: p.memory_info().vms + 2**22):
             big = [asked(target.server.url, huge(f"memory {i}", target.rng)) for i in range(8)]
-            FLOODS.extend(await asyncio.gather(*big))
+            target.outcomes.extend(await asyncio.gather(*big))
 
 
 @fault("no file can grow")

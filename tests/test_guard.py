@@ -6,6 +6,7 @@ import http.client
 import socket
 import ssl
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -287,6 +288,23 @@ def test_who_has_just_connected_when_the_server_stops_is_answered_and_who_says_n
     asyncio.run(asks())
     monkeypatch.setattr(patient_http, "MOMENT_S", 0)
     asyncio.run(is_silent())
+
+
+def test_a_worker_gives_its_heartbeat_though_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    beats: list[float] = []
+
+    async def notify() -> None:
+        beats.append(time.monotonic())
+
+    async def run() -> None:
+        config = uvicorn.Config(answers, callback_notify=notify, **patient_http.Worker.CONFIG_KWARGS)
+        server, now = uvicorn.Server(config), time.time()
+        for passed_s in (0, -86_400, -86_399):
+            monkeypatch.setattr("time.time", lambda passed_s=passed_s: now + passed_s)
+            await server.on_tick(0)
+
+    asyncio.run(run())
+    assert len(beats) == 3
 
 
 def is_answered(connection: socket.socket) -> bool:

@@ -9,6 +9,7 @@ before the end of a long body, or, when the server stops, to who had just connec
 """
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -105,6 +106,13 @@ class Protocol(HttpToolsProtocol):
 
 
 class Worker(UvicornWorker):  # type: ignore[misc]
-    """Gunicorn's uvicorn worker with it."""
+    """Gunicorn's uvicorn worker with it. It gives its heartbeat every second, whatever the wall clock says.
 
-    CONFIG_KWARGS: ClassVar[dict[str, Any]] = {"loop": "auto", "http": "workers.patient:Protocol"}
+    uvicorn itself would be silent for as long as the clock is set back, and Gunicorn would kill it amid its work.
+    """
+
+    CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
+        "loop": "auto",
+        "http": "workers.patient:Protocol",
+        "timeout_notify": -math.inf,
+    }
