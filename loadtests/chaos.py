@@ -377,7 +377,7 @@ def report(runs: list[Run], seconds: float, seed: int) -> str:
 
 
 def possible() -> Iterator[str]:
-    """The deployments that this machine can starve or not."""
+    """The deployments that can be had here: a starved one needs what `unshare` and `mount` need."""
     for name, mode in DEPLOYMENTS.items():
         if isinstance(mode, Starved):
             probe = ["unshare", "--mount", *([] if os.geteuid() == 0 else ["--map-root-user"])]

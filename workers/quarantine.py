@@ -37,9 +37,8 @@ class Quarantine:
 
     def __init__(self, metrics: Metrics, now: Callable[[], float] = time.monotonic) -> None:
         self.metrics, self.now = metrics, now
-        self.suspects: OrderedDict[bytes, tuple[int, float]] = (
-            OrderedDict()
-        )  # deaths, when; the last one last
+        # By digest: in how many processes that died, and when in the last. The latest stands last.
+        self.suspects: OrderedDict[bytes, tuple[int, float]] = OrderedDict()
 
     def around(self, run: Run) -> Run:
         """`run`, with an eye on who is in it when its process dies."""
