@@ -81,7 +81,7 @@ def bad(n: str, rng: random.Random) -> Question:
             (post(b"x" * (MAX_BODY_BYTES + 1)), 413),
             (get("/no/such/path"), 404),
             (get("/metrics"), 200),
-            (get("/health"), 200),
+            (get("/ready"), 200),  # of which a 503 has an error like any other
         ]
     )
     return Question("bad", raw, (status,))
