@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve cluster test test-slow bench compare peers plan docs lint notebooks lessons
+.PHONY: help serve cluster test test-slow bench chaos compare peers plan docs lint notebooks lessons
 
 help:  ## this list
 	@awk -F ': .*## |:  ## ' '/^[a-z-]+:.*  ## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -25,6 +25,9 @@ bench: $(VENV)/dev  ## what the server adds to its model
 	$(BIN)/python -m loadtests.bench
 	$(BIN)/python -m loadtests.bench_model
 	$(BIN)/python -m loadtests.bench_threads
+
+chaos: $(VENV)/dev  ## a storm around the real server; CHAOS_S=3600 for an hour, SEED=1 for another one
+	$(BIN)/python -m loadtests.chaos
 
 compare: $(VENV)/dev  ## every deployment mode through the same scenarios: a table, pictures
 	$(BIN)/python -m loadtests.compare

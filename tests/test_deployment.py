@@ -124,6 +124,29 @@ def test_no_healthy_worker_is_killed_by_the_heartbeat(crowd: Crowd) -> None:
         assert "TIMEOUT" not in server.log()
 
 
+def test_a_worker_that_is_told_to_stop_before_it_has_begun_stops(tmp_path: Path) -> None:
+    """As on a busy machine: after its fork it gets no core until the master has been told."""
+    config, gate = tmp_path / "starved.conf.py", tmp_path / "gate"
+    starved = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from workers.deployment import *
+wsgi_app, worker_class = "server:app", "workers.patient.Worker"
+def wait():
+    while not os.path.exists({str(gate)!r}):
+        time.sleep(0.01)
+os.register_at_fork(after_in_child=wait)
+"""
+    config.write_text(starved)
+    with start(Mode("starved", f"gunicorn -c {config}"), {**STAND_IN, "GRACE_S": "50"}, wait=False) as server:
+        until(lambda: len(server.processes()) == 2)
+        server.process.terminate()
+        until(lambda: "Handling signal: term" in server.log())
+        gate.touch()
+        server.process.wait(45)
+        assert "was sent SIGTERM" in server.log()
+
+
 def test_memory_that_will_not_fit_is_said_in_plain_words() -> None:
     assert memory.warning(workers=4, worker_bytes=3 * 10**9, limit=16 * 10**9) == ""
     assert memory.warning(workers=4, worker_bytes=5 * 10**9, limit=16 * 10**9) == (

@@ -1,20 +1,29 @@
 """Who is let in: keys, this server's names, web pages from elsewhere; and who is let go: half-sent headers."""
 
+import asyncio
 import contextlib
 import http.client
 import socket
 import ssl
 import subprocess
+<<<<<<< HEAD
 import urllib.error
+=======
+import time
+>>>>>>> chaos
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import uvicorn
 from client import Reply, dial, get, hear, post, request, say, until
+from uvicorn.server import ServerState
 
 from loadtests.modes import MODES, ROOT, Mode, Server, start
+from workers import patient as patient_http
 from workers.guard import Guard
 from workers.settings import Settings
 
@@ -223,6 +232,82 @@ def test_one_client_has_so_many_connections_and_no_more(patient: Server) -> None
         answered = [is_answered(connection) for connection in connections]
         assert answered.count(True) == 20
     until(lambda: is_free(patient))
+
+
+def test_a_reply_before_the_end_of_a_long_body_arrives_though_the_connection_is_closed(
+    patient: Server,
+) -> None:
+    """As behind a proxy that closes each connection: without more ado the system would reset it."""
+    with dial(patient) as connection:
+        body = b"x" * 2**24
+        connection.sendall(request("POST", "/", body, Connection="close", Origin="http://elsewhere"))
+        assert hear(connection).status == 403
+        assert connection.recv(1) == b""
+
+
+class Connected:
+    """A connection as uvicorn's server has it, without a network."""
+
+    def __init__(self) -> None:
+        config = uvicorn.Config(answers, http=patient_http.Protocol, log_config=None)
+        config.load()
+        self.transport, self.said = Mock(spec=asyncio.Transport), bytearray()
+        self.transport.get_extra_info.return_value = None
+        self.transport.is_closing = lambda: self.transport.close.called
+        self.transport.write = self.said.extend
+        self.protocol = patient_http.Protocol(config, ServerState(), {})
+        self.protocol.connection_made(self.transport)
+
+    async def is_closed(self) -> bool:
+        async with asyncio.timeout(30):
+            while not self.transport.close.called:
+                await asyncio.sleep(0)
+        return True
+
+
+async def answers(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def test_who_has_just_connected_when_the_server_stops_is_answered_and_who_says_nothing_is_let_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def asks() -> None:
+        connected = Connected()
+        connected.protocol.shutdown()
+        connected.protocol.data_received(request("GET", "/ready"))
+        assert await connected.is_closed()
+        assert connected.said.startswith(b"HTTP/1.1 200 OK") and b"connection: close" in connected.said
+
+    async def is_silent() -> None:
+        connected = Connected()
+        connected.protocol.shutdown()
+        assert not connected.transport.close.called
+        assert await connected.is_closed()
+        assert not connected.said
+
+    monkeypatch.setattr(patient_http, "MOMENT_S", 60)
+    asyncio.run(asks())
+    monkeypatch.setattr(patient_http, "MOMENT_S", 0)
+    asyncio.run(is_silent())
+
+
+def test_a_worker_gives_its_heartbeat_though_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    beats: list[float] = []
+
+    async def notify() -> None:
+        beats.append(time.monotonic())
+
+    async def run() -> None:
+        config = uvicorn.Config(answers, callback_notify=notify, **patient_http.Worker.CONFIG_KWARGS)
+        server, now = uvicorn.Server(config), time.time()
+        for passed_s in (0, -86_400, -86_399):
+            monkeypatch.setattr("time.time", lambda passed_s=passed_s: now + passed_s)
+            await server.on_tick(0)
+
+    asyncio.run(run())
+    assert len(beats) == 3
 
 
 def is_answered(connection: socket.socket) -> bool:

@@ -1,5 +1,7 @@
 """The page at GET /, in a real browser: Debian's Chromium, without which these tests are skipped."""
 
+import base64
+import io
 import os
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ from typing import Any
 import axe_playwright_python
 import pytest
 from client import Crowd, Reply, get, post_json, until
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from loadtests import modes
@@ -125,6 +128,68 @@ def test_everybody_can_use_it(browser: Browser, server: Server, scheme: Any, wid
     found = visit.page.evaluate("axe.run()")
     assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found["violations"]] == []
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+    visit.close()
+
+
+def picture() -> str:
+    """An image of 64 x 32 pixels, in base64."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 32), "grey").save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+BOX = {"xmin": 16, "ymin": 8, "xmax": 48, "ymax": 16}
+VECTORS = [[1.0, 0.0, 0.0, 0.0], [0.8, 0.6, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
+DRAWN: dict[str, tuple[Any, Any]] = {  # task -> its example, the answer
+    "object-detection": (picture(), [{"score": 0.9, "label": "a cat", "box": BOX}]),
+    "image-segmentation": (picture(), [{"score": None, "label": "grass", "mask": picture()}] * 2),
+    "depth-estimation": (picture(), {"depth": picture()}),
+    "document-question-answering": (picture(), [{"score": 0.9, "answer": "12 May", "start": 1, "end": 2}]),
+    "feature-extraction": ("a text", VECTORS),
+    "token-classification": ("\U0001f600 Ann", [{"score": 0.9, "entity_group": "PER", "start": 2, "end": 5}]),
+    "sentence-similarity": ({"source_sentence": "a", "sentences": ["b", "c"]}, [0.9, -0.1]),
+}
+
+
+@in_browser
+@pytest.mark.parametrize("task", DRAWN)
+def test_an_answer_is_drawn_as_people_read_it_on_a_phone_too(
+    browser: Browser, server: Server, task: str
+) -> None:
+    inputs, answer = DRAWN[task]
+    media = ["image/"] if inputs == picture() else []
+    its = {**get(server, "/info").json, "task": task, "media": media, "example": {"inputs": inputs}}
+    visit = Visit(browser, server, viewport={"width": 390, "height": 844})
+    visit.page.route("**/info", lambda asked: asked.fulfill(json=its))
+    visit.page.route(
+        server.url, lambda asked: asked.fulfill(json=answer) if asked.request.post_data else asked.continue_()
+    )
+    visit.page.reload()
+    visit.page.get_by_role("button", name="Example", exact=True).click()
+    shown = visit.page.locator("#answer")
+    match task:
+        case "object-detection":
+            expect(shown.locator(".boxes div")).to_have_text("a cat")
+            image, box = (shown.locator(where).bounding_box() for where in (".boxes img", ".boxes div"))
+            assert image and box
+            assert (box["x"] - image["x"]) / image["width"] == pytest.approx(0.25, abs=0.02)
+            assert box["width"] / image["width"] == pytest.approx(0.5, abs=0.02)
+            assert (box["y"] - image["y"]) / image["height"] == pytest.approx(0.25, abs=0.02)
+        case "image-segmentation":
+            expect(shown.locator("figure img")).to_have_count(2)
+        case "depth-estimation":
+            expect(shown.locator("img")).to_have_count(1)
+        case "feature-extraction":
+            expect(shown.locator("tbody tr").nth(1)).to_contain_text("0.801.000.00")
+        case "token-classification":
+            expect(shown.locator("mark")).to_have_text("AnnPER 0.90")
+        case _:
+            expect(shown.get_by_role("row").first).to_contain_text("0.900")
+    if task in ("object-detection", "feature-extraction"):
+        visit.page.evaluate(AXE)
+        assert [one["id"] for one in visit.page.evaluate("axe.run()")["violations"]] == []
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert not visit.problems
     visit.close()
 
 

@@ -216,6 +216,26 @@ def test_while_the_only_copy_loads_again_requests_are_refused_with_the_time_that
     with_app(scenario, MODEL=MOODY, OFFLOAD="process")
 
 
+def test_an_input_that_ends_its_process_three_times_is_refused_before_the_queue_alone_or_in_a_list() -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        for _ in range(3):
+            await eventually(client, "/ready", 200)
+            assert (await client.post("/", content="leave")).status_code == 500
+        await eventually(client, "/ready", 200)
+        processes = [copy.process.pid for copy in service.copies if isinstance(copy, process.Process)]
+        for _ in range(10):
+            refused = await client.post("/", content="leave")
+            assert refused.status_code == 422
+        sentence = "the model's process ended each of the 3 times that it had this input; change it, or ask again in 10 minutes"
+        assert refused.json() == {"error": sentence}
+        several = await client.post("/", json={"inputs": ["a text", "leave"]})
+        assert (several.status_code, several.json()) == (422, {"error": f"input 1: {sentence}"})
+        assert (await client.post("/", content="a text")).json() == ["a text", *processes]
+        assert (await client.get("/ready")).status_code == 200
+
+    with_app(scenario, MODEL=MOODY, OFFLOAD="process")
+
+
 def test_a_server_whose_only_copy_died_idle_is_not_ready_until_another_is_loaded(
     loads: Callable[[str], Any],
 ) -> None:

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _settings = Settings.read()
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 bind = "127.0.0.1:8000"  # put a proxy in front before you open it to the world
 # A worker that gives no heartbeat for this long is killed in the middle of its work. No healthy one is silent for
@@ -40,16 +41,35 @@ graceful_timeout = int(_settings.GRACE_S) + 2
 keepalive = max(1, min(5, int(_settings.GRACE_S) - 1))
 # One path in the home folder, the same for every server: two would fight for it.
 control_socket_disable = True
-# A heartbeat on a slow disk can block the worker.
-worker_tmp_dir = "/dev/shm" if os.path.isdir("/dev/shm") else None
+# A heartbeat on a slow disk can block the worker. Some containers have it, but read-only.
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 # gthread: of the files that a process may open, half are for the model. Without any left the worker dies.
 _files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 worker_connections = 1000 if _files == resource.RLIM_INFINITY else min(1000, _files // 2)
 
 
 def on_starting(server: Any) -> None:
-    """In the master, before any worker: a folder where the workers' metrics meet."""
+    """In the master, before any worker: a folder where the workers' metrics meet; and no worker misses its end."""
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-")
+    master = os.getpid()
+
+    def hold() -> None:
+        if os.getpid() == master:
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+
+    def release() -> None:
+        if os.getpid() == master:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+    def begin() -> None:
+        if os.getppid() == master:
+            for number in STOPS:
+                signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+
+    # Until it has handlers of its own a new worker has the master's. There SIGTERM would be lost, the worker serve on, and
+    # the master kill it after graceful_timeout: on a busy machine that is no rare moment.
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=begin)
 
 
 def on_exit(server: Any) -> None:

@@ -45,6 +45,9 @@ class Metrics:
         self.batches_closed_by = functools.cache(self.batches.labels)
         self.dropped = Counter("model_abandoned", "Jobs dropped: nobody waited for them", registry=registry)
         self.restarts = Counter("model_process_restarts", "Model processes replaced", registry=registry)
+        self.quarantined = Counter(
+            "model_quarantined", "Queries refused: the model's process died of them", registry=registry
+        )
 
     def watch(self, depth: Callable[[], float], running: Callable[[], float]) -> None:
         """Read the queue depth and the number of running jobs from these functions at every `sample`."""

@@ -1,13 +1,17 @@
-"""uvicorn's HTTP, but not for ever patient: a client that does not finish its headers is let go.
+"""uvicorn's HTTP, but not for ever patient with half-sent headers, and a little where uvicorn itself resets connections.
 
     gunicorn -c gunicorn.conf.py                             # has it
     uvicorn server:app --http workers.patient:Protocol       # asks for it
 
-uvicorn itself keeps a connection with half a request open as long as the client does, and any number of them from one.
+uvicorn itself keeps a connection with half a request open as long as the client does, and any number of them from one. But
+when it closes one on which data is still coming in, the system resets it, and a reply on its way is lost: that of a refusal
+before the end of a long body, or, when the server stops, to who had just connected.
 """
 
 import asyncio
+import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -21,6 +25,36 @@ TOO_SLOW = (
     b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
     b"content-length: %d\r\n\r\n%s" % (len(BODY), BODY)
 )
+LINGER_S = 2.0  # for the rest of a body that nobody wants any more
+MOMENT_S = 0.3  # for the first request of a connection when the server stops
+
+
+class Discard(asyncio.Protocol):
+    """Reads on, and forgets it; closes when the client does."""
+
+    def __init__(self, connection_lost: Callable[[Exception | None], None]) -> None:
+        self.connection_lost = connection_lost  # type: ignore[assignment, method-assign]
+
+
+class Lingering:
+    """A transport that is closed in two steps where the client is still sending: the reply ends, then so does the reading."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: HttpToolsProtocol) -> None:
+        self.transport, self.protocol = transport, protocol
+        self.write, self.is_closing = transport.write, transport.is_closing  # often asked
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+    def close(self) -> None:
+        cycle = self.protocol.cycle
+        still_comes = cycle and cycle.response_complete and cycle.more_body
+        if self.is_closing() or not still_comes or not self.transport.can_write_eof():  # TLS can't
+            return self.transport.close()
+        cycle.more_body = False  # closed again, it closes
+        self.transport.write_eof()
+        self.transport.set_protocol(Discard(self.protocol.connection_lost))
+        self.protocol.loop.call_later(LINGER_S, self.transport.close)
 
 
 class Protocol(HttpToolsProtocol):
@@ -30,9 +64,10 @@ class Protocol(HttpToolsProtocol):
     host = ""
     looked_at: Any = None
     next_look: asyncio.TimerHandle | None = None
+    stopping = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(Lingering(transport, self))  # type: ignore[arg-type]
         self.host = self.client[0] if self.client else ""
         self.open_by_client[self.host] += 1
         if 0 < settings.MAX_CONNECTIONS < self.open_by_client[self.host] and self.host:
@@ -49,6 +84,18 @@ class Protocol(HttpToolsProtocol):
         self.looked_at = self.scope
         self.next_look = self.loop.call_later(settings.HEADERS_TIMEOUT_S, self.look)
 
+    def shutdown(self) -> None:
+        """Let who waits for no answer ask once more: the request may be on its way, and is told that the server stops."""
+        if self.stopping or (self.cycle and not self.cycle.response_complete):
+            return super().shutdown()
+        self.stopping = True
+        self.loop.call_later(MOMENT_S, self.shutdown)
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if self.stopping:
+            self.cycle.keep_alive = False
+
     def connection_lost(self, exc: Exception | None) -> None:
         if self.next_look:
             self.next_look.cancel()
@@ -59,6 +106,13 @@ class Protocol(HttpToolsProtocol):
 
 
 class Worker(UvicornWorker):  # type: ignore[misc]
-    """Gunicorn's uvicorn worker with it."""
+    """Gunicorn's uvicorn worker with it. It gives its heartbeat every second, whatever the wall clock says.
 
-    CONFIG_KWARGS: ClassVar[dict[str, Any]] = {"loop": "auto", "http": "workers.patient:Protocol"}
+    uvicorn itself would be silent for as long as the clock is set back, and Gunicorn would kill it amid its work.
+    """
+
+    CONFIG_KWARGS: ClassVar[dict[str, Any]] = {
+        "loop": "auto",
+        "http": "workers.patient:Protocol",
+        "timeout_notify": -math.inf,
+    }

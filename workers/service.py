@@ -23,6 +23,7 @@ from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.offload import CannotLoad, Inline, Offload, Thread, attempt_load, in_thread, in_words
 from workers.process import Process
+from workers.quarantine import Quarantine
 from workers.settings import Settings
 
 log = logging.getLogger("uvicorn.error")
@@ -50,6 +51,7 @@ class Service:
         self.copies: list[Offload] = []
         self.descriptions: list[str] = []  # of each: what, how large, where
         self.clients = Clients(settings, self.loop)
+        self.quarantine = Quarantine(metrics)
         self.exit_code, self.failure = 0, ""
         self.started = asyncio.Event()  # every copy is loaded, or none will be
         self.alarmed = False
@@ -93,7 +95,8 @@ class Service:
         memory.keep_what_is_there()
         self.report()
         self.started.set()
-        await asyncio.gather(*(self.loop.consume(copy.run, copy.loaded.wait) for copy in self.copies))
+        runs = [(self.quarantine.around(copy.run), copy.loaded.wait) for copy in self.copies]
+        await asyncio.gather(*(self.loop.consume(*run) for run in runs))
 
     async def warm_up(self, task: tasks.Task) -> None:
         """Time every copy on the examples, the way there and back included. Raises CannotLoad where one fails on them."""
@@ -118,6 +121,7 @@ class Service:
         for number, one in enumerate(inputs):
             try:
                 queries.append(self.task.check(one, parameters))
+                self.quarantine.check(queries[-1].content)
             except (tasks.Malformed, tasks.CannotAnswer) as exc:
                 if len(inputs) == 1:
                     raise
