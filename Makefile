@@ -27,7 +27,7 @@ bench: $(VENV)/dev  ## what the server adds to its model
 	$(BIN)/python -m loadtests.bench_threads
 
 chaos: $(VENV)/dev  ## a storm around the real server; CHAOS_S=3600 for an hour, SEED=1 for another one
-	$(BIN)/python -m loadtests.chaos
+	$(BIN)/python -m loadtests.chaos $(if $(SEED),--seed $(SEED))
 
 compare: $(VENV)/dev  ## every deployment mode through the same scenarios: a table, pictures
 	$(BIN)/python -m loadtests.compare

@@ -6,11 +6,8 @@ import http.client
 import socket
 import ssl
 import subprocess
-<<<<<<< HEAD
-import urllib.error
-=======
 import time
->>>>>>> chaos
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
