@@ -48,6 +48,12 @@ def is_key(keys: str) -> bool:
     )
 
 
+def is_port(address: str) -> bool:
+    """Whether it is a port, alone or after a host's name or address and a colon."""
+    host, colon, port = address.rpartition(":")
+    return bool(host) == bool(colon) and port.isascii() and port.isdigit() and int(port) < 65536
+
+
 OWN_CLASS = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")  # my_model:Iris
 
 
@@ -134,6 +140,9 @@ class Settings:
     HEADERS_TIMEOUT_S: float = seconds(10.0, "uvicorn itself waits for ever; see patient.py")
     MAX_CONNECTIONS: int = at_least(
         0, 0, "of one client's address, 0: any number; behind a proxy all have the proxy's"
+    )
+    GRPC_PORT: str = knob(
+        "gRPC on this port of loopback, or at HOST:PORT; 0: none", "0", "a port, or HOST:PORT", is_port
     )
 
     # The page
