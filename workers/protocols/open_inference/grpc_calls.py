@@ -145,7 +145,9 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 self.count(CLIENT_GONE if left_s(context) else 504).inc()
             raise
         except Exception as exc:
-            failure = await self.failure(exc, request_id, name in self.most)
+            failure = self.failure(exc, request_id, name in self.most)
+            if failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                await asyncio.sleep(HOLD_S)  # who asks again at once would keep the core busy with refusals
             metadata = (("x-request-id", request_id), *failure.details())
             with contextlib.suppress(TimeoutError):  # the client reads nothing: it ends with the connection
                 await self.operate(context.abort(failure.code, failure.sentence, metadata), SEND_S)
@@ -153,8 +155,8 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         finally:
             self.open[name] -= 1
 
-    async def failure(self, exc: Exception, request_id: str, is_counted: bool) -> Failure:
-        """What is said of an error. A refusal waits: who asks again at once would keep the core busy with them."""
+    def failure(self, exc: Exception, request_id: str, is_counted: bool) -> Failure:
+        """What is said of an error."""
         scope = {"request_id": request_id.encode(), "error": lambda status, sentence: sentence}
         reply = contract.error_reply(scope, exc)
         if is_counted:
@@ -165,10 +167,9 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         )
         retry_after_s = int(reply.headers.get("retry-after", "0"))
         if reply.status_code == 503:
-            code = grpc.StatusCode.UNAVAILABLE
-            if not self.service.unready():
-                code = grpc.StatusCode.RESOURCE_EXHAUSTED
-                await asyncio.sleep(HOLD_S)
+            code = (
+                grpc.StatusCode.UNAVAILABLE if self.service.unready() else grpc.StatusCode.RESOURCE_EXHAUSTED
+            )
         return Failure(reply.status_code, code, sentence, retry_after_s)
 
     async def operate(self, operation: Coroutine[Any, Any, Any], limit_s: float | None, *ends: Future) -> Any:
@@ -176,13 +177,18 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         It goes on even so: grpc's core writes into its memory, so it must not be cancelled.
         """
-        task = asyncio.create_task(operation)
-        self.operations.add(task)
-        task.add_done_callback(self.ended)
+        task = self.keep(operation)
         done, _ = await asyncio.wait({task, *ends}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         if task not in done:
             raise TimeoutError
         return task.result()
+
+    def keep(self, operation: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task that goes on though nobody waits for it."""
+        task = asyncio.create_task(operation)
+        self.operations.add(task)
+        task.add_done_callback(self.ended)
+        return task
 
     def ended(self, task: asyncio.Task[Any]) -> None:
         self.operations.discard(task)
@@ -201,7 +207,6 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return self.parsed(raw, kind)
 
     def parsed(self, raw: bytes, kind: type[Any]) -> Any:
-        self.service.clients.check_length(len(raw))
         try:
             return kind.FromString(raw)
         except DecodeError:
@@ -268,10 +273,12 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         """ModelStreamInfer: read a request, let it be answered, read the next one."""
         unanswered: set[asyncio.Task[None]] = set()
         stalled = asyncio.get_running_loop().create_future()
-        writing = asyncio.Lock()
+        writing, refused = asyncio.Lock(), asyncio.Event()
 
         async def answer(raw: bytes) -> None:
             reply = await self.replied(raw, context)
+            if "retry_after_s" in reply.infer_response.parameters:
+                refused.set()
             async with writing:
                 if stalled.done():
                     return
@@ -290,6 +297,9 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                     task.add_done_callback(unanswered.discard)
                     while len(unanswered) >= self.settings.MAX_INPUTS:
                         await asyncio.wait(unanswered, return_when=asyncio.FIRST_COMPLETED)
+                    if refused.is_set():  # the client sends too much: let it wait
+                        await asyncio.sleep(HOLD_S)
+                        refused.clear()
             while unanswered:
                 await asyncio.wait(unanswered)
         finally:
@@ -314,7 +324,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self.count(CLIENT_GONE).inc()
             raise
         except Exception as exc:
-            failure = await self.failure(exc, dict(context.trailing_metadata())["x-request-id"], True)
+            failure = self.failure(exc, dict(context.trailing_metadata())["x-request-id"], True)
             # Triton's clients show of an error only its message.
             sentence = f"request {request.id}: {failure.sentence}" if request.id else failure.sentence
             said = {"status": pb.InferParameter(string_param=failure.code.name)}
