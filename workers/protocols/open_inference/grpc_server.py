@@ -59,13 +59,13 @@ async def run(service: Service, door: Door, servers: list[Any]) -> None:
     settings, address = service.settings, address_of(service)
     while not is_known(service):  # nor is how long a message may be
         await asyncio.sleep(WATCH_S)
+    code = 3  # tells Gunicorn that another worker could not be started either
     while True:
         server = made(service, door)
         try:
             server.add_insecure_port(address)
         except RuntimeError:
             hint = "" if settings.WEB_CONCURRENCY > 1 else "; of several workers each needs WEB_CONCURRENCY"
-            code = 1 if service.started.is_set() else 3
             service.exit(
                 code,
                 "gRPC cannot listen",
@@ -74,6 +74,7 @@ async def run(service: Service, door: Door, servers: list[Any]) -> None:
             return
         await server.start()
         servers.append(server)
+        code = 1
         log.info("gRPC on %s", address)
         while server._server.is_running():
             await asyncio.sleep(WATCH_S)
@@ -142,8 +143,9 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         return health_pb2.HealthCheckResponse(status=self.status(request.service))
 
     async def Watch(self, request: Any, context: Context) -> AsyncIterator[Any]:
-        said = None
-        while not self.stopping.is_set():
+        said, is_last = None, False
+        while not is_last:
+            is_last = self.stopping.is_set()
             if (status := self.status(request.service)) != said:
                 yield health_pb2.HealthCheckResponse(status=(said := status))
             with contextlib.suppress(TimeoutError):
