@@ -213,14 +213,14 @@ WRONG = {
     "takes no bytes": (a_tensor(name="bytes"), 422),
     "the shape says 2": (a_tensor(shape=[2]), 422),
     "whole numbers": (a_tensor(shape=[-1]), 400),
-    "must be texts": (a_tensor(data=[1]), 400),
+    "must be texts": (a_tensor(data=[1]), 422),
     "send 1 to 8": (a_tensor(shape=[9], data=[TEXT] * 9), 422),
     "not a known parameter here": (a_tensor(parameters={"shared_memory_region": "a"}), 400),
     "it says 5": (a_tensor(data=None, parameters={"binary_data_size": 5}), 422),
     "no output 'x'": (a_tensor() | {"outputs": [{"name": "x"}]}, 422),
     "true or false": (a_tensor() | {"parameters": {"binary_data_output": 1}}, 400),
     "are not of one": (a_tensor(name="numbers", datatype="FP32", shape=[2], data=[1, "2"]), 422),
-    "is not finite": (a_tensor(name="numbers", datatype="FP16", data=[1e30]), 400),
+    "is not finite": (a_tensor(name="numbers", datatype="FP16", data=[1e30]), 422),
     "has no [MASK]": (a_tensor(data=["none"]), 422),
     "the model failed": (a_tensor(data=[POISON]), 500),
 }
@@ -514,8 +514,9 @@ def test_a_stop_answers_all_that_was_let_in(crowd: Crowd, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_each_of_several_workers_listens() -> None:
+    found: set[int] = set()
     with both("uvicorn-2", MODEL=MOODY) as server:
-        assert len({worker_of(grpc_of(server)) for _ in range(24)}) == 2
+        until(lambda: found.add(worker_of(grpc_of(server))) or len(found) == 2)
 
 
 def worker_of(address: str) -> int:

@@ -25,6 +25,7 @@ from workers.guard import public
 from workers.jobs import Refused
 from workers.protocols.open_inference import tensors
 from workers.protocols.open_inference.tensors import ANSWER, VERSION, Tensor
+from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Malformed
@@ -68,6 +69,47 @@ def need_grpc() -> None:
         raise SystemExit(
             f"GRPC_PORT is set but {name} is not there: pip install -r requirements-optional.txt"
         )
+
+
+def operations(service: Service) -> dict[str, Any]:
+    path = model_paths(service.settings)[0]
+    said, most = service.task.describe(), service.settings.MAX_INPUTS
+    named, is_open = said.parameters or {}, said.parameters is None
+    a_shape = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
+    tensor = {
+        "name": {"enum": list(tensors.NAMES)},
+        "datatype": {"enum": ["BYTES", *tensors.NUMPYS]},
+        "shape": a_shape,
+        "data": {"type": "array", "description": f"At most {most} inputs."},
+    }
+    output = an_object(
+        {"name": {"const": ANSWER}}, {"parameters": an_object({}, {"binary_data": {"type": "boolean"}})}
+    )
+    own = {"binary_data_output": {"type": "boolean"}, "parameters": an_object({}, named, is_open)}
+    optional = {
+        "id": {"type": "string"},
+        "parameters": an_object({}, named | own, is_open),
+        "outputs": {"type": "array", "items": output, "maxItems": 1},
+    }
+    inputs = {
+        "type": "array",
+        "items": an_object(tensor, {"parameters": an_object({}, {})}),
+        "minItems": 1,
+        "maxItems": 1,
+    }
+    asked = asking(
+        f"Ask the model: {said.takes}", "A tensor of answers.", json_of({"inputs": inputs}, optional)
+    )
+    asked["responses"]["200"]["content"]["application/octet-stream"] = {}
+    told = {
+        "/v2": "This server",
+        "/v2/health/live": "Whether the process should be left alone",
+        "/v2/health/ready": "Whether a copy of the model is loaded",
+        path: "The model's tensors",
+        path + "/ready": "Whether a copy of the model is loaded",
+    }
+    gets = {path: {"get": operation(what, {200: "It.", **STATUSES})} for path, what in told.items()}
+    return gets | {path + "/infer": {"post": asked}}
 
 
 @contextlib.asynccontextmanager
@@ -194,7 +236,7 @@ def the_input(asked: dict[str, Any], rest: bytes) -> Tensor:
     tensor = checked(asked["inputs"][0], "input")
     size = parameters_of(tensor, "binary_data_size").get("binary_data_size")
     shape, data = tensor["shape"], tensor.get("data")
-    if not isinstance(shape, list) or not all(type(one) is int and 0 <= one < 2**31 for one in shape):
+    if not isinstance(shape, list) or not all(map(is_size, shape)):
         raise Malformed('"shape" must be a list of whole numbers')
     if (size is None) == (data is None) or not isinstance(data, list | None):
         raise Malformed('send "data", a list, or the tensor after the JSON and its "binary_data_size"')
@@ -208,8 +250,13 @@ def the_input(asked: dict[str, Any], rest: bytes) -> Tensor:
                 [one for row in data for one in row] if all(isinstance(row, list) for row in data) else data
             )
         if not all(isinstance(one, str) for one in data):
-            raise Malformed('"data" of BYTES must be texts')
-    return Tensor(tensor["name"], tensor["datatype"], shape, rest if data is None else data)
+            raise CannotAnswer('"data" of BYTES must be texts')
+    return Tensor(tensor["name"], tensor["datatype"], list(map(int, shape)), rest if data is None else data)
+
+
+def is_size(one: Any) -> bool:
+    """Whether it is a whole number, as JSON has them: 3.0 is one."""
+    return type(one) in (int, float) and 0 <= one < 2**31 and one == int(one)
 
 
 def binary_output(asked: dict[str, Any], sent: dict[str, Any]) -> bool:
@@ -223,9 +270,9 @@ def binary_output(asked: dict[str, Any], sent: dict[str, Any]) -> bool:
         if found["name"] != ANSWER:
             raise CannotAnswer(f'there is no output {found["name"][:100]!r}; ask for "{ANSWER}"')
         wanted = parameters_of(found, "binary_data").get("binary_data", wanted)
-    if type(wanted) is not bool:
+    if type(wanted) is not bool and wanted is not None:
         raise Malformed('"binary_data" and "binary_data_output" must be true or false')
-    return wanted
+    return bool(wanted)
 
 
 def with_raw(reply: contract.Answered, raw: bytes) -> contract.Answered:

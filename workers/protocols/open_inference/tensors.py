@@ -15,6 +15,7 @@ import struct
 from typing import Any, NamedTuple
 
 import numpy as np
+from starlette.exceptions import HTTPException
 
 from workers import contract
 from workers.jobs import Answer, ModelFailed
@@ -79,7 +80,10 @@ def element(one: str | bytes, number: int, name: str) -> Any:
         text = one.decode() if isinstance(one, bytes) else one
     except UnicodeDecodeError as exc:
         raise Malformed(f"byte {exc.start} of element {number} is not UTF-8; send UTF-8") from None
-    return text if name == "text" else contract.load_json(text, 'JSON, such as "a text"')
+    try:
+        return text if name == "text" else contract.load_json(text, 'JSON, such as "a text"')
+    except HTTPException as exc:  # that of the request is well-formed
+        raise CannotAnswer(f"element {number}: {exc.detail}") from None
 
 
 def split(raw: bytes, most: int) -> list[bytes]:
@@ -119,7 +123,7 @@ def rows(tensor: Tensor) -> list[Any]:
     if array.size != math.prod(tensor.shape) or not tensor.shape:
         raise CannotAnswer(f"there are {array.size} numbers; the shape says {tensor.shape[:10]}")
     if not np.isfinite(array).all():
-        raise Malformed("a number is not finite; send finite ones")
+        raise CannotAnswer("a number is not finite; send finite ones")
     return array.reshape(tensor.shape).tolist()
 
 
