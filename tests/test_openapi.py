@@ -39,7 +39,7 @@ def test_schemathesis_finds_nothing_in_the_other_protocols(tmp_path: Path, task:
     else:
         sentence_model(tmp_path)
     with start(MODES["thread"], {"MODEL": str(model), "TASK": task}) as server:
-        find_nothing(40, server.url + "openapi.json", "--include-path-regex", paths)
+        find_nothing(15, server.url + "openapi.json", "--include-path-regex", paths)
 
 
 def test_schemathesis_finds_nothing_behind_a_key(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from workers.service import Service
 log = logging.getLogger("uvicorn.error")
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-WATCH_S = 0.25
+WATCH_S, SOON_S = 0.25, 0.02
 HEADERS_BYTES = 16_384  # of metadata
 IDLE_S = 300  # a connection without a call
 
@@ -58,7 +58,7 @@ async def run(service: Service, door: Door, servers: list[Any]) -> None:
     """
     settings, address = service.settings, address_of(service)
     while not is_known(service):  # nor is how long a message may be
-        await asyncio.sleep(WATCH_S)
+        await asyncio.sleep(SOON_S)
     code = 3  # tells Gunicorn that another worker could not be started either
     while True:
         server = made(service, door)
