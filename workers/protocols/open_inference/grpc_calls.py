@@ -62,9 +62,8 @@ Future = asyncio.Future[Any]
 
 
 class Failure(NamedTuple):
-    """An error, as HTTP has its status and sentence and as gRPC has its code."""
+    """An error, as gRPC says it."""
 
-    status: int
     code: grpc.StatusCode
     sentence: str
     retry_after_s: int = 0
@@ -120,7 +119,8 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         }
         if self.guard.knows(fields):
             return await continuation(details)
-        name = details.method.rpartition("/")[2]
+        name = details.method.removeprefix(f"/{SERVICE}/")
+        name = name if name in self.most else "other"  # of a stranger's names none is kept
         return grpc.stream_stream_rpc_method_handler(partial(self.call, name, self.no_key))
 
     async def no_key(self, context: Context) -> None:
@@ -147,7 +147,8 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         except Exception as exc:
             failure = self.failure(exc, request_id, name in self.most)
             if failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                await asyncio.sleep(HOLD_S)  # who asks again at once would keep the core busy with refusals
+                # Who asks again at once would keep the core busy with refusals.
+                await asyncio.sleep(min(HOLD_S, left_s(context) / 2))
             metadata = (("x-request-id", request_id), *failure.details())
             with contextlib.suppress(TimeoutError):  # the client reads nothing: it ends with the connection
                 await self.operate(context.abort(failure.code, failure.sentence, metadata), SEND_S)
@@ -161,16 +162,12 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         reply = contract.error_reply(scope, exc)
         if is_counted:
             self.count(reply.status_code).inc()
-        code, sentence = (
-            CODES.get(reply.status_code, grpc.StatusCode.INVALID_ARGUMENT),
-            json.loads(bytes(reply.body)),
-        )
-        retry_after_s = int(reply.headers.get("retry-after", "0"))
+        code = CODES.get(reply.status_code, grpc.StatusCode.INVALID_ARGUMENT)
         if reply.status_code == 503:
-            code = (
-                grpc.StatusCode.UNAVAILABLE if self.service.unready() else grpc.StatusCode.RESOURCE_EXHAUSTED
-            )
-        return Failure(reply.status_code, code, sentence, retry_after_s)
+            nobody_can = self.service.unready()
+            code = grpc.StatusCode.UNAVAILABLE if nobody_can else grpc.StatusCode.RESOURCE_EXHAUSTED
+        sentence = json.loads(bytes(reply.body))
+        return Failure(code, sentence, int(reply.headers.get("retry-after", "0")))
 
     async def operate(self, operation: Coroutine[Any, Any, Any], limit_s: float | None, *ends: Future) -> Any:
         """What `operation` gives. Raises TimeoutError when that takes too long, or one of `ends` comes first.
@@ -292,7 +289,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 while (
                     raw := await self.operate(context.read(), None, stalled, self.stopped)
                 ) is not grpc.aio.EOF:
-                    task = asyncio.create_task(answer(raw))
+                    task = self.keep(answer(raw))
                     unanswered.add(task)
                     task.add_done_callback(unanswered.discard)
                     while len(unanswered) >= self.settings.MAX_INPUTS:

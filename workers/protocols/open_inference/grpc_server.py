@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import grpc
@@ -42,7 +43,10 @@ async def serving(service: Service) -> AsyncIterator[None]:
     """Answer gRPC calls as long as the context lasts; then end those that are there with an answer."""
     door = Door(service)
     servers: list[Any] = []
+    # It would print a traceback for each message of a stranger that it can't read; what fails in our calls, we log.
+    logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     running = asyncio.create_task(run(service, door, servers), name="gRPC")
+    running.add_done_callback(partial(ended, service))
     yield
     running.cancel()
     door.stopping.set()
@@ -66,12 +70,8 @@ async def run(service: Service, door: Door, servers: list[Any]) -> None:
             server.add_insecure_port(address)
         except RuntimeError:
             hint = "" if settings.WEB_CONCURRENCY > 1 else "; of several workers each needs WEB_CONCURRENCY"
-            service.exit(
-                code,
-                "gRPC cannot listen",
-                f"cannot listen on GRPC_PORT={settings.GRPC_PORT}; is it taken?{hint}",
-            )
-            return
+            details = f"cannot listen on GRPC_PORT={settings.GRPC_PORT}; is it taken?{hint}"
+            return service.exit(code, "gRPC cannot listen", details)
         await server.start()
         servers.append(server)
         code = 1
@@ -80,6 +80,13 @@ async def run(service: Service, door: Door, servers: list[Any]) -> None:
             await asyncio.sleep(WATCH_S)
         log.warning("gRPC has ended, as it does at a path that is no UTF-8; starting it again")
         door.keep(retire(server, servers, settings.DEADLINE_S))
+
+
+def ended(service: Service, running: asyncio.Task[None]) -> None:
+    """Never up but deaf."""
+    if not running.cancelled() and (error := running.exception()):
+        log.error("gRPC has ended", exc_info=error)
+        service.exit(1, "gRPC has ended; this is a bug")
 
 
 async def retire(server: Any, servers: list[Any], within_s: float) -> None:
