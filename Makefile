@@ -1,46 +1,55 @@
-# make serve · cluster · test · bench · compare · peers · plan · notebooks · lint: each does its own set-up. PYTHON=python3.12 make serve picks another.
+# `make` prints what there is; each does its own set-up. PYTHON=python3.12 make serve picks another.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: serve cluster test test-slow bench compare peers plan lint notebooks lessons
+.PHONY: help serve cluster test test-slow bench compare peers plan docs lint notebooks lessons
 
-serve: $(VENV)/serve
+help:  ## this list
+	@awk -F ': .*## |:  ## ' '/^[a-z-]+:.*  ## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+serve: $(VENV)/serve  ## serve the embedded model on http://127.0.0.1:8000, or the one that MODEL names
 	$(BIN)/uvicorn server:app
 
-cluster: $(VENV)/serve
+cluster: $(VENV)/serve  ## HAProxy and N=2 replicas of the same app
 	$(BIN)/python -m deploy.cluster $(or $(N),2)
 
-test: $(VENV)/dev
+test: $(VENV)/dev  ## the tests, in a few minutes
 	$(BIN)/pytest --numprocesses=auto
 
-test-slow: $(VENV)/dev
-	$(BIN)/pytest -m slow
+test-slow: $(VENV)/dev  ## the lessons, small comparisons, every task in every mode, a cluster
+	$(BIN)/pytest -m slow --numprocesses=2
+	$(BIN)/pytest -m alone
 
-bench: $(VENV)/dev
+bench: $(VENV)/dev  ## what the server adds to its model
 	$(BIN)/python -m loadtests.bench
 	$(BIN)/python -m loadtests.bench_model
 	$(BIN)/python -m loadtests.bench_threads
 
-compare: $(VENV)/dev
+compare: $(VENV)/dev  ## every deployment mode through the same scenarios: a table, pictures
 	$(BIN)/python -m loadtests.compare
 
-peers: $(VENV)/dev  # PEERS="litserve mosec" for some of them
+peers: $(VENV)/dev  ## this server and what you would pick instead; PEERS="litserve mosec" for some
 	$(BIN)/python -m loadtests.peers $(if $(PEERS),--peers $(PEERS))
 
-plan: $(VENV)/dev
+plan: $(VENV)/dev  ## does batching pay here? FLEET="--rate 5000 --replica-ms 10+0.5n": how many replicas?
 	$(BIN)/python -m loadtests.$(if $(FLEET),fleet $(FLEET),planner $(PLAN))
 
-lint: $(VENV)/dev
+docs: $(VENV)/dev  ## the tables of docs/ anew, from the code
+	$(BIN)/python -m docs.generate
+
+lint: $(VENV)/dev  ## style, types, who imports whom, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-notebooks: $(VENV)/lab
+notebooks: $(VENV)/lab  ## the lessons, in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-lessons: $(VENV)/dev
+lessons: $(VENV)/dev  ## run the lessons, and store what they show
 	$(BIN)/python notebooks/run.py
 
 $(VENV)/serve: requirements.txt

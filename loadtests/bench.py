@@ -65,7 +65,7 @@ async def ask(url: str, requests: list[bytes], duration_s: float, client: type[C
     host, port = url.split("/")[2].split(":")
     askers = [client(request) for request in requests]
     for connection in askers:
-        await loop.create_connection(lambda c=connection: c, host, int(port))
+        await loop.create_connection(lambda c=connection: c, host, int(port))  # type: ignore[misc]
     await asyncio.sleep(duration_s / 5)  # warm
     began = time.perf_counter()
     await asyncio.sleep(duration_s)

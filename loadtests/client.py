@@ -86,7 +86,7 @@ class Asker(User):
         environment.numbers = getattr(environment, "numbers", -1) + 1  # users differ, runs do not
         self.rng = random.Random(f"{self.options.seed} {type(self).__name__} {environment.numbers}")
         self.texts = texts.stream(self.options.texts, self.rng, settings)
-        self.http = Http(self.host)
+        self.http = Http(self.host or "")
         self.form = FORMS[self.options.form]
         self.expected = Expected.read(self.options.expected) if self.options.expected else None
 
@@ -156,7 +156,7 @@ class Asker(User):
         except (OSError, HTTPParseError):
             outcome = "lost"
         latency_ms = (self.now_s() - due_s) * 1000
-        if outcome == "200" and not is_right(reply.body):
+        if reply and outcome == "200" and not is_right(reply.body):
             outcome = "wrong"
         row = Row(due_s, sent_s, latency_ms, outcome, kind, *self._timing(reply), attempt)
         self._report(method, path, row, reply)

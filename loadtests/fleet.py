@@ -126,9 +126,8 @@ class Queue:
     __slots__ = ("copies", "drained_at", "jobs", "refused_at", "slow")
 
     def __init__(self) -> None:
-        self.jobs: deque[tuple[float, int, float]] = (
-            deque()
-        )  # when it first came, attempts, when it came here
+        # when it first came, attempts, when it came here
+        self.jobs: deque[tuple[float, int, float]] = deque()
         self.copies = 0
         self.drained_at = self.refused_at = -math.inf
         self.slow = 1.0  # how much longer calls take than the law says
@@ -311,7 +310,8 @@ class Simulation:
     def take(self, replica: Replica) -> None:
         """Start on the next batch, if there is one."""
         queue, now = replica.queue, self.now
-        jobs, batch = queue.jobs, []
+        jobs = queue.jobs
+        batch: list[tuple[float, int, float]] = []
         latest_s = self.fleet.deadline_s - self.calls_s[min(len(jobs), self.most)]
         while jobs and len(batch) < self.most:
             job = jobs.popleft()

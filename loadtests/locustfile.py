@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `locust -f` d
 from loadtests.client import Asker
 
 # Locust rounds 147 ms to 150 and 3432 to 3400 by default; percentiles are compared here.
-locust.stats.bucket_response_time = round
+locust.stats.bucket_response_time = round  # type: ignore[assignment]
 
 # name: (default, what it means); also on the command line and on Locust's page
 OPTIONS: dict[str, tuple[Any, str]] = {

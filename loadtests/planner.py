@@ -252,7 +252,9 @@ def simulate(
         await asyncio.sleep(0)
         for n in (1, batch_size) * 4:  # a server that has just started has been warmed up too
             loop.speed.observe(n, cost.seconds(n) + overhead_s * n)
-        clock, rows, requests = asyncio.get_running_loop(), [], []
+        clock = asyncio.get_running_loop()
+        rows: list[Row] = []
+        requests = []
         began = clock.time()
         for due_s in arrivals_s:
             await asyncio.sleep(began + due_s - clock.time())

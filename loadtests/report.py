@@ -169,7 +169,7 @@ def frame(title: str, height: float = 7.5) -> tuple[Figure, Axes]:
     """A picture that a phone shows upright: large type, no clutter."""
     plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(figsize=(7.2, height), layout="constrained")
-    figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))  # type: ignore[union-attr]
+    figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))
     axes.set_title(title, loc="left", fontsize=14, fontweight="bold")
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from multiprocessing.connection import Connection
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -41,7 +42,7 @@ def child(pipe: Connection) -> None:
 def measure(method: str, parent: str, patience_s: float) -> dict[str, float | str]:
     """Start two model processes by `method`, one after the other, after the parent did `parent`."""
     exec(PARENT[parent], {})
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
         # Imported once, by the server of forks, which itself never computes.
         context.set_forkserver_preload(["torch", "transformers"])

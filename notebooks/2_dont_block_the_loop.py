@@ -55,7 +55,7 @@ servers = dict(zip(PLACES, started))
 # loop is free, you wait about a millisecond, always.
 
 # %%
-duration_s, burst = quick(4, 12), quick(8, 24)
+duration_s, burst = quick(3, 12), quick(8, 24)
 runs = {
     place: load(server, "slow", duration_s=duration_s, burst=burst, health_per_s=30, limit_s=20)
     for place, server in servers.items()

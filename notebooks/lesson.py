@@ -73,9 +73,8 @@ def serve_recipe(name: str, **settings: Any) -> modes.Server:
     """Start one of the programs in notebooks/recipe; return when it has answered once (it has no /ready to ask)."""
     mode = modes.Mode(name, f"uvicorn notebooks.recipe.{name}:app")
     server = serve(mode, wait=False, OMP_NUM_THREADS=1, **settings)
-    _running[id(server)].callback(
-        server.process.kill
-    )  # it can't be asked to stop: it waits for its hung requests
+    # It can't be asked to stop: it waits for its hung requests.
+    _running[id(server)].callback(server.process.kill)
     began = time.monotonic()
     while time.monotonic() - began < 60 and server.process.poll() is None:
         if ask(server, TEXT, patience_s=60).status == 200:

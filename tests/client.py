@@ -16,9 +16,8 @@ import psutil
 from loadtests.modes import Server
 
 POISON = "[POISON] is [MASK]."  # the stand-in raises on it
-SLOW = (
-    "the [MASK] " + "of the old house on the hill " * 70
-)  # a few hundred tokens: the slowest that is let in
+# a few hundred tokens: the slowest that is let in
+SLOW = "the [MASK] " + "of the old house on the hill " * 70
 
 
 @dataclass

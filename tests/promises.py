@@ -1,6 +1,6 @@
-"""Mode x promise: what every deployment mode keeps, and what it can't by its nature. `python tests/promises.py` prints it.
+"""Mode x promise: what every deployment mode keeps, and what it can't by its nature.
 
-The tests read it: what is kept is asserted, and so is what is not.
+The tests read it: what is kept is asserted, and so is what is not. `make docs` writes it to docs/promises.md.
 """
 
 TESTED = ["thread", "recommended", "uvicorn-2", "asgi", "gthread-1x8", "sync-2", "dirty", "haproxy-2"]
@@ -73,7 +73,3 @@ def table() -> str:
         *([promise, *(why.get(mode, "✓") for mode in TESTED)] for promise, why in EXCEPTIONS.items()),
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-if __name__ == "__main__":
-    print(table())

@@ -1,6 +1,6 @@
 """The HTTP contract of DESIGN.md, sentence by sentence, over a real socket, in every deployment mode.
 
-What a mode can't do by its nature is in `promises.py`, which prints the table for the README.
+What a mode can't do by its nature is in `promises.py`, whose table is in docs/promises.md.
 """
 
 import contextlib

@@ -17,9 +17,8 @@ from workers.settings import Settings
 CONFIGS = [ROOT / "gunicorn.conf.py", *sorted((ROOT / "workers").glob("*.conf.py"))]
 PARIS = "Paris is the [MASK] of France."
 STAND_IN = {"MODEL": "tests.stand_in:FillMask"}  # it starts at once
-UVICORN_2 = Mode(
-    "uvicorn", "uvicorn server:app", {"WEB_CONCURRENCY": "2", **STAND_IN}
-)  # which is its --workers, too
+# WEB_CONCURRENCY is its --workers, too
+UVICORN_2 = Mode("uvicorn", "uvicorn server:app", {"WEB_CONCURRENCY": "2", **STAND_IN})
 
 
 def read(config: Path) -> dict[str, Any]:

@@ -198,9 +198,8 @@ async def test_at_ten_times_its_rate_the_server_keeps_its_full_rate_and_nobody_w
     served = [sent for sent, status in statuses if status == 200 and began <= sent < 120]
     assert len(served) >= 99
     assert max(latencies) <= 5 + 1e-6
-    assert all(
-        sent <= 1 for sent, status in statuses if status == 504
-    )  # admitted before anything was measured
+    # admitted before anything was measured
+    assert all(sent <= 1 for sent, status in statuses if status == 504)
 
 
 @on_virtual_clock
@@ -289,10 +288,8 @@ async def test_a_list_is_admitted_whole_or_not_at_all() -> None:
         loop.speed.observe(1, 1)
         tasks = submit_all(loop, "running", "waits")
         await asyncio.sleep(0.5)
-        for queries, budget_s in (
-            ("abcde", 100),
-            ("abc", 4),
-        ):  # too many; 0.5 s of others' work and 4 of its own
+        # too many; 0.5 s of others' work and 4 of its own
+        for queries, budget_s in (("abcde", 100), ("abc", 4)):
             with pytest.raises(Refused):
                 await loop.submit_all(queries, [1] * len(queries), budget_s=budget_s)
         assert loop.depth == 1
@@ -477,11 +474,8 @@ async def test_a_wrong_number_of_answers_is_an_error_and_not_a_mix_up() -> None:
         return queries[1:] if len(queries) > 1 else queries
 
     async with serving(loses_one_of_a_batch, batch_size=3) as loop:
-        assert await outcomes(submit_all(loop, "a", "b", "c")) == [
-            "a",
-            "b",
-            "c",
-        ]  # found out, then run singly
+        # found out, then run singly
+        assert await outcomes(submit_all(loop, "a", "b", "c")) == ["a", "b", "c"]
 
 
 @on_virtual_clock

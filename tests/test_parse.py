@@ -63,6 +63,7 @@ WRONG_JSON = {
     "more than a float can say": '{"inputs": 1e999}',
     "an integer of 5,000 digits": '{"inputs": ' + "1" * 5000 + "}",
     "depth": '{"inputs": ' + "[" * 8000 + "]" * 8000 + "}",
+    "depth that Python itself still reads": '{"inputs": ' + "[" * 500 + "]" * 500 + "}",
     "depth in objects": '{"inputs":' * 1600 + "1" + "}" * 1600,
     "a field twice": '{"inputs": "a", "inputs": "b"}',
     "a field twice, further down": '{"inputs": {"a": 1, "a": 2}}',

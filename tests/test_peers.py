@@ -111,10 +111,10 @@ def test_who_does_not_start_is_told_in_its_row_and_the_others_are_measured(
     assert "| fastapi-def |" in text
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_two_peers_are_measured_in_quick_form(tmp_path: Path) -> None:
     command = ["--quick", "--only", "--peers", "fastapi-def", "fastapi-batch", "--out", str(tmp_path)]
-    assert peers.main([*command, "--models", "float32", "instant"]) == 0
+    assert peers.main([*command, "--models", "float32"]) == 0
     rows = pd.read_csv(tmp_path / "peers.csv")
     assert set(rows["peer"]) == {"fastapi-def", "fastapi-batch"}
     right = rows[rows["metric"] == "n_200"].groupby(["peer", "what"])["value"].sum()

@@ -54,9 +54,8 @@ def test_one_by_one_the_wait_is_that_of_an_md1_queue(load: float) -> None:
         )["queue_ms"].mean()
         for seed in range(5)
     ]
-    theory_ms = (
-        1000 * load * service_s / (2 * (1 - load))
-    )  # Pollaczek and Khinchine's formula, constant service
+    # Pollaczek and Khinchine's formula, constant service
+    theory_ms = 1000 * load * service_s / (2 * (1 - load))
     assert np.mean(found) == pytest.approx(theory_ms, rel=0.05)
 
 

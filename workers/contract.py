@@ -33,6 +33,8 @@ QUOTED = r'"(?:\\.|[^"\\])*"?'  # whose end is missing lasts to the end
 PREFERENCES = re.compile(rf"(?:[^\",]|{QUOTED})+")  # what stands between the commas
 WAIT = re.compile(r'\s*wait\s*=\s*("?)([0-9]{1,9}(?:\.[0-9]+)?)\1\s*(?:;.*)?', re.IGNORECASE | re.DOTALL)
 PARAMETER = re.compile(rf";\s*([^\s;=\"]+)\s*=\s*({QUOTED}|[^\s;\"]*)")
+# Lists and objects in each other; Python's own bound is from 1,000 to none, by its version.
+DEEPEST = 500
 BOM = b"\xef\xbb\xbf"  # some editors put it before UTF-8
 
 
@@ -86,12 +88,23 @@ def load_json(text: str, example: str) -> Any:
     """Return what it says. Raises HTTPException 400 with a sentence that says to send the likes of `example`."""
     try:
         content = JSON.decode(text)
+        if text.count("[") + text.count("{") > DEEPEST and is_deeper(content, DEEPEST):
+            raise RecursionError
         if "\\ud" in text.lower():
             json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is JSON but not text
     except (ValueError, RecursionError) as exc:
         where = f" ({exc})" if isinstance(exc, json.JSONDecodeError) else ""
         raise HTTPException(400, f"the JSON cannot be read{where}; send {example}") from None
     return content
+
+
+def is_deeper(content: Any, most: int) -> bool:
+    """Whether more than `most` lists and objects stand in each other."""
+    level = [content]
+    for _ in range(most):
+        members = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [one for some in members for one in some if isinstance(one, dict | list)]
+    return bool(level)
 
 
 def parse_json(text: str, max_inputs: int) -> Asked:

@@ -165,9 +165,8 @@ class ModelLoop:
         self.copies.loaded += 1
         try:
             while True:
-                await self.copies.until(
-                    ready
-                )  # a copy that died loads again: meanwhile the work is the others'
+                # A copy that died loads again: meanwhile the work is the others'.
+                await self.copies.until(ready)
                 batch, closed_by = await self.take_batch(ready)
                 if batch:
                     await self._run(run, batch, closed_by)

@@ -40,9 +40,8 @@ class Metrics:
         self.batches = Counter(
             "model_batches", "Model calls by why the batch closed", ["closed_by"], registry=registry
         )
-        self.requests_with = functools.cache(
-            self.requests.labels
-        )  # a look-up of labels is half the cost of a count
+        # A look-up of labels is half the cost of a count.
+        self.requests_with = functools.cache(self.requests.labels)
         self.batches_closed_by = functools.cache(self.batches.labels)
         self.dropped = Counter("model_abandoned", "Jobs dropped: nobody waited for them", registry=registry)
         self.restarts = Counter("model_process_restarts", "Model processes replaced", registry=registry)

@@ -246,9 +246,8 @@ def make_copies(settings: Settings, metrics: Metrics, task: tasks.Task) -> list[
 
         return [Dirty(settings.HANG_S) for _ in instances]
     if settings.OFFLOAD == "process":
-        alone = replace(
-            settings, INSTANCES=1
-        )  # a process with cores of its own shares them with no other copy
+        # A process with cores of its own shares them with no other copy.
+        alone = replace(settings, INSTANCES=1)
         return [
             Process(
                 partial(tasks.load_alone, alone if share else settings, i), settings.HANG_S, metrics, share

@@ -1,4 +1,4 @@
-"""Every knob: name, default, unit, why. Each is an environment variable of the same name, or a line in `.env`."""
+"""Every knob: why, name, default, unit. Each is an environment variable of the same name, or a line in `.env`."""
 
 import os
 import re
@@ -12,32 +12,43 @@ from starlette.config import Config
 from workers.threads import usable_cores
 
 HERE = Path(__file__).resolve().parent.parent
+EMBEDDED = str(HERE / "models" / "minilm-mlm")
 MOST = 10**9
 
 
-def knob(why: str, default: Any, allowed: str, is_allowed: Callable[[Any], bool]) -> Any:
-    """A dataclass field with a default, the rule that its value must keep, and one line of why."""
-    return field(default=default, metadata={"why": why, "allowed": allowed, "is_allowed": is_allowed})
+def knob(default: Any, allowed: str, is_allowed: Callable[[Any], bool]) -> Any:
+    """A dataclass field with a default and the rule that its value must keep; its why is the comment above it."""
+    return field(default=default, metadata={"allowed": allowed, "is_allowed": is_allowed})
 
 
-def at_least(least: int, default: int, why: str) -> Any:
+def switch(default: bool) -> Any:
+    """On or off."""
+    return knob(default, "1 or 0", lambda value: True)
+
+
+def at_least(least: int, default: int) -> Any:
     """A whole number."""
-    return knob(why, default, f"a whole number from {least} to {MOST}", lambda value: least <= value <= MOST)
+    return knob(default, f"a whole number from {least} to {MOST}", lambda value: least <= value <= MOST)
 
 
-def seconds(default: float, why: str) -> Any:
+def seconds(default: float) -> Any:
     """A positive duration."""
-    return knob(why, default, "a number of seconds above 0, below a million", lambda value: 0 < value < 1e6)
+    return knob(default, "a number of seconds above 0, below a million", lambda value: 0 < value < 1e6)
 
 
-def one_of(*choices: str, why: str) -> Any:
+def zero_or_more(unit: str, default: float) -> Any:
+    """A duration that may be none."""
+    return knob(default, f"a number of {unit} of at least 0, below a million", lambda value: 0 <= value < 1e6)
+
+
+def one_of(*choices: str) -> Any:
     """One of a few words; the first is the default."""
-    return knob(why, choices[0], " or ".join(choices), lambda value: value in choices)
+    return knob(choices[0], " or ".join(choices), lambda value: value in choices)
 
 
-def secret(why: str) -> Any:
+def secret() -> Any:
     """A text that is shown nowhere."""
-    allowed = {"why": why, "allowed": "printable, without blanks", "is_allowed": is_key, "is_secret": True}
+    allowed = {"allowed": "printable, without blanks", "is_allowed": is_key, "is_secret": True}
     return field(default="", repr=False, metadata=allowed)
 
 
@@ -52,6 +63,11 @@ def is_port(address: str) -> bool:
     """Whether it is a port, alone or after a host's name or address and a colon."""
     host, colon, port = address.rpartition(":")
     return bool(host) == bool(colon) and port.isascii() and port.isdigit() and int(port) < 65536
+
+
+def are_origins(names: str) -> bool:
+    """Whether each of these is one."""
+    return all(one.strip() == "*" or "://" in one for one in names.split(",") if one.strip())
 
 
 OWN_CLASS = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")  # my_model:Iris
@@ -69,87 +85,85 @@ class Settings:
     """What the server was told. Immutable, picklable: a spawned model process gets the same."""
 
     # What to serve
-    MODEL: str = knob(
-        "a folder, a hub id, or a class of your own",
-        str(HERE / "models" / "minilm-mlm"),
-        "a folder with a config.json, a hub id, or module:Class",
-        is_model,
-    )
-    TASK: str = knob("what the model does, as Transformers calls it", "fill-mask", "a pipeline task", bool)
-    DTYPE: str = one_of(
-        "float32", "auto", "bfloat16", "float16", why="auto: bfloat16 where the hardware multiplies it"
-    )
-    DEVICE: str = knob("auto: the GPU when there is one", "auto", "auto, cpu, cuda or cuda:N", bool)
-    FAST: bool = knob("0: the stock pipeline, to compare with", True, "1 or 0", lambda value: True)
+
+    # a folder, a hub id, or a class of your own
+    MODEL: str = knob(EMBEDDED, "a folder with a config.json, a hub id, or module:Class", is_model)
+    # what the model does, as Transformers calls it
+    TASK: str = knob("fill-mask", "a pipeline task", bool)
+    # auto: bfloat16 where the processor multiplies it natively, or on a GPU
+    DTYPE: str = one_of("float32", "auto", "bfloat16", "float16")
+    # auto: the GPU when there is one
+    DEVICE: str = knob("auto", "auto, cpu, cuda or cuda:N", bool)
+    # 0: the stock pipeline, to compare with
+    FAST: bool = switch(True)
 
     # The queue and the batch
-    BATCH_SIZE: int = at_least(1, 1, "opt-in: `make plan` tells whether it pays for your model")
-    BATCH_WINDOW_MS: float = knob(
-        "a batch waits this long for company",
-        0.0,
-        "a number of milliseconds of at least 0",
-        lambda value: 0 <= value < 1e6,
-    )
-    MAX_QUEUE: int = at_least(
-        1, 256, "single requests that may wait, and inputs of lists; the deadline bounds the wait"
-    )
-    QUEUE_TARGET_S: float = knob(
-        "how long who is admitted waits while there is always a queue; 0: as long as the deadline allows",
-        0.5,
-        "a number of seconds of at least 0, below a million",
-        lambda value: 0 <= value < 1e6,
-    )
-    DEADLINE_S: float = seconds(10.0, "an answer after this helps nobody; clients may ask for less")
+
+    # opt-in: `make plan` tells whether it pays for your model
+    BATCH_SIZE: int = at_least(1, 1)
+    # a batch waits this long for company
+    BATCH_WINDOW_MS: float = zero_or_more("milliseconds", 0.0)
+    # single requests that may wait, and inputs of lists; the deadline bounds the wait
+    MAX_QUEUE: int = at_least(1, 256)
+    # how long an admitted job waits while there is always a queue; 0: as long as the deadline allows
+    QUEUE_TARGET_S: float = zero_or_more("seconds", 0.5)
+    # an answer after this helps nobody; clients may ask for less
+    DEADLINE_S: float = seconds(10.0)
 
     # Where inference runs
-    OFFLOAD: str = one_of(
-        "thread",
-        "inline",
-        "process",
-        "dirty",
-        why="process survives a crash or a hang; inline blocks the event loop, to compare; dirty: see dirty.conf.py",
-    )
-    INSTANCES: int = at_least(1, 1, "copies of the model on one queue")
-    TORCH_THREADS: int = at_least(0, 0, "per copy; 0: cores / copies, fewer while others use the cores")
-    WEB_CONCURRENCY: int = at_least(1, 1, "worker processes; uvicorn reads it too, Gunicorn's configs set it")
-    HANG_S: float = seconds(60.0, "a model call this long is a hang")
+
+    # process survives a crash or a hang; inline blocks the event loop, to compare; dirty: see dirty.conf.py
+    OFFLOAD: str = one_of("thread", "inline", "process", "dirty")
+    # copies of the model on one queue
+    INSTANCES: int = at_least(1, 1)
+    # per copy; 0: cores / copies, fewer while others use the cores
+    TORCH_THREADS: int = at_least(0, 0)
+    # worker processes; uvicorn reads it too, Gunicorn's configs set it
+    WEB_CONCURRENCY: int = at_least(1, 1)
+    # a model call this long is a hang
+    HANG_S: float = seconds(60.0)
 
     # What is taken in
-    MAX_BODY_BYTES: int = at_least(0, 0, "0: 1 MB of text, 16 MB where the task takes images or sound")
-    BODY_TIMEOUT_S: float = seconds(10.0, "uvicorn itself waits for ever")
-    MAX_TOKENS: int = at_least(1, 512, "or fewer, where the model takes fewer")
-    MAX_MASKS: int = at_least(1, 8, "the reply grows with masks x top_k x text")
-    MAX_TOP_K: int = at_least(1, 100, "the reply grows with it")
-    MAX_INPUTS: int = at_least(1, 64, "in one request; each is a job of its own")
+
+    # 0: 1 MB of text, 16 MB where the task takes images or sound
+    MAX_BODY_BYTES: int = at_least(0, 0)
+    # a body that stalls this long is 408; uvicorn itself waits for ever
+    BODY_TIMEOUT_S: float = seconds(10.0)
+    # of one input; or fewer, where the model takes fewer
+    MAX_TOKENS: int = at_least(1, 512)
+    # of one text; the reply grows with masks x top_k x text
+    MAX_MASKS: int = at_least(1, 8)
+    # candidates or labels; the reply grows with it
+    MAX_TOP_K: int = at_least(1, 100)
+    # in one request; each is a job of its own
+    MAX_INPUTS: int = at_least(1, 64)
 
     # Who may ask
-    API_KEY: str = secret("one or several, with commas between; empty: everybody may ask")
-    METRICS_OPEN: bool = knob("1: /metrics needs no API_KEY", False, "1 or 0", lambda value: True)
-    ALLOWED_HOSTS: str = knob(
-        "this server's names, with commas between, *.example.com for all below; empty: any, but loopback's own on loopback",
-        "",
-        "names with commas between",
-        lambda value: "/" not in value,
-    )
-    CORS_ORIGINS: str = knob(
-        "the web pages from elsewhere that may ask, such as https://example.com, with commas between",
-        "",
-        "origins with commas between, or *",
-        lambda value: all(one.strip() == "*" or "://" in one for one in value.split(",") if one.strip()),
-    )
-    HEADERS_TIMEOUT_S: float = seconds(10.0, "uvicorn itself waits for ever; see patient.py")
-    MAX_CONNECTIONS: int = at_least(
-        0, 0, "of one client's address, 0: any number; behind a proxy all have the proxy's"
-    )
-    GRPC_PORT: str = knob(
-        "gRPC on this port of loopback, or at HOST:PORT; 0: none", "0", "a port, or HOST:PORT", is_port
-    )
+
+    # one or several, with commas between; empty: everybody may ask
+    API_KEY: str = secret()
+    # 1: /metrics needs no API_KEY
+    METRICS_OPEN: bool = switch(False)
+    # this server's names, with commas between, *.example.com for all below; empty: any, but loopback's own on loopback
+    ALLOWED_HOSTS: str = knob("", "names with commas between", lambda value: "/" not in value)
+    # web pages from elsewhere that may ask, such as https://example.com, with commas between
+    CORS_ORIGINS: str = knob("", "origins with commas between, or *", are_origins)
+    # headers that take longer close the connection; see patient.py, uvicorn itself waits for ever
+    HEADERS_TIMEOUT_S: float = seconds(10.0)
+    # of one client's address; 0: any number; behind a proxy all have the proxy's
+    MAX_CONNECTIONS: int = at_least(0, 0)
+    # gRPC on this port of loopback, or at HOST:PORT; 0: none
+    GRPC_PORT: str = knob("0", "a port, or HOST:PORT", is_port)
 
     # The page
-    PAGE: bool = knob("0: no page at GET /", True, "1 or 0", lambda value: True)
+
+    # 0: no page at GET /
+    PAGE: bool = switch(True)
 
     # Stopping
-    GRACE_S: float = seconds(10.0, "from SIGTERM to exit at the latest; keep it under your supervisor's own")
+
+    # from SIGTERM to exit at the latest; keep it under your supervisor's own
+    GRACE_S: float = seconds(10.0)
 
     @classmethod
     def read(cls) -> "Settings":

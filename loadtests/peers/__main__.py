@@ -122,7 +122,7 @@ def install(peers: list[Peer], about: dict[str, Any]) -> list[Peer]:
 def expected_answers(models: set[str]) -> dict[str, str]:
     """Model: the file of the plain pipeline's answers, made once for these versions."""
     versions = f"torch-{version('torch')}-transformers-{version('transformers')}.json"
-    found = {}
+    found: dict[str, str] = {}
     if models & {"float32", "bfloat16"}:
         file = CACHE / f"fill-mask-{versions}"
         if not file.exists():

@@ -77,7 +77,7 @@ def prepare(needs: str, lines: tuple[str, ...]) -> None:
     (site / "project.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # behind its own packages
     if (fix := FOLDER / f"{needs}_fix").exists():
         shutil.copytree(fix, site, dirs_exist_ok=True)
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *lines]
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *lines]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
     except subprocess.TimeoutExpired:
@@ -92,7 +92,7 @@ def prepare(needs: str, lines: tuple[str, ...]) -> None:
 
 def installed_mb(peer: Peer) -> float:
     """MB on disk of its requirements and all that these require, shared or not, as pip on this machine resolved them."""
-    command = [peer.python, "-c", SIZE, json.dumps(requirements(peer))]
+    command = [str(peer.python), "-c", SIZE, json.dumps(requirements(peer))]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,10 @@ def each(results: Results, columns: dict[str, Callable[[str], str]]) -> str:
     return markdown(rows) if rows else ""
 
 
-def of(results: Results, model: str, what: str, metric: str, digits: int = 0) -> Callable[[str], str]:
-    return lambda peer: results.cell(peer, model, what, metric, digits)
+def of(
+    results: Results, model: str, what: str, metric: str, digits: int = 0, *, spread: bool = True
+) -> Callable[[str], str]:
+    return lambda peer: results.cell(peer, model, what, metric, digits, spread=spread)
 
 
 def capacity(results: Results) -> str:
@@ -196,12 +199,10 @@ def overload(results: Results) -> str:
     columns: dict[str, Callable[[str], str]] = {}
     for what in ("at 2 x", "at 10 x"):
         columns |= {
-            f"offered/s {what}": lambda peer, what=what: results.cell(
-                peer, "float32", what, "offered_per_s", spread=False
-            ),
+            f"offered/s {what}": of(results, "float32", what, "offered_per_s", spread=False),
             f"in time/s {what}": of(results, "float32", what, "goodput_per_s"),
-            f"the others got {what}": lambda peer, what=what: others_got(results, peer, what),
-            f"/health within 1 s {what}": lambda peer, what=what: health(results, peer, what),
+            f"the others got {what}": partial(others_got, results, what),
+            f"/health within 1 s {what}": partial(health, results, what),
             f"answers again after, s {what}": of(results, "float32", what, "recovery_s", 1),
         }
     most = results.about["most_per_s"]
@@ -209,7 +210,7 @@ def overload(results: Results) -> str:
     return table and f"{table}\n\nCounted from the third second of the overload on, when queues have filled. A client hangs up after {results.about['timeout_s']} s: nothing. No load is above {most:,.0f}/s, all that the generator sends on time.\n"  # fmt: skip
 
 
-def others_got(results: Results, peer: str, what: str) -> str:
+def others_got(results: Results, what: str, peer: str) -> str:
     """Shares of the requests that were not answered in time, by what they got."""
     total = results.get(peer, "float32", what, "requests")
     if math.isnan(total):
@@ -231,16 +232,16 @@ def others_got(results: Results, peer: str, what: str) -> str:
     return ", ".join(f"{share:.0%} {name}" for name, share in shares.items() if share >= 0.005) or "-"
 
 
-def health(results: Results, peer: str, what: str) -> str:
+def health(results: Results, what: str, peer: str) -> str:
     share = results.get(peer, "float32", what, "health_share")
     return "-" if math.isnan(share) else f"{share:.0%}"
 
 
 def failures(results: Results) -> str:
-    found = results.about["failures"]
-    table = each(
-        results, {name: lambda peer, name=name: found.get(peer, {}).get(name, "-") for name in FAILURES}
-    )
+    def outcome(name: str, peer: str) -> str:
+        return results.about["failures"].get(peer, {}).get(name, "-")
+
+    table = each(results, {name: partial(outcome, name) for name in FAILURES})
     return table and (
         f"{table}\n\nA model that takes 0.2 s a call stands in. One bad text: it and seven others arrive together. A client that leaves: "
         "20 do while the model is busy. Killed, hangs: one text of eight makes the model's process end, or its call never return; "

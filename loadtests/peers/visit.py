@@ -25,10 +25,8 @@ from loadtests.modes import Server, start
 from loadtests.peers.catalogue import Peer
 
 TEXT = "Paris is the [MASK] of France."
-LIMIT_S, TIMEOUT_S = (
-    1.0,
-    1.5,
-)  # overload: an answer after the first is worth nothing; after the second the client hangs up
+# Overload: an answer after the first is worth nothing; after the second the client hangs up.
+LIMIT_S, TIMEOUT_S = 1.0, 1.5
 MOST_PER_S = 1500.0  # more than this the generator's core can't send on time
 START_S = 120.0
 RECOVERY_S = 10.0  # longer is told as "> 10"

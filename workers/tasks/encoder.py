@@ -28,9 +28,8 @@ from workers.tasks.packed import EndToEnd, NotBuiltSo, PackedLinear, Rows, packa
 
 log = logging.getLogger("uvicorn.error")
 
-Pass = Callable[
-    ..., Tensor
-]  # of texts sorted by length, the positions to keep of each, their token types or None
+# of texts sorted by length, the positions to keep of each, their token types or None
+Pass = Callable[..., Tensor]
 
 
 class Way(NamedTuple):

@@ -99,11 +99,12 @@ class Group(NamedTuple):
     rows: slice
     texts: int
     length: int
-    padded: Tensor | None = (
-        None  # where they aren't all of that length: their rows, and any for those that miss
-    )
-    real: Tensor | None = None  # which of these are theirs
-    bias: Tensor | None = None  # what is added to the attention's scores
+    # Where they aren't all of that length: their rows, and any for those that miss.
+    padded: Tensor | None = None
+    # Which of these are theirs.
+    real: Tensor | None = None
+    # What is added to the attention's scores.
+    bias: Tensor | None = None
 
 
 class EndToEnd:

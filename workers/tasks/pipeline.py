@@ -39,14 +39,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 LOADING = threading.Lock()  # two loads at once collide in Transformers: "Tensor on device meta"
 MAX_PIXELS = 1 << 25  # a small file can unfold to gigabytes
-FORMATS = [
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-]  # for others Pillow runs programs: PostScript's, for one
+# For others Pillow runs programs: PostScript's, for one.
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 # A text would be taken for an address or a path of this machine by pipelines of images and sounds: there it is base64.
 TAKEN = {
     "image": {

@@ -1,0 +1,89 @@
+"""`make docs`: fills the tables of these pages from the code. A test fails where one is stale.
+
+A table stands between `<!-- made by make docs: NAME -->` and `<!-- end -->`; NAME is one of TABLES.
+"""
+
+import inspect
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from tests import promises
+from workers.metrics import Metrics
+from workers.settings import HERE as ROOT
+from workers.settings import Settings
+
+DOCS = Path(__file__).parent
+TABLE = re.compile(r"(<!-- made by make docs: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+KNOB = re.compile(r"    (?:# (?P<comment>.+)|(?P<name>[A-Z_]+): .+|)")
+
+
+def page(text: str) -> str:
+    """The page with its tables as the code has them now."""
+    return TABLE.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def settings() -> str:
+    """A table for each group of knobs. The comments above them say what they do."""
+    knobs = {knob.name: knob for knob in fields(Settings)}
+    groups: dict[str, list[list[str]]] = {}
+    said: list[str] = []
+    for line in inspect.getsource(Settings).splitlines():
+        found = KNOB.fullmatch(line)
+        if found and found["comment"]:
+            said.append(found["comment"])
+        elif found and found["name"]:
+            if not said:
+                raise SystemExit(f"{found['name']} has no comment above it that says what it does")
+            knob = knobs.pop(found["name"])
+            row = [
+                f"`{knob.name}`",
+                default(knob),
+                knob.metadata["allowed"].replace("|", "\\|"),
+                " ".join(said),
+            ]
+            groups[list(groups)[-1]].append(row)
+            said = []
+        elif said:
+            groups[" ".join(said)] = []
+            said = []
+    assert not knobs, knobs
+    head = ("name", "default", "allowed", "what it does")
+    return "\n".join(f"\n## {title}\n\n{markdown(head, rows)}" for title, rows in groups.items()) + "\n"
+
+
+def default(knob: Any) -> str:
+    """Its default as one would write it."""
+    value = knob.default
+    assert value is not MISSING, knob.name
+    if isinstance(value, bool):
+        value = int(value)
+    shown = str(value).removeprefix(f"{ROOT}/").removesuffix(".0")
+    return f"`{shown}`" if shown else "none"
+
+
+def metrics() -> str:
+    """What GET /metrics has of the model."""
+    counted = Metrics()
+    counted.watch(lambda: 0.0, lambda: 0.0)
+    rows = []
+    for collector in counted.registry._collector_to_names:
+        for family in collector.collect():
+            name = family.name + "_total" * (family.type == "counter")
+            labels = ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ()))
+            rows.append([f"`{name}`", family.type, labels, family.documentation])
+    return markdown(("name", "kind", "labels", "what"), rows)
+
+
+TABLES = {"promises": promises.table, "settings": settings, "metrics": metrics}
+
+if __name__ == "__main__":
+    for path in sorted(DOCS.glob("*.md")):
+        path.write_text(page(path.read_text()))

@@ -1,0 +1,75 @@
+"""The pages say what the code says, and their links lead somewhere."""
+
+import os
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from urllib.parse import unquote
+
+import pytest
+from markdown_it import MarkdownIt
+from mdit_py_plugins.anchors import anchors_plugin
+
+from docs import generate
+from loadtests.modes import ROOT
+from workers import protocols
+from workers.settings import Settings
+
+MARKDOWN = MarkdownIt().enable("table").use(anchors_plugin, max_level=6)
+
+
+def pages() -> Iterator[Path]:
+    for folder, inner, names in os.walk(ROOT):
+        inner[:] = [name for name in inner if not name.startswith(".") or name == ".github"]
+        for path in map(Path(folder).joinpath, names):
+            if path.suffix == ".md" or re.fullmatch(r"notebooks/\d\w+\.py", str(path.relative_to(ROOT))):
+                yield path
+
+
+@pytest.mark.parametrize("path", sorted(generate.DOCS.glob("*.md")), ids=lambda path: path.stem)
+def test_a_page_has_the_tables_that_the_code_makes(path: Path) -> None:
+    assert path.read_text() == generate.page(path.read_text()), "stale: `make docs` writes it anew"
+
+
+@pytest.mark.parametrize("task", ["fill-mask", "feature-extraction", "text-ranking"])
+def test_every_door_is_on_its_page(task: str) -> None:
+    page = (generate.DOCS / "protocols.md").read_text()
+    for found in iter_modules(protocols.__path__):
+        for route in import_module(f"{protocols.__name__}.{found.name}").routes(Settings(TASK=task)):
+            assert f"{route.path}`" in page, f"docs/protocols.md says nothing of {route.path}"
+
+
+@cache
+def parsed(path: Path) -> tuple[list[str], set[str]]:
+    """The addresses of its links and pictures, and the anchors of its headings."""
+    text = path.read_text()
+    if path.suffix == ".py":  # a lesson's prose stands in comments
+        text = "\n".join(line[2:] for line in text.splitlines() if line.startswith("# "))
+    tokens = list(flat(MARKDOWN.parse(text)))
+    addresses = [str(token.attrs[key]) for token in tokens for key in ("href", "src") if key in token.attrs]
+    return addresses, {str(token.attrs["id"]) for token in tokens if "id" in token.attrs}
+
+
+def flat(tokens: list) -> Iterator:
+    for token in tokens:
+        yield token
+        yield from flat(token.children or [])
+
+
+def broken(path: Path) -> Iterator[str]:
+    for address in parsed(path)[0]:
+        if re.match(r"[a-z]+:", address):
+            continue  # somebody else's: not asked for
+        name, _, anchor = unquote(address).partition("#")
+        target = (path.parent / name).resolve() if name else path
+        is_there = target.exists() and target.is_relative_to(ROOT)
+        if not is_there or (anchor and target.suffix == ".md" and anchor not in parsed(target)[1]):
+            yield address
+
+
+@pytest.mark.parametrize("path", sorted(pages()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_somewhere(path: Path) -> None:
+    assert not list(broken(path))
