@@ -1,12 +1,14 @@
 """The Open Inference Protocol, over HTTP and over gRPC, as Triton's own clients speak it."""
 
 import asyncio
+import contextlib
 import json
 import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -19,6 +21,8 @@ from google.rpc.error_details_pb2 import RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
+from hypothesis import given
+from hypothesis import strategies as st
 from tritonclient import grpc as over_grpc
 from tritonclient import http as over_http
 from tritonclient.grpc import service_pb2 as pb
@@ -27,7 +31,9 @@ from tritonclient.utils import InferenceServerException
 
 from loadtests.modes import MODES, Server, free_port, start
 from workers.protocols import open_inference
+from workers.protocols.open_inference import tensors
 from workers.settings import Settings
+from workers.tasks import CannotAnswer, Malformed
 
 FILL_MASK, ECHO, MOODY = "tests.stand_in:FillMask", "tests.stand_in:Obedient", "tests.moody:Model"
 TEXT, OTHER = "Paris is the [MASK] of France.", "the [MASK] of the old house"
@@ -289,6 +295,32 @@ def hold(server: Server, crowd: Crowd, gate: Path) -> Any:
     (held,) = crowd.post(server, f"[MASK] until:{gate}")
     until(lambda: get(server, "/health").json["running"] == 1)
     return held
+
+
+ANYTHING = st.one_of(
+    st.binary(max_size=64),
+    st.lists(
+        st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.integers()))
+    ),
+)
+
+
+@given(
+    st.sampled_from([*tensors.NAMES, "x"]),
+    st.sampled_from([*tensors.NUMPYS, "BYTES", "BF16"]),
+    st.lists(st.integers(0, 2**31 - 1), max_size=4),
+    ANYTHING,
+)
+def test_any_tensor_becomes_inputs_or_a_sentence(
+    name: str, datatype: str, shape: list[int], data: Any
+) -> None:
+    """Of BYTES the doors let only texts and bytes through."""
+    if isinstance(data, list) and datatype == "BYTES":
+        data = list(map(str, data))
+    shape = [len(data)] if len(shape) == 1 else shape
+    service: Any = SimpleNamespace(settings=Settings(), task=SimpleNamespace(media=("image/",)))
+    with contextlib.suppress(CannotAnswer, Malformed):
+        assert len(tensors.inputs(tensors.Tensor(name, datatype, shape, data), service)) <= 64
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
