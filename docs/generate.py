@@ -1,10 +1,11 @@
-"""`make docs`: fills the tables of these pages from the code. A test fails where one is stale.
+"""`make docs`: fills the tables of these pages, and the drawing in CONTRIBUTING.md, from the code. A test fails where one is stale.
 
 A table stands between `<!-- made by make docs: NAME -->` and `<!-- end -->`; NAME is one of TABLES.
 """
 
 import inspect
 import re
+import tomllib
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from workers.settings import HERE as ROOT
 from workers.settings import Settings
 
 DOCS = Path(__file__).parent
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "CONTRIBUTING.md"]
 TABLE = re.compile(r"(<!-- made by make docs: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KNOB = re.compile(r"    (?:# (?P<comment>.+)|(?P<name>[A-Z_]+): .+|)")
 
@@ -82,8 +84,23 @@ def metrics() -> str:
     return markdown(("name", "kind", "labels", "what"), rows)
 
 
-TABLES = {"promises": promises.table, "settings": settings, "metrics": metrics}
+def floors() -> str:
+    """The floors that import-linter holds, drawn."""
+    linter = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (layers,) = (contract["layers"] for contract in linter["contracts"] if "layers" in contract)
+    boxes = [" · ".join(map(shown, layer.split(" | "))) for layer in layers]
+    boxes[0] = f"server.py · {boxes[0]}"
+    width = max(map(len, boxes))
+    floor = f"\n├─{'─' * width}─┤\n".join(f"│ {box:{width}} │" for box in boxes)
+    return f"```text\n┌─{'─' * width}─┐\n{floor}\n└─{'─' * width}─┘\n```"
+
+
+def shown(module: str) -> str:
+    return f"{module}/" if (ROOT / "workers" / module).is_dir() else module
+
+
+TABLES = {"promises": promises.table, "settings": settings, "metrics": metrics, "floors": floors}
 
 if __name__ == "__main__":
-    for path in sorted(DOCS.glob("*.md")):
+    for path in PAGES:
         path.write_text(page(path.read_text()))

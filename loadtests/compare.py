@@ -16,6 +16,7 @@ import random
 import signal
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -191,9 +192,11 @@ def ask_until_answered(url: str, question: Any, timeout_s: float = 30.0) -> None
             with urllib.request.urlopen(request, timeout=timeout_s) as reply:
                 reply.read()
                 return
-        except OSError:
+        except OSError as exc:
             if time.monotonic() > until:
                 raise
+            if isinstance(exc, urllib.error.HTTPError):
+                exc.close()
             time.sleep(0.02)
 
 

@@ -93,7 +93,6 @@ class Outcome:
     waits_s: array = field(default_factory=lambda: array("d"))  # type: ignore[type-arg]
     offered: int = 0  # by clients, for the first time
     attempts: int = 0  # at replicas
-    refusals: int = 0  # by replicas
     failed: int = 0  # requests that ended with a no
     lost: int = 0  # died with their replica, and nobody asked again
     failed_s: array = field(default_factory=lambda: array("d"))  # type: ignore[type-arg]
@@ -283,7 +282,6 @@ class Simulation:
             ):
                 if stands and wait_s > self.limit_s:
                     queue.refused_at = now
-                self.outcome.refusals += 1
                 replica.owed_s += self.fleet.refusal_s
                 return False
         queue.jobs.append((first_s, attempt, now))

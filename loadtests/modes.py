@@ -28,7 +28,7 @@ BASE = {"OFFLOAD": "thread", "BATCH_SIZE": "1", "BATCH_WINDOW_MS": "0", "INSTANC
 
 @dataclass(frozen=True)
 class Mode:
-    """A command as README gives it, its settings, and the name that tables and pictures use."""
+    """A documented command, its settings, and the name that tables and pictures use."""
 
     name: str
     command: str
@@ -102,11 +102,13 @@ class Server:
         """Poll /ready. Raises RuntimeError with the log when it ends or isn't ready in time."""
         began = time.monotonic()
         while time.monotonic() - began < timeout_s and self.process.poll() is None:
-            with (
-                contextlib.suppress(OSError, urllib.error.URLError),
-                urllib.request.urlopen(self.url + "ready", timeout=5),
-            ):
-                return
+            try:
+                with urllib.request.urlopen(self.url + "ready", timeout=5):
+                    return
+            except urllib.error.HTTPError as loading:
+                loading.close()
+            except OSError:
+                pass
             time.sleep(0.05)
         raise RuntimeError(f"{self.mode.name} is not ready (exit code {self.process.poll()}):\n{self.log()}")
 

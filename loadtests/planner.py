@@ -227,12 +227,12 @@ def simulate(
         nonlocal owed_s
         nan, answer, retry_after_s = math.nan, None, math.nan
         began = loop.now()
-        owed_s += overhead_s if loop.live else overhead_s + waking_s
+        owed_s += overhead_s + waking_s
         try:
             answer, outcome = await loop.submit(None), "200"
         except Refused as exc:
             outcome, retry_after_s = "503", float(exc.retry_after_s)
-            owed_s += refusal_s - overhead_s
+            owed_s += refusal_s - overhead_s - waking_s
         except Late:
             outcome = "504"
         latency_ms = (loop.now() - began) * 1000
@@ -294,7 +294,8 @@ def in_ms(answer: Answer) -> tuple[float, float, float]:
 class Overhead(NamedTuple):
     """Processor seconds that a request costs besides the model.
 
-    `waking_s` more where it comes to a server that does nothing: else many share one waking of the event loop.
+    `waking_s` more where it comes by itself, as strangers do, whether the model computes or not: in a crowd many share one
+    waking of the event loop.
     """
 
     overhead_s: float = OVERHEAD_S

@@ -174,7 +174,8 @@ def ask(
             body = response.read().decode()
             return Reply(response.status, body, since(), dict(response.headers))
     except urllib.error.HTTPError as error:
-        return Reply(error.code, error.read().decode(), since(), dict(error.headers))
+        with error:
+            return Reply(error.code, error.read().decode(), since(), dict(error.headers))
     except OSError:
         return Reply(0, "nothing", since())
 

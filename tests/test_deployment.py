@@ -5,7 +5,6 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-import promises
 import psutil
 import pytest
 from client import SLOW, Crowd, metric, post, until
@@ -24,10 +23,6 @@ UVICORN_2 = Mode("uvicorn", "uvicorn server:app", {"WEB_CONCURRENCY": "2", **STA
 def read(config: Path) -> dict[str, Any]:
     """A config's settings, under the defaults of ours."""
     return runpy.run_path(str(config))
-
-
-def test_readme_shows_what_the_contract_tests_assert_of_each_mode() -> None:
-    assert promises.table() in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
