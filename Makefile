@@ -60,7 +60,7 @@ $(VENV)/serve: requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/dev: requirements-dev.txt $(VENV)/serve
+$(VENV)/dev: requirements-dev.txt requirements-optional.txt $(VENV)/serve
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

@@ -79,18 +79,22 @@ async def prometheus(request: Request) -> Response:
 
 @contextlib.asynccontextmanager
 async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
-    async with Service(settings, metrics).running() as service:
+    async with Service(settings, metrics).running() as service, contextlib.AsyncExitStack() as beside:
+        for protocol in modules:
+            if hasattr(protocol, "serving"):
+                await beside.enter_async_context(protocol.serving(service))
         yield {"service": service}
 
 
 def find_protocols() -> Iterator[tuple[Route, contract.ErrorBody]]:
-    """The routes of every file in workers/protocols/, where there are any, and how errors read there."""
-    for found in pkgutil.iter_modules([str(Path(__file__).parent / "workers" / "protocols")]):
-        protocol = importlib.import_module(f"workers.protocols.{found.name}")
+    """The routes of every protocol, and how errors read there."""
+    for protocol in modules:
         for route in protocol.routes(settings):
             yield route, getattr(protocol, "error_body", contract.error_body)
 
 
+found = pkgutil.iter_modules([str(Path(__file__).parent / "workers" / "protocols")])  # where there are any
+modules = [importlib.import_module(f"workers.protocols.{name}") for _, name, _ in found]
 protocols = list(find_protocols())
 routes = [
     Route("/", answer, methods=["POST"]),

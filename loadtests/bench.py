@@ -4,6 +4,7 @@
     2. Texts per second over HTTP, saturated, as a fraction of calling the same model in a bare loop.
     3. p99 of /health while saturated: thread, and inline for contrast.
     4. Right answers a second under overload, as a fraction of those without.
+    5. The same call over gRPC, as a fraction of HTTP's: the Open Inference Protocol by Triton's own clients.
 
 The server runs on the first core, the client on the last. Rounds are short and interleaved;
 medians are printed, with the quartiles of the ratios.
@@ -25,9 +26,9 @@ from typing import Any
 
 import uvloop
 
-from loadtests import drive
+from loadtests import bench_grpc, drive
 from loadtests.crowd import Connection, Crowd, http
-from loadtests.modes import MODES, Mode, Server, start
+from loadtests.modes import MODES, Mode, Server, free_port, start
 from loadtests.planner import markdown
 
 SERVER_CPU, CLIENT_CPU = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
@@ -245,6 +246,26 @@ def overload(rounds: int, duration_s: float) -> list[dict[str, str]]:
     return rows
 
 
+def over_grpc(rounds: int, duration_s: float) -> list[dict[str, str]]:
+    """Requests per second, milliseconds and bytes of the same call over gRPC, against HTTP."""
+    env = {"MODEL": bench_grpc.MODEL, "GRPC_PORT": str(free_port())}
+    command = Mode("gRPC", "uvicorn server:app --no-access-log", env)
+    with start(command, cpus={SERVER_CPU}) as server:
+        rates = side_by_side(bench_grpc.measures(server, CLIENT_CPU), rounds, duration_s)
+        compared = bench_grpc.compared(rates, server, CLIENT_CPU)
+    return [
+        row(f"requests/s over gRPC, connections: {n}", rates, f"gRPC, {n}", f"HTTP, {n}") for n in (1, 32)
+    ] + [
+        {
+            "what": what,
+            "measured": f"{found['gRPC']:,.2f}",
+            "against": f"{found['HTTP']:,.2f} HTTP",
+            "ratio": f"{found['gRPC'] / found['HTTP']:.2f}",
+        }
+        for what, found in compared.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
@@ -254,6 +275,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C does: leave no server behind
     rounds = 1 if quick else 15
     rows = overhead(rounds, 1.0) + saturated(rounds, 2.0) + health_under_load(4.0 if quick else 8.0)
+    rows += over_grpc(rounds, 1.0)
     print(markdown(rows + overload(1 if quick else 3, 4.0)))
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from client import get, post_json, request, say
 from conftest import MODEL
+from embedding_models import sentence_model, small_bert
 
 import workers
 from loadtests.modes import MODES, ROOT, Server, start
@@ -26,6 +27,19 @@ EMBEDDED = pytest.param(str(MODEL), 50, marks=pytest.mark.slow)
 def test_schemathesis_finds_nothing(mode: str, model: str, examples: int) -> None:
     with start(MODES[mode], {"MODEL": model}) as server:
         find_nothing(examples, server.url + "openapi.json")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "paths"), [("feature-extraction", "^/v1/"), ("text-ranking", "rerank$")])
+def test_schemathesis_finds_nothing_in_the_other_protocols(tmp_path: Path, task: str, paths: str) -> None:
+    """OpenAI's embeddings, reranking."""
+    model = tmp_path / "model"
+    if task == "text-ranking":
+        small_bert(model, "ForSequenceClassification", num_labels=1)
+    else:
+        sentence_model(tmp_path)
+    with start(MODES["thread"], {"MODEL": str(model), "TASK": task}) as server:
+        find_nothing(15, server.url + "openapi.json", "--include-path-regex", paths)
 
 
 def test_schemathesis_finds_nothing_behind_a_key(tmp_path: Path) -> None:

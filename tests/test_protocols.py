@@ -10,6 +10,7 @@ import httpx2
 import numpy as np
 import psutil
 import pytest
+import tritonclient.http
 from client import metric, until
 from embedding_models import sentence_model, small_bert
 
@@ -81,6 +82,21 @@ def test_texts_get_the_vectors_of_post_with_their_index_and_their_tokens(client:
         assert (one["object"], one["index"]) == ("embedding", index)
         np.testing.assert_allclose(one["embedding"], vector, atol=1e-6)
     assert "model;dur=" in reply.headers["server-timing"]
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["binary", "JSON"])
+def test_vectors_are_a_tensor_of_the_open_inference_protocol(
+    servers: dict[str, Server], client: httpx2.Client, binary: bool
+) -> None:
+    texts = tritonclient.http.InferInput("text", [len(TEXTS)], "BYTES")
+    texts.set_data_from_numpy(np.array([text.encode() for text in TEXTS], object), binary)
+    wanted = [tritonclient.http.InferRequestedOutput("answer", binary)]
+    with tritonclient.http.InferenceServerClient(servers["embedder"].url.split("/")[2]) as triton:
+        assert triton.get_model_metadata("model")["outputs"][0]["datatype"] == "FP32"
+        answer = triton.infer("model", [texts], outputs=wanted, parameters={"normalize": True})
+    expected = client.post("/", json={"inputs": TEXTS, "normalize": True}).json()
+    assert answer.as_numpy("answer").dtype == np.float32
+    np.testing.assert_allclose(answer.as_numpy("answer"), expected, atol=1e-6)
 
 
 def test_a_text_alone_is_a_list_of_one(client: httpx2.Client) -> None:

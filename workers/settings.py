@@ -59,6 +59,12 @@ def is_key(keys: str) -> bool:
     )
 
 
+def is_port(address: str) -> bool:
+    """Whether it is a port, alone or after a host's name or address and a colon."""
+    host, colon, port = address.rpartition(":")
+    return bool(host) == bool(colon) and port.isascii() and port.isdigit() and int(port) < 65536
+
+
 def are_origins(names: str) -> bool:
     """Whether each of these is one."""
     return all(one.strip() == "*" or "://" in one for one in names.split(",") if one.strip())
@@ -146,6 +152,8 @@ class Settings:
     HEADERS_TIMEOUT_S: float = seconds(10.0)
     # of one client's address; 0: any number; behind a proxy all have the proxy's
     MAX_CONNECTIONS: int = at_least(0, 0)
+    # gRPC on this port of loopback, or at HOST:PORT; 0: none
+    GRPC_PORT: str = knob("0", "a port, or HOST:PORT", is_port)
 
     # The page
 

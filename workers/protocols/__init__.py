@@ -1,7 +1,8 @@
 """Other doors to the same loop, one file each, found by the server: delete what you don't need.
 
 `routes(settings)` are what it answers to, none where the task is another one; `error_body(status, sentence)`, where there
-is one, is how its errors read. A protocol never talks to the model.
+is one, is how its errors read; `serving(service)`, where there is one, is an async context manager of what runs beside the
+app, for as long as the app does. A protocol never talks to the model.
 """
 
 from typing import Any
@@ -19,8 +20,7 @@ async def read_json(request: Request, known: tuple[str, ...]) -> tuple[dict[str,
     raises.
     """
     body = await request.state.service.clients.read(request)
-    if request.scope["fields"].get(b"content-encoding", b"identity").lower() != b"identity":
-        raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
+    refuse_encoded(request)
     wanted = f'an object with "{known[0]}"'
     try:
         content = contract.load_json(body.removeprefix(contract.BOM).decode(), wanted)
@@ -31,3 +31,14 @@ async def read_json(request: Request, known: tuple[str, ...]) -> tuple[dict[str,
     if unknown := sorted(content.keys() - set(known)):
         raise HTTPException(400, f'"{unknown[0]}" is not a known field; leave it out')
     return {name: value for name, value in content.items() if value is not None}, len(body)
+
+
+def refuse_encoded(request: Request) -> None:
+    """Raise HTTPException 415 where the body is compressed."""
+    if request.scope["fields"].get(b"content-encoding", b"identity").lower() != b"identity":
+        raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
+
+
+def whole(number: Any) -> Any:
+    """3 for 3.0, as JSON has it; anything else as it is."""
+    return int(number) if type(number) is float and number.is_integer() else number

@@ -14,12 +14,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from workers import contract, tasks
+from workers.protocols.openapi import asking, bodies
 from workers.service import Service
 from workers.settings import Settings
 
 
 def routes(settings: Settings) -> list[Route]:
     return [Route("/hf-inference", answer, methods=["POST"])]
+
+
+def operations(service: Service) -> dict[str, Any]:
+    said = service.task.describe()
+    gives = f"{said.gives}, in the hosted form."
+    return {"/hf-inference": {"post": asking(f"Ask the model: {said.takes}", gives, bodies(said, service))}}
 
 
 async def answer(request: Request) -> Response:

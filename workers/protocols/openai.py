@@ -18,12 +18,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from workers.contract import Answered
-from workers.protocols import read_json
+from workers.protocols import read_json, whole
+from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Malformed
 
 STARTED_AT = int(time.time())
+FIELDS = {"message": {"type": "string"}, "type": {"type": "string"}, "param": {}, "code": {}}
+ERROR = an_object({"error": an_object(FIELDS, {})}, {})
 
 
 def routes(settings: Settings) -> list[Route]:
@@ -37,6 +40,32 @@ def error_body(status: int, sentence: str) -> dict[str, Any]:
     return {"error": {"message": sentence, "type": kind, "param": None, "code": None}}
 
 
+def operations(service: Service) -> dict[str, Any]:
+    if not embeds(service):
+        return {}
+    said, most = service.task.describe(), service.settings.MAX_INPUTS
+    text = said.inputs["anyOf"][0]
+    task: Any = service.task
+    a_token = {
+        "type": "integer",
+        "minimum": 0,
+        "maximum": (task.config.get("vocab_size") or len(task.tokens)) - 1,
+    }
+    ids = {"type": "array", "items": a_token, "minItems": 1, "maxItems": task.limit}
+    several = {"type": "array", "items": {"anyOf": [text, ids]}, "minItems": 1, "maxItems": most}
+    optional = {
+        "model": {},
+        "user": {},
+        "encoding_format": {"enum": ["float", "base64"]},
+        "dimensions": (said.parameters or {})["dimensions"],
+    }
+    content = json_of({"input": {"anyOf": [text, ids, several]}}, optional)
+    return {
+        "/v1/embeddings": {"post": asking("A vector for each text", "OpenAI's list.", content, ERROR)},
+        "/v1/models": {"get": operation("The model", {200: "OpenAI's list of it.", **STATUSES}, error=ERROR)},
+    }
+
+
 async def embeddings(request: Request) -> Response:
     """POST /v1/embeddings: a vector for each text."""
     service: Service = embedder(request)
@@ -45,7 +74,7 @@ async def embeddings(request: Request) -> Response:
     form = content.get("encoding_format", "float")
     if form not in ("float", "base64"):
         raise Malformed('"encoding_format" must be "float" or "base64"')
-    parameters = {"normalize": True} | {k: content[k] for k in ("dimensions",) if k in content}
+    parameters = {"normalize": True} | {k: whole(content[k]) for k in ("dimensions",) if k in content}
     try:
         queries = await service.check(texts(content, service.settings.MAX_INPUTS), parameters, n_bytes)
     except (CannotAnswer, Malformed) as exc:
@@ -71,9 +100,13 @@ async def models(request: Request) -> Response:
 def embedder(request: Request) -> Service:
     """The service. Raises HTTPException 404 where the model gives a vector a token, which is known while it loads."""
     service: Service = request.state.service
-    if not getattr(getattr(service, "task", None), "embeds", True):
+    if not embeds(service):
         raise HTTPException(404, "this model gives no vector a text; serve a sentence-transformers model")
     return service
+
+
+def embeds(service: Service) -> bool:
+    return bool(getattr(getattr(service, "task", None), "embeds", True))
 
 
 def in_openais_words(sentence: str) -> str:
@@ -84,13 +117,13 @@ def in_openais_words(sentence: str) -> str:
 def texts(content: dict[str, Any], most: int) -> list[Any]:
     """The inputs: texts, or lists of token ids."""
     given = content.get("input")
-    alone = isinstance(given, str) or (isinstance(given, list) and given and type(given[0]) is int)
+    alone = isinstance(given, str) or (isinstance(given, list) and given and type(whole(given[0])) is int)
     inputs = [given] if alone else given
     if not isinstance(inputs, list) or not 1 <= len(inputs) <= most:
         raise Malformed(
             f'"input" must be a text, a list of 1 to {most} texts, or token ids in place of texts'
         )
-    return inputs
+    return [list(map(whole, one)) if isinstance(one, list) else one for one in inputs]
 
 
 def encoded(vector: np.ndarray, form: str) -> Any:

@@ -125,9 +125,13 @@ def document(service: Service) -> dict[str, Any]:
         "/info": {"get": operation("What is served, its limits and settings", {200: "These.", **STATUSES})},
         "/openapi.json": {"get": operation("This document", {200: "It.", **STATUSES})},
     }
+    unlocked = {("/health", "get"), ("/ready", "get")} | (
+        {("/metrics", "get")} if settings.METRICS_OPEN else set()
+    )
     for found in pkgutil.iter_modules(protocols.__path__):
         module = importlib.import_module(f"{protocols.__name__}.{found.name}")
-        if hasattr(module, "operations") and module.routes(settings):
+        if hasattr(module, "operations") and (there := module.routes(settings)):
+            unlocked |= {(r.path, "get") for r in there if getattr(r.endpoint, "is_public", False)}
             for path, methods in module.operations(service).items():
                 paths[path] = paths.get(path, {}) | methods
     whole = {
@@ -141,22 +145,27 @@ def document(service: Service) -> dict[str, Any]:
         "components": {"schemas": {"Error": ERROR_SCHEMA}},
     }
     if settings.API_KEY:
-        lock(whole, {"/health", "/ready"} | ({"/metrics"} if settings.METRICS_OPEN else set()))
+        lock(whole, unlocked)
     return whole
 
 
-def lock(whole: dict[str, Any], open_paths: set[str]) -> None:
-    """Say where a key is needed: everywhere but on these paths and on the page."""
+def lock(whole: dict[str, Any], unlocked: set[tuple[str, str]]) -> None:
+    """Say where a key is needed: everywhere but at these paths with these methods."""
     bearer, header = (
         {"type": "http", "scheme": "bearer"},
         {"type": "apiKey", "in": "header", "name": "x-api-key"},
     )
     whole["components"]["securitySchemes"] = {"bearer": bearer, "header": header}
     for path, methods in whole["paths"].items():
-        for asked in methods.values():
-            if path not in open_paths and "text/html" not in asked["responses"]["200"]["content"]:
+        for method, asked in methods.items():
+            if (path, method) not in unlocked:
                 asked["security"] = [{"bearer": []}, {"header": []}]
-                asked["responses"]["401"] = response(401, "Without a key, or with a wrong one.", "")
+                asked["responses"]["401"] = response(
+                    401,
+                    "Without a key, or with a wrong one.",
+                    "",
+                    asked["responses"]["503"]["content"]["application/json"]["schema"],
+                )
 
 
 ERROR_SCHEMA = {
@@ -173,15 +182,18 @@ PREFER = {
 }
 
 
-def operation(summary: str, statuses: dict[int, str], media_type: str = "application/json") -> dict[str, Any]:
-    """A request without a body, or what all of them have: its responses, by status."""
-    return {
-        "summary": summary,
-        "responses": {str(status): response(status, what, media_type) for status, what in statuses.items()},
-    }
+def operation(
+    summary: str,
+    statuses: dict[int, str],
+    media_type: str = "application/json",
+    error: dict[str, Any] = ERROR,
+) -> dict[str, Any]:
+    """A request without a body, or what all of them have: its responses, by status; `error`: the form of all but 200."""
+    responses = {str(status): response(status, what, media_type, error) for status, what in statuses.items()}
+    return {"summary": summary, "responses": responses}
 
 
-def response(status: int, what: str, media_type: str) -> dict[str, Any]:
+def response(status: int, what: str, media_type: str, error: dict[str, Any]) -> dict[str, Any]:
     headers = {
         "X-Request-ID": {"schema": {"type": "string"}, "description": "Yours, if you sent a short plain one."}
     }
@@ -189,21 +201,28 @@ def response(status: int, what: str, media_type: str) -> dict[str, Any]:
         headers["WWW-Authenticate"] = {"schema": {"type": "string"}}
     if status == 503:
         headers["Retry-After"] = {"schema": {"type": "integer", "minimum": 1}, "description": "In seconds."}
-    content: dict[str, Any] = {media_type: {}} if status == 200 else {"application/json": {"schema": ERROR}}
+    content: dict[str, Any] = {media_type: {}} if status == 200 else {"application/json": {"schema": error}}
     return {"description": what, "headers": headers, "content": content}
 
 
 def model_operation(said: Description, service: Service) -> dict[str, Any]:
     """POST /."""
-    statuses = {
-        200: f"{said.gives}: one answer, or a list of them for a list of inputs.",
-        **STATUSES,
-        **OF_THE_MODEL,
-    }
-    asked = operation(f"Ask the model: {said.takes}", statuses)
-    asked["parameters"] = [PREFER]
-    asked["requestBody"] = {"required": True, "content": bodies(said, service)}
+    gives = f"{said.gives}: one answer, or a list of them for a list of inputs."
+    asked = asking(f"Ask the model: {said.takes}", gives, bodies(said, service))
     asked["responses"]["200"]["content"] |= {form: {} for form in stream.FORMS}
+    return asked
+
+
+def asking(
+    summary: str,
+    gives: str,
+    content: dict[str, Any],
+    error: dict[str, Any] = ERROR,
+) -> dict[str, Any]:
+    """A request to the model: `content` is what may be posted, by media type."""
+    asked = operation(summary, {200: gives, **STATUSES, **OF_THE_MODEL}, error=error)
+    asked["parameters"] = [PREFER]
+    asked["requestBody"] = {"required": True, "content": content}
     asked["responses"]["200"]["headers"]["Server-Timing"] = {
         "schema": {"type": "string"},
         "description": "Where the time went: queue and model in ms, the batch's size and why it closed.",
@@ -211,20 +230,32 @@ def model_operation(said: Description, service: Service) -> dict[str, Any]:
     return asked
 
 
+def json_of(required: dict[str, Any], optional: dict[str, Any]) -> dict[str, Any]:
+    """The content that is a JSON object of these fields and no others."""
+    return {"application/json": {"schema": an_object(required, optional)}}
+
+
+def an_object(required: dict[str, Any], optional: dict[str, Any], is_open: bool = False) -> dict[str, Any]:
+    """The schema of an object; what is optional may be null, too."""
+    return {
+        "type": "object",
+        "properties": required | {name: or_null(schema) for name, schema in optional.items()},
+        "required": list(required),
+        "additionalProperties": is_open,
+    }
+
+
+def or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "null"}]} if schema else {}
+
+
 def bodies(said: Description, service: Service) -> dict[str, Any]:
     """What may be posted, by media type."""
     one = alone(said.inputs)
     several = {"type": "array", "items": said.inputs, "minItems": 1, "maxItems": service.settings.MAX_INPUTS}
-    named = {} if said.parameters is None else said.parameters
-    fields = {name: {"anyOf": [schema, {"type": "null"}]} for name, schema in named.items()}
-    is_open = said.parameters is None
-    parameters = {"type": ["object", "null"], "properties": fields, "additionalProperties": is_open}
-    schema = {
-        "type": "object",
-        "properties": {"inputs": {"anyOf": [one, several]}, "parameters": parameters, **fields},
-        "required": ["inputs"],
-        "additionalProperties": is_open,
-    }
+    named, is_open = said.parameters or {}, said.parameters is None
+    parameters = {"parameters": an_object({}, named, is_open)}
+    schema = an_object({"inputs": {"anyOf": [one, several]}}, parameters | named, is_open)
     example = sayable(said.example)
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if example and example["inputs"] is not None:

@@ -14,11 +14,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from workers.contract import Answered
-from workers.protocols import read_json
+from workers.protocols import read_json, whole
+from workers.protocols.openapi import an_object, asking
 from workers.service import Service
 from workers.settings import Settings
 from workers.tasks import Malformed
 
+PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
 FOR_THE_TASK = ("truncate", "truncation_direction", "raw_scores")
 KNOWN = ("query", "texts", "documents", "model", "top_n", "return_text", "return_documents", *FOR_THE_TASK)
 
@@ -26,7 +28,26 @@ KNOWN = ("query", "texts", "documents", "model", "top_n", "return_text", "return
 def routes(settings: Settings) -> list[Route]:
     if settings.TASK != "text-ranking" or settings.is_own_class:
         return []
-    return [Route(path, rerank, methods=["POST"]) for path in ("/rerank", "/v1/rerank", "/v2/rerank")]
+    return [Route(path, rerank, methods=["POST"]) for path in PATHS]
+
+
+def operations(service: Service) -> dict[str, Any]:
+    parameters = service.task.describe().parameters or {}
+    query = {"query": {"type": "string", "pattern": r"\S"}}
+    text = {"type": "string", "pattern": r"\S"}
+    document = {"anyOf": [text, {"type": "object", "properties": {"text": text}, "required": ["text"]}]}
+    several = {"type": "array", "items": document, "minItems": 1, "maxItems": service.settings.MAX_INPUTS}
+    free: dict[str, Any] = {name: {} for name in ("model", "return_text", "return_documents")}
+    rest = (
+        free
+        | {"top_n": {"type": "integer", "minimum": 1}}
+        | {name: parameters[name] for name in FOR_THE_TASK}
+    )
+    forms = [an_object(query | {name: several}, rest) for name in ("texts", "documents")]
+    asked = asking(
+        "Rank texts", "Their scores, the best first.", {"application/json": {"schema": {"anyOf": forms}}}
+    )
+    return {path: {"post": asked} for path in PATHS}
 
 
 async def rerank(request: Request) -> Response:
@@ -34,7 +55,7 @@ async def rerank(request: Request) -> Response:
     service: Service = request.state.service
     content, n_bytes = await read_json(request, KNOWN)
     given = texts(content, service.settings.MAX_INPUTS)
-    top_n = content.get("top_n", len(given))
+    top_n = whole(content.get("top_n", len(given)))
     if type(top_n) is not int or top_n < 1:
         raise Malformed('"top_n" must be a whole number of at least 1')
     parameters = {"truncate": "documents" in content} | {k: content[k] for k in FOR_THE_TASK if k in content}

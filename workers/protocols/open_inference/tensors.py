@@ -1,0 +1,191 @@
+"""Inputs and answers as the Open Inference Protocol's tensors, the same over HTTP and over gRPC.
+
+One tensor in. Its name says what an element is, each an input of its own:
+
+    text      BYTES   a text
+    json      BYTES   JSON: whatever POST / takes as one of its "inputs"
+    bytes     BYTES   an image, a sound, where the task takes them
+    numbers   FP32 …  a row is an input: a list of numbers
+
+One out, `answer`: FP32 [n, dimensions] where the model gives a vector a text; else BYTES [n], the JSON of each.
+"""
+
+import math
+import struct
+from typing import Any, NamedTuple
+
+import numpy as np
+from starlette.exceptions import HTTPException
+
+from workers import contract
+from workers.jobs import Answer, ModelFailed
+from workers.service import Service
+from workers.tasks import CannotAnswer, Malformed
+
+VERSION, ANSWER = "1", "answer"
+NAMES = ("text", "json", "bytes", "numbers")
+NUMPYS = {  # of each datatype, as it is on the wire
+    "BOOL": "?",
+    **{f"{kind}{bits}": f"<{kind[0].lower()}{bits // 8}" for kind in ("INT", "UINT") for bits in (8, 16, 32, 64)},
+    **{f"FP{bits}": f"<f{bits // 8}" for bits in (16, 32, 64)},
+}  # fmt: skip
+KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}  # what a JSON number may be to become one
+
+
+class Tensor(NamedTuple):
+    """What was sent: `data` are its elements, as JSON or protobuf says them, or the bytes of all."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: Any
+
+
+class Said(NamedTuple):
+    """What is answered: `data` as JSON says them."""
+
+    datatype: str
+    shape: list[int]
+    data: Any
+    raw: bytes
+
+
+def inputs(tensor: Tensor, service: Service) -> list[Any]:
+    """What the task is asked. Raises Malformed and CannotAnswer with a sentence."""
+    name, most = tensor.name, service.settings.MAX_INPUTS
+    if name not in NAMES:
+        raise Malformed(f"there is no input {name[:100]!r}; send {', '.join(NAMES[:-1])} or {NAMES[-1]}")
+    if (tensor.datatype == "BYTES") == (name == "numbers"):
+        raise CannotAnswer(f'"{name}" is no tensor of {tensor.datatype[:20]}; see GET /v2/models/NAME')
+    if name == "bytes" and not service.task.media:
+        raise CannotAnswer('this model takes no bytes; send "text" or "json"')
+    found = rows(tensor) if name == "numbers" else elements(tensor, most)
+    if not 1 <= len(found) <= most:
+        raise CannotAnswer(f"there are {len(found)} inputs; send 1 to {most} at once")
+    return found
+
+
+def elements(tensor: Tensor, most: int) -> list[Any]:
+    """Those of a BYTES tensor, of any shape."""
+    given = split(tensor.data, most) if isinstance(tensor.data, bytes) else tensor.data
+    if len(given) != math.prod(tensor.shape):
+        raise CannotAnswer(f"there are {len(given)} elements; the shape says {math.prod(tensor.shape)}")
+    if tensor.name == "bytes":
+        return [one if isinstance(one, bytes) else one.encode() for one in given]
+    return [element(one, number, tensor.name) for number, one in enumerate(given)]
+
+
+def element(one: str | bytes, number: int, name: str) -> Any:
+    try:
+        text = one.decode() if isinstance(one, bytes) else one
+    except UnicodeDecodeError as exc:
+        raise Malformed(f"byte {exc.start} of element {number} is not UTF-8; send UTF-8") from None
+    try:
+        return text if name == "text" else contract.load_json(text, 'JSON, such as "a text"')
+    except HTTPException as exc:  # that of the request is well-formed
+        raise CannotAnswer(f"element {number}: {exc.detail}") from None
+
+
+def split(raw: bytes, most: int) -> list[bytes]:
+    """The elements, each after its length in 4 bytes; those after `most` are counted as one."""
+    found: list[bytes] = []
+    at = 0
+    while at < len(raw) and len(found) <= most:
+        if len(raw) < at + 4:
+            break
+        (length,) = struct.unpack_from("<I", raw, at)
+        found.append(raw[at + 4 : at + 4 + length])
+        at += 4 + length
+    if at > len(raw) or (at < len(raw) and len(found) <= most):
+        raise Malformed("the elements of BYTES end too early; send each after its length in 4 bytes")
+    return found
+
+
+def rows(tensor: Tensor) -> list[Any]:
+    """Those of a tensor of numbers, by its first dimension."""
+    numpys = NUMPYS.get(tensor.datatype)
+    if numpys is None:
+        raise CannotAnswer(f"{tensor.datatype[:20]} is not taken; send {', '.join(('BYTES', *NUMPYS))}")
+    try:
+        if isinstance(tensor.data, bytes):
+            array = np.frombuffer(tensor.data, numpys)
+        else:
+            found = np.array(tensor.data)
+            with np.errstate(all="ignore"):  # what is too large becomes infinite
+                array = found.astype(numpys)
+            small = array.dtype.kind == "f" or (array == found).all()
+            if found.size and not (found.dtype.kind in KINDS[array.dtype.kind] and small):
+                raise ValueError
+    except (ValueError, OverflowError, TypeError):
+        raise CannotAnswer(
+            f"the data are no {tensor.datatype}, or not of one shape; send both alike"
+        ) from None
+    if array.size != math.prod(tensor.shape) or not tensor.shape:
+        raise CannotAnswer(f"there are {array.size} numbers; the shape says {tensor.shape[:10]}")
+    if not np.isfinite(array).all():
+        raise CannotAnswer("a number is not finite; send finite ones")
+    return array.reshape(tensor.shape).tolist()
+
+
+def parameters(sent: dict[str, Any]) -> dict[str, Any]:
+    """The task's. One named "parameters" is JSON with more of them: gRPC and its clients know no lists."""
+    more = sent.pop("parameters", {})
+    more = contract.load_json(more, '{"targets": ["a"]}') if isinstance(more, str) else more
+    if not isinstance(more, dict):
+        raise Malformed('"parameters" in the parameters are no object; send one, such as {"targets": ["a"]}')
+    return {name: value for name, value in (sent | more).items() if value is not None}
+
+
+def said(answers: list[Answer], service: Service) -> Said:
+    """The answers as one tensor. Raises ModelFailed where they can't be said, as NaN."""
+    if embeds(service):
+        vectors = np.array([answer.value for answer in answers], "<f4")
+        if not np.isfinite(vectors).all():
+            bad = int(np.argmin(np.isfinite(vectors).all(axis=1)))
+            raise failed("the vector is not finite", bad, answers)
+        return Said("FP32", list(vectors.shape), vectors.ravel(), vectors.tobytes())
+    texts = []
+    for index, answer in enumerate(answers):
+        try:
+            texts.append(contract.rendered(answer.value))
+        except ModelFailed as exc:
+            raise failed(str(exc), index, answers) from exc
+    raw = b"".join(struct.pack("<I", len(text)) + text for text in texts)
+    return Said("BYTES", [len(texts)], [text.decode() for text in texts], raw)
+
+
+def failed(why: str, index: int, answers: list[Answer]) -> ModelFailed:
+    exc = ModelFailed(why)
+    exc.index = index if len(answers) > 1 else None
+    return exc
+
+
+def embeds(service: Service) -> bool:
+    """Whether the model gives a vector a text."""
+    return bool(getattr(service.task, "embeds", False))
+
+
+def metadata(service: Service) -> dict[str, Any]:
+    """The model and its tensors: of the inputs that one that its example is."""
+    example = service.task.describe().example.get("inputs")
+    numbers = isinstance(example, list) and example and all(type(one) in (int, float) for one in example)
+    name = (
+        "bytes"
+        if service.task.media
+        else "text"
+        if isinstance(example, str)
+        else "numbers"
+        if numbers
+        else "json"
+    )
+    taken = {"name": name, "datatype": "FP32" if numbers else "BYTES", "shape": [-1, -1] if numbers else [-1]}
+    given = (
+        {"datatype": "FP32", "shape": [-1, -1]} if embeds(service) else {"datatype": "BYTES", "shape": [-1]}
+    )
+    return {
+        "name": service.settings.model_name,
+        "versions": [VERSION],
+        "platform": "python",
+        "inputs": [taken],
+        "outputs": [{"name": ANSWER, **given}],
+    }
