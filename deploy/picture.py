@@ -4,6 +4,7 @@ For a README or a report, and where there is no Grafana. Writes deploy/dashboard
 """
 
 import json
+import math
 import re
 import sys
 import time
@@ -20,7 +21,7 @@ from deploy.grafana import ACROSS, PANELS, RATE, Panel
 
 PICTURE = Path(__file__).with_name("dashboard.png")
 POINTS = 120
-UNITS = {"s": EngFormatter("s"), "bytes": EngFormatter("B"), "percentunit": PercentFormatter(1, 0)}
+UNITS = {"s": EngFormatter("s", sep=" "), "bytes": EngFormatter("B", sep=" "), "percentunit": PercentFormatter(1, 0)}
 Series = list[tuple[str, list[float], list[float]]]  # the legend, when, what
 
 
@@ -52,15 +53,18 @@ def series(prometheus: str, panel: Panel, minutes: float, rate: str) -> Series:
 def draw(axes: Axes, panel: Panel, found: Series) -> None:
     axes.set_title(panel.title, loc="left", fontsize=10)
     axes.tick_params(labelsize=8)
+    axes.locator_params(nbins=5)
     axes.spines[["top", "right"]].set_visible(False)
     if panel.kind == "heatmap":
         return draw_heatmap(axes, found, cumulative="{{le}}" in panel.shows)
-    for name, when, values in found:
+    told = [one for one in found if any(one[2])] or found[:1]  # what was never there needs no line
+    for name, when, values in told:
         axes.plot(when, values, linewidth=1.2, label=name)
-    axes.set_ylim(0, panel.most)
+    highest = max((value for _, _, values in told for value in values if math.isfinite(value)), default=0)
+    axes.set_ylim(0, 1.4 * (panel.most or highest or 1))  # room for the legend
     if panel.unit in UNITS:
         axes.yaxis.set_major_formatter(UNITS[panel.unit])
-    axes.legend(fontsize=7, frameon=False, loc="upper left", ncols=2)
+    axes.legend(fontsize=7, frameon=False, loc="upper left", ncols=3)
 
 
 def draw_heatmap(axes: Axes, found: Series, *, cumulative: bool) -> None:
@@ -88,7 +92,7 @@ def main(prometheus: str = "http://127.0.0.1:9090", span: str = "5m", rate: str 
         draw(axes, panel, series(prometheus, panel, float(span.removesuffix("m")), rate))
     for axes in grid[-1]:
         axes.set_xlabel("minutes ago", fontsize=8)
-    figure.savefig(PICTURE, dpi=90)
+    figure.savefig(PICTURE, dpi=80)
 
 
 if __name__ == "__main__":
