@@ -180,12 +180,9 @@ def expressions() -> dict[str, str]:
 def prometheus(folder: Path, model: str, haproxy: str) -> Iterator[str]:
     """A real one with the very configuration, but that it scrapes these, and every second."""
     config = re.sub(r"_interval: \d+s", "_interval: 1s", (DEPLOY / "prometheus.yml").read_text())
+    config = config.replace("127.0.0.1:8000", model).replace("127.0.0.1:8404", haproxy)
     (folder / "prometheus.yml").write_text(config)
     shutil.copy(DEPLOY / "rules.yml", folder)
-    targets = (DEPLOY / "targets.yml").read_text()
-    (folder / "targets.yml").write_text(
-        targets.replace("127.0.0.1:8000", model).replace("127.0.0.1:8404", haproxy)
-    )
     address = f"127.0.0.1:{free_port()}"
     arguments = {
         "config.file": folder / "prometheus.yml",
