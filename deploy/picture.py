@@ -21,7 +21,11 @@ from deploy.grafana import ACROSS, PANELS, RATE, Panel
 
 PICTURE = Path(__file__).with_name("dashboard.png")
 POINTS = 120
-UNITS = {"s": EngFormatter("s", sep=" "), "bytes": EngFormatter("B", sep=" "), "percentunit": PercentFormatter(1, 0)}
+UNITS = {
+    "s": EngFormatter("s", sep=" "),
+    "bytes": EngFormatter("B", sep=" "),
+    "percentunit": PercentFormatter(1, 0),
+}
 Series = list[tuple[str, list[float], list[float]]]  # the legend, when, what
 
 

@@ -139,6 +139,9 @@ class Settings:
     # The page
     PAGE: bool = knob("0: no page at GET /", True, "1 or 0", lambda value: True)
 
+    # What is told
+    LOG_FORMAT: str = one_of("text", "json", why="json: a line a request; see request_log.py")
+
     # Stopping
     GRACE_S: float = seconds(10.0, "from SIGTERM to exit at the latest; keep it under your supervisor's own")
 
