@@ -27,12 +27,17 @@ def logged(app: ASGIApp, settings: Settings) -> ASGIApp:
     """The app with a line for each request, where LOG_FORMAT asks for it; else the app itself."""
     if settings.LOG_FORMAT != "json":
         return app
-    for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
-        for handler in logging.getLogger(name).handlers:
-            handler.setFormatter(Json())
+    speak_json()
     access = logging.getLogger("uvicorn.access")  # would say the same again, as text
     access.handlers, access.propagate = [], False
     return RequestLog(app)
+
+
+def speak_json() -> None:
+    """Let the servers' own lines be JSON, too, from now on."""
+    for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
+        for handler in logging.getLogger(name).handlers:
+            handler.setFormatter(Json())
 
 
 class RequestLog:

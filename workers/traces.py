@@ -8,15 +8,20 @@ model. What was asked and answered is in none of them. OTEL_SERVICE_NAME, OTEL_R
 the exporter's variables mean what they always mean.
 """
 
+import asyncio
+import contextlib
 import os
 import time
+from functools import partial
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from workers.jobs import slowest
+from workers.offload import in_thread
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+FLUSH_S = 1.0
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
 
 
@@ -62,10 +67,13 @@ class Traces:
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        self.app, self.otel, self.tracer = app, trace, provider.get_tracer("workers.traces")
+        self.app, self.otel, self.provider = app, trace, provider
+        self.tracer = provider.get_tracer("workers.traces")
         self.extract = TraceContextTextMapPropagator().extract
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, partial(self.send_after_flush, send))
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
         sent = {
@@ -91,6 +99,14 @@ class Traces:
             if span.is_recording():  # it may not be in the sample
                 self.describe(span, scope, status, replied_at)
             span.end()
+
+    async def send_after_flush(self, send: Send, message: Message) -> None:
+        """Let the last spans go out before the end: uvicorn ends with the signal that ended it, past every atexit."""
+        if message["type"] == "lifespan.shutdown.complete":
+            with contextlib.suppress(TimeoutError):  # nobody is there to take them
+                async with asyncio.timeout(FLUSH_S):
+                    await in_thread(self.provider.force_flush)
+        await send(message)
 
     def describe(self, span: Any, scope: Scope, status: int, replied_at: int) -> None:
         """Say of the span what is known once the request has ended: of several inputs, how the slowest fared."""
