@@ -166,14 +166,21 @@ def test_the_dashboard_is_what_its_code_makes() -> None:
 
 
 def expressions() -> dict[str, str]:
-    """All of rules and dashboard. An alert's comparisons say 0 or 1, instead of nothing where nothing is wrong."""
+    """All of rules, dashboard and autoscaler. An alert's comparisons say 0 or 1, instead of nothing where nothing is wrong."""
     panels = {
         f"{panel.title}: {legend}": expr.replace(grafana.RATE, "15s")
         for panel in grafana.PANELS
         for legend, expr in panel.shows.items()
     }
     alerts = {rule["alert"]: re.sub(r" (>|<|==) ", r" \1 bool ", rule["expr"]) for rule in ALERTS}
-    return {**panels, **alerts, **{rule["record"]: rule["record"] for rule in RULES if "record" in rule}}
+    (scaled,) = yaml.safe_load_all((DEPLOY / "kubernetes" / "autoscale.yaml").read_text())
+    scales = {f"scale {i}": one["metadata"]["query"] for i, one in enumerate(scaled["spec"]["triggers"])}
+    return {
+        **panels,
+        **scales,
+        **alerts,
+        **{rule["record"]: rule["record"] for rule in RULES if "record" in rule},
+    }
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from workers.settings import Settings
 log = logging.getLogger("uvicorn.error")
 
 REFUSALS_PER_S = 10
+MOST_OF_A_PATH = 200  # of 64 KB
 
 
 def logged(app: ASGIApp, settings: Settings) -> ASGIApp:
@@ -84,7 +85,7 @@ def said(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
     fields = {
         "id": scope.get("request_id", b"").decode("latin-1"),
         "method": scope["method"],
-        "path": scope["path"],
+        "path": scope["path"][:MOST_OF_A_PATH],
         "status": status,
         "ms": round(seconds * 1000, 2),
     }

@@ -22,6 +22,7 @@ from workers.offload import in_thread
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 FLUSH_S = 1.0
+MOST_OF_A_PATH = 200  # of 64 KB
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
 
 
@@ -110,10 +111,10 @@ class Traces:
 
     def describe(self, span: Any, scope: Scope, status: int, replied_at: int) -> None:
         """Say of the span what is known once the request has ended: of several inputs, how the slowest fared."""
-        if status not in (404, 405):  # else anybody could invent names
+        if ("POST", scope["path"]) in scope["app"].endpoints:  # else anybody could invent names
             span.update_name(f"POST {scope['path']}")
         span.set_attribute("http.request.method", "POST")
-        span.set_attribute("url.path", scope["path"])
+        span.set_attribute("url.path", scope["path"][:MOST_OF_A_PATH])
         span.set_attribute("http.response.status_code", status)
         span.set_attribute("request.id", scope.get("request_id", b"").decode("latin-1"))
         if status >= 500 or not status:
