@@ -139,6 +139,14 @@ def test_compose_mounts_what_is_there_and_haproxy_reads_what_it_sets() -> None:
     assert published and all(port.startswith("127.0.0.1:") for port in published)
 
 
+@pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")
+def test_haproxy_understands_its_configuration_as_compose_sets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in COMPOSE["services"]["haproxy"]["environment"].items():
+        monkeypatch.setenv(name, value)
+    ended = subprocess.run(["haproxy", "-c", "-f", str(DEPLOY / "haproxy.cfg")], capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 @pytest.mark.skipif(not shutil.which("promtool"), reason="prometheus is not installed")
 def test_composes_prometheus_understands_its_configuration(tmp_path: Path) -> None:
     shutil.copy(DEPLOY / "rules.yml", tmp_path)
