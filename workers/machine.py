@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import importlib
 import os
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ from workers import memory
 from workers.metrics import SECONDS, Metrics
 
 LOOK_S = 1.0
-TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class Machine:
@@ -49,6 +47,8 @@ class Machine:
                 registry=self.registry,
             )
             self.files = self.gauge("process_open_fds", "Open files and connections", "liveall")
+            import resource  # which Windows has not
+
             most = self.gauge("process_max_fds", "How many it may open", "liveall")
             most.set(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
             self.looks.append(self.look_at_processes)
@@ -99,7 +99,7 @@ def cpu_seconds(pid: int) -> float:
     """Processor time that a process has used, 0 where it can't be known."""
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return 0.0
 
 
