@@ -26,8 +26,10 @@ from workers.envelope import Envelope
 from workers.guard import Guard, public, with_cors
 from workers.jobs import Refused
 from workers.metrics import Metrics
+from workers.request_log import logged
 from workers.service import Service
 from workers.settings import Settings
+from workers.traces import traced
 
 settings = Settings.read()
 metrics = Metrics()
@@ -104,4 +106,4 @@ routes = [
     *(route for route, _ in protocols),
 ]
 envelope = Envelope(Router(routes, lifespan=lifespan), metrics, protocols, Guard(settings, routes))
-app = with_cors(envelope, settings)
+app = logged(traced(with_cors(envelope, settings)), settings)

@@ -6,7 +6,8 @@ SIGHUP            one by one the replicas give way to new ones, each ready befor
 SIGTTIN, SIGTTOU  one replica more, one fewer (as Gunicorn's)
 SIGTERM, Ctrl-C   answer what is admitted, then end; a second Ctrl-C ends at once
 
-A replica that dies is replaced. `/metrics` tells of all of them together. None outlives this process (on Linux).
+A replica that dies is replaced. `/metrics` tells of all of them together; METRICS_BIND=127.0.0.1:8404 shows HAProxy's own
+there. None outlives this process (on Linux).
 """
 
 import argparse
@@ -43,6 +44,8 @@ class Cluster:
         self.env = {
             "BIND": bind,
             "ADMIN_SOCKET": self.socket,
+            # HAProxy's own metrics are for nobody, unless somebody says where.
+            "METRICS_BIND": os.environ.get("METRICS_BIND", f"unix@{folder}/haproxy-metrics.sock"),
             "SERVER_TIMEOUT": f"{int(settings.DEADLINE_S) + 5}s",
             "PROMETHEUS_MULTIPROC_DIR": self.metrics,
             "WEB_CONCURRENCY": str(n),  # so many share the cores

@@ -161,7 +161,12 @@ def haproxy_alone(**env: str) -> Iterator[tuple[Server, str]]:
     """HAProxy with no replica, and its admin socket."""
     with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile() as log:
         port, admin = free_port(), f"{folder}/admin"
-        settings = {"BIND": f"127.0.0.1:{port}", "ADMIN_SOCKET": admin, **env}
+        settings = {
+            "BIND": f"127.0.0.1:{port}",
+            "ADMIN_SOCKET": admin,
+            "METRICS_BIND": f"unix@{admin}-metrics",
+            **env,
+        }
         command = ["haproxy", "-db", "-f", str(ROOT / "deploy" / "haproxy.cfg")]
         process = subprocess.Popen(command, env=os.environ | settings, stderr=log)
         try:

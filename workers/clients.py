@@ -85,7 +85,9 @@ class Clients:
         self.waiting[handler] = request.receive
         budget_s = client_budget_s(request)
         try:
-            return await self.loop.submit_all(*zip(*queries), budget_s=budget_s)
+            answers = await self.loop.submit_all(*zip(*queries), budget_s=budget_s)
+            request.scope["answers"] = answers  # for who tells of the request once it has ended
+            return answers
         except asyncio.CancelledError:
             if handler in self.waiting:
                 raise

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from workers.jobs import Answer, Late, ModelFailed, Refused
+from workers.jobs import Answer, Late, ModelFailed, Refused, slowest
 from workers.tasks import CannotAnswer, Malformed
 
 log = logging.getLogger("uvicorn.error")
@@ -178,10 +178,10 @@ class Answered(Response):
 
 def timing(answers: list[Answer]) -> str:
     """Where the time of the slowest went, as Server-Timing has it."""
-    slowest = answers[0] if len(answers) == 1 else max(answers, key=lambda a: a.queue_s + a.model_s)
+    answer = slowest(answers)
     return (
-        f"queue;dur={slowest.queue_s * 1000:.2f}, model;dur={slowest.model_s * 1000:.2f}, "
-        f'batch;desc="size {slowest.batch_size}, closed by {slowest.closed_by}"'
+        f"queue;dur={answer.queue_s * 1000:.2f}, model;dur={answer.model_s * 1000:.2f}, "
+        f'batch;desc="size {answer.batch_size}, closed by {answer.closed_by}"'
     )
 
 

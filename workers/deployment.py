@@ -10,6 +10,7 @@ import threading
 import time
 from typing import Any
 
+from workers.request_log import speak_json
 from workers.settings import Settings
 
 __all__ = [
@@ -51,6 +52,8 @@ worker_connections = 1000 if _files == resource.RLIM_INFINITY else min(1000, _fi
 def on_starting(server: Any) -> None:
     """In the master, before any worker: a folder where the workers' metrics meet; and no worker misses its end."""
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-")
+    if _settings.LOG_FORMAT == "json":
+        speak_json()
     master = os.getpid()
 
     def hold() -> None:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,6 +47,11 @@ class Answer(NamedTuple):
     model_s: float
     batch_size: int
     closed_by: str
+
+
+def slowest(answers: Sequence[Answer]) -> Answer:
+    """The one that its request waited for."""
+    return answers[0] if len(answers) == 1 else max(answers, key=lambda a: a.queue_s + a.model_s)
 
 
 @dataclass(eq=False, slots=True)

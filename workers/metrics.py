@@ -6,6 +6,7 @@ Under Gunicorn, where PROMETHEUS_MULTIPROC_DIR is set, every worker shows the su
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -42,6 +43,8 @@ class Metrics:
         )
         # A look-up of labels is half the cost of a count.
         self.requests_with = functools.cache(self.requests.labels)
+        for status in (200, 500, 503, 504):
+            self.requests_with(status)  # from zero on: PromQL takes no rate of what is not there yet
         self.batches_closed_by = functools.cache(self.batches.labels)
         self.dropped = Counter("model_abandoned", "Jobs dropped: nobody waited for them", registry=registry)
         self.restarts = Counter("model_process_restarts", "Model processes replaced", registry=registry)
@@ -49,19 +52,13 @@ class Metrics:
             "model_quarantined", "Queries refused: the model's process died of them", registry=registry
         )
 
-    def watch(self, depth: Callable[[], float], running: Callable[[], float]) -> None:
-        """Read the queue depth and the number of running jobs from these functions at every `sample`."""
-        registry = self.registry
-        self.gauges = [
-            (Gauge(name, what, registry=registry, multiprocess_mode="livesum"), read)
-            for name, what, read in (
-                ("model_queue_depth", "Jobs that wait for the model", depth),
-                ("model_running", "Jobs that the model works on", running),
-            )
-        ]
+    def watch(self, name: str, what: str, read: Callable[[], float], mode: Any = "livesum") -> None:
+        """Read a gauge from this function at every `sample`; `mode`: what it is of several workers."""
+        gauge = Gauge(name, what, registry=self.registry, multiprocess_mode=mode)
+        self.gauges.append((gauge, read))
 
     def sample(self) -> None:
-        """Set the gauges. Each worker does it once a second: another one's scrape can't ask it."""
+        """Set the gauges. Each worker does it again and again: another one's scrape can't ask it."""
         for gauge, read in self.gauges:
             gauge.set(read())
 

@@ -20,6 +20,7 @@ from workers.clients import SWEEP_S, Clients
 from workers.copies import stuck
 from workers.jobs import LOADING, ModelFailed, Refused
 from workers.loop import ModelLoop
+from workers.machine import Machine
 from workers.metrics import Metrics
 from workers.offload import CannotLoad, Inline, Offload, Thread, attempt_load, in_thread, in_words
 from workers.process import Process
@@ -56,7 +57,16 @@ class Service:
         self.started = asyncio.Event()  # every copy is loaded, or none will be
         self.alarmed = False
         self._task: tasks.Task | None = None
-        metrics.watch(lambda: self.loop.depth, lambda: self.loop.running)
+        metrics.watch("model_queue_depth", "Jobs that wait for the model", lambda: self.loop.depth)
+        metrics.watch("model_running", "Jobs that the model works on", lambda: self.loop.running)
+        metrics.watch("model_copies_loaded", "Copies of the model", lambda: self.loop.copies.loaded)
+        metrics.watch(
+            "model_stuck_seconds",
+            "How long a call has been running that may never end",
+            lambda: self.loop.copies.stuck_s,
+            "livemax",
+        )
+        self.machine = Machine(metrics, self.model_pids)
 
     @property
     def task(self) -> tasks.Task:
@@ -131,11 +141,15 @@ class Service:
                 raise ModelFailed(in_words(exc)) from exc
         return queries
 
+    def model_pids(self) -> list[int]:
+        """The model's own processes."""
+        started = [copy for copy in self.copies if isinstance(copy, Process) and hasattr(copy, "process")]
+        return [copy.process.pid for copy in started]
+
     def report(self) -> None:
         """One line on what this worker takes of the machine, and a warning when all of them together take too much."""
         settings = self.settings
-        children = [copy.process.pid for copy in self.copies if isinstance(copy, Process)]
-        mine = memory.resident_bytes([os.getpid(), *children])
+        mine = memory.resident_bytes([os.getpid(), *self.model_pids()])
         # With "dirty" the model is in Gunicorn's own pool, in none of these workers.
         copies = 0 if settings.OFFLOAD == "dirty" else settings.INSTANCES
         log.info(
@@ -161,7 +175,7 @@ class Service:
             self.metrics.sample()
             if self.copies and all(copy.trouble for copy in self.copies):
                 raise CannotLoad(self.copies[0].trouble)
-            await asyncio.sleep(SWEEP_S)
+            await self.machine.sleep(SWEEP_S)
         signal.raise_signal(signal.SIGTERM)
 
     def exit(self, code: int, reason: str, details: str = "") -> None:

@@ -160,6 +160,11 @@ class Settings:
     # 0: no page at GET /
     PAGE: bool = switch(True)
 
+    # What is told
+
+    # json: a line a request; see request_log.py
+    LOG_FORMAT: str = one_of("text", "json")
+
     # Stopping
 
     # from SIGTERM to exit at the latest; keep it under your supervisor's own

@@ -69,6 +69,7 @@ class Streamed(Response):
         """What there is to say of one input."""
         try:
             answer = await self.service.loop.submit(query.content, size=query.size, budget_s=self.budget_s)
+            scope.setdefault("answers", []).append(answer)
             batch = f"size {answer.batch_size}, closed by {answer.closed_by}"
             times = {"queue_ms": round(answer.queue_s * 1000, 2), "model_ms": round(answer.model_s * 1000, 2)}
             said = rendered({"index": index, "answer": answer.value, **times, "batch": batch})

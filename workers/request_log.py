@@ -1,0 +1,118 @@
+"""LOG_FORMAT=json: one line a request, and all else that the server says, as JSON. Never what was asked or answered.
+
+    {"time":"2026-11-26T00:00:00.000+00:00","level":"INFO","message":"request","id":"e60b…","method":"POST","path":"/",
+     "status":200,"ms":9.1,"inputs":1,"queue_ms":0.1,"model_ms":8.4,"batch_size":4,"closed_by":"idle"}
+
+Probes and pages that go well have no line. Of refusals (503) the first REFUSALS_PER_S in each second have one; the next line
+after a gap says in "unlogged" how many have not.
+"""
+
+import json
+import logging
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from workers.jobs import slowest
+from workers.settings import Settings
+
+log = logging.getLogger("uvicorn.error")
+
+REFUSALS_PER_S = 10
+MOST_OF_A_PATH = 200  # of 64 KB
+
+
+def logged(app: ASGIApp, settings: Settings) -> ASGIApp:
+    """The app with a line for each request, where LOG_FORMAT asks for it; else the app itself."""
+    if settings.LOG_FORMAT != "json":
+        return app
+    speak_json()
+    access = logging.getLogger("uvicorn.access")  # would say the same again, as text
+    access.handlers, access.propagate = [], False
+    return RequestLog(app)
+
+
+def speak_json() -> None:
+    """Let the servers' own lines be JSON, too, from now on."""
+    for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
+        for handler in logging.getLogger(name).handlers:
+            handler.setFormatter(Json())
+
+
+class RequestLog:
+    """Sees every request end, and says how."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.second, self.refusals, self.unlogged = 0, 0, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        began, status = time.monotonic(), 0  # 0: the connection ended without a reply
+
+        async def listening(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, listening)
+        finally:
+            if (scope["method"] == "POST" or status >= 400) and not self.leaves_out(status):
+                fields = said(scope, status, time.monotonic() - began)
+                if self.unlogged:
+                    fields["unlogged"], self.unlogged = self.unlogged, 0
+                log.info("request", extra={"fields": fields})
+
+    def leaves_out(self, status: int) -> bool:
+        """Whether this second has had enough of these."""
+        if status != 503:
+            return False
+        if (second := int(time.monotonic())) != self.second:
+            self.second, self.refusals = second, 0
+        self.refusals += 1
+        too_many = self.refusals > REFUSALS_PER_S
+        self.unlogged += too_many
+        return too_many
+
+
+def said(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
+    """What there is to say of a request: of several inputs, how the slowest fared."""
+    fields = {
+        "id": scope.get("request_id", b"").decode("latin-1"),
+        "method": scope["method"],
+        "path": scope["path"][:MOST_OF_A_PATH],
+        "status": status,
+        "ms": round(seconds * 1000, 2),
+    }
+    if "trace_id" in scope:
+        fields["trace_id"] = scope["trace_id"]
+    if answers := scope.get("answers"):
+        answer = slowest(answers)
+        fields |= {
+            "inputs": len(answers),
+            "queue_ms": round(answer.queue_s * 1000, 2),
+            "model_ms": round(answer.model_s * 1000, 2),
+            "batch_size": answer.batch_size,
+            "closed_by": answer.closed_by,
+        }
+    return fields
+
+
+class Json(logging.Formatter):
+    """A record as a line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
