@@ -37,7 +37,8 @@ class Hosted:
 @serve.deployment(
     num_replicas=int(os.environ.get("REPLICAS", 2)),
     max_ongoing_requests=settings.MAX_QUEUE + 1000,  # the app itself says no, and when to come back
-    graceful_shutdown_timeout_s=settings.GRACE_S + 2,
+    graceful_shutdown_timeout_s=settings.GRACE_S + 5,  # ray.env keeps it reachable for 3 s before it stops
+    health_check_period_s=2,
     ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": env}},
 )
 @serve.ingress(Hosted())
