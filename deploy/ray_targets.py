@@ -1,36 +1,44 @@
-"""Where Prometheus finds each replica: through the proxy /metrics is a random one's.
+"""Where Prometheus finds each replica: through the proxy /metrics is a random one's. Behind deploy/ray.env only.
 
-$ while python -m deploy.ray_targets > new.json && mv new.json targets.json; do sleep 10; done
+$ python -m deploy.ray_targets targets.json  # anew every 10 s; without a file once, to the terminal
   # prometheus.yml: scrape_configs: [{job_name: models, file_sd_configs: [{files: [targets.json]}]}]
-
-Behind HAProxy only (deploy/ray.env): behind Serve's own proxy a replica has no port. Ray's metrics of itself: see its docs.
 """
 
 import json
 import os
-import urllib.request
+import sys
+import time
 from typing import Any
+
+import ray
 
 
 def targets() -> list[dict[str, Any]]:
     """Each application's replicas, in the form of Prometheus' file_sd."""
-    address = os.environ.get("RAY_DASHBOARD_ADDRESS", "http://127.0.0.1:8265")
-    token = {"Authorization": f"Bearer {os.environ.get('RAY_AUTH_TOKEN', '')}"}
-    ask = urllib.request.Request(f"{address}/api/serve/applications/", headers=token)
-    with urllib.request.urlopen(ask, timeout=10) as reply:
-        groups = json.load(reply)["target_groups"]
+    controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    groups = ray.get(controller.get_target_groups.remote(from_proxy_manager=True))  # what HAProxy is told
     return [
         {
-            "targets": [f"{target['ip']}:{target['port']}" for target in group["targets"]],
+            "targets": [f"{target.ip}:{target.port}" for target in group.targets],
             "labels": {
-                "application": group["app_name"],
-                "__metrics_path__": f"{group['route_prefix'].rstrip('/')}/metrics",
+                "application": group.app_name,
+                "__metrics_path__": f"{group.route_prefix.rstrip('/')}/metrics",
             },
         }
         for group in groups
-        if group["protocol"] == "HTTP"
+        if group.protocol == "HTTP"
     ]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    ray.init("auto", log_to_driver=False, logging_level="error")
+    while sys.argv[1:]:
+        with open(new := f"{sys.argv[1]}.new", "w") as file:
+            json.dump(targets(), file, indent=2)
+        os.replace(new, sys.argv[1])
+        time.sleep(10)
     print(json.dumps(targets(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@
 
 import argparse
 import contextlib
+import os
 import statistics
 from collections.abc import Iterator
 from typing import Any
@@ -26,39 +27,42 @@ RAY = {"ray-2": on_ray.ray_env, "ray-2-python": lambda: {"RAY_worker_niceness": 
 
 
 @contextlib.contextmanager
-def started(name: str, cpus: set[int] | None) -> Iterator[Server]:
-    """A server of an instant model in this mode, all its processes on `cpus`."""
+def started(name: str) -> Iterator[Server]:
+    """A server of an instant model in this mode."""
     if name not in RAY:
-        with start(MODES[name], INSTANT, cpus=cpus) as server:
+        with start(MODES[name], INSTANT) as server:
             yield server
     else:
-        with on_ray.nodes(env=RAY[name](), cpus=cpus) as cluster:
+        with on_ray.nodes(env=RAY[name]()) as cluster:
             cluster.deploy(**INSTANT, REPLICAS="2")
             yield cluster
 
 
-def price(modes: list[str], rounds: int, seconds: float, cpus: set[int] | None) -> str:
-    """A row a mode, whose processes share `cpus`: the medians of rounds that take turns."""
-    with contextlib.ExitStack() as stack:
-        servers = {name: stack.enter_context(started(name, cpus)) for name in modes}
-        for server in servers.values():
-            server.wait_until_idle()
-        rates: dict[tuple[str, int], list[float]] = {}
-        for _ in range(rounds):
-            for name, server in servers.items():
-                for users in (1, 32):
-                    rates.setdefault((name, users), []).append(measure(server, users, seconds))
-        rows = []
+def pin(server: Server, cpus: set[int]) -> None:
+    """Let all its processes and threads share these cores."""
+    for process in server.processes():
+        for thread in process.threads():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(thread.id, cpus)
+
+
+def price(servers: dict[str, Server], rounds: int, seconds: float) -> str:
+    """A row a mode: the medians of rounds that take turns."""
+    rates: dict[tuple[str, int], list[float]] = {}
+    for _ in range(rounds):
         for name, server in servers.items():
-            row: dict[str, Any] = {"mode": name}
             for users in (1, 32):
-                mine, alone = rates[name, users], rates[modes[0], users]
-                row[f"/s, {users} connections"] = statistics.median(mine)
-                added_ms = [
-                    1e3 * users * (1 / one - 1 / other) for one, other in zip(mine, alone, strict=True)
-                ]
-                row[f"added ms, {users}"] = f"{statistics.median(added_ms):.2f}"
-            rows.append(row | {"MB": server.memory_mb()})
+                rates.setdefault((name, users), []).append(measure(server, users, seconds))
+    rows = []
+    first = next(iter(servers))
+    for name, server in servers.items():
+        row: dict[str, Any] = {"mode": name}
+        for users in (1, 32):
+            mine, alone = rates[name, users], rates[first, users]
+            row[f"/s, {users} connections"] = statistics.median(mine)
+            added_ms = [1e3 * users * (1 / one - 1 / other) for one, other in zip(mine, alone, strict=True)]
+            row[f"added ms, {users}"] = f"{statistics.median(added_ms):.2f}"
+        rows.append(row | {"MB": server.memory_mb()})
     return markdown(rows)
 
 
@@ -106,8 +110,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement of the price")
     parser.add_argument("--no-twin", action="store_true", help="the price only")
     options = parser.parse_args()
-    for where, cpus in (("on one core", {SERVER_CPU}), ("on all cores, the client's among them", None)):
-        print(f"{where}:\n\n{price(options.modes, options.rounds, options.seconds, cpus)}\n", flush=True)
+    everywhere = os.sched_getaffinity(0)
+    with contextlib.ExitStack() as stack:
+        servers = {name: stack.enter_context(started(name)) for name in options.modes}
+        for where, cpus in (
+            ("on one core", {SERVER_CPU}),
+            ("on all cores, the client's among them", everywhere),
+        ):
+            for server in servers.values():
+                pin(server, cpus)
+                server.wait_until_idle()
+            print(f"{where}:\n\n{price(servers, options.rounds, options.seconds)}\n", flush=True)
     if not options.no_twin:
         print(twin(10 * options.seconds))
 

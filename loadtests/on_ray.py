@@ -43,7 +43,6 @@ class Cluster(Server):
     """Nodes on this machine and what Serve runs on them."""
 
     env: dict[str, str]
-    cpus: set[int] | None
 
     def call(self, command: str, **env: str) -> str:
         """Run a command of this interpreter's environment and return what it says; RuntimeError where it fails."""
@@ -55,7 +54,6 @@ class Cluster(Server):
             stdout=subprocess.PIPE,
             stderr=self.log_file,
             text=True,
-            preexec_fn=(lambda: os.sched_setaffinity(0, self.cpus)) if self.cpus else None,
         )
         if done.returncode:
             said = done.stdout + super().log()[-5000:]
@@ -108,18 +106,17 @@ def ray_env() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def nodes(
-    n: int = 1, env: Mapping[str, str] | None = None, *, cpus: set[int] | None = None
-) -> Iterator[Cluster]:
+def nodes(n: int = 1, env: Mapping[str, str] | None = None) -> Iterator[Cluster]:
     """So many nodes, with Serve's proxy on the first one, and no app yet; by default as deploy/ray.env says."""
     with tempfile.TemporaryDirectory(prefix="ray") as folder, tempfile.NamedTemporaryFile() as log:
         whole = {**os.environ, **(ray_env() if env is None else env), "RAY_TMPDIR": folder}
         whole |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         whole |= {"RAY_ADDRESS": "127.0.0.1:6379", "RAY_USAGE_STATS_ENABLED": "0"}
-        cluster = Cluster(RAY, "http://127.0.0.1:8000/", None, log, whole, cpus)  # type: ignore[arg-type]
+        cluster = Cluster(RAY, "http://127.0.0.1:8000/", None, log, whole)  # type: ignore[arg-type]
         try:
-            for where in ("--head --port=6379", *["--address=127.0.0.1:6379"] * (n - 1)):
-                cluster.call(f"ray start --node-ip-address=127.0.0.1 --num-cpus=8 {where}")
+            for node in range(n):  # each with an address of its own, or they would give out the same ports
+                where = "--address=127.0.0.1:6379" if node else "--head --port=6379"
+                cluster.call(f"ray start --node-ip-address=127.0.0.{node + 1} --num-cpus=8 {where}")
             # One proxy: a second one would want the same port.
             cluster.call("serve start --http-host=127.0.0.1 --proxy-location=HeadOnly")
             yield cluster
