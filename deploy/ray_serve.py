@@ -1,7 +1,4 @@
-"""The same app on many machines: Ray Serve keeps the replicas, each with its own model, queue and admission.
-
-$ pip install -r deploy/requirements-ray.txt; serve run deploy.ray_serve:app
-"""
+"""serve run deploy.ray_serve:app: the same app, as replicas that Ray Serve keeps. Needs deploy/requirements-ray.txt."""
 
 import os
 

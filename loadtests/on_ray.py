@@ -85,9 +85,12 @@ class Cluster(Server):
             return json.load(reply)
 
     def running(self, app: str = "default") -> set[int]:
-        """The ids of the processes that serve it."""
+        """The ids of the processes that serve it and that HAProxy asks."""
+        with urllib.request.urlopen("http://127.0.0.1:8404/stats;csv", timeout=30) as reply:
+            servers = [line.split(",") for line in reply.read().decode().splitlines()]
+        up = {server[1].rpartition("-")[2] for server in servers if server[17:] and server[17] == "UP"}
         replicas = self.status()["applications"][app]["deployments"]["Model"]["replicas"]
-        return {replica["pid"] for replica in replicas if replica["state"] == "RUNNING"}
+        return {replica["pid"] for replica in replicas if replica["replica_id"] in up}
 
 
 def environ(process: psutil.Process) -> dict[str, str]:
@@ -118,7 +121,7 @@ def nodes(n: int = 1, env: Mapping[str, str] | None = None) -> Iterator[Cluster]
                 where = "--address=127.0.0.1:6379" if node else "--head --port=6379"
                 cluster.call(f"ray start --node-ip-address=127.0.0.{node + 1} --num-cpus=8 {where}")
             # One proxy: a second one would want the same port.
-            cluster.call("serve start --http-host=127.0.0.1 --proxy-location=HeadOnly")
+            cluster.call("serve start --http-host=0.0.0.0 --proxy-location=HeadOnly")
             yield cluster
         finally:
             cluster.call("ray stop --force")

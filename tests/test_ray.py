@@ -154,13 +154,8 @@ def models(cluster: Cluster) -> dict[str, Server]:
     cluster.call("serve run --non-blocking deploy/serve.yaml")
     names = ("iris", "fill-mask-1", "fill-mask-2", "fill-mask")
     servers = {name: replace(cluster, url=f"{cluster.url}m/{name}/") for name in names}
-    for name, server in servers.items():
-        until(
-            lambda name=name, server=server: (
-                name in cluster.status()["applications"] and get(server, "/ready").status == 200
-            ),
-            120,
-        )
+    for server in servers.values():
+        until(lambda server=server: get(server, "/ready").status == 200, 120)
     return servers
 
 
