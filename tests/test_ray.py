@@ -10,6 +10,8 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -67,21 +69,29 @@ def cluster(bare: tuple[Cluster, Reply]) -> Cluster:
     return bare[0]
 
 
+def app(name: str, prefix: str, env: dict[str, str], **model: int) -> dict[str, Any]:
+    """What a config file of Serve says of it."""
+    return {
+        "name": name,
+        "route_prefix": prefix,
+        "import_path": "deploy.ray_serve:app",
+        "runtime_env": {"env_vars": STAND_IN | env},
+        "deployments": [{"name": "Model", **model}],
+    }
+
+
+def deploy(cluster: Cluster, folder: Path, *applications: dict[str, Any]) -> None:
+    """Serve these, by a config file."""
+    config = folder / "serve.yaml"
+    config.write_text(json.dumps({"applications": applications}))
+    cluster.call(f"serve run --non-blocking {config}")
+
+
 @pytest.fixture(scope="module")
 def apps(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Server]:
     """The servers that the contract's tests ask, beside each other."""
-    applications = [
-        {
-            "name": name,
-            "route_prefix": f"/{name}",
-            "import_path": "deploy.ray_serve:app",
-            "runtime_env": {"env_vars": STAND_IN | {"REPLICAS": "1"} | env},
-        }
-        for name, env in APPS.items()
-    ]
-    config = tmp_path_factory.mktemp("serve") / "apps.yaml"
-    config.write_text(json.dumps({"applications": applications}))
-    cluster.call(f"serve run --non-blocking {config}")
+    folder = tmp_path_factory.mktemp("serve")
+    deploy(cluster, folder, *(app(name, f"/{name}", {"REPLICAS": "1"} | env) for name, env in APPS.items()))
     servers = {name: replace(cluster, url=f"{cluster.url}{name}/") for name in APPS}
     for server in servers.values():
         until(lambda server=server: get(server, "/ready").status == 200, 120)
@@ -219,19 +229,25 @@ def test_a_rolling_redeployment_costs_nobody_an_answer(cluster: Cluster, crowd: 
     tell("rolling redeployment", replies)
 
 
-def test_a_replica_more_and_one_fewer_cost_nobody_an_answer(cluster: Cluster, crowd: Crowd) -> None:
+def test_a_replica_more_and_one_fewer_cost_nobody_an_answer(
+    cluster: Cluster, crowd: Crowd, tmp_path: Path
+) -> None:
     old = cluster.running()
+    deploy(cluster, tmp_path, app("default", "/", {}, num_replicas=2))
+    two = until_running(cluster, 2, old)
     with steady(cluster, crowd) as replies:
-        cluster.deploy(**STAND_IN, REPLICAS="3", MAX_QUEUE="200")
+        deploy(cluster, tmp_path, app("default", "/", {}, num_replicas=3))
         three = until_running(cluster, 3, set())
-        cluster.deploy(**STAND_IN, REPLICAS="2", MAX_QUEUE="200")
+        deploy(cluster, tmp_path, app("default", "/", {}, num_replicas=2))
         until(lambda: sum(map(psutil.pid_exists, three)) == 2)
-    assert old < three, "those that ran went on"
+    assert two < three, "those that ran went on"
     tell("from two replicas to three and back", replies)
 
 
-def test_a_killed_node_costs_nobody_an_answer(cluster: Cluster, crowd: Crowd) -> None:
+def test_a_killed_node_costs_nobody_an_answer(cluster: Cluster, crowd: Crowd, tmp_path: Path) -> None:
     """All of its processes at once, as when its plug is pulled."""
+    deploy(cluster, tmp_path, app("default", "/", {}, num_replicas=4))
+    until_running(cluster, 4, set())
     raylets = [one for one in cluster.processes() if one.name() == "raylet"]
     second = max(raylets, key=psutil.Process.create_time)
     with steady(cluster, crowd) as replies:
@@ -241,7 +257,7 @@ def test_a_killed_node_costs_nobody_an_answer(cluster: Cluster, crowd: Crowd) ->
         for victim in victims:
             with contextlib.suppress(psutil.Error):
                 victim.kill()
-        until_running(cluster, 2, lost)
+        until_running(cluster, 4, lost)
     tell("kill -9 of a node", replies)
 
 
