@@ -73,6 +73,15 @@ class Cluster(Server):
         """Ray's and HAProxy's, too."""
         return [one for one in psutil.process_iter() if self.env["RAY_TMPDIR"] in environ(one).values()]
 
+    def wait_until_ready(self, timeout_s: float = 120.0) -> None:
+        """Poll /ready: Serve still loads what a config file names when `serve run` has returned."""
+        until = time.monotonic() + timeout_s
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError), urllib.request.urlopen(self.url + "ready", timeout=5):
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"{self.url} is not ready:\n{self.log()}")
+
     def wait_until_idle(self, timeout_s: float = 60.0, window_s: float = 0.25) -> None:
         """Ray itself never is."""
         time.sleep(window_s)
@@ -89,8 +98,8 @@ class Cluster(Server):
         with urllib.request.urlopen("http://127.0.0.1:8404/stats;csv", timeout=30) as reply:
             servers = [line.split(",") for line in reply.read().decode().splitlines()]
         up = {server[1].rpartition("-")[2] for server in servers if server[17:] and server[17] == "UP"}
-        replicas = self.status()["applications"][app]["deployments"]["Model"]["replicas"]
-        return {replica["pid"] for replica in replicas if replica["replica_id"] in up}
+        model = self.status()["applications"][app]["deployments"].get("Model", {"replicas": []})
+        return {replica["pid"] for replica in model["replicas"] if replica["replica_id"] in up}
 
 
 def environ(process: psutil.Process) -> dict[str, str]:
