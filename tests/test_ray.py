@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 from client import SLOW, Crowd, Reply, get, metric, post, post_json, request, say, until
 from conftest import MODEL
 from test_cluster import PARIS, statuses, steady
@@ -40,7 +41,7 @@ from test_contract import (  # noqa: F401
     test_wrong_input_is_refused_with_a_sentence,
 )
 
-from loadtests.modes import Server
+from loadtests.modes import ROOT, Server
 from loadtests.on_ray import Cluster, nodes, obstacle
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(obstacle()), reason=obstacle())]
@@ -188,6 +189,22 @@ def test_a_new_version_gets_its_share(models: dict[str, Server], crowd: Crowd) -
     assert (reply := post(models["fill-mask"], PARIS, X_Request_ID="mine-1")).status == 200
     assert reply.headers.get_all("X-Request-ID") == ["mine-1"]
     assert reply.headers["Server-Timing"]
+
+
+def test_a_shadow_gets_copies_whose_answers_nobody_sees(
+    models: dict[str, Server], cluster: Cluster, tmp_path: Path
+) -> None:
+    """It understands none of them."""
+    config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
+    config["applications"][0]["args"] = {"shares": {"fill-mask-1": 1}, "shadow": "iris"}
+    deploy(cluster, tmp_path, *config["applications"])
+    refused = metric(models["iris"], 'model_requests_total{status="422"}')
+
+    def copies() -> float:
+        assert post(models["fill-mask"], PARIS).json[0]["token_str"] == "capital"
+        return metric(models["iris"], 'model_requests_total{status="422"}') - refused
+
+    until(lambda: copies() > 20)
 
 
 # --- what comes and goes -------------------------------------------------------------------------------------------------
