@@ -26,7 +26,7 @@ from loadtests.on_ray import Cluster, nodes
 
 RESULTS = Path(__file__).parent / "results"
 PER_S = 50.0
-PHASES = ((15, 0.4), (55, 4.0), (40, 0.4))  # seconds, and the load in capacities of one replica
+PHASES = ((12, 0.4), (50, 4.0), (32, 0.4))  # seconds, and the load in capacities of one replica
 LIMIT_S = 2.0
 MAX_REPLICAS = 6
 
@@ -39,8 +39,7 @@ def config() -> dict[str, object]:
     app["runtime_env"] = {"env_vars": {"MODEL": "loadtests.bench_apps:Sleeps", "DEADLINE_S": f"{LIMIT_S:g}"}}
     app["deployments"][0]["autoscaling_config"] |= {
         "max_replicas": MAX_REPLICAS,
-        "target_ongoing_requests": 0.25 * PER_S,
-        "downscale_delay_s": 15,
+        "downscale_delay_s": 8,
     }
     return {"applications": [app]}
 
