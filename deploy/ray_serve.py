@@ -1,7 +1,4 @@
-"""The same app on many machines: Ray Serve keeps the replicas, each with its own model, queue and admission.
-
-$ pip install -r deploy/requirements-ray.txt; serve run deploy.ray_serve:app
-"""
+"""serve run deploy.ray_serve:app: the same app, as replicas that Ray Serve keeps. Needs deploy/requirements-ray.txt."""
 
 import os
 
@@ -37,7 +34,8 @@ class Hosted:
 @serve.deployment(
     num_replicas=int(os.environ.get("REPLICAS", 2)),
     max_ongoing_requests=settings.MAX_QUEUE + 1000,  # the app itself says no, and when to come back
-    graceful_shutdown_timeout_s=settings.GRACE_S + 2,
+    graceful_shutdown_timeout_s=settings.GRACE_S + 5,  # ray.env keeps it reachable for 3 s before it stops
+    health_check_period_s=2,
     ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": env}},
 )
 @serve.ingress(Hosted())

@@ -1,54 +1,68 @@
-"""What HAProxy costs, and whether the fleet's twin foretells two replicas: `python -m loadtests.bench_cluster`.
+"""What HAProxy and Ray cost, and whether the fleet's twin foretells two replicas: `python -m loadtests.bench_cluster`.
 
 1. Requests a second of a model that returns at once, one replica alone and `make cluster N=2`, in turns; the time
-   that HAProxy adds to a request on one connection; the memory of all processes.
+   that HAProxy adds to a request on one connection and on 32; the memory of all processes. With `--modes thread ray-2`
+   Serve behind its HAProxy, with `ray-2-python` behind its own proxy, one of them at a time, as on_ray.py says.
 2. Two replicas of a model that takes 20 ms, asked by strangers at four loads, beside what `fleet.simulate` says of it.
 """
 
 import argparse
 import contextlib
+import os
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
-from loadtests import drive, fleet
+from loadtests import drive, fleet, on_ray
 from loadtests.bench import SERVER_CPU, measure
 from loadtests.bench_apps import SLEEP_S
-from loadtests.modes import MODES, start
+from loadtests.modes import MODES, Server, start
 from loadtests.planner import OVERHEAD_S, CostLaw, markdown
 
 LIMIT_S = 1.0
 INSTANT = {"MODEL": "loadtests.bench_apps:Instant"}
 SLEEPS = {"MODEL": "loadtests.bench_apps:Sleeps", "DEADLINE_S": f"{LIMIT_S:g}"}
 LOADS = (0.5, 0.8, 0.95, 2.0)
+RAY = {"ray-2": on_ray.ray_env, "ray-2-python": lambda: {"RAY_worker_niceness": "0"}}
 
 
-def price(modes: list[str], rounds: int, seconds: float, cpus: set[int] | None) -> str:
-    """A row a mode, whose processes share `cpus`: the medians of rounds that take turns."""
-    with contextlib.ExitStack() as stack:
-        servers = {name: stack.enter_context(start(MODES[name], INSTANT, cpus=cpus)) for name in modes}
-        for server in servers.values():
-            server.wait_until_idle()
-        rates: dict[tuple[str, int], list[float]] = {}
-        for _ in range(rounds):
-            for name, server in servers.items():
-                for users in (1, 32):
-                    rates.setdefault((name, users), []).append(measure(server, users, seconds))
-        rows = []
+@contextlib.contextmanager
+def started(name: str) -> Iterator[Server]:
+    """A server of an instant model in this mode."""
+    if name not in RAY:
+        with start(MODES[name], INSTANT) as server:
+            yield server
+    else:
+        with on_ray.nodes(env=RAY[name]()) as cluster:
+            cluster.deploy(**INSTANT, REPLICAS="2")
+            yield cluster
+
+
+def pin(server: Server, cpus: set[int]) -> None:
+    """Let all its processes and threads share these cores."""
+    for process in server.processes():
+        for thread in process.threads():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(thread.id, cpus)
+
+
+def price(servers: dict[str, Server], rounds: int, seconds: float) -> str:
+    """A row a mode: the medians of rounds that take turns."""
+    rates: dict[tuple[str, int], list[float]] = {}
+    for _ in range(rounds):
         for name, server in servers.items():
-            one, many = (statistics.median(rates[name, users]) for users in (1, 32))
-            added_ms = statistics.median(
-                1e3 / mine - 1e3 / alone
-                for mine, alone in zip(rates[name, 1], rates[modes[0], 1], strict=True)
-            )
-            rows.append(
-                {
-                    "mode": name,
-                    "/s, 1 connection": one,
-                    "/s, 32": many,
-                    "added ms": f"{added_ms:.2f}",
-                    "MB": server.memory_mb(),
-                }
-            )
+            for users in (1, 32):
+                rates.setdefault((name, users), []).append(measure(server, users, seconds))
+    rows = []
+    first = next(iter(servers))
+    for name, server in servers.items():
+        row: dict[str, Any] = {"mode": name}
+        for users in (1, 32):
+            mine, alone = rates[name, users], rates[first, users]
+            row[f"/s, {users} connections"] = statistics.median(mine)
+            added_ms = [1e3 * users * (1 / one - 1 / other) for one, other in zip(mine, alone, strict=True)]
+            row[f"added ms, {users}"] = f"{statistics.median(added_ms):.2f}"
+        rows.append(row | {"MB": server.memory_mb()})
     return markdown(rows)
 
 
@@ -89,13 +103,24 @@ def twin(seconds: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=["thread", "haproxy-2"], metavar="MODE")
+    parser.add_argument(
+        "--modes", nargs="+", choices=[*MODES, *RAY], default=["thread", "haproxy-2"], metavar="MODE"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement of the price")
     parser.add_argument("--no-twin", action="store_true", help="the price only")
     options = parser.parse_args()
-    for where, cpus in (("on one core", {SERVER_CPU}), ("on all cores, the client's among them", None)):
-        print(f"{where}:\n\n{price(options.modes, options.rounds, options.seconds, cpus)}\n", flush=True)
+    everywhere = os.sched_getaffinity(0)
+    with contextlib.ExitStack() as stack:
+        servers = {name: stack.enter_context(started(name)) for name in options.modes}
+        for where, cpus in (
+            ("on one core", {SERVER_CPU}),
+            ("on all cores, the client's among them", everywhere),
+        ):
+            for server in servers.values():
+                pin(server, cpus)
+                server.wait_until_idle()
+            print(f"{where}:\n\n{price(servers, options.rounds, options.seconds)}\n", flush=True)
     if not options.no_twin:
         print(twin(10 * options.seconds))
 

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import math
 import socket
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ class Reply:
     status: int
     headers: http.client.HTTPMessage
     body: bytes
+    took_s: float = math.nan  # where it was measured
 
     @property
     def json(self) -> Any:
@@ -69,10 +71,15 @@ def request(method: str, path: str = "/", body: bytes = b"", **headers: str) -> 
     return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
 
+def below(server: Server, path: str) -> str:
+    """The server's own `path`: behind a proxy it may have others beside it."""
+    return urlsplit(server.url).path.rstrip("/") + path
+
+
 def post(server: Server, body: str | bytes, **headers: str) -> Reply:
     """POST / with this body."""
     body = body.encode() if isinstance(body, str) else body
-    return say(server, request("POST", "/", body, **headers))
+    return say(server, request("POST", below(server, "/"), body, **headers))
 
 
 def post_json(server: Server, content: Any, **headers: str) -> Reply:
@@ -81,7 +88,7 @@ def post_json(server: Server, content: Any, **headers: str) -> Reply:
 
 
 def get(server: Server, path: str) -> Reply:
-    return say(server, request("GET", path))
+    return say(server, request("GET", below(server, path)))
 
 
 def metric(server: Server, name: str) -> float:

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 
 import psutil
 import pytest
-from client import SLOW, Crowd, Reply, dial, gone, hear, metric, post, request, say, until
+from client import SLOW, Crowd, Reply, below, dial, gone, hear, metric, post, request, say, until
 
 from loadtests.modes import MODES, ROOT, Mode, Server, free_port, start
 from tests.stand_in import BROKEN
@@ -53,12 +54,18 @@ def steady(server: Server, crowd: Crowd, text: str = PARIS, users: int = 16) -> 
     over = threading.Event()
 
     def ask(user: int) -> None:
-        with dial(server) as connection:
-            while not over.is_set():
-                connection.sendall(request("POST", "/", f"{user}. {text}".encode()))
-                replies.append(reply := hear(connection))
-                if reply.status == 200:
-                    assert reply.json[0]["sequence"].startswith(f"{user}."), "it is another's"
+        while not over.is_set():
+            with dial(server) as connection:
+                while not over.is_set():
+                    began = time.monotonic()
+                    connection.sendall(request("POST", below(server, "/"), f"{user}. {text}".encode()))
+                    reply = hear(connection)
+                    reply.took_s = time.monotonic() - began
+                    replies.append(reply)
+                    if reply.status == 200:
+                        assert reply.json[0]["sequence"].startswith(f"{user}."), "it is another's"
+                    if reply.headers["Connection"] == "close":
+                        break
 
     askers = [crowd.submit(ask, user) for user in range(users)]
     try:

@@ -19,7 +19,22 @@ from typing import Any
 
 import psutil
 import pytest
-from client import POISON, SLOW, Crowd, Reply, dial, get, hear, metric, post, post_json, request, say, until
+from client import (
+    POISON,
+    SLOW,
+    Crowd,
+    Reply,
+    below,
+    dial,
+    get,
+    hear,
+    metric,
+    post,
+    post_json,
+    request,
+    say,
+    until,
+)
 from conftest import MODEL
 from promises import (
     GUNICORNS_PAGE,
@@ -262,7 +277,7 @@ def test_stalled_bodies_get_408_and_hold_nobody_up(server: Server, mode: str) ->
         one_by_one = exception(GATHERS, mode) == NEVER
         stalled = [connections.enter_context(dial(server)) for _ in range(1 if one_by_one else 8)]
         for connection in stalled:
-            connection.sendall(request("POST", Content_Length="100") + b"Paris")
+            connection.sendall(request("POST", below(server, "/"), Content_Length="100") + b"Paris")
         for connection in stalled:
             assert (reply := hear(connection)).status == 408
             assert reply.error
@@ -455,7 +470,7 @@ def test_client_that_leaves_frees_its_place(spawning: Server, mode: str) -> None
             connection = connections.enter_context(dial(spawning))
             if i % 2:  # it leaves by a reset
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.sendall(request("POST", "/", SLOW.encode()))
+            connection.sendall(request("POST", below(spawning, "/"), SLOW.encode()))
         until(lambda: metric(spawning, "model_call_seconds_count") > calls)
     if kept("a client that leaves frees its place", mode):
         until(lambda: metric(spawning, "model_abandoned_total") > before)
@@ -474,7 +489,7 @@ def test_health_answers_while_the_model_runs(server: Server, mode: str, tmp_path
         busy = [connections.enter_context(dial(server)) for _ in range(2 * free if free else 24)]
         for connection in busy:
             text = SLOW if free else f"{PARIS} until:{gate}"
-            connection.sendall(request("POST", "/", text.encode()))
+            connection.sendall(request("POST", below(server, "/"), text.encode()))
         assert get(server, "/health").status == 200
         answered = len(select.select(busy, [], [], 0)[0])
         if free:
