@@ -12,7 +12,7 @@ import grpc
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from loadtests.chaos_clients import DEADLINE_S, HUNG, LOST, NOBODY, SLACK_S, TWICE, UNHEARD, Question, Reply
+from loadtests.chaos_clients import DEADLINE_S, HUNG, LOST, SHUT, SLACK_S, TWICE, Question, Reply
 from workers.protocols.open_inference import tensors
 
 MODEL = "loadtests.chaos_model:Model"
@@ -94,7 +94,5 @@ def failed(error: grpc.aio.AioRpcError) -> Reply:
     code, sentence = error.code().name, error.details() or ""
     if code == "DEADLINE_EXCEEDED" or "x-request-id" in dict(error.trailing_metadata() or ()):
         return wrong(code, sentence)
-    for sign, trouble in (("refused", NOBODY), ("reset", UNHEARD)):
-        if sign in sentence:
-            return Reply(body=sentence.encode(), trouble=trouble)
-    return Reply(body=f"{code}: {sentence}".encode(), trouble=LOST)
+    trouble = SHUT if "refused" in sentence or "reset" in sentence else LOST
+    return Reply(body=f"{code}: {sentence}".encode(), trouble=trouble)
