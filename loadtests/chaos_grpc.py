@@ -94,5 +94,5 @@ def failed(error: grpc.aio.AioRpcError) -> Reply:
     code, sentence = error.code().name, error.details() or ""
     if code == "DEADLINE_EXCEEDED" or "x-request-id" in dict(error.trailing_metadata() or ()):
         return wrong(code, sentence)
-    trouble = SHUT if "refused" in sentence or "reset" in sentence else LOST
+    trouble = SHUT if "failed to connect" in sentence or "reset" in sentence else LOST
     return Reply(body=f"{code}: {sentence}".encode(), trouble=trouble)
