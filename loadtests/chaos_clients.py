@@ -15,7 +15,7 @@ from loadtests.chaos_model import answer
 DEADLINE_S, BODY_TIMEOUT_S, MAX_BODY_BYTES = 3.0, 2.0, 400_000
 SLACK_S = 3.0  # beyond a deadline: the machine is shared, and so is the core of the clients
 NOBODY, LOST, HUNG, TWICE = "nobody listened", "lost", "hung", "more than one reply"
-SHUT = "nobody listened over gRPC"  # not connected, or reset: each worker has a socket of its own, which ends with it
+SHUT = "nobody listened over gRPC"  # or took up the call: each worker has a socket of its own, which ends with it
 LEAVES, LEFT = "leaves", "left"
 UNHEARD = "reset"  # amid a stop: the system's queue of connections ends with the socket that listens
 

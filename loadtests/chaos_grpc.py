@@ -94,5 +94,7 @@ def failed(error: grpc.aio.AioRpcError) -> Reply:
     code, sentence = error.code().name, error.details() or ""
     if code == "DEADLINE_EXCEEDED" or "x-request-id" in dict(error.trailing_metadata() or ()):
         return wrong(code, sentence)
-    trouble = SHUT if "failed to connect" in sentence or "reset" in sentence else LOST
+    # CANCELLED: grpc's server ends so the calls that it has not yet taken up when it stops.
+    shut = code == "CANCELLED" or "failed to connect" in sentence or "reset" in sentence
+    trouble = SHUT if shut else LOST
     return Reply(body=f"{code}: {sentence}".encode(), trouble=trouble)
