@@ -378,7 +378,8 @@ def report(runs: list[Run], seconds: float, seed: int) -> str:
         "Each request must end once, rightly and within its deadline, whatever happens: an answer to its own text, its own "
         "error, or a refusal. 500 is right for a poison text, and for others only while a model process dies or the model "
         "raises on everybody. Nobody listened: a connection that was made while the server was restarted, or had no "
-        "file descriptor left, and was never read from. Starved: the recommended deployment with a model process, where "
+        "file descriptor left, and was never read from; over gRPC, which a fifth of the texts take, also a call that was not "
+        "yet taken up when a worker stopped. Starved: the recommended deployment with a model process, where "
         "`/dev/shm` is read-only and the disk for temporary files has 1 MB.",
         markdown(flipped),
         "Faults:",
