@@ -174,11 +174,9 @@ async def clock_jumps(target: Target) -> None:
 
 @fault("SIGHUP", has_master, may_be=(SHUT,))  # the old worker may end before the new one listens
 async def reloaded(target: Target) -> None:
-    """Sometimes again before it's over; until the new worker listens."""
+    """Until the new worker listens."""
     master, *old = target.server.processes()
-    for _ in range(target.rng.randint(1, 2)):
-        os.kill(master.pid, signal.SIGHUP)
-        await asyncio.sleep(target.rng.uniform(0.1, 3))
+    os.kill(master.pid, signal.SIGHUP)
     await asyncio.to_thread(psutil.wait_procs, old, timeout=10)
     async with asyncio.timeout(10):
         while not await listens(int(master.environ()["GRPC_PORT"])):
@@ -212,7 +210,7 @@ async def mood(target: Target, name: str) -> AsyncIterator[None]:
 async def limited(
     processes: list[psutil.Process], what: int, limit: Callable[[psutil.Process], int]
 ) -> AsyncIterator[None]:
-    """Lower a soft limit of theirs, as `ulimit` would, and lift it again."""
+    """Lower a soft limit of theirs, as `ulimit` would, and lift it again; also of who was born with it."""
     before = []
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -224,7 +222,8 @@ async def limited(
     finally:
         for process, limits in before:
             with contextlib.suppress(psutil.Error):
-                process.rlimit(what, limits)
+                for one in (process, *process.children(recursive=True)):
+                    one.rlimit(what, limits)
 
 
 SMALL = "/run/chaos"
