@@ -15,6 +15,7 @@ from loadtests.chaos_model import answer
 DEADLINE_S, BODY_TIMEOUT_S, MAX_BODY_BYTES = 3.0, 2.0, 400_000
 SLACK_S = 3.0  # beyond a deadline: the machine is shared, and so is the core of the clients
 NOBODY, LOST, HUNG, TWICE = "nobody listened", "lost", "hung", "more than one reply"
+SHUT = "nobody listened over gRPC"  # or took up the call: each worker has a socket of its own, which ends with it
 LEAVES, LEFT = "leaves", "left"
 UNHEARD = "reset"  # amid a stop: the system's queue of connections ends with the socket that listens
 
@@ -30,6 +31,7 @@ class Question:
     deadline_s: float = DEADLINE_S
     leaves_after_s: float | None = None
     reads_after_s: float = 0.0
+    texts: tuple[str, ...] = ()  # for the doors of other protocols; none where only HTTP can send it
 
 
 class Reply(NamedTuple):
@@ -55,24 +57,28 @@ JSON = "Content-Type: application/json\r\n"
 
 def good(n: str, rng: random.Random, **more: Any) -> Question:
     text = f"good {n}"
-    return Question("good", post(text.encode()), content=answer(text), **more)
+    return Question("good", post(text.encode()), content=answer(text), texts=(text,), **more)
 
 
 def several(n: str, rng: random.Random) -> Question:
     texts = [f"good {n} {i}" for i in range(rng.randint(2, 12))]
     body = json.dumps({"inputs": texts}).encode()
-    return Question("a list", post(body, JSON), content=[answer(text) for text in texts])
+    return Question("a list", post(body, JSON), content=[answer(text) for text in texts], texts=tuple(texts))
 
 
 def huge(n: str, rng: random.Random) -> Question:
     text = f"good {n} " + "and so on " * rng.randint(1_000, MAX_BODY_BYTES // 11)
-    return Question("huge", post(text.encode()), content=answer(text), reads_after_s=rng.choice((0, 0, 0.5)))
+    reads_after_s = rng.choice((0, 0, 0.5))
+    return Question(
+        "huge", post(text.encode()), content=answer(text), reads_after_s=reads_after_s, texts=(text,)
+    )
 
 
 def bad(n: str, rng: random.Random) -> Question:
+    text = f"bad {n}"
     raw, status = rng.choice(
         [
-            (post(f"bad {n}".encode()), 422),
+            (post(text.encode()), 422),
             (post(b""), 400),
             (post(b"\xff\xfe"), 400),
             (post(b'{"inputs": "good', JSON), 400),
@@ -84,35 +90,35 @@ def bad(n: str, rng: random.Random) -> Question:
             (get("/ready"), 200),  # of which a 503 has an error like any other
         ]
     )
-    return Question("bad", raw, (status,))
+    return Question("bad", raw, (status,), texts=(text,) if status == 422 else ())
 
 
 def poison(n: str, rng: random.Random) -> Question:
-    return Question("poison", post(f"poison {n}".encode()), (500,))
+    text = f"poison {n}"
+    return Question("poison", post(text.encode()), (500,), texts=(text,))
 
 
 def kills(n: str, rng: random.Random) -> Question:
-    return Question("kills", post(f"kills {rng.randrange(6)}".encode()), (500, 422))
+    text = f"kills {rng.randrange(6)}"
+    return Question("kills", post(text.encode()), (500, 422), texts=(text,))
 
 
 def dawdles(n: str, rng: random.Random) -> Question:
     text = f"dawdles {n}"
-    return Question("dawdles", post(text.encode()), content=answer(text))
+    return Question("dawdles", post(text.encode()), content=answer(text), texts=(text,))
 
 
 def hurried(n: str, rng: random.Random) -> Question:
     text = f"good {n}"
-    return Question(
-        "hurried", post(text.encode(), "Prefer: wait=1\r\n"), content=answer(text), deadline_s=1.0
-    )
+    raw = post(text.encode(), "Prefer: wait=1\r\n")
+    return Question("hurried", raw, content=answer(text), deadline_s=1.0, texts=(text,))
 
 
 def leaves(n: str, rng: random.Random) -> Question:
-    raw = post(f"{rng.choice(('good', 'dawdles', 'poison'))} {n}".encode())
-    whole = rng.random() < 0.7
-    return Question(
-        LEAVES, raw if whole else raw[: rng.randrange(len(raw))], leaves_after_s=rng.uniform(0, 0.3)
-    )
+    text = f"{rng.choice(('good', 'dawdles', 'poison'))} {n}"
+    raw, whole = post(text.encode()), rng.random() < 0.7
+    raw = raw if whole else raw[: rng.randrange(len(raw))]
+    return Question(LEAVES, raw, leaves_after_s=rng.uniform(0, 0.3), texts=(text,) if whole else ())
 
 
 def stalls(n: str, rng: random.Random) -> Question:
@@ -194,7 +200,9 @@ def wrong_content(asked: Question, reply: Reply) -> str:
     return "" if fine else "an error of another form"
 
 
-Door = Callable[[str, Question], Any]  # where the server is, what is sent -> the reply; over HTTP, gRPC ...
+Door = Callable[
+    [str, Question], Any
+]  # where the server is, what is sent -> the reply; over HTTP, gRPC: chaos_grpc.py
 
 
 async def over_http(url: str, question: Question) -> Reply:
@@ -228,9 +236,6 @@ async def over_http(url: str, question: Question) -> Reply:
     finally:
         if writer:
             writer.transport.abort()
-
-
-DOORS: list[Door] = [over_http]  # another protocol's door: one more of these, where it is served
 
 
 async def asked(url: str, question: Question, door: Door = over_http) -> Outcome:

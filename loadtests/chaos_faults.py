@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from loadtests.chaos_clients import LOST, NOBODY, UNHEARD, Outcome, asked, good, huge
+from loadtests.chaos_clients import LOST, NOBODY, SHUT, UNHEARD, Outcome, asked, good, huge
 from loadtests.modes import Mode, Server
 
 
@@ -145,7 +145,9 @@ async def no_disk(target: Target) -> None:
         await asyncio.sleep(target.rng.uniform(0.5, 2))
 
 
-@fault("no file descriptors", may_fail=True, may_be=(LOST, UNHEARD))  # libuv closes what it can't accept
+@fault(
+    "no file descriptors", may_fail=True, may_be=(LOST, UNHEARD, SHUT)
+)  # libuv closes what it can't accept
 async def no_files(target: Target) -> None:
     async with limited(target.server.processes(), resource.RLIMIT_NOFILE, lambda p: p.num_fds() + 3):
         await asyncio.sleep(target.rng.uniform(0.5, 1.5))
@@ -170,13 +172,26 @@ async def clock_jumps(target: Target) -> None:
         target.folder.joinpath("clock").write_text("0")
 
 
-@fault("SIGHUP", has_master)
+@fault("SIGHUP", has_master, may_be=(SHUT,))  # the old worker may end before the new one listens
 async def reloaded(target: Target) -> None:
-    os.kill(target.server.process.pid, signal.SIGHUP)
-    await asyncio.sleep(target.rng.uniform(0.1, 3))  # sometimes another one before it's over
+    """Until the new worker listens."""
+    master, *old = target.server.processes()
+    os.kill(master.pid, signal.SIGHUP)
+    await asyncio.to_thread(psutil.wait_procs, old, timeout=10)
+    async with asyncio.timeout(10):
+        while not await listens(int(master.environ()["GRPC_PORT"])):
+            await asyncio.sleep(0.05)
 
 
-@fault("SIGTERM and a new start", may_be=(NOBODY, UNHEARD))
+async def listens(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.close()
+        return True
+    return False
+
+
+@fault("SIGTERM and a new start", may_be=(NOBODY, UNHEARD, SHUT))
 async def restarted(target: Target) -> None:
     target.folder.joinpath("clock").write_text("0")
     await target.restart()
@@ -195,7 +210,7 @@ async def mood(target: Target, name: str) -> AsyncIterator[None]:
 async def limited(
     processes: list[psutil.Process], what: int, limit: Callable[[psutil.Process], int]
 ) -> AsyncIterator[None]:
-    """Lower a soft limit of theirs, as `ulimit` would, and lift it again."""
+    """Lower a soft limit of theirs, as `ulimit` would, and lift it again; also of who was born with it."""
     before = []
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -207,7 +222,8 @@ async def limited(
     finally:
         for process, limits in before:
             with contextlib.suppress(psutil.Error):
-                process.rlimit(what, limits)
+                for one in (process, *process.children(recursive=True)):
+                    one.rlimit(what, limits)
 
 
 SMALL = "/run/chaos"

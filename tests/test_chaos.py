@@ -3,12 +3,19 @@
 import asyncio
 import contextlib
 import random
+import struct
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
 
+import grpc
 import pytest
+from tritonclient.grpc import service_pb2 as pb
 
 from loadtests.chaos import DEPLOYMENTS, Census, Run, Storm, Window, possible, report
 from loadtests.chaos_clients import KINDS, NOBODY, SLACK_S, Outcome, asked, good, kills
 from loadtests.chaos_faults import Fault, nothing
+from loadtests.chaos_grpc import MODEL, by_call, by_stream, over_grpc
 
 CHANCE = random.Random(0)
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s"
@@ -54,6 +61,49 @@ def test_each_wrong_end_of_a_request_is_told() -> None:
     assert (
         wrong_of(b"HTTP/1.1 500 No\r\ncontent-length: %d\r\n\r\n%s" % (len(error), error)) == "500, not 200"
     )
+
+
+@pytest.mark.parametrize("how", [by_call, by_stream])
+def test_each_wrong_end_of_a_grpc_call_is_told(how: Any) -> None:
+    def told(*replies: Any, code: grpc.StatusCode = grpc.StatusCode.OK, ours: bool = True) -> str:
+        async def serve(_: Any, context: Any) -> AsyncIterator[Any]:
+            for reply in replies:
+                yield pb.ModelStreamInferResponse(infer_response=reply) if how is by_stream else reply
+            if code is not grpc.StatusCode.OK:
+                await context.abort(code, "later", (("x-request-id", "1"),) if ours else ())
+
+        async def run() -> Outcome:
+            server = grpc.aio.server()
+            name = "ModelStreamInfer" if how is by_stream else "ModelInfer"
+            handler = grpc.stream_stream_rpc_method_handler(
+                serve, response_serializer=lambda m: m.SerializeToString()
+            )
+            handlers = grpc.method_handlers_generic_handler("inference.GRPCInferenceService", {name: handler})
+            server.add_generic_rpc_handlers([handlers])
+            port = server.add_insecure_port("127.0.0.1:0")
+            await server.start()
+            outcome = await asked(f"127.0.0.1:{port}", good("0", CHANCE), partial(over_grpc, how))
+            await server.stop(0)
+            return outcome
+
+        return asyncio.run(run()).verdict(may_fail=False, may_be=(), lag_s=60)
+
+    def answered(text: bytes, request_id: str = "0" if how is by_stream else "all") -> Any:
+        raw = struct.pack("<I", len(text)) + text
+        return pb.ModelInferResponse(model_name=MODEL, id=request_id, raw_output_contents=[raw])
+
+    right = answered(RIGHT)
+    assert told(right) == ""
+    assert told(answered(RIGHT.replace(b"0", b"1"))) == "mixed up"
+    assert told(code=grpc.StatusCode.UNAVAILABLE) == ""
+    assert told(code=grpc.StatusCode.UNAVAILABLE, ours=False).startswith("lost")
+    assert told(code=grpc.StatusCode.INTERNAL) == "500, not 200"
+    if how is by_stream:
+        assert told(right, right).startswith("more than one reply")
+        assert told(right, answered(RIGHT, "1")).startswith("more than one reply")
+        assert told().startswith("lost")
+    else:
+        assert told(answered(RIGHT, "other")) == "mixed up"
 
 
 def test_an_error_is_excused_while_its_cause_lasts_and_no_longer() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import queue
 import signal
 import threading
@@ -566,6 +567,21 @@ def test_behind_gunicorns_threads() -> None:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         assert stub.ModelInfer(asked(TEXT), wait_for_ready=True, timeout=60).model_name == FILL_MASK
         assert infer(server, a_tensor()).status == 200
+
+
+@pytest.mark.slow
+def test_gunicorns_new_worker_listens_while_the_old_one_still_answers(tmp_path: Path) -> None:
+    """At SIGHUP. Else it would end, as its port is taken, and the old one would have no successor."""
+    gate = tmp_path / "gate"
+    with both("recommended", GRACE_S="60") as server, grpc.insecure_channel(grpc_of(server)) as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        held = stub.ModelInfer.future(asked(f"{TEXT} until:{gate}"), wait_for_ready=True, timeout=60)
+        until(lambda: get(server, "/health").json["running"])
+        os.kill(server.process.pid, signal.SIGHUP)
+        until(lambda: server.log().count("gRPC on") == 2 or "cannot listen" in server.log())
+        gate.touch()
+        assert held.result().model_name == FILL_MASK
+        assert "cannot listen" not in server.log()
 
 
 @pytest.mark.slow

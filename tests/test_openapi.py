@@ -19,7 +19,7 @@ KEY = """
 [auth.openapi.header]
 api_key = "a-key-0123"
 """
-EMBEDDED = pytest.param(str(MODEL), 50, marks=pytest.mark.slow)
+EMBEDDED = pytest.param(str(MODEL), 30, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("model", "examples"), [(ECHO, 15), EMBEDDED], ids=["echo", "embedded"])

@@ -18,6 +18,7 @@ proxy in front. Web pages can't ask: browsers speak HTTP/2 over TLS only. Of sev
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
@@ -108,12 +109,17 @@ def address_of(service: Service) -> str:
     return f"{host or '127.0.0.1'}:{port}"
 
 
+def has_successor() -> bool:
+    """Whether a new worker starts while this one still answers: Gunicorn's does, at SIGHUP."""
+    return os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn")
+
+
 def made(service: Service, door: Door) -> Any:
     """A gRPC server with all services, bounded in all that a client could have too much of."""
     settings, most = service.settings, 4 * service.settings.MAX_QUEUE
     options = {
         # Each worker listens, and the kernel shares the connections out; else a port that is taken is an error.
-        "grpc.so_reuseport": int(settings.WEB_CONCURRENCY > 1),
+        "grpc.so_reuseport": int(settings.WEB_CONCURRENCY > 1 or has_successor()),
         "grpc.max_receive_message_length": service.clients.most_bytes,
         "grpc.max_metadata_size": HEADERS_BYTES,
         "grpc.absolute_max_metadata_size": HEADERS_BYTES,
