@@ -614,7 +614,7 @@ def test_wrong_setting_ends_the_server_with_a_sentence(mode: str) -> None:
             for sentence, wrong in WRONG_SETTINGS.items()
         }
         for sentence, server in servers.items():
-            assert server.process.wait(60) != 0
+            assert server.process.wait(120) != 0
             assert sentence in server.log()
         traceback = any("Traceback" in server.log() for server in servers.values())
         if kept("a wrong setting ends it with one sentence", mode):
