@@ -187,7 +187,7 @@ def test_under_lasting_overload_the_wait_stays_near_the_target_at_the_full_and_s
     law: Law, batch_size: int, copies: int, load: float
 ) -> None:
     target_s, capacity = 0.5, copies * law.rate(batch_size)
-    until = min(60, max(9, 20_000 / (load * capacity)))
+    until = min(60, max(7, 20_000 / (load * capacity)))
     ends = simulate(
         law, poisson(law, load * capacity, until), copies, batch_size=batch_size, target_s=target_s
     )

@@ -48,7 +48,7 @@ def test_one_by_one_the_wait_is_that_of_an_md1_queue(load: float) -> None:
             max_queue=10**6,
             deadline_s=1e6,
             rate_per_s=load / service_s,
-            duration_s=120,
+            duration_s=60,
             seed=seed,
             overhead_s=0.0,
         )["queue_ms"].mean()
