@@ -115,4 +115,4 @@ class Json(logging.Formatter):
         }
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+        return json.dumps(fields, separators=(",", ":"))  # ASCII: a path may hold U+2028 or a terminal's orders

@@ -245,7 +245,7 @@ def the_input(asked: dict[str, Any], rest: bytes) -> Tensor:
     if (size or 0) != len(rest):
         raise CannotAnswer(f"{len(rest)} bytes follow the JSON; it says {size or 0}")
     if data is not None and tensor["datatype"] == "BYTES":
-        for _ in shape[1:]:  # nested as the shape is
+        for _ in shape[1 : tensors.DIMENSIONS]:  # nested as the shape is
             data = (
                 [one for row in data for one in row] if all(isinstance(row, list) for row in data) else data
             )
