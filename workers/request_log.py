@@ -39,6 +39,8 @@ def speak_json() -> None:
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(Json())
+    if logging.lastResort:  # of who has no handler: OpenTelemetry, the model's libraries
+        logging.lastResort.setFormatter(Json())
 
 
 class RequestLog:
