@@ -62,6 +62,13 @@ def line(record: logging.LogRecord) -> Any:
 # --- nobody asked -----------------------------------------------------------------------------------------------------
 
 
+def test_whoever_logs_speaks_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = logging.StreamHandler()
+    monkeypatch.setattr(logging, "lastResort", last)
+    logged(App(), Settings(LOG_FORMAT="json"))
+    assert isinstance(last.formatter, Json)
+
+
 def test_by_default_the_app_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     app = App()
     assert logged(traced(app), Settings()) is app
