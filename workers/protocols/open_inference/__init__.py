@@ -75,7 +75,8 @@ def operations(service: Service) -> dict[str, Any]:
     path = model_paths(service.settings)[0]
     said, most = service.task.describe(), service.settings.MAX_INPUTS
     named, is_open = said.parameters or {}, said.parameters is None
-    a_shape = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
+    a_size = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+    a_shape = {"type": "array", "items": a_size, "maxItems": tensors.DIMENSIONS}
     tensor = {
         "name": {"enum": list(tensors.NAMES)},
         "datatype": {"enum": ["BYTES", *tensors.NUMPYS]},
