@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from client import SLOW, Crowd, Reply, below, dial, gone, hear, metric, post, request, say, until
+from client import SLOW, Crowd, Reply, below, dial, get, gone, hear, metric, post, request, say, until
 
 from loadtests.modes import MODES, ROOT, Mode, Server, free_port, start
 from tests.stand_in import BROKEN
@@ -240,6 +240,12 @@ def test_headers_that_are_half_sent_are_not_waited_for() -> None:
         connection.sendall(b"POST / HTTP/1.1\r\nHost: loc")
         while connection.recv(1000):  # raises after 30 s: uvicorn itself waits for ever
             pass
+
+
+def test_nobody_reads_the_metrics_of_one_replica_however_the_path_is_written() -> None:
+    with haproxy_alone(REPLICAS_AT="127.0.0.1:1") as (server, _):
+        replies = [get(server, path) for path in ("/metrics", "/%6detrics", "/metrics?a", "/health")]
+    assert [reply.status for reply in replies] == [404, 404, 404, 503]
 
 
 def test_one_address_has_so_many_connections_and_no_more() -> None:

@@ -75,6 +75,7 @@ def test_all_use_the_images_that_the_dockerfile_makes() -> None:
     assert (DEPLOY / build["context"] / build["dockerfile"]).read_text() == DOCKERFILE
     pinned = (DEPLOY / "requirements-ray.txt").read_text()
     assert f"ray[serve]=={cluster['rayVersion']}" in pinned
+    assert cluster["authOptions"] == {"mode": "token"}, "Ray's dashboard runs whatever it is sent"
     assert "import_path: deploy.ray_serve:app" in ray["spec"]["serveConfigV2"]
 
 

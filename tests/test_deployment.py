@@ -70,6 +70,18 @@ def test_uvicorns_workers_know_their_number_and_end_with_their_killed_master() -
         assert not alive
 
 
+def test_a_shared_model_ends_with_its_killed_arbiter() -> None:
+    """It would hold the server's port for ever."""
+    with start(MODES["dirty"], STAND_IN) as server:
+        arbiter = next(p for p in server.processes()[1:] if p.children())
+        models = arbiter.children()
+        arbiter.kill()
+        _, alive = psutil.wait_procs(models, timeout=30)
+        for orphan in alive:
+            orphan.kill()
+        assert models and not alive
+
+
 def test_workers_share_the_cores_and_say_so(crowd: Crowd) -> None:
     cores = len(os.sched_getaffinity(0))
     mode = Mode("gthread 2x4", "gunicorn -c workers/gthread.conf.py --workers 2 --threads 4")

@@ -215,6 +215,14 @@ def test_so_do_those_of_a_second_request(patient: Server) -> None:
         assert hear(connection).status == 408
 
 
+def test_a_body_that_nobody_wants_is_not_waited_for_either(patient: Server) -> None:
+    with dial(patient) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999\r\n\r\n")
+        assert hear(connection).status == 413
+        connection.sendall(b"x")  # so that it is no idle connection for uvicorn
+        assert connection.recv(1) == b""
+
+
 def test_a_request_that_takes_longer_than_its_headers_may_is_answered(patient: Server) -> None:
     words = "word " * 3000 + "[MASK]"  # 0.9 s
     assert post(patient, words).status == 200

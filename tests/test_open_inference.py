@@ -228,6 +228,8 @@ WRONG = {
     "true or false": (a_tensor() | {"parameters": {"binary_data_output": 1}}, 400),
     "are not of one": (a_tensor(name="numbers", datatype="FP32", shape=[2], data=[1, "2"]), 422),
     "is not finite": (a_tensor(name="numbers", datatype="FP16", data=[1e30]), 422),
+    "are no numbers": (a_tensor(name="numbers", datatype="FP32", shape=[2**31 - 1, 0], data=[]), 422),
+    "50000 dimensions": (a_tensor(shape=[2**31 - 1] * 50_000), 400),
     "has no [MASK]": (a_tensor(data=["none"]), 422),
     "the model failed": (a_tensor(data=[POISON]), 500),
 }

@@ -62,6 +62,13 @@ def line(record: logging.LogRecord) -> Any:
 # --- nobody asked -----------------------------------------------------------------------------------------------------
 
 
+def test_whoever_logs_speaks_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    last = logging.StreamHandler()
+    monkeypatch.setattr(logging, "lastResort", last)
+    logged(App(), Settings(LOG_FORMAT="json"))
+    assert isinstance(last.formatter, Json)
+
+
 def test_by_default_the_app_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     app = App()
     assert logged(traced(app), Settings()) is app
@@ -147,8 +154,9 @@ def test_a_line_is_one_line_whatever_the_client_puts_into_it(caplog: pytest.LogC
     app = App()
     app.status = 404
     with caplog.at_level("INFO"):
-        ask(RequestLog(app), '/\n{"level":"forged"}')
-    assert "\n" not in Json().format(caplog.records[0])
+        ask(RequestLog(app), '/\n{"level":"forged"}\u2028\x85\x9b31m')
+    said = Json().format(caplog.records[0])
+    assert said.isascii() and said.isprintable()
 
 
 def test_a_failure_is_a_line_with_its_traceback() -> None:
@@ -188,6 +196,12 @@ def test_a_clients_trace_goes_on() -> None:
     assert f"{root.context.trace_id:032x}" == PARENT.split("-")[1]
     assert f"{root.parent.span_id:016x}" == PARENT.split("-")[2]
     assert spans(App(), traceparent="nonsense")["POST /"].parent is None
+
+
+def test_what_a_client_sends_for_a_trace_is_not_logged(caplog: pytest.LogCaptureFixture) -> None:
+    assert spans(App(), traceparent=PARENT, tracestate="secret = ?")["POST /"].parent
+    assert spans(App(), traceparent="0" * 1000)["POST /"].parent is None
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(("status", "failed"), [(503, True), (422, False), (404, False), (0, True)])

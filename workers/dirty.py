@@ -1,6 +1,7 @@
 """OFFLOAD=dirty: inference in one of Gunicorn's "dirty" workers, which all web workers share. See dirty.conf.py."""
 
 import asyncio
+import os
 import pickle
 import signal
 from typing import Any
@@ -12,7 +13,7 @@ from gunicorn.dirty.errors import DirtyAppError, DirtyError  # type: ignore[impo
 from workers import tasks
 from workers.jobs import ModelDied, ModelFailed
 from workers.offload import CannotLoad, Offload
-from workers.process import pickled
+from workers.process import die_with, pickled
 from workers.settings import Settings
 
 APP = "workers.dirty:DirtyModel"
@@ -22,6 +23,7 @@ class DirtyModel(DirtyApp):  # type: ignore[misc]
     """In the dirty worker: the model, loaded once, called from one thread."""
 
     def init(self) -> None:
+        die_with(os.getppid())  # a killed arbiter's would live on, and hold the port
         self.model = tasks.load_alone(Settings.read())
 
     def describe(self) -> str:

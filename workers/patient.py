@@ -75,10 +75,12 @@ class Protocol(HttpToolsProtocol):
         self.next_look = self.loop.call_later(settings.HEADERS_TIMEOUT_S, self.look)
 
     def look(self) -> None:
-        """End the connection if it has waited for the end of the same headers since the last look."""
-        waits = self.scope is None or "method" not in self.scope
+        """End the connection if it has waited since the last look for the end of the same headers, or of a body that
+        nobody wants: its reply is sent."""
+        unwanted = self.cycle and self.cycle.response_complete and self.cycle.more_body
+        waits = unwanted or self.scope is None or "method" not in self.scope
         if waits and self.looked_at is self.scope:
-            if self.scope is not None:
+            if self.scope is not None and not unwanted:
                 self.transport.write(TOO_SLOW)
             return self.transport.close()
         self.looked_at = self.scope

@@ -39,6 +39,8 @@ def speak_json() -> None:
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(Json())
+    if logging.lastResort:  # of who has no handler: OpenTelemetry, the model's libraries
+        logging.lastResort.setFormatter(Json())
 
 
 class RequestLog:
@@ -115,4 +117,6 @@ class Json(logging.Formatter):
         }
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+        return json.dumps(
+            fields, separators=(",", ":")
+        )  # ASCII: a path may hold U+2028 or a terminal's orders

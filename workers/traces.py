@@ -10,6 +10,7 @@ the exporter's variables mean what they always mean.
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from functools import partial
@@ -68,6 +69,7 @@ class Traces:
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+        logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)  # its warnings quote the headers
         self.app, self.otel, self.provider = app, trace, provider
         self.tracer = provider.get_tracer("workers.traces")
         self.extract = TraceContextTextMapPropagator().extract

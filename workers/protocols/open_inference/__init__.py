@@ -75,7 +75,8 @@ def operations(service: Service) -> dict[str, Any]:
     path = model_paths(service.settings)[0]
     said, most = service.task.describe(), service.settings.MAX_INPUTS
     named, is_open = said.parameters or {}, said.parameters is None
-    a_shape = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}}
+    a_size = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+    a_shape = {"type": "array", "items": a_size, "maxItems": tensors.DIMENSIONS}
     tensor = {
         "name": {"enum": list(tensors.NAMES)},
         "datatype": {"enum": ["BYTES", *tensors.NUMPYS]},
@@ -245,7 +246,7 @@ def the_input(asked: dict[str, Any], rest: bytes) -> Tensor:
     if (size or 0) != len(rest):
         raise CannotAnswer(f"{len(rest)} bytes follow the JSON; it says {size or 0}")
     if data is not None and tensor["datatype"] == "BYTES":
-        for _ in shape[1:]:  # nested as the shape is
+        for _ in shape[1 : tensors.DIMENSIONS]:  # nested as the shape is
             data = (
                 [one for row in data for one in row] if all(isinstance(row, list) for row in data) else data
             )

@@ -24,6 +24,7 @@ from workers.tasks import CannotAnswer, Malformed
 
 VERSION, ANSWER = "1", "answer"
 NAMES = ("text", "json", "bytes", "numbers")
+DIMENSIONS = 32  # as many as numpy takes; the product of thousands takes minutes
 NUMPYS = {  # of each datatype, as it is on the wire
     "BOOL": "?",
     **{f"{kind}{bits}": f"<{kind[0].lower()}{bits // 8}" for kind in ("INT", "UINT") for bits in (8, 16, 32, 64)},
@@ -53,6 +54,8 @@ class Said(NamedTuple):
 def inputs(tensor: Tensor, service: Service) -> list[Any]:
     """What the task is asked. Raises Malformed and CannotAnswer with a sentence."""
     name, most = tensor.name, service.settings.MAX_INPUTS
+    if len(tensor.shape) > DIMENSIONS:
+        raise Malformed(f"there are {len(tensor.shape)} dimensions; send at most {DIMENSIONS}")
     if name not in NAMES:
         raise Malformed(f"there is no input {name[:100]!r}; send {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     if (tensor.datatype == "BYTES") == (name == "numbers"):
@@ -120,6 +123,8 @@ def rows(tensor: Tensor) -> list[Any]:
         raise CannotAnswer(
             f"the data are no {tensor.datatype}, or not of one shape; send both alike"
         ) from None
+    if not array.size:  # [2147483647, 0] would be as many empty lists
+        raise CannotAnswer("there are no numbers; send some")
     if array.size != math.prod(tensor.shape) or not tensor.shape:
         raise CannotAnswer(f"there are {array.size} numbers; the shape says {tensor.shape[:10]}")
     if not np.isfinite(array).all():
