@@ -56,6 +56,7 @@ lessons: $(VENV)/dev  ## run the lessons, and store what they show
 	$(BIN)/python notebooks/run.py
 
 $(VENV)/serve: requirements.txt
+	@echo "Installing what serving needs. PyTorch is large: this takes minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

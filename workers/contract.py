@@ -23,7 +23,7 @@ log = logging.getLogger("uvicorn.error")
 # What curl -d sends is called a form; nobody means one.
 UNSAID = ("", "application/x-www-form-urlencoded", "application/octet-stream")
 SENTENCES = {  # for Starlette's own phrases
-    "Not Found": "there is nothing here; POST a text to /",
+    "Not Found": "there is nothing here for this TASK; POST to /, or see GET /openapi.json",
     "Method Not Allowed": "this method is not allowed here; see the Allow header",
 }
 MAX_HEADER_BYTES = 65_536  # httptools itself would take megabytes
