@@ -1,7 +1,7 @@
 """The contract, for any task, in every deployment mode: answers, lists, refusals.
 
-A mode knows no task. So every one is served in a thread and in a process, to which queries and answers are sent, and in
-the other modes a text's label, a vector and a class of one's own.
+A mode knows no task. So every one is served in a process, to which queries and answers are sent (in a thread it is by
+test_clients.py), and in the other modes a text's label, a vector and a class of one's own.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from workers.settings import Settings
 pytestmark = pytest.mark.slow
 MADE = {**MADE, "own class": lambda _: "models.iris:Iris"}
 SOME = ["text-classification", "feature-extraction", "own class"]
-SERVED = {mode: list(MADE) if mode in ("thread", "process") else SOME for mode in (*TESTED, "process")}
+SERVED = {mode: list(MADE) if mode == "process" else SOME for mode in (*TESTED, "process")}
 NO_HAPROXY = pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")
 
 
