@@ -11,6 +11,7 @@ from lesson import (
     GREEN,
     GREY,
     ORANGE,
+    QUICK,
     RED,
     SERVER_CORES,
     bars,
@@ -321,7 +322,8 @@ assert 1 < gain < 1.3 * law.most_gained + 1, "no batch gains more than (a + b) /
 assert found[32] > found[1]
 for at in ("low", "middle"):
     assert planned[at][0] < planned[at][at_10] < planned[at][-1], "a window costs time"
-assert p50_ms["window 10 ms", "low"] > p50_ms["no window", "low"]
+# The quick form asks 20 times in all: on a busy machine that tells nothing.
+assert QUICK or p50_ms["window 10 ms", "low"] > p50_ms["no window", "low"]
 assert (
     0.5 < full.latency_ms.mean() / predicted_ms < 2 and full.latency_ms.mean() > 3 * greedy.latency_ms.mean()
 )
