@@ -49,6 +49,7 @@ class Cluster:
             "SERVER_TIMEOUT": f"{int(settings.DEADLINE_S) + 5}s",
             "PROMETHEUS_MULTIPROC_DIR": self.metrics,
             "WEB_CONCURRENCY": str(n),  # so many share the cores
+            "MAX_CONNECTIONS": "0",  # all are HAProxy's, which counts each client's
             # They are on loopback, but known by HAProxy's names.
             "ALLOWED_HOSTS": settings.ALLOWED_HOSTS or ("" if is_loopback(bind.rpartition(":")[0]) else "*"),
             # HAProxy takes a second more than they do.
@@ -139,6 +140,9 @@ class Cluster:
             process = await self.start(
                 sys.executable,
                 *f"-m uvicorn server:app --workers 1 --port {port}".split(),
+                # Who is killed amid a reply has sent none of it.
+                "--http",
+                "workers.patient:Protocol",
                 # HAProxy closes what is idle: did uvicorn, a request could be on its way there.
                 "--timeout-keep-alive",
                 "75",

@@ -352,3 +352,20 @@ def test_tls_by_the_servers_own_flags(tmp_path: Path) -> None:
             return b""
 
         assert b"thing" in until(answer)
+
+
+def test_a_reply_leaves_in_one_piece_and_a_streams_head_at_once() -> None:
+    sent: list[bytes] = []
+    transport = Mock(write=sent.append)
+    loop = Mock()
+    held = patient_http.Lingering(transport, Mock(loop=loop))
+    held.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert sent == [b"HTTP/1.1 100 Continue\r\n\r\n"]
+    held.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    held.write(b"all of it")
+    assert sent[1:] == [b"HTTP/1.1 200 OK\r\n\r\nall of it"]
+    held.write(b"HTTP/1.1 200 OK\r\n\r\n")
+    assert len(sent) == 2
+    loop.call_soon.call_args.args[0]()
+    held.write(b"a line")
+    assert sent[2:] == [b"HTTP/1.1 200 OK\r\n\r\n", b"a line"]

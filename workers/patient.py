@@ -37,16 +37,35 @@ class Discard(asyncio.Protocol):
 
 
 class Lingering:
-    """A transport that is closed in two steps where the client is still sending: the reply ends, then so does the reading."""
+    """A transport that is closed in two steps where the client is still sending: the reply ends, then so does the reading.
+
+    And a reply's head waits for its body: uvloop would send each by itself, and who is killed between the two leaves half of
+    a reply, which no balancer can ask for again.
+    """
 
     def __init__(self, transport: asyncio.Transport, protocol: HttpToolsProtocol) -> None:
         self.transport, self.protocol = transport, protocol
-        self.write, self.is_closing = transport.write, transport.is_closing  # often asked
+        self.is_closing = transport.is_closing  # often asked
+        self.head = b""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transport, name)
 
+    def write(self, data: bytes) -> None:
+        if self.head:
+            data, self.head = self.head + data, b""
+        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 100"):
+            self.head = data
+            self.protocol.loop.call_soon(self.flush)  # a stream's first line may come much later
+            return
+        self.transport.write(data)
+
+    def flush(self) -> None:
+        if self.head:
+            self.write(b"")
+
     def close(self) -> None:
+        self.flush()
         cycle = self.protocol.cycle
         still_comes = cycle and cycle.response_complete and cycle.more_body
         if self.is_closing() or not still_comes or not self.transport.can_write_eof():  # TLS can't
