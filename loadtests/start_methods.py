@@ -25,7 +25,7 @@ PARENT = {
     "imported torch": "import torch, transformers",
     "computed with torch": "import torch; torch.ones(512, 512) @ torch.ones(512, 512)",
 }
-PATIENCE_S = 20.0  # a child that has not answered by then hangs: others take 2 to 4 s
+PATIENCE_S = 20.0  # a forked child that has not answered by then hangs: others take 2 to 4 s
 
 
 def child(pipe: Connection) -> None:
@@ -42,6 +42,8 @@ def child(pipe: Connection) -> None:
 def measure(method: str, parent: str, patience_s: float) -> dict[str, float | str]:
     """Start two model processes by `method`, one after the other, after the parent did `parent`."""
     exec(PARENT[parent], {})
+    if method != "fork":
+        patience_s *= 10  # these are only slow
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
         # Imported once, by the server of forks, which itself never computes.

@@ -246,7 +246,7 @@ from loadtests import start_methods
 starts = start_methods.compare(
     methods=quick(("fork", "spawn"), ("fork", "spawn", "forkserver")),
     parents=quick(("computed with torch",), tuple(start_methods.PARENT)),
-    patience_s=quick(12, 20),
+    patience_s=quick(6, 20),
 )
 starts
 

@@ -318,11 +318,11 @@ checks.exercise_4_3(mean_wait_s)
 # ## What must hold
 
 # %%
-assert 1 < gain < 1.3 * law.most_gained + 1, "no batch gains more than (a + b) / b, give or take the fit"
 assert found[32] > found[1]
 for at in ("low", "middle"):
     assert planned[at][0] < planned[at][at_10] < planned[at][-1], "a window costs time"
-# The quick form asks 20 times in all: on a busy machine that tells nothing.
+# The quick form asks for two seconds: on a busy machine that tells less.
+assert QUICK or gain < 1.3 * law.most_gained + 1, "no batch gains more than (a + b) / b, give or take the fit"
 assert QUICK or p50_ms["window 10 ms", "low"] > p50_ms["no window", "low"]
 assert (
     0.5 < full.latency_ms.mean() / predicted_ms < 2 and full.latency_ms.mean() > 3 * greedy.latency_ms.mean()
