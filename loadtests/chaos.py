@@ -129,9 +129,8 @@ class Run:
     name: str
     outcomes: list[Outcome] = field(default_factory=list)
     windows: list[Window] = field(default_factory=list)
-    lags: list[tuple[float, float]] = field(
-        default_factory=list
-    )  # when the clients themselves were held up, how long
+    # When the clients themselves were held up, how long.
+    lags: list[tuple[float, float]] = field(default_factory=list)
     defects: list[str] = field(default_factory=list)
     before_per_s: float = 0.0
     after_per_s: float = 0.0

@@ -200,9 +200,8 @@ def wrong_content(asked: Question, reply: Reply) -> str:
     return "" if fine else "an error of another form"
 
 
-Door = Callable[
-    [str, Question], Any
-]  # where the server is, what is sent -> the reply; over HTTP, gRPC: chaos_grpc.py
+# Where the server is, what is sent -> the reply; over HTTP here, over gRPC in chaos_grpc.py.
+Door = Callable[[str, Question], Any]
 
 
 async def over_http(url: str, question: Question) -> Reply:

@@ -145,10 +145,9 @@ async def no_disk(target: Target) -> None:
         await asyncio.sleep(target.rng.uniform(0.5, 2))
 
 
-@fault(
-    "no file descriptors", may_fail=True, may_be=(LOST, UNHEARD, SHUT)
-)  # libuv closes what it can't accept
+@fault("no file descriptors", may_fail=True, may_be=(LOST, UNHEARD, SHUT))
 async def no_files(target: Target) -> None:
+    """libuv closes what it can't accept."""
     async with limited(target.server.processes(), resource.RLIMIT_NOFILE, lambda p: p.num_fds() + 3):
         await asyncio.sleep(target.rng.uniform(0.5, 1.5))
 

@@ -104,24 +104,17 @@ def mode() -> str:
     return "ray"
 
 
-@pytest.fixture
-def real(apps: dict[str, Server]) -> Server:
-    return apps["real"]
+def served(name: str) -> Any:
+    """The fixture of this name: its server."""
+
+    @pytest.fixture(name=name)
+    def one(apps: dict[str, Server]) -> Server:
+        return apps[name]
+
+    return one
 
 
-@pytest.fixture
-def server(apps: dict[str, Server]) -> Server:
-    return apps["server"]
-
-
-@pytest.fixture
-def sick(apps: dict[str, Server]) -> Server:
-    return apps["sick"]
-
-
-@pytest.fixture
-def spawning(apps: dict[str, Server]) -> Server:
-    return apps["spawning"]
+real, server, sick, spawning = map(served, APPS)
 
 
 # --- what it adds to the contract's own tests, and what it takes away ----------------------------------------------------

@@ -54,8 +54,7 @@ def parse(body: bytes, request: Request, media: tuple[str, ...], max_inputs: int
     fields = request.scope["fields"]
     content_type = fields.get(b"content-type", b"").decode("latin-1")
     media_type = content_type.partition(";")[0].strip().lower()
-    if fields.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
+    refuse_encoded(request)
     if not body:
         raise HTTPException(400, "the body is empty; send what the model should answer")
     if media and (media_type in UNSAID or media_type.startswith(media)):
@@ -76,6 +75,12 @@ def parse(body: bytes, request: Request, media: tuple[str, ...], max_inputs: int
     if not text.strip():
         raise HTTPException(400, "the text is empty; send one")
     return Asked([text], {})
+
+
+def refuse_encoded(request: Request) -> None:
+    """Raise HTTPException 415 where the body is compressed."""
+    if request.scope["fields"].get(b"content-encoding", b"identity").lower() != b"identity":
+        raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
 
 
 def charset_of(content_type: str) -> str:

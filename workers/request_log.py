@@ -117,6 +117,5 @@ class Json(logging.Formatter):
         }
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        return json.dumps(
-            fields, separators=(",", ":")
-        )  # ASCII: a path may hold U+2028 or a terminal's orders
+        # ASCII: a path may hold U+2028 or a terminal's orders.
+        return json.dumps(fields, separators=(",", ":"))

@@ -20,7 +20,7 @@ async def read_json(request: Request, known: tuple[str, ...]) -> tuple[dict[str,
     raises.
     """
     body = await request.state.service.clients.read(request)
-    refuse_encoded(request)
+    contract.refuse_encoded(request)
     wanted = f'an object with "{known[0]}"'
     try:
         content = contract.load_json(body.removeprefix(contract.BOM).decode(), wanted)
@@ -31,12 +31,6 @@ async def read_json(request: Request, known: tuple[str, ...]) -> tuple[dict[str,
     if unknown := sorted(content.keys() - set(known)):
         raise HTTPException(400, f'"{unknown[0]}" is not a known field; leave it out')
     return {name: value for name, value in content.items() if value is not None}, len(body)
-
-
-def refuse_encoded(request: Request) -> None:
-    """Raise HTTPException 415 where the body is compressed."""
-    if request.scope["fields"].get(b"content-encoding", b"identity").lower() != b"identity":
-        raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
 
 
 def whole(number: Any) -> Any:

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import workers
-from workers import contract, protocols
+from workers import contract
 from workers.guard import public
 from workers.jobs import Refused
 from workers.protocols.open_inference import tensors
@@ -177,7 +177,7 @@ async def infer(request: Request) -> Response:
     """POST /v2/models/NAME/infer: the model's answer to each element of the tensor."""
     service: Service = request.state.service
     body = await service.clients.read(request)
-    protocols.refuse_encoded(request)
+    contract.refuse_encoded(request)
     head, rest = parts(body, request)
     try:
         content = contract.load_json(head.decode(), EXAMPLE)

@@ -3,16 +3,17 @@
     client = tritonclient.grpc.InferenceServerClient("127.0.0.1:50051")
 
 The client's deadline is its budget; a call that is cancelled leaves the queue. Errors have the sentences of HTTP's:
-RESOURCE_EXHAUSTED with a google.rpc.RetryInfo where the model has no room, without one where the message is too large, UNAVAILABLE while none can be answered,
-DEADLINE_EXCEEDED, INVALID_ARGUMENT, NOT_FOUND, UNAUTHENTICATED, INTERNAL. Every call has its x-request-id in the trailing
-metadata; each answer has "timing" among its parameters.
+RESOURCE_EXHAUSTED with a google.rpc.RetryInfo where the model has no room, without one where the message is too large,
+UNAVAILABLE while none can be answered, DEADLINE_EXCEEDED, INVALID_ARGUMENT, NOT_FOUND, UNAUTHENTICATED, INTERNAL. Every
+call has its x-request-id in the trailing metadata; each answer has "timing" among its parameters.
 
 ModelStreamInfer: many requests, each on its own as if it had been sent alone; answers come in the order in which they are
 done, each with its request's id. An error has that, "status" and, where one should ask again, "retry_after_s" as well. Of a
 stream at most MAX_INPUTS requests are unanswered: beyond them it is not read.
 
 grpc.health.v1: "" and "inference.GRPCInferenceService" say what /ready says, "liveness" what /health says. No TLS: put a
-proxy in front. Web pages can't ask: browsers speak HTTP/2 over TLS only. Of several worker processes each listens, and a client stays with the one that took its connection.
+proxy in front. Web pages can't ask: browsers speak HTTP/2 over TLS only. Of several worker processes each listens, and a
+client stays with the one that took its connection.
 """
 
 import asyncio
