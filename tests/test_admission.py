@@ -192,7 +192,10 @@ def test_under_lasting_overload_the_wait_stays_near_the_target_at_the_full_and_s
         law, poisson(law, load * capacity, until), copies, batch_size=batch_size, target_s=target_s
     )
     lasting = [end for end in ends if end.at >= 4]
-    assert p99(lasting) <= max(2 * target_s, law.seconds(batch_size * law.mean)) * 1.01
+    full_s = law.seconds(batch_size * law.mean)
+    assert p99(lasting) <= max(2 * target_s, full_s) * 1.01
+    if load > 2:  # the queue stands from the start: nobody waits a batch longer than the target says
+        assert p99(lasting) <= max(target_s, 1.5 * full_s, 6 * full_s / batch_size) * 1.05
     assert answered(ends, 4, until) >= 0.97 * capacity
     steady = [answered(ends, second, second + 1) for second in range(4, int(until))]
     assert min(steady) >= 0.8 * capacity - 2  # one job more or less in a second

@@ -81,7 +81,7 @@ def test_all_use_the_images_that_the_dockerfile_makes() -> None:
 
 def test_ports_and_paths_are_the_apps() -> None:
     assert f"EXPOSE {PORT}\n" in DOCKERFILE and f'"--port", "{PORT}"' in DOCKERFILE
-    assert f"127.0.0.1:{PORT}/health" in DOCKERFILE
+    assert re.findall(r"urlopen\('http://127\.0\.0\.1:(\d+)(.*?)'", DOCKERFILE) == [(str(PORT), "/health")]
     probes = [CONTAINER[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
     assert [probe["path"] for probe in probes] == ["/ready", "/ready", "/health"]
     assert {probe["path"] for probe in probes} <= PATHS

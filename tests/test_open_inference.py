@@ -367,6 +367,18 @@ def test_a_refusal_says_when_to_ask_again(server: Server, stub: Any, crowd: Crow
     assert all(call.result().model_name == FILL_MASK for call in waiting)
 
 
+def test_who_allows_less_time_than_it_would_take_is_told_so_at_once(
+    server: Server, stub: Any, tmp_path: Path
+) -> None:
+    gate = tmp_path / "open"
+    long = stub.ModelInfer.future(asked(f"until:{gate} {TEXT}" + " and so on" * 1500))
+    until(lambda: get(server, "/health").json["running"] == 1)
+    error = error_of(lambda: stub.ModelInfer(asked(TEXT), timeout=0.5))
+    assert (error.code(), "it would take" in error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, True)
+    gate.touch()
+    assert long.result().model_name == FILL_MASK
+
+
 def test_a_message_that_never_comes(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
         never = queue.Queue()
