@@ -245,7 +245,8 @@ def test_a_server_tells_of_every_request_and_never_its_text() -> None:
         text = server.log()
     assert "secret" not in text
     told = [json.loads(one) for one in text.splitlines() if one.startswith('{"time"')]
-    requests = [one for one in told if one["message"] == "request"]
+    # On a slow machine `start` has asked /ready too early, and been told so.
+    requests = [one for one in told if one["message"] == "request" and one["path"] != "/ready"]
     # A reply is there a little before its line.
     assert sorted(one["status"] for one in requests) == [200, 200, 200, 422, 500]
     assert sorted(one["inputs"] for one in requests if "inputs" in one) == [1, 2, 2]
