@@ -31,14 +31,15 @@ def exercise(praise: str) -> Callable[[Callable[[Any], None]], Callable[[Any], V
     def soften(check: Callable[[Any], None]) -> Callable[[Any], Verdict]:
         @functools.wraps(check)
         def soft(answer: Any) -> Verdict:
+            solution = f" (Stuck? solutions/{check.__name__.removeprefix('exercise_')}.py)"
             try:
                 if answer is ... or answer is None:
                     raise NotYet("your turn: fill in the blank")
                 check(answer)
             except NotYet as hint:
-                return Verdict(False, str(hint))
+                return Verdict(False, str(hint) + solution)
             except Exception as error:
-                return Verdict(False, f"your answer raised {type(error).__name__}: {error}")
+                return Verdict(False, f"your answer raised {type(error).__name__}: {error}{solution}")
             return Verdict(True, praise)
 
         return soft

@@ -1,4 +1,4 @@
-"""What the lessons share: servers, single requests, pictures, the claims ledger. Import it first.
+"""What the lessons share: servers, single requests, drawings, pictures, the claims ledger. Import it first.
 
 The experiments are in the lessons. The server, its loop, the load generator and the planner are the project's own.
 """
@@ -8,13 +8,15 @@ import contextlib
 import datetime
 import json
 import logging
+import math
 import os
 import sys
+import textwrap
 import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +26,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import Markdown, display
 from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
+
+if sys.platform != "linux":
+    raise RuntimeError(
+        "The lessons need Linux: they pin servers to cores and read /proc. Elsewhere: in a container."
+    )
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the project, from which the lessons import
@@ -43,6 +51,12 @@ logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # where the loop 
 def quick(short: Any, full: Any) -> Any:
     """`short` in the quick form (QUICK=1), else `full`: durations, counts, lists of rates."""
     return short if QUICK else full
+
+
+def holds(truth: Any, sentence: str) -> None:
+    """What a measurement must show. Raises AssertionError in the full form; the quick form is too short to judge."""
+    if not (truth or QUICK):
+        raise AssertionError(sentence)
 
 
 # --- servers ----------------------------------------------------------------------------------------------------------
@@ -240,13 +254,42 @@ plt.rcParams |= {
 
 @contextlib.contextmanager
 def picture(title: str, x: str, y: str, **axes: Any) -> Iterator[Axes]:
-    """Axes with a title and labels; shown with their legend at the end."""
+    """Axes with a title and labels; at the end each labelled series gets its name beside its last point."""
     _, ax = plt.subplots()
     yield ax
     ax.set(title=title, xlabel=x, ylabel=y, **axes)
-    if ax.get_legend_handles_labels()[0] and not ax.get_legend():
-        ax.legend()
+    name_at_ends(ax)
     plt.show()
+
+
+def name_at_ends(ax: Axes, width: int = 18, line_px: float = 17) -> None:
+    """Write each labelled series' name to the right of its last point, in its colour; names make room for each other.
+
+    `width` is in characters, `line_px` the height of a line of text.
+    """
+    ax.figure.draw_without_rendering()  # type: ignore[union-attr]  # only then are the limits known
+    ends: list[tuple[float, Any, list[str], Any]] = []
+    for series in ax.get_lines():
+        points = series.get_xydata()
+        points = points[[bool(all(map(math.isfinite, point))) for point in points]]
+        if not str(series.get_label()).startswith("_") and len(points):
+            x, y = max(points, key=lambda point: point[0])
+            lines = textwrap.wrap(str(series.get_label()), width)
+            ends.append((float(ax.transData.transform((x, y))[1]), (x, y), lines, series.get_color()))
+    above = -math.inf
+    for at_px, point, lines, color in sorted(ends, key=lambda end: end[0]):
+        half = len(lines) * line_px / 2
+        middle = max(at_px, above + half)
+        above = middle + half
+        ax.annotate(
+            "\n".join(lines),
+            point,
+            (9, (middle - at_px) * 72 / ax.figure.dpi),
+            textcoords="offset points",
+            color=color,
+            va="center",
+            fontsize=12,
+        )
 
 
 def line(ax: Axes, x: Any, y: Any, label: str = "predicted", color: str = "black", **style: Any) -> None:
@@ -256,8 +299,7 @@ def line(ax: Axes, x: Any, y: Any, label: str = "predicted", color: str = "black
 
 def bars(ax: Axes, x: Any, y: Any, label: str = "predicted") -> None:
     """Predictions, one upright bar for each row y."""
-    ax.plot(x, y, "|", color="black", markersize=30, markeredgewidth=3)
-    ax.plot([], [], "|", color="black", markersize=12, markeredgewidth=3, label=label)  # in the legend
+    ax.plot(x, y, "|", color="black", markersize=30, markeredgewidth=3, label=label)
 
 
 def dots(ax: Axes, x: Any, y: Any, label: str = "measured", color: str = BLUE, **style: Any) -> None:
@@ -265,12 +307,69 @@ def dots(ax: Axes, x: Any, y: Any, label: str = "measured", color: str = BLUE, *
     ax.plot(x, y, "o", label=label, color=color, **style)
 
 
+def guessed(ax: Axes, x: Any, y: Any, label: str = "your guess") -> None:
+    """What the learner said before."""
+    ax.plot(x, y, "*", color=PURPLE, markersize=15, label=label)
+
+
+# --- drawings, tables, sentences --------------------------------------------------------------------------------------
+
+WAY = ("clients", "server.py", "queue", "loop", "thread", "model")
+
+
+def way(*rows: Sequence[str], changed: Collection[str] = (), title: str = "") -> None:
+    """Draw the way of a request from box to box, a row for each server; boxes named in `changed` stand out.
+
+    Without rows: the way through this project's server.
+    """
+    chains = rows or (WAY,)
+    longest = max(map(len, chains))
+    _, ax = plt.subplots(figsize=(1.25 * longest, 0.75 * len(chains) + (0.35 if title else 0)))
+    for row, chain in enumerate(chains):
+        for column, name in enumerate(chain):
+            if not name:
+                continue
+            x, y = column * 1.5, -row * 0.9
+            color = ORANGE if name in changed else GREY
+            ax.add_patch(
+                FancyBboxPatch(
+                    (x - 0.5, y - 0.25),
+                    1,
+                    0.5,
+                    boxstyle="round,pad=0.04",
+                    edgecolor=color,
+                    facecolor="white",
+                    linewidth=2.5 if name in changed else 1.2,
+                )
+            )
+            ax.text(x, y, name, ha="center", va="center", fontsize=11)
+            if column and chain[column - 1]:
+                ax.annotate("", (x - 0.55, y), (x - 0.95, y), arrowprops={"arrowstyle": "->", "color": GREY})
+    ax.set(xlim=(-0.7, longest * 1.5 - 0.8), ylim=(-0.9 * len(chains) + 0.5, 0.4), title=title)
+    ax.axis("off")
+    plt.show()
+
+
+def table(rows: pd.DataFrame | Sequence[dict[str, Any]]) -> None:
+    """Show rows as a table; its columns' names say what they are, and in which unit."""
+    frame = pd.DataFrame(rows).astype(object)
+    display(Markdown(planner.markdown(frame.where(frame.notna(), "-").astype(str).to_dict("records"))))
+
+
+def tell(text: str) -> None:
+    """Show a paragraph of Markdown: what a measurement says, with its figures."""
+    display(Markdown(text))
+
+
 # --- the ledger -------------------------------------------------------------------------------------------------------
 
 
-def claim(text: str, measured: str, verdict: str) -> None:
-    """Enter a piece of folk wisdom into notebooks/claims.md: what was measured here, and whether it holds."""
+def claim(text: str, *, who: str, number: str, verdict: str) -> None:
+    """Enter a piece of folk wisdom into notebooks/claims.md: what was measured, what came out, whether it holds.
+
+    A claim that can't be tested here has the verdict "untested here", and `number` says what it would take.
+    """
     on = f"{machine.processor()}, {len(CORES)} cores, {datetime.date.today()}"
-    entry = {"claim": text, "measured": measured, "verdict": verdict, "on": on}
-    lines = [f"> **“{text}”**", f"> Measured here: {measured}", f"> Verdict: **{verdict}**"]
+    entry = {"claim": text, "who": who, "number": number, "verdict": verdict, "on": on}
+    lines = [f"> **“{text}”**", f"> {who}: {number}", f"> Verdict: **{verdict}**"]
     display(Markdown("  \n".join(lines)), metadata={"claim": entry})

@@ -15,7 +15,7 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
-LESSONS = sorted(HERE.glob("[0-9]*_*.py"))
+LESSONS = sorted(HERE.glob("[0-9]*_*.py"), key=lambda script: int(script.stem.split("_")[0]))
 
 
 def read(script: Path) -> nbformat.NotebookNode:
@@ -81,12 +81,12 @@ def ledger() -> str:
         f"Folk wisdom about serving models, put to the test by the lessons ({'; '.join(machines)}). Your own machine may",
         "tell otherwise: run them. This page is written by `notebooks/run.py` from the lessons' outputs.",
         "",
-        "| the claim | measured here | verdict | where |",
-        "|---|---|---|---|",
+        "| claim | who is measured | number | verdict | where |",
+        "|---|---|---|---|---|",
     ]
     for script, entry in entries:
-        where = f"[lesson {script.stem[0]}]({stored[script].name}), “{entry['heading']}”"
-        cells = (f"“{entry['claim']}”", entry["measured"], f"**{entry['verdict']}**", where)
+        where = f"[lesson {script.stem.split('_')[0]}]({stored[script].name}), “{entry['heading']}”"
+        cells = (f"“{entry['claim']}”", entry["who"], entry["number"], f"**{entry['verdict']}**", where)
         text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(text) + "\n"
 

@@ -1,5 +1,6 @@
 """The lessons run, their notebooks are what their scripts say, and every exercise can be solved."""
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -37,6 +38,23 @@ def test_stored_notebook_has_the_cells_of_its_script_and_outputs(script: Path) -
     ]
     assert any(cell.get("outputs") for cell in stored.cells)
     assert str(ROOT) not in str(stored)
+
+
+@pytest.mark.parametrize("script", run.LESSONS, ids=name)
+def test_figures_in_bold_come_from_the_lessons_own_outputs(script: Path) -> None:
+    """Prose that quotes what was measured sets it in bold: **51 ms**."""
+    stored = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+    shown = "\n".join(str(cell.get("outputs", "")) for cell in stored.cells)
+    prose = "\n".join(cell.source for cell in stored.cells if cell.cell_type == "markdown")
+    quoted = [
+        number
+        for bold in re.findall(r"\*\*(.+?)\*\*", prose)
+        for number in re.findall(r"\d[\d.,]*\d|\d", bold)
+    ]
+    missing = [
+        number for number in quoted if not re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d]|[.,]\d)", shown)
+    ]
+    assert not missing, "run the lesson anew, or mend its prose"
 
 
 def test_claims_are_those_of_the_stored_notebooks() -> None:
