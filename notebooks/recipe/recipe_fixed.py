@@ -1,4 +1,4 @@
-"""The recipe's twin without the bugs: a function becomes a server in 30 lines. `server.py` is the complete one."""
+"""The recipe, repaired: a function becomes a server in 30 lines. `server.py` is the complete one."""
 
 import asyncio
 import contextlib
