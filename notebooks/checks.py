@@ -124,7 +124,7 @@ def exercise_1_2(serve_one_batch: Any) -> None:
                 raise NotYet(f"{n} texts in the queue: client {i + 1} got no answer")
             if answers[i] != [f"text {i} {j}" for j in range(5)]:
                 raise NotYet(
-                    f"{n} texts in the queue: client {i + 1} did not get the five guesses for its text"
+                    f"{n} texts in the queue: client {i + 1} did not get the five words for its text"
                 )
         if max(calls) > most:
             raise NotYet(f"a batch of {max(calls)}: take {most} at most, the rest waits for the next one")
@@ -163,7 +163,7 @@ def exercise_2_1(mean_wait_ms: Any) -> None:
         raise NotYet("how long is what is left of a call, on average? And what is the chance to meet one?")
 
 
-@exercise("So a blocked loop and an impatient supervisor make an outage out of a busy minute.")
+@exercise("So a blocked loop and an impatient orchestrator make an outage out of a busy minute.")
 def exercise_2_2(would_restart: Any) -> None:
     if would_restart([2000, 2000, 2000], 1000) is None:
         raise NotYet("your turn: it returned None")

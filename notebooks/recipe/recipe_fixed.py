@@ -23,7 +23,7 @@ async def endpoint(request):
     except (Refused, Late, ModelFailed) as error:
         status = {Refused: 503, Late: 504}.get(type(error), 500)
         return JSONResponse({"error": type(error).__name__}, status)
-    return JSONResponse(answer.value)
+    return JSONResponse(answer.value, headers={"batch-size": str(answer.batch_size)})
 
 
 @contextlib.asynccontextmanager
