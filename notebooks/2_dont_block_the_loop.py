@@ -13,8 +13,8 @@
 # (`QUICK=1`) only shows that the lesson runs. Words that are new to you are in the [glossary](glossary.md).
 
 # %%
-from lesson import BLUE, GREEN, GREY, ORANGE, TEXT, ask, bars, claim, dots, get, guessed, holds, line
-from lesson import load, picture, quick, serve_all, stop, table, tell, way
+from lesson import BLUE, GREEN, GREY, ORANGE, TEXT, ask, ask_together, claim, dots, get, guessed, holds
+from lesson import line, load, picture, quick, serve_all, stop, table, tell, way
 
 import inspect
 import time
@@ -53,9 +53,7 @@ print("thread:", *lines_with(offload.Thread.run, "self.model("))
 
 # %%
 PLACES = {"inline": BLUE, "thread": ORANGE, "process": GREEN}
-began = time.perf_counter()
 started = serve_all(*({"OFFLOAD": place, "BATCH_SIZE": 32} for place in PLACES))
-start_s = time.perf_counter() - began
 servers = dict(zip(PLACES, started))
 memory_mb = {place: server.memory_mb() for place, server in servers.items()}
 
@@ -100,9 +98,9 @@ with picture("A model on the loop makes a saw", "time, s", "wait for /health, ms
             ax,
             [start, start, start + burst * long_ms / 1000],
             [0, burst * long_ms, 0],
-            None if start else "formula, inline",
+            "formula, inline" if start + 2 >= duration_s else None,
         )
-    guessed(ax, [0], [guess_inline_ms])
+    guessed(ax, [duration_s], [guess_inline_ms])
     for place, color in PLACES.items():
         dots(ax, health[place].due_s, health[place].latency_ms, place, color, markersize=4)
 
@@ -126,7 +124,7 @@ table(
     [
         {
             "while the model works": place,
-            "your guess, longest, ms": guesses.get(place),
+            "your guess, longest, ms": guesses.get(place, "-"),
             "formula, longest, ms": f"{burst * long_ms:.0f}" if place == "inline" else "about 2",
             "longest wait, ms": f"{worst_ms[place]:.0f}",
             "median wait, ms": f"{busy_ms[place]:.1f}",
@@ -257,20 +255,21 @@ works = {  # what is done, the formula, the guess
 silences = {name: longest_silence_ms(work) for name, (work, _, _) in works.items()}
 
 # %%
-with picture("Who keeps the lock silences the others", "longest silence, ms", "", xscale="log") as ax:
-    rows = range(len(works))
-    bars(ax, [ms for _, ms, _ in works.values()], rows, "formula")
-    guessed(ax, [guess or np.nan for _, _, guess in works.values()], rows)
-    dots(ax, silences.values(), rows)
-    ax.set_yticks(rows, works)
-    ax.set_ylim(-0.6, len(rows) - 0.2)
+mark = {"linestyle": "none", "marker": "_", "markersize": 30, "markeredgewidth": 3}
+with picture("Who keeps the lock silences the others", "", "longest silence, ms", yscale="log") as ax:
+    columns = range(len(works))
+    line(ax, columns, [ms for _, ms, _ in works.values()], "formula", **mark)
+    guessed(ax, columns, [guess or np.nan for _, _, guess in works.values()])
+    dots(ax, columns, silences.values())
+    ax.set_xticks(columns, works)
+    ax.set_xlim(-0.5, len(works) - 0.5)
 
 # %%
 table(
     [
         {
             "who works beside the metronome": name,
-            "your guess, ms": guess,
+            "your guess, ms": guess or "-",
             "formula, ms": f"{formula:.0f}",
             "longest silence, ms": f"{silences[name]:.1f}",
         }
@@ -300,67 +299,70 @@ claim(
 # ## A crash contained
 #
 # A thread can't contain a crash: out of memory, a bug in a C library, an endless loop. A process can. Four long texts are
-# sent at once, and in the middle of a call we kill the model's process. **How many of the four are lost? How long does it
-# take until the others have their answers?**
+# sent at once, and in the middle of a call we kill the model's process. **How many of the four does the model take with it?
+# What does `/health` say? And how long is it until the server answers texts again?**
 
 # %%
-guess_lost = 4  # texts that get an error
-guess_wait_s = 1.0  # until the last of the four has a reply
+guess_lost = 4  # texts that get an error 500
+guess_health = 503  # the status of /health, asked at once after the kill: 200, 503, or 0 for no reply
+guess_back_s = 1.0  # seconds until a text gets an answer again
 
 # %% [markdown]
 # **Prediction.** Only what was inside the model dies with it: the first text, which went in alone. The other three stand in
-# the queue, in the server's own process. They wait for a new process. It has to load what the first one loaded.
+# the queue, in the server's own process, which lives. A new process has to load what the first one loaded. How long that
+# takes the server knows from its start. It says so in `Retry-After` to those whom it sends away meanwhile.
 
 # %%
 from concurrent.futures import ThreadPoolExecutor
 
-from lesson import ask_together
-
 server = servers["process"]
 *_, victim = sorted(server.processes()[1:], key=lambda process: process.memory_info().rss)
 with ThreadPoolExecutor(1) as pool:
-    asked = pool.submit(ask_together, server, [TEXT + " Or so they say." * 60] * 4)
+    asked = pool.submit(ask_together, server, [long_text] * 4)
     give_up = time.monotonic() + 10
     while get(server, "health").json["running"] == 0 and time.monotonic() < give_up:
         time.sleep(0.002)
     victim.kill()
+    killed = time.monotonic()
     health_after = get(server, "health")
     in_flight = asked.result()
+turned_away = ask(server)
 server.wait_until_ready()
 next_one = ask(server)
+back_s = time.monotonic() - killed
 
 # %%
-lost = sum(reply.status == 500 for reply in in_flight)
-waited_s = max(reply.ms for reply in in_flight) / 1000
+statuses = [reply.status for reply in in_flight]
+lost = statuses.count(500)
+rows = (
+    ("of four texts: error 500", guess_lost, 1, lost),
+    ("/health", guess_health, 200, f"{health_after.status} after {health_after.ms:.0f} ms"),
+    (
+        "seconds until it answers texts",
+        guess_back_s,
+        f"{turned_away.headers.get('retry-after', '-')} (its Retry-After)",
+        f"{back_s:.1f}",
+    ),
+)
 table(
     [
-        {
-            "what": "texts that got an error (500)",
-            "your guess": guess_lost,
-            "formula": 1,
-            "measured": lost,
-        },
-        {
-            "what": "seconds until the last of the four had a reply",
-            "your guess": guess_wait_s,
-            "formula": f"at most {start_s:.0f}, as three servers side by side took",
-            "measured": f"{waited_s:.1f}",
-        },
-        {
-            "what": "/health, at once, ms",
-            "your guess": None,
-            "formula": "about 2",
-            "measured": f"{health_after.ms:.0f} (status {health_after.status})",
-        },
+        {"after the kill": what, "your guess": f"{guess:g}", "formula": formula, "measured": measured}
+        for what, guess, formula, measured in rows
     ]
+)
+tell(
+    f"The four got {', '.join(map(str, sorted(statuses)))}; the next text, when it was ready again, {next_one.status}."
 )
 
 # %% [markdown]
-# The text that the dead process held gets a 500. The server, its queue and its `/health` never stop. Who still queued waits
-# for a new process, and gets an answer from it. With a thread the whole server would be gone, and every client with it.
+# The text that the dead process held gets a 500. The server, its queue and its `/health` never stop. Those who stood in the
+# queue get a 503 at once, because a new model takes longer to load than they may wait: they can ask another server, or come
+# back. With a thread the whole server would be gone, and every client with it.
 #
-# *Where the formula may fail:* a text that came in time for the dead call dies with it. The texts that died are not tried
-# again. If one of them is the killer, it would kill the next process too.
+# *Where the formula may fail:* `Retry-After` is in whole seconds, and it tells how long loading took the last time, when
+# other servers loaded beside it.
+#
+# The text that died is not tried again. If it is the killer, it would kill the next process too.
 #
 # A process can be started in three ways: fork, spawn and forkserver. This server spawns. Which of them is the quickest,
 # which takes the least memory and which hangs is judged in [lesson 8](8_processes_and_devices.ipynb).
@@ -378,8 +380,41 @@ stop()
 guess_ms = {"inline": 0.1, "thread": 1.0, "process": 1.0}
 
 # %% [markdown]
-# **Prediction.** Waking another thread takes some 0.05 ms. Inline wakes nobody. A thread must be woken and must wake the
-# loop again: 0.1 ms. A process does so through a socket, and packs and unpacks on both sides: some 0.3 ms.
+# **Prediction.** Inline hands nothing over. A thread is handed the texts and hands the answers back: one round trip between
+# two threads. With a process the round trip goes through a socket, and both sides pack and unpack. We time both trips
+# without any server: a second thread only sends back what it gets.
+
+# %%
+import multiprocessing
+import queue
+
+
+def round_trip_ms(send, their_receive, their_send, receive, times=1000):
+    """The median time for eight texts to another thread and back."""
+
+    def echo():
+        while (item := their_receive()) is not None:
+            their_send(item)
+
+    threading.Thread(target=echo, daemon=True).start()
+    took = []
+    for _ in range(times):
+        began = time.perf_counter()
+        send([TEXT] * 8)
+        receive()
+        took.append(time.perf_counter() - began)
+    send(None)
+    return float(np.median(took)) * 1000
+
+
+there, back = queue.SimpleQueue(), queue.SimpleQueue()
+ours, theirs = multiprocessing.Pipe()
+formula_ms = {
+    "inline": 0.001,
+    "thread": round_trip_ms(there.put, there.get, back.put, back.get),
+    "process": round_trip_ms(ours.send, theirs.recv, theirs.send, ours.recv),
+}
+tell(f"Round trips: {formula_ms['thread']:.3f} ms by a queue, {formula_ms['process']:.3f} ms by a socket.")
 
 # %%
 from functools import partial
@@ -389,7 +424,6 @@ from workers.metrics import Metrics
 from workers.process import Process
 from workers.settings import Settings
 
-formula_ms = {"inline": 0.001, "thread": 0.1, "process": 0.3}
 load_model = partial(tasks.load_alone, Settings(MODEL="loadtests.bench_apps:Instant"))
 places = {
     "inline": offload.Inline(load_model),
@@ -414,17 +448,15 @@ async def cost_ms(place):
 costs = {name: await cost_ms(place) for name, place in places.items()}
 
 # %%
-with picture(
-    "A hand-over is small beside a model's call", "ms a call", "", xscale="log", xlim=(1e-4, 100)
-) as ax:
-    rows = range(3)
-    bars(ax, formula_ms.values(), rows, "formula")
-    guessed(ax, guess_ms.values(), rows)
-    dots(ax, costs.values(), rows)
-    ax.axvline(long_ms, color=GREY, linestyle=":")
-    ax.text(long_ms * 0.8, -0.45, "one long text's call", ha="right", color=GREY)
-    ax.set_yticks(rows, costs)
-    ax.set_ylim(-0.6, len(rows) - 0.2)
+with picture("A hand-over is small beside a model's call", "", "ms a call", yscale="log") as ax:
+    columns = range(3)
+    line(ax, columns, formula_ms.values(), "formula", **mark)
+    guessed(ax, columns, guess_ms.values())
+    dots(ax, columns, costs.values())
+    ax.axhline(long_ms, color=GREY, linestyle=":")
+    ax.text(-0.4, long_ms * 0.75, "one long text's call", va="top", color=GREY)
+    ax.set_xticks(columns, costs)
+    ax.set_xlim(-0.5, 2.5)
 
 # %%
 table(
@@ -432,7 +464,7 @@ table(
         {
             "place": place,
             "your guess, ms": guess_ms[place],
-            "formula, ms": formula_ms[place],
+            "formula, ms": f"{formula_ms[place]:.3f}",
             "measured, ms": f"{costs[place]:.3f}",
             "memory of the server, MB": f"{memory_mb[place]:.0f}",
         }
