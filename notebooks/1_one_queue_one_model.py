@@ -186,9 +186,12 @@ with picture(
 # %%
 table(
     [
-        {"the last one's wait, s": "your guess", "": f"{guess_last_s:.1f}"},
-        {"the last one's wait, s": "formula", "": f"{people * one_ms / 1000:.1f}"},
-        {"the last one's wait, s": "measured", "": f"{waits[-1] / 1000:.1f}"},
+        {
+            "people": people,
+            "your guess for the last one, s": f"{guess_last_s:.1f}",
+            "formula, s": f"{people * one_ms / 1000:.1f}",
+            "measured, s": f"{waits[-1] / 1000:.1f}",
+        }
     ]
 )
 tell(f"In the crowd a text took {waits[-1] / people:.0f} ms; alone it took {one_ms:.0f} ms.")
@@ -234,8 +237,8 @@ guess_new_ms = 20  # the stranger with the new connection
 # %% [markdown]
 # **Prediction.** New connections stand outside until the loop *accepts* them. This loop (uvloop) accepts one each time it
 # goes round. Each of the ten brings a call of the model into the round. So the new connection waits for all of the ten,
-# $10\,S$ less the 30 ms. The open connection is inside already. Its request is read when the loop next goes round: it
-# waits for the rest of the call that runs, and then at most for one more call. That is less than $2\,S$.
+# $10\,S$ less the 30 ms. The open connection is inside already. Its request is read when the call that runs has ended and
+# the loop goes round. In that round the next call may stand before it. So it waits for less than two calls, $2\,S$.
 
 # %%
 from recipe.door import crowd_at
@@ -266,10 +269,11 @@ with picture("The recipe's door opens once per call", "time, ms", "people", ylim
 # The grey line is the same crowd with ten connections that were opened before. These have no door in front of them. The
 # loop reads all that came during a call at once, and puts it into the queue. Then the model's task goes from text to text
 # and never pauses: neither `queue.get()` nor `reply.put()` waits while there is something to get and room to put it. The
-# answers are ready one by one, but they leave together, after the last call. A stranger who comes then waits for all.
+# answers are ready one by one, but they leave together, after the last call. Who comes meanwhile waits for all of them, even
+# over an open connection.
 
 # %%
-formulas_ms = [2 * one_ms - 30, 10 * one_ms - 30]
+formulas_ms = [2 * one_ms, 10 * one_ms - 30]
 with picture("A page without a model waits for the model", "connection", "wait for the 404, ms") as ax:
     line(ax, [0, 1], formulas_ms, "formula", linestyle="none", marker="_", markersize=30, markeredgewidth=3)
     guessed(ax, [0, 1], [guess_open_ms, guess_new_ms])
@@ -299,7 +303,8 @@ table(
 )
 tell(
     f"The ten answers came after {', '.join(f'{ms:.0f}' for ms in outside.answers_ms)} ms. With ten open connections they"
-    f" came after {', '.join(f'{ms:.0f}' for ms in inside.answers_ms)} ms."
+    f" came after {', '.join(f'{ms:.0f}' for ms in inside.answers_ms)} ms, and the stranger with an open connection waited"
+    f" {inside.open_404_ms:.0f} ms."
 )
 
 # %% [markdown]
