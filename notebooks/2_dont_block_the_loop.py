@@ -40,7 +40,8 @@ way(
 )
 
 # %% [markdown]
-# In code the difference is a line. `await` means: until the answer is there, the event loop does something else.
+# In the first row the loop itself computes the model. In code the difference is a line. `await` means: until the answer is
+# there, the event loop does something else.
 
 
 # %%
@@ -55,6 +56,8 @@ print("thread:", *lines_with(offload.Thread.run, "self.model("))
 PLACES = {"inline": BLUE, "thread": ORANGE, "process": GREEN}
 started = serve_all(*({"OFFLOAD": place, "BATCH_SIZE": 32} for place in PLACES))
 servers = dict(zip(PLACES, started))
+for server in started:
+    ask_together(server, [TEXT] * 4)
 memory_mb = {place: server.memory_mb() for place, server in servers.items()}
 
 # %% [markdown]
