@@ -117,6 +117,7 @@ guess_mistakes = 2  # in these three functions
 # </details>
 
 # %%
+tell(f"Your count: {guess_mistakes}. Ours: 5.")
 broken = serve_recipe("recipe_broken")
 [found["token_str"] for found in ask(broken).json]
 
@@ -370,12 +371,12 @@ print(inspect.getsource(recipe_batching.serve_one_batch))
 # %%
 guess_two, guess_three = [5, 5], [5, 5, 5]  # for each client; 0: no answer
 
-
 # %%
+import asyncio
+
+
 async def words_for_each(texts):
     """How many words each client gets from the variant; 0 where no answer comes."""
-    import asyncio
-
     queue, replies = asyncio.Queue(), [asyncio.Queue() for _ in texts]
     for text, reply in zip(texts, replies):
         queue.put_nowait((text, reply))
