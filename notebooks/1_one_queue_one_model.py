@@ -276,7 +276,7 @@ with picture("The recipe's door opens once per call", "time, ms", "people", ylim
 # %%
 formulas_ms = [2 * one_ms, 10 * one_ms - 30]
 with picture("A page without a model waits for the model", "connection", "wait for the 404, ms") as ax:
-    line(ax, [0, 1], formulas_ms, "formula", linestyle="none", marker="_", markersize=30, markeredgewidth=3)
+    line(ax, [0, 1], formulas_ms, "formula", linestyle="none", marker="_", markersize=16, markeredgewidth=3)
     guessed(ax, [0, 1], [guess_open_ms, guess_new_ms])
     dots(ax, [0, 1], [outside.open_404_ms, outside.new_404_ms], "recipe")
     dots(ax, [0, 1], [free.open_404_ms, free.new_404_ms], "repaired", ORANGE)

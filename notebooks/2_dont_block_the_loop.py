@@ -96,13 +96,9 @@ health = {place: df[df.kind == "health"] for place, df in runs.items()}
 
 # %%
 with picture("A model on the loop makes a saw", "time, s", "wait for /health, ms") as ax:
-    for start in np.arange(0, duration_s, 2):
-        line(
-            ax,
-            [start, start, start + burst * long_ms / 1000],
-            [0, burst * long_ms, 0],
-            "formula, inline" if start + 2 >= duration_s else None,
-        )
+    top, starts = burst * long_ms, np.arange(0, duration_s, 2)
+    saw = [(start + at, height) for start in starts for at, height in ((0, 0), (0, top), (top / 1000, 0))]
+    line(ax, *zip(*saw, (duration_s, 0)), "formula, inline")
     guessed(ax, [duration_s], [guess_inline_ms])
     for place, color in PLACES.items():
         dots(ax, health[place].due_s, health[place].latency_ms, place, color, markersize=4)
@@ -258,14 +254,14 @@ works = {  # what is done, the formula, the guess
 silences = {name: longest_silence_ms(work) for name, (work, _, _) in works.items()}
 
 # %%
-mark = {"linestyle": "none", "marker": "_", "markersize": 30, "markeredgewidth": 3}
+mark = {"linestyle": "none", "marker": "_", "markersize": 16, "markeredgewidth": 3}
 with picture("Who keeps the lock silences the others", "", "longest silence, ms", yscale="log") as ax:
     columns = range(len(works))
     line(ax, columns, [ms for _, ms, _ in works.values()], "formula", **mark)
     guessed(ax, columns, [guess or np.nan for _, _, guess in works.values()])
     dots(ax, columns, silences.values())
     ax.set_xticks(columns, works)
-    ax.set_xlim(-0.5, len(works) - 0.5)
+    ax.set(xlim=(-0.5, len(works) - 0.5), ylim=(0.5, 1000))
 
 # %%
 table(
@@ -383,48 +379,70 @@ stop()
 guess_ms = {"inline": 0.1, "thread": 1.0, "process": 1.0}
 
 # %% [markdown]
-# **Prediction.** Inline hands nothing over. A thread is handed the texts and hands the answers back: one round trip between
-# two threads. With a process the round trip goes through a socket, and both sides pack and unpack. We time both trips
-# without any server: a second thread only sends back what it gets.
+# **Prediction.** Inline hands nothing over. A thread is handed the texts and hands the answers back; then the event loop must
+# be woken. With a process all goes through a socket, packed and unpacked. We time these parts by themselves: a helper thread
+# only sends back what it gets.
 
 # %%
-import multiprocessing
+import asyncio
 import queue
+import socket
+
+from workers.process import Process, packed, unpacked
+
+eight = [TEXT] * 8
+there, back = queue.SimpleQueue(), queue.SimpleQueue()
+ours, theirs = socket.socketpair()
+parrots = (
+    lambda: [back.put(item) for item in iter(there.get, None)],
+    lambda: [theirs.sendall(data) for data in iter(lambda: theirs.recv(65536), b"")],
+)
+for parrot in parrots:
+    threading.Thread(target=parrot, daemon=True).start()
+reader, writer = await asyncio.open_connection(sock=ours)
 
 
-def round_trip_ms(send, their_receive, their_send, receive, times=1000):
-    """The median time for eight texts to another thread and back."""
+async def by_queue():
+    there.put(eight)
+    back.get()
 
-    def echo():
-        while (item := their_receive()) is not None:
-            their_send(item)
 
-    threading.Thread(target=echo, daemon=True).start()
+async def wake_the_loop():
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+    loop.call_soon_threadsafe(future.set_result, None)
+    await future
+
+
+async def by_socket():
+    writer.write(packed(eight))
+    await unpacked(reader)
+
+
+async def median_ms(call):
     took = []
-    for _ in range(times):
+    for _ in range(quick(200, 2000)):
         began = time.perf_counter()
-        send([TEXT] * 8)
-        receive()
+        await call()
         took.append(time.perf_counter() - began)
-    send(None)
     return float(np.median(took)) * 1000
 
 
-there, back = queue.SimpleQueue(), queue.SimpleQueue()
-ours, theirs = multiprocessing.Pipe()
+parts = {call.__name__: await median_ms(call) for call in (by_queue, wake_the_loop, by_socket)}
+there.put(None)
+writer.close()
 formula_ms = {
     "inline": 0.001,
-    "thread": round_trip_ms(there.put, there.get, back.put, back.get),
-    "process": round_trip_ms(ours.send, theirs.recv, theirs.send, ours.recv),
+    "thread": parts["by_queue"] + parts["wake_the_loop"],
+    "process": parts["by_socket"],
 }
-tell(f"Round trips: {formula_ms['thread']:.3f} ms by a queue, {formula_ms['process']:.3f} ms by a socket.")
+tell("Parts: " + ", ".join(f"{name.replace('_', ' ')} {ms:.3f} ms" for name, ms in parts.items()) + ".")
 
 # %%
 from functools import partial
 
 from workers import tasks
 from workers.metrics import Metrics
-from workers.process import Process
 from workers.settings import Settings
 
 load_model = partial(tasks.load_alone, Settings(MODEL="loadtests.bench_apps:Instant"))
@@ -433,19 +451,14 @@ places = {
     "thread": offload.Thread(load_model),
     "process": Process(load_model, 60.0, Metrics()),
 }
-calls = quick(200, 2000)
 
 
 async def cost_ms(place):
     """The median time that a call spends outside the model."""
     await place.start()
-    took = []
-    for _ in range(calls):
-        began = time.perf_counter()
-        await place.run([TEXT] * 8)
-        took.append(time.perf_counter() - began)
+    found = await median_ms(lambda: place.run(eight))
     place.stop()
-    return float(np.median(took)) * 1000
+    return found
 
 
 costs = {name: await cost_ms(place) for name, place in places.items()}
