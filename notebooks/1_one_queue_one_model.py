@@ -227,9 +227,9 @@ tell(
 # it runs each piece of work that is ready, then it looks again. While the model computes in this thread, the loop stands
 # still.
 #
-# A crowd of ten comes at once. 30 ms later two strangers ask for a page that does not exist. That takes no model: a server
-# needs about 2 ms for such a 404. One stranger has asked before and has kept the connection *open*. The other opens a
-# *new* one. **How long does each wait?**
+# A crowd of ten comes at once. 30 ms later two strangers ask for a page that does not exist. For such a 404 no model is
+# needed. One stranger has asked before and has kept the connection *open*. The other opens a *new* one. **How long does each
+# wait?**
 
 # %%
 guess_open_ms = 20  # the stranger with the open connection
