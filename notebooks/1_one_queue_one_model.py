@@ -208,10 +208,13 @@ tell(f"In the crowd a text took {waits[-1] / people:.0f} ms; alone it took {one_
 # %%
 sizes = [int(reply.headers["batch-size"]) for reply in crowd_repaired if reply.status == 200]
 calls = [size for size in sorted({*sizes}) for _ in range(sizes.count(size) // size)]
-tell(
-    f"It answered {len(served)}, in calls of {', '.join(map(str, calls))} texts. When it said no for the last time, 32 stood"
-    f" in the queue. So the model had taken {len(served) - 32} out of it by then."
+taken = len(served) - 32
+why = (
+    f"When it said no for the last time, 32 stood in the queue. So the model had taken {taken} out of it by then."
+    if taken > 0
+    else "Here it was not the bound that counted: it also refuses those who would wait for more than 5 s."
 )
+tell(f"It answered {len(served)}, in calls of {', '.join(map(str, calls))} texts. {why}")
 
 # %% [markdown]
 # The first text found an idle model and went in alone. While it was computed 32 queued up, and the others were refused.
