@@ -202,8 +202,9 @@ guess_sum_ms = 10
 guess_torch_ms = 10
 
 # %% [markdown]
-# **Prediction.** (a) A Python loop hands over at every *switch interval*. (b) `sum` keeps the lock for the whole call. A
-# tenth of the numbers tells how long that is: ten times as long. (c) torch lets go: a tick or two, as if nobody worked.
+# **Prediction.** (a) A Python loop hands over when the *switch interval* has passed: a tick and that interval. (b) `sum`
+# keeps the lock for the whole call. A tenth of the numbers tells how long that is: ten times as long. (c) torch lets go: a
+# tick, as if nobody worked.
 
 # %%
 import sys
@@ -248,7 +249,7 @@ square = torch.rand(1500, 1500)
 works = {  # what is done, the formula, the guess
     "nobody works": (lambda: time.sleep(0.5), 1, None),
     "torch": (lambda: [square @ square for _ in range(4)], 1, guess_torch_ms),
-    "Python loop": (python_loop, switch_ms, guess_loop_ms),
+    "Python loop": (python_loop, 1 + switch_ms, guess_loop_ms),
     "one sum()": (lambda: sum(range(numbers)), 10 * tenth_ms, guess_sum_ms),
 }
 silences = {name: longest_silence_ms(work) for name, (work, _, _) in works.items()}
