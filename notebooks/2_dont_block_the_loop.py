@@ -290,7 +290,7 @@ claim(
 # interval. Torch lets go of the lock in every operation: to the metronome it is almost as if nobody worked.
 #
 # *Where the prediction fails:* a tick also needs a core, and the operating system shares those out. So even beside nobody
-# some silences are longer than a millisecond: compare the first row.
+# some silences are longer than a millisecond. Compare the other rows with the first one.
 #
 # So a thread is enough for a model. But *the tokenizer's Python part, JSON, a regular expression* hold the lock. That is
 # why the server refuses texts that are too large before it touches them.
@@ -381,25 +381,25 @@ guess_ms = {"inline": 0.1, "thread": 1.0, "process": 1.0}
 
 # %% [markdown]
 # **Prediction.** Inline hands nothing over. A thread is handed the texts and hands the answers back; then the event loop must
-# be woken. With a process all goes through a socket, packed and unpacked. We time these parts by themselves: a helper thread
-# only sends back what it gets.
+# be woken. With a process all goes through a socket, packed and unpacked. We time these parts by themselves: a helper, thread
+# or process, only sends back what it gets.
 
 # %%
 import asyncio
 import queue
 import socket
+import subprocess
 
 from workers.process import Process, packed, unpacked
 
 eight = [TEXT] * 8
 there, back = queue.SimpleQueue(), queue.SimpleQueue()
 ours, theirs = socket.socketpair()
-parrots = (
-    lambda: [back.put(item) for item in iter(there.get, None)],
-    lambda: [theirs.sendall(data) for data in iter(lambda: theirs.recv(65536), b"")],
-)
-for parrot in parrots:
-    threading.Thread(target=parrot, daemon=True).start()
+threading.Thread(target=lambda: [back.put(item) for item in iter(there.get, None)], daemon=True).start()
+parrot = "import socket, sys\ns = socket.socket(fileno=int(sys.argv[1]))\nwhile data := s.recv(65536): s.sendall(data)"
+command = [sys.executable, "-c", parrot, str(theirs.fileno())]
+child = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+theirs.close()
 reader, writer = await asyncio.open_connection(sock=ours)
 
 
@@ -432,6 +432,8 @@ async def median_ms(call):
 parts = {call.__name__: await median_ms(call) for call in (by_queue, wake_the_loop, by_socket)}
 there.put(None)
 writer.close()
+await writer.wait_closed()
+child.wait(5)
 formula_ms = {
     "inline": 0.001,
     "thread": parts["by_queue"] + parts["wake_the_loop"],
@@ -497,6 +499,9 @@ claim(
 )
 
 # %% [markdown]
+# *Where the formula fails:* the real thread and the real process also run the model, and pack and unpack on their side. So
+# they lie a little above their parts.
+#
 # Did you expect the process to cost so little? Eight short texts are a few hundred bytes. It is weights that are heavy, and
 # they stay where they are. The memory is counted as in lesson 1. With a process the server itself needs no torch: only the
 # model's process loads it. So one process costs hardly more than one thread. Each *further* one costs a whole torch more
