@@ -499,8 +499,8 @@ claim(
 )
 
 # %% [markdown]
-# *Where the formula fails:* the real thread and the real process also run the model, and pack and unpack on their side. So
-# they lie a little above their parts.
+# *Where the formula fails:* the real ones lie above their parts. This server does some work around each hand-over: a time
+# limit for the call, a look at what the model raised, and packing on the other side of the socket, too.
 #
 # Did you expect the process to cost so little? Eight short texts are a few hundred bytes. It is weights that are heavy, and
 # they stay where they are. The memory is counted as in lesson 1. With a process the server itself needs no torch: only the
