@@ -640,7 +640,7 @@ holds(len(served) + len(refused) == people, "the repaired one answers or refuses
 holds(waits[-1] > 5 * waits[0], "in the recipe the last waits for all others")
 holds(len(served) < people and refused[len(refused) // 2] < waits[-1] / 2, "the repaired one says no, early")
 holds(outside.new_404_ms > 2 * outside.open_404_ms, "who is outside waits longer than who is inside")
-holds(outside.open_404_ms > free.open_404_ms, "a model on the event loop delays those who don't want it")
+holds(outside.new_404_ms > 2 * free.new_404_ms, "a model on the event loop delays those who don't want it")
 holds(outside.answers_ms[4] < 0.7 * outside.answers_ms[-1], "outside: one after the other")
 holds(inside.answers_ms[4] > 0.8 * inside.answers_ms[-1], "inside: together")
 holds(process_copy_mb > thread_copy_mb > 0.5 * weights_mb, "a process costs more than a thread")
