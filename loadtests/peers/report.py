@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from loadtests.machine import one_line
 from loadtests.peers.catalogue import FOLDER, OURS, PEERS
+from loadtests.pictures import BLUE, GREEN, ORANGE, PURPLE, RED, plain_numbers
 from loadtests.planner import markdown
-from loadtests.report import COLOURS, frame, plain_numbers
+from loadtests.report import frame
 
 DISTURBED = 0.15  # cores that something else took; a measurement beside which it was more is dropped
 FASTEST, AUTO = f"{OURS}, batch 32", f"{OURS}, batch 32, auto"
@@ -338,8 +339,8 @@ def not_run(results: Results) -> str:
 def colour(peer: str, best: list[str]) -> str:
     """Ours in blue, then the best of the others; the rest is grey."""
     if peer.startswith(OURS):
-        return COLOURS[0]
-    return (COLOURS[1], COLOURS[2], COLOURS[3], COLOURS[4])[best.index(peer)] if peer in best else GREY
+        return BLUE
+    return (RED, GREEN, PURPLE, ORANGE)[best.index(peer)] if peer in best else GREY
 
 
 def titled(title: str, height: float) -> tuple[Figure, Any]:
