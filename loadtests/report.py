@@ -26,20 +26,26 @@ KINDS = {
     "Gunicorn's threads and processes": ("gthread-1x8", "gthread-2x4", "sync-2"),
 }
 PREDICTED_SCENARIOS = ("own 50 %", "own 80 %", "own 2 x", "own 10 x")
-TABLE = {  # column: (scenario, metric, digits)
-    "capacity /s": ("capacity", "per_s", 0),
-    "p50 ms at 80 %": ("own 80 %", "p50_ms", 0),
-    "p99 ms at 80 %": ("own 80 %", "q99_ms", 0),
-    "p99 ms at 80 % of common": ("common 80 %", "q99_ms", 0),
-    "goodput /s at 2 x": ("own 2 x", "goodput_per_s", 0),
-    "goodput /s at 10 x": ("own 10 x", "goodput_per_s", 0),
-    "recovery s": ("spike", "recovery_s", 1),
-    "/health p99 ms at 80 %": ("own 80 %", "health_p99_ms", 0),
-    "/health p99 ms at 2 x": ("own 2 x", "health_p99_ms", 0),
-    "memory MB": ("capacity", "memory_mb", 0),
-    "copies": ("start", "copies", 0),
-    "CPU s / 1000": ("capacity", "cpu_s_per_1000", 1),
-    "first answer s": ("start", "first_answer_s", 1),
+TABLES = {  # title: {column: (scenario, metric, digits)}
+    "Speed": {
+        "capacity /s": ("capacity", "per_s", 0),
+        "p50 ms at 80 %": ("own 80 %", "p50_ms", 0),
+        "p99 ms at 80 %": ("own 80 %", "q99_ms", 0),
+        "p99 ms at 80 % of common": ("common 80 %", "q99_ms", 0),
+    },
+    "Overload": {
+        "goodput /s at 2 x": ("own 2 x", "goodput_per_s", 0),
+        "goodput /s at 10 x": ("own 10 x", "goodput_per_s", 0),
+        "recovery s": ("spike", "recovery_s", 1),
+        "/health p99 ms at 80 %": ("own 80 %", "health_p99_ms", 0),
+        "/health p99 ms at 2 x": ("own 2 x", "health_p99_ms", 0),
+    },
+    "Price": {
+        "memory MB": ("capacity", "memory_mb", 0),
+        "copies": ("start", "copies", 0),
+        "CPU s / 1000": ("capacity", "cpu_s_per_1000", 1),
+        "first answer s": ("start", "first_answer_s", 1),
+    },
 }
 
 
@@ -93,16 +99,23 @@ def write(out: Path) -> None:
 
 def table(results: Results) -> str:
     """All modes: medians, and in brackets the least and greatest of the rounds where they differ."""
-    rows = []
-    for mode in results.modes:
-        cells = {"mode": mode, "BATCH_SIZE": MODES[mode].env.get("BATCH_SIZE", BASE["BATCH_SIZE"])}
-        for column, (scenario, metric, digits) in TABLE.items():
-            cells[column] = cell(results, mode, scenario, metric, digits)
-        rows.append(cells)
+    parts = []
+    for title, columns in TABLES.items():
+        rows = []
+        for mode in results.modes:
+            cells = {"mode": mode}
+            if title == "Speed":
+                cells["BATCH_SIZE"] = MODES[mode].env.get("BATCH_SIZE", BASE["BATCH_SIZE"])
+            for column, (scenario, metric, digits) in columns.items():
+                cells[column] = cell(results, mode, scenario, metric, digits)
+            rows.append(cells)
+        parts.append(f"## {title}\n\n{markdown(rows)}\n")
     about = results.about
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return (
-        f"{markdown(rows)}\n\nMedians of {results.rounds} rounds, with the least and greatest where they differ; "
+        "# Every deployment mode, by the same load\n\n"
+        + "\n".join(parts)
+        + f"\nMedians of {results.rounds} rounds, with the least and greatest where they differ; "
         f"{about['pinning']}. A client waits {about['limit_s']:g} s, hangs up after {about['timeout_s']:g} s, and counts a "
         f"refusal as {about['limit_s']:g} s of waiting. Goodput: right answers within that time, a second, while the load "
         "lasts. Recovery: none, where it is not within the run. Own loads are multiples of the mode's capacity, "
@@ -152,7 +165,7 @@ def prediction_table(results: Results) -> str:
     if not rows:
         return ""
     return (
-        "\nThe planner's prediction and its error: medians of the rounds (the error is the rounds' own, not that of the two "
+        "\n## The planner\n\nIts prediction and its error: medians of the rounds (the error is the rounds' own, not that of the two "
         "medians beside it), and the error's least and greatest. In each round "
         "it times the bare model on the server's core beside the visit, and is told when the requests came.\n\n"
         f"{markdown(rows)}\n"
