@@ -2,16 +2,19 @@
 
 import csv
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 
 from loadtests.expected import Expected
 from loadtests.forms import FORMS
 from loadtests.peers import __main__ as peers
-from loadtests.peers import report
+from loadtests.peers import failures, report
 from loadtests.peers.catalogue import FOLDER, PEERS, Peer
 from loadtests.peers.environments import NotInstalled, requirements
 from loadtests.peers.visit import Row
@@ -73,6 +76,18 @@ def test_a_disturbed_measurement_is_dropped_and_counted(tmp_path: Path) -> None:
     assert results.cell("mosec", "float32", "short 64", "per_s") == "101 (100 to 102)"
     assert results.cell("litserve", "float32", "short 64", "per_s") == "~5"
     assert (results.disturbed, results.measurements) == (2, 4)
+
+
+def test_a_server_is_gone_when_all_of_its_processes_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["sleep", "60"]) as other, subprocess.Popen(["true"]) as first:
+        first.wait()
+        server: Any = SimpleNamespace(process=first)
+        monkeypatch.setattr(failures, "BACK_S", 0.1)
+        assert failures.ended(server, [psutil.Process(other.pid)]).endswith("its others go on")
+        family = [psutil.Process(other.pid)]
+        other.kill()
+        monkeypatch.setattr(failures, "BACK_S", 30.0)
+        assert failures.ended(server, family).startswith("gone after")
 
 
 def test_who_cannot_be_installed_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
