@@ -16,27 +16,36 @@ from matplotlib.figure import Figure
 
 from loadtests.machine import one_line
 from loadtests.modes import BASE, MODES
+from loadtests.pictures import BLUE, FAINT, GREEN, GREY, PURPLE, RED, SKY, Name, plain_numbers, write_names
 from loadtests.planner import markdown
 
-# Okabe and Ito's colours, which the colour-blind can tell apart; more modes than colours, so markers and lines differ too
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^")
-LINES = ("-", "--", ":")
+# Which modes stand together in a picture of their own; the others are its grey background.
+KINDS = {
+    "one process": ("batch", "thread", "inline", "process"),
+    "Gunicorn's event loops": ("recommended", "asgi", "uvicorn-2", "dirty"),
+    "Gunicorn's threads and processes": ("gthread-1x8", "gthread-2x4", "sync-2"),
+}
 PREDICTED_SCENARIOS = ("own 50 %", "own 80 %", "own 2 x", "own 10 x")
-TABLE = {  # column: (scenario, metric, digits)
-    "capacity /s": ("capacity", "per_s", 0),
-    "p50 ms at 80 %": ("own 80 %", "p50_ms", 0),
-    "p99 ms at 80 %": ("own 80 %", "q99_ms", 0),
-    "p99 ms at 80 % of common": ("common 80 %", "q99_ms", 0),
-    "goodput /s at 2 x": ("own 2 x", "goodput_per_s", 0),
-    "goodput /s at 10 x": ("own 10 x", "goodput_per_s", 0),
-    "recovery s": ("spike", "recovery_s", 1),
-    "/health p99 ms at 80 %": ("own 80 %", "health_p99_ms", 0),
-    "/health p99 ms at 2 x": ("own 2 x", "health_p99_ms", 0),
-    "memory MB": ("capacity", "memory_mb", 0),
-    "copies": ("start", "copies", 0),
-    "CPU s / 1000": ("capacity", "cpu_s_per_1000", 1),
-    "first answer s": ("start", "first_answer_s", 1),
+TABLES = {  # title: {column: (scenario, metric, digits)}
+    "Speed": {
+        "capacity /s": ("capacity", "per_s", 0),
+        "p50 ms at 80 %": ("own 80 %", "p50_ms", 0),
+        "p99 ms at 80 %": ("own 80 %", "q99_ms", 0),
+        "p99 ms at 80 % of common": ("common 80 %", "q99_ms", 0),
+    },
+    "Overload": {
+        "goodput /s at 2 x": ("own 2 x", "goodput_per_s", 0),
+        "goodput /s at 10 x": ("own 10 x", "goodput_per_s", 0),
+        "recovery s": ("spike", "recovery_s", 1),
+        "/health p99 ms at 80 %": ("own 80 %", "health_p99_ms", 0),
+        "/health p99 ms at 2 x": ("own 2 x", "health_p99_ms", 0),
+    },
+    "Price": {
+        "memory MB": ("capacity", "memory_mb", 0),
+        "copies": ("start", "copies", 0),
+        "CPU s / 1000": ("capacity", "cpu_s_per_1000", 1),
+        "first answer s": ("start", "first_answer_s", 1),
+    },
 }
 
 
@@ -66,12 +75,6 @@ class Results:
         except KeyError:
             return pd.Series(dtype=float)
 
-    def style(self, mode: str) -> dict[str, Any]:
-        """How lines of a mode look, the same in every picture."""
-        i = sorted(self.modes).index(mode)
-        turn, colour = divmod(i, len(COLOURS))
-        return {"color": COLOURS[colour], "marker": MARKERS[turn % 3], "linestyle": LINES[turn % 3]}
-
 
 def write(out: Path) -> None:
     """Write table.md and the pictures next to the measurements."""
@@ -96,16 +99,23 @@ def write(out: Path) -> None:
 
 def table(results: Results) -> str:
     """All modes: medians, and in brackets the least and greatest of the rounds where they differ."""
-    rows = []
-    for mode in results.modes:
-        cells = {"mode": mode, "BATCH_SIZE": MODES[mode].env.get("BATCH_SIZE", BASE["BATCH_SIZE"])}
-        for column, (scenario, metric, digits) in TABLE.items():
-            cells[column] = cell(results, mode, scenario, metric, digits)
-        rows.append(cells)
+    parts = []
+    for title, columns in TABLES.items():
+        rows = []
+        for mode in results.modes:
+            cells = {"mode": mode}
+            if title == "Speed":
+                cells["BATCH_SIZE"] = MODES[mode].env.get("BATCH_SIZE", BASE["BATCH_SIZE"])
+            for column, (scenario, metric, digits) in columns.items():
+                cells[column] = cell(results, mode, scenario, metric, digits)
+            rows.append(cells)
+        parts.append(f"## {title}\n\n{markdown(rows)}\n")
     about = results.about
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return (
-        f"{markdown(rows)}\n\nMedians of {results.rounds} rounds, with the least and greatest where they differ; "
+        "# Every deployment mode, by the same load\n\n"
+        + "\n".join(parts)
+        + f"\nMedians of {results.rounds} rounds, with the least and greatest where they differ; "
         f"{about['pinning']}. A client waits {about['limit_s']:g} s, hangs up after {about['timeout_s']:g} s, and counts a "
         f"refusal as {about['limit_s']:g} s of waiting. Goodput: right answers within that time, a second, while the load "
         "lasts. Recovery: none, where it is not within the run. Own loads are multiples of the mode's capacity, "
@@ -155,7 +165,7 @@ def prediction_table(results: Results) -> str:
     if not rows:
         return ""
     return (
-        "\nThe planner's prediction and its error: medians of the rounds (the error is the rounds' own, not that of the two "
+        "\n## The planner\n\nIts prediction and its error: medians of the rounds (the error is the rounds' own, not that of the two "
         "medians beside it), and the error's least and greatest. In each round "
         "it times the bare model on the server's core beside the visit, and is told when the requests came.\n\n"
         f"{markdown(rows)}\n"
@@ -176,58 +186,52 @@ def frame(title: str, height: float = 7.5) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def legend_below(axes: Axes) -> None:
-    """Under the picture, in columns."""
-    figure = axes.get_figure()
-    assert figure
-    figure.legend(loc="outside lower center", ncols=3, fontsize=10.5, frameon=False)
-
-
 def list_modes(axes: Axes, modes: list[str]) -> None:
     """One row for each mode, the best on top."""
     axes.set_yticks(range(len(modes)), modes)
     axes.set_ylim(len(modes) - 0.5, -0.5)
 
 
-def draw_latency(results: Results) -> Figure:
-    """The hockey sticks: what 99 of 100 clients get within, against offered load."""
-    figure, axes = frame("Latency against load: 99 of 100 clients wait at most …", 9)
-    scenarios = ("own 50 %", "own 80 %", "own 2 x", "common 50 %", "common 80 %")
-    for mode in results.modes:
-        points = sorted(
+def draw_latency(results: Results) -> Figure | None:
+    """The hockey sticks: what 99 of 100 clients get within, against offered load; a panel for each kind of mode."""
+    points = {
+        mode: [
             (results.get(mode, scenario, "offered_per_s"), results.get(mode, scenario, "q99_ms"))
-            for scenario in scenarios
+            for scenario in ("own 50 %", "own 80 %", "own 2 x")
             if (mode, scenario, "q99_ms") in results.medians
-        )
-        if points:
-            axes.plot(
-                *zip(*points, strict=True), label=mode, markersize=7, linewidth=0.9, **results.style(mode)
-            )
+        ]
+        for mode in results.modes
+    }
+    points = {mode: some for mode, some in points.items() if some}
+    kinds = {kind: [mode for mode in modes if mode in points] for kind, modes in KINDS.items()}
+    kinds = {kind: modes for kind, modes in kinds.items() if modes}
+    if not kinds:
+        return None
+    figure, first = frame("", 1.2 + 3.0 * len(kinds))
+    first.remove()
+    figure.suptitle("99 of 100 clients wait at most …", x=0.01, ha="left", fontsize=14, fontweight="bold")
     limit_ms = results.about["limit_s"] * 1000
-    axes.axhline(limit_ms, color="#555555", linewidth=1, linestyle=":")
-    axes.text(
-        0.01, limit_ms * 1.04, "the client's limit: refused or too late", transform=axes.get_yaxis_transform()
-    )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="offered load, requests per second (lines only join the dots)",
-        ylabel="99th percentile, ms",
-    )
-    axes.set_ylim(top=limit_ms * 1.4)
-    plain_numbers(axes.xaxis, axes.yaxis)
-    legend_below(axes)
+    panels: list[Axes] = list(figure.subplots(len(kinds), sharex=True, sharey=True, squeeze=False)[:, 0])
+    for axes, (kind, modes) in zip(panels, kinds.items(), strict=True):
+        for mode in points.keys() - set(modes):
+            axes.plot(*zip(*points[mode], strict=True), color=FAINT, linewidth=0.8)
+        for mode, color in zip(modes, (BLUE, RED, GREEN, PURPLE)):
+            axes.plot(*zip(*points[mode], strict=True), "o-", color=color, markersize=5)
+        axes.axhline(limit_ms, color=GREY, linewidth=1, linestyle=":")
+        axes.set(xscale="log", yscale="log", ylabel="ms", ylim=(None, limit_ms * 1.6))
+        axes.set_title(kind, loc="left", fontsize=12)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        plain_numbers(axes.xaxis, axes.yaxis)
+        # Beside their last point below the limit, where all lines meet.
+        before = {mode: points[mode][-2:][0] for mode in modes}
+        names = [
+            Name(x, y, mode, color)
+            for (mode, (x, y)), color in zip(before.items(), (BLUE, RED, GREEN, PURPLE))
+        ]
+        write_names(axes, names, size=10.5)
+    for axes in panels[-1:]:
+        axes.set_xlabel("requests per second: 50 %, 80 %, 2 x its own capacity")
     return figure
-
-
-def plain_numbers(*axes: Any) -> None:
-    """200, not 2 x 10^2."""
-    for axis in axes:
-        axis.set_tick_params(which="both", length=3, pad=4)  # one line of numbers, not two
-        axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(
-            matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-        )
 
 
 def draw_overload(results: Results) -> Figure:
@@ -257,8 +261,8 @@ def draw_overload(results: Results) -> Figure:
         )
     list_modes(axes, results.modes)
     axes.set_xlim(left=0)
-    axes.set_xlabel("requests per second")
-    legend_below(axes)
+    axes.set_xlabel("right answers per second within the client's limit")
+    axes.legend(loc="lower right", frameon=False, fontsize=11)
     return figure
 
 
@@ -282,36 +286,47 @@ def draw_distribution(results: Results) -> Figure | None:
 
 def draw_memory(results: Results) -> Figure:
     """What a request a second costs in memory."""
-    figure, axes = frame("Memory against throughput", 8)
+    figure, axes = frame("More for less: up and to the left", 7)
+    names = []
     for mode in results.modes:
-        x, y = (results.get(mode, "capacity", metric) for metric in ("per_s", "memory_mb"))
-        axes.plot(x, y, markersize=10, **results.style(mode) | {"linestyle": "none"}, label=mode)
+        x, y = (results.get(mode, "capacity", metric) for metric in ("memory_mb", "per_s"))
+        color = BLUE if mode in KINDS["one process"] else GREY
+        axes.plot(x, y, "o", markersize=8, color=color)
+        names.append(Name(x, y, mode, color))
     axes.set(
-        xlabel="capacity, requests per second", ylabel="memory of all processes, shared pages once (PSS), MB"
+        xlabel="memory of all processes, shared pages once (PSS), MB", ylabel="capacity, requests per second"
     )
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.25 * axes.get_xlim()[1])
     axes.set_ylim(bottom=0)
-    legend_below(axes)
+    write_names(axes, names, size=10.5)
     return figure
 
 
 def draw_prediction(results: Results) -> Figure | None:
-    """The planner's lines, the measured dots."""
+    """Measured against predicted."""
     modes = [mode for mode in results.modes if not results.errors(mode, "own 80 %", "p99_ms").empty]
     if not modes:
         return None
-    figure, axes = frame("Predicted by the planner (lines), measured (dots)", 8)
-    for mode in modes:
-        style = results.style(mode)
-        offered = [results.get(mode, scenario, "offered_per_s") for scenario in PREDICTED_SCENARIOS]
+    figure, axes = frame("The planner's p99: on the line it was right", 7)
+    names = []
+    for scenario, color in (("own 50 %", SKY), ("own 80 %", BLUE)):
         predicted, measured = (
-            [results.get(mode, scenario, metric) for scenario in PREDICTED_SCENARIOS]
+            [results.get(mode, scenario, metric) for mode in modes]
             for metric in ("predicted_p99_ms", "p99_ms")
         )
-        axes.plot(offered, predicted, color=style["color"], linestyle=style["linestyle"])
-        axes.plot(offered, measured, style["marker"], color=style["color"], markersize=8, label=mode)
-    axes.set(xscale="log", yscale="log", xlabel="offered load, requests per second")
-    axes.set_ylabel("99th percentile of the answers, ms")
+        axes.plot(
+            predicted, measured, "o", color=color, markersize=8, label=f"at {scenario[4:]} of its capacity"
+        )
+        names = [Name(x, y, mode, color) for x, y, mode in zip(predicted, measured, modes)]
+    axes.set(xscale="log", yscale="log", xlabel="predicted, ms", ylabel="measured, ms")
+    limits = [*axes.get_xlim(), *axes.get_ylim()]
+    ends = [min(limits), max(limits)]
+    axes.plot(ends, ends, color="black", linewidth=1)
+    axes.fill_between(
+        ends, [0.75 * end for end in ends], [1.25 * end for end in ends], color="#eeeeee", label="within 25 %"
+    )
+    axes.set(xlim=ends, ylim=ends)
     plain_numbers(axes.xaxis, axes.yaxis)
-    legend_below(axes)
+    axes.legend(loc="upper left", frameon=False, fontsize=11)
+    write_names(axes, names, size=10.5)
     return figure

@@ -2,16 +2,19 @@
 
 import csv
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
 
 from loadtests.expected import Expected
 from loadtests.forms import FORMS
 from loadtests.peers import __main__ as peers
-from loadtests.peers import report
+from loadtests.peers import failures, report
 from loadtests.peers.catalogue import FOLDER, PEERS, Peer
 from loadtests.peers.environments import NotInstalled, requirements
 from loadtests.peers.visit import Row
@@ -32,10 +35,12 @@ def test_every_version_of_a_peer_is_pinned(peer: Peer) -> None:
     assert all("==" in line or line == "transformers<5" for line in requirements(peer))
 
 
-def test_a_cell_of_the_features_was_run_or_names_its_page() -> None:
+def test_every_cell_of_the_features_was_run_or_names_its_page() -> None:
     with (FOLDER / "features.csv").open(newline="") as file:
         cells = list(csv.DictReader(file))
     assert cells and all(cell["source"] == "run" or cell["source"].startswith("https://") for cell in cells)
+    named = {(cell["feature"], cell["server"]) for cell in cells if cell["value"]}
+    assert named == {(cell["feature"], other["server"]) for cell in cells for other in cells}
 
 
 ANSWER = [{"token": i, "score": 0.5 / (i + 1)} for i in range(5)]
@@ -75,6 +80,18 @@ def test_a_disturbed_measurement_is_dropped_and_counted(tmp_path: Path) -> None:
     assert (results.disturbed, results.measurements) == (2, 4)
 
 
+def test_a_server_is_gone_when_all_of_its_processes_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    with subprocess.Popen(["sleep", "60"]) as other, subprocess.Popen(["true"]) as first:
+        first.wait()
+        server: Any = SimpleNamespace(process=first)
+        monkeypatch.setattr(failures, "BACK_S", 0.1)
+        assert failures.ended(server, [psutil.Process(other.pid)]).endswith("its others go on")
+        family = [psutil.Process(other.pid)]
+        other.kill()
+        monkeypatch.setattr(failures, "BACK_S", 30.0)
+        assert failures.ended(server, family).startswith("gone after")
+
+
 def test_who_cannot_be_installed_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(needs: str, lines: tuple[str, ...]) -> None:
         if needs == "mosec":
@@ -109,6 +126,7 @@ def test_who_does_not_start_is_told_in_its_row_and_the_others_are_measured(
     text = (tmp_path / "peers.md").read_text()
     assert "- mosec: instant: it ended with code 3" in text
     assert "| fastapi-def |" in text
+    assert max(line.count(" | ") for line in text.splitlines() if line.startswith("| ")) < 6, "still readable"
 
 
 @pytest.mark.alone

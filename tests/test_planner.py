@@ -39,7 +39,7 @@ def test_the_law_is_that_of_the_mean_call_as_the_throughput_is() -> None:
     assert (alike.seconds(1), alike.spread) == (pytest.approx(0.01), pytest.approx(1.5, rel=0.05))
 
 
-@pytest.mark.parametrize("load", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("load", [0.3, 0.7])
 def test_one_by_one_the_wait_is_that_of_an_md1_queue(load: float) -> None:
     service_s = 0.005
     found = [
@@ -52,7 +52,7 @@ def test_one_by_one_the_wait_is_that_of_an_md1_queue(load: float) -> None:
             seed=seed,
             overhead_s=0.0,
         )["queue_ms"].mean()
-        for seed in range(5)
+        for seed in range(3)
     ]
     # Pollaczek and Khinchine's formula, constant service
     theory_ms = 1000 * load * service_s / (2 * (1 - load))
@@ -68,7 +68,7 @@ def test_in_overload_goodput_is_the_predicted_capacity(batch_size: int, instance
         instances=instances,
         rate_per_s=3 * capacity,
         deadline_s=1.0,
-        duration_s=10,
+        duration_s=5,
         overhead_s=0.0005,
     )
     assert drive.summary(df, limit_s=1.0)["goodput_per_s"] == pytest.approx(capacity, rel=0.03)
@@ -123,7 +123,7 @@ def test_recommends_the_first_setting_that_keeps_the_latency() -> None:
     assert planner.recommend(choices, 100, 100, 2.0) is choices[0]
     assert planner.recommend(choices, 400, 100, 2.0) is choices[1]
     assert planner.recommend(choices, 750, 1000, 2.0) is choices[2]
-    assert planner.recommend(choices, 10_000, 100, 2.0) is None
+    assert planner.recommend(choices, 5_000, 100, 2.0) is None
 
 
 def test_as_many_texts_of_each_size_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:

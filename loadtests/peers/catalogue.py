@@ -25,7 +25,9 @@ class Peer(Mode):
 
     def argv(self, port: int) -> list[str]:
         program, *arguments = self.command.format(port=port).split()
-        return [str(self.python.parent / program), *arguments]
+        # By the interpreter: a script's first line names the folder that the environment was made in.
+        script = [] if program == "python" else [str(self.python.parent / program)]
+        return [str(self.python), *script, *arguments]
 
     @property
     def python(self) -> Path:

@@ -66,15 +66,17 @@ def is_met(lines: list[str]) -> bool:
 def prepare(needs: str, lines: tuple[str, ...]) -> None:
     """Make the environment where the project's own won't do. Raises NotInstalled with pip's reason."""
     folder = CACHE / needs
-    done = folder / "installed.json"
-    if done.exists() and json.loads(done.read_text()) == list(lines):
-        return
     if is_met(list(lines)) and not folder.exists():
         return
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
+    done, python = folder / "installed.json", folder / "bin" / "python"
+    is_done = done.exists() and json.loads(done.read_text()) == list(lines)
+    if not is_done:
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    (site / "project.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # behind its own packages
+    # Behind its own packages; written each time, as the project may have moved.
+    (site / "project.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    if is_done:
+        return
     if (fix := FOLDER / f"{needs}_fix").exists():
         shutil.copytree(fix, site, dirs_exist_ok=True)
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *lines]

@@ -13,14 +13,17 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from loadtests.machine import one_line
+from loadtests.modes import ROOT
 from loadtests.peers.catalogue import FOLDER, OURS, PEERS
+from loadtests.pictures import BLUE, GREEN, ORANGE, PURPLE, RED, plain_numbers
 from loadtests.planner import markdown
-from loadtests.report import COLOURS, frame, plain_numbers
+from loadtests.report import frame
 
 DISTURBED = 0.15  # cores that something else took; a measurement beside which it was more is dropped
 FASTEST, AUTO = f"{OURS}, batch 32", f"{OURS}, batch 32, auto"
 GREY = "#b8b8b8"
 USERS = (1, 8, 32, 64)
+Columns = dict[str, Callable[[str], str]]  # title: the cell of a server
 LOADS = ("at 50%", "at 80%", "at 2 x", "at 10 x")
 FAILURES = ("one bad text", "a client that leaves", "model killed", "model hangs", "SIGTERM under load")
 GONE = """
@@ -28,6 +31,11 @@ GONE = """
   server is a Debian package of Google's own archive or a container, and takes no PyTorch model. For those: Triton.
 - Clipper: Berkeley's prediction server, whose adaptive batches and latency bounds many of these took over. Its last release,
   clipper_admin 0.4.1, starts Docker containers and asks for a Python of its time. Ray Serve took its place.
+"""
+FEATURES = """
+Without a mark: seen by running it, or in its installed code. †: read on that page. `like this`: the setting that does it. A replica: a
+server of its own behind a balancer, of which it knows nothing. TorchServe
+[is no longer maintained](https://pytorch.org/serve/management_api.html).
 """
 
 
@@ -92,7 +100,7 @@ def write(out: Path) -> None:
         ("Latency in ms, at a part of its own capacity", latency(results)),
         ("Overload: right answers within a second", overload(results)),
         ("When something goes wrong", failures(results)),
-        ("Start, memory, size, and what the server itself costs", costs(results)),
+        ("What they cost", costs(results)),
         ("Sentence embeddings, all-MiniLM-L6-v2", embeddings(results)),
         ("Where the others are better", losses(results)),
         ("Features", features()),
@@ -158,7 +166,7 @@ def decides(results: Results) -> str:
     return markdown(rows) if rows else ""
 
 
-def each(results: Results, columns: dict[str, Callable[[str], str]]) -> str:
+def each(results: Results, columns: Columns) -> str:
     """A row for every server, but for those that have nothing to say."""
     rows = []
     for peer in results.peers:
@@ -168,6 +176,12 @@ def each(results: Results, columns: dict[str, Callable[[str], str]]) -> str:
     return markdown(rows) if rows else ""
 
 
+def tables(results: Results, parts: dict[str, Columns]) -> str:
+    """One under another: nobody reads a table of more than six columns."""
+    made = {title: each(results, columns) for title, columns in parts.items()}
+    return "\n\n".join(f"{title}:\n\n{table}" for title, table in made.items() if table)
+
+
 def of(
     results: Results, model: str, what: str, metric: str, digits: int = 0, *, spread: bool = True
 ) -> Callable[[str], str]:
@@ -175,15 +189,13 @@ def of(
 
 
 def capacity(results: Results) -> str:
-    columns = {
-        f"{kind} {n}": of(results, "float32", f"{kind} {n}", "per_s")
-        for kind in ("short", "mixed")
-        for n in USERS
-    }
-    columns |= {
-        f"bfloat16, {kind} 64": of(results, "bfloat16", f"{kind} 64", "per_s") for kind in ("short", "mixed")
-    }
-    return each(results, columns)
+    parts: dict[str, Columns] = {}
+    for kind in ("short", "mixed"):
+        columns = {f"{n}": of(results, "float32", f"{kind} {n}", "per_s") for n in USERS}
+        parts[f"{kind.capitalize()} texts"] = columns | {
+            "64, bfloat16": of(results, "bfloat16", f"{kind} 64", "per_s")
+        }
+    return tables(results, parts)
 
 
 def latency(results: Results) -> str:
@@ -196,18 +208,19 @@ def latency(results: Results) -> str:
 
 
 def overload(results: Results) -> str:
-    columns: dict[str, Callable[[str], str]] = {}
-    for what in ("at 2 x", "at 10 x"):
-        columns |= {
-            f"offered/s {what}": of(results, "float32", what, "offered_per_s", spread=False),
-            f"in time/s {what}": of(results, "float32", what, "goodput_per_s"),
-            f"the others got {what}": partial(others_got, results, what),
-            f"/health within 1 s {what}": partial(health, results, what),
-            f"answers again after, s {what}": of(results, "float32", what, "recovery_s", 1),
+    parts: dict[str, Columns] = {
+        f"{what.removesuffix(' x')} times its own capacity".capitalize(): {
+            "offered/s": of(results, "float32", what, "offered_per_s", spread=False),
+            "in time/s": of(results, "float32", what, "goodput_per_s"),
+            "the others got": partial(others_got, results, what),
+            "/health within 1 s": partial(health, results, what),
+            "answers again after, s": of(results, "float32", what, "recovery_s", 1),
         }
+        for what in ("at 2 x", "at 10 x")
+    }
     most = results.about["most_per_s"]
-    table = each(results, columns)
-    return table and f"{table}\n\nCounted from the third second of the overload on, when queues have filled. A client hangs up after {results.about['timeout_s']} s: nothing. No load is above {most:,.0f}/s, all that the generator sends on time.\n"  # fmt: skip
+    text = tables(results, parts)
+    return text and f"{text}\n\nCounted from the third second of the overload on, when queues have filled. A client hangs up after {results.about['timeout_s']} s: nothing. No load is above {most:,.0f}/s, all that the generator sends on time.\n"  # fmt: skip
 
 
 def others_got(results: Results, what: str, peer: str) -> str:
@@ -253,19 +266,24 @@ def costs(results: Results) -> str:
     size = results.about["size"]
     overhead = {}
     for n in (1, 32):
-        overhead[f"instant model, requests/s, {n}"] = of(results, "instant", f"instant {n}", "per_s")
+        overhead[f"requests/s, {n}"] = of(results, "instant", f"instant {n}", "per_s")
         overhead[f"added ms, {n}"] = of(results, "instant", f"instant {n}", "ms", 2)
-    table = each(results, {
-        "first answer, s": of(results, "float32", "start", "first_answer_s", 1),
-        "memory, MB": of(results, "float32", "memory", "mb"),
-        "installed, MB": lambda peer: f"{size[peer]['installed_mb']:,}" if peer in size else "-",
-        "lines to write": lambda peer: str(size[peer]["lines"]) if peer in size else "-",
-        **overhead,
-    })  # fmt: skip
-    return table and (
-        f"{table}\n\nMemory: all of its processes, shared pages once (PSS). Installed: its requirements and all that these require, "
-        "with the CPU build of torch. Lines: without comments and the model's own; this server is ready-made, its about 3,000 lines are "
-        "yours once you copy them. Added: what a request takes when the model takes nothing, at so many connections.\n"
+    parts: dict[str, Columns] = {
+        "Start, memory, size": {
+            "first answer, s": of(results, "float32", "start", "first_answer_s", 1),
+            "memory, MB": of(results, "float32", "memory", "mb"),
+            "installed, MB": lambda peer: f"{size[peer]['installed_mb']:,}" if peer in size else "-",
+            "lines to write": lambda peer: str(size[peer]["lines"]) if peer in size else "-",
+        },
+        "With an instant model, 1 and 32 connections": overhead,
+    }
+    files = [ROOT / "server.py", *ROOT.glob("workers/**/*.py")]
+    own = sum(bool(line.strip()) for file in files for line in file.read_text().splitlines())
+    text = tables(results, parts)
+    return text and (
+        f"{text}\n\nMemory: all of its processes, shared pages once (PSS). Installed: its requirements and all that these require, "
+        "with the CPU build of torch. Lines: without comments and the model's own; this server is ready-made; its "
+        f"{round(own, -2):,} lines, all tasks and protocols included, are yours once you copy them. Added: what a request takes when the model takes nothing, at so many connections.\n"
     )
 
 
@@ -306,25 +324,27 @@ def losses(results: Results) -> str:
             lines.append(f"- {title}: {who}; ours {best:,.{digits}f}")
     lines.append(
         "- A blocked loop serves in the order of arrival, without a word of refusal; TorchServe and Triton manage many models and their "
-        "versions at run time; Triton has streams and ensembles; Ray Serve spreads over machines: see the features."
+        "versions at run time; Triton has ensembles; Ray Serve spreads over machines by itself: see the features."
     )
     return "\n".join(lines)
 
 
 def features() -> str:
-    """features.csv as a table; a cell that was read, not run, links to its page."""
+    """features.csv as tables, this server in each; a cell that was read, not run, links to its page."""
     with (FOLDER / "features.csv").open(newline="") as file:
         cells = list(csv.DictReader(file))
-    servers = list(dict.fromkeys(cell["server"] for cell in cells))
+    pages = list(dict.fromkeys(cell["source"] for cell in cells if cell["source"] != "run"))
     by_feature: dict[str, dict[str, str]] = {}
     for cell in cells:
-        page = "" if cell["source"] == "run" else f" [†]({cell['source']})"
-        by_feature.setdefault(cell["feature"], {})[cell["server"]] = cell["value"] + page
-    rows = [
-        {"": name} | {server: found.get(server, "-") for server in servers}
-        for name, found in by_feature.items()
+        mark = "" if cell["source"] == "run" else f" [†][{pages.index(cell['source']) + 1}]"
+        by_feature.setdefault(cell["feature"], {})[cell["server"]] = cell["value"] + mark
+    here, *others = dict.fromkeys(cell["server"] for cell in cells)
+    parts = [
+        markdown([{"": name} | {s: found[s] for s in (here, *some)} for name, found in by_feature.items()])
+        for some in (others[:4], others[4:])
     ]
-    return f"{markdown(rows)}\n\nWithout a mark: seen by running it, or in its installed code. †: read on that page. -: not looked up."
+    links = "\n".join(f"[{i}]: {page}" for i, page in enumerate(pages, 1))
+    return "\n\n".join([*parts, FEATURES.strip(), links])
 
 
 def not_run(results: Results) -> str:
@@ -338,8 +358,8 @@ def not_run(results: Results) -> str:
 def colour(peer: str, best: list[str]) -> str:
     """Ours in blue, then the best of the others; the rest is grey."""
     if peer.startswith(OURS):
-        return COLOURS[0]
-    return (COLOURS[1], COLOURS[2], COLOURS[3], COLOURS[4])[best.index(peer)] if peer in best else GREY
+        return BLUE
+    return (RED, GREEN, PURPLE, ORANGE)[best.index(peer)] if peer in best else GREY
 
 
 def titled(title: str, height: float) -> tuple[Figure, Any]:

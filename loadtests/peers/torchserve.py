@@ -7,6 +7,7 @@ can't be answered within a second.
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,8 +15,7 @@ from pathlib import Path
 
 from loadtests.peers import model
 
-MODEL = """minWorkers: 1\nmaxWorkers: 1\nbatchSize: 32\nmaxBatchDelay: 10\njobQueueSize: 64\nresponseTimeout: {timeout}
-"""
+MODEL = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 32\nmaxBatchDelay: 10\njobQueueSize: 64\nresponseTimeout: {timeout}\n"
 SERVER = """inference_address=http://127.0.0.1:{0}\nmanagement_address=http://127.0.0.1:{1}
 metrics_address=http://127.0.0.1:{2}\ngrpc_inference_address=127.0.0.1\ngrpc_management_address=127.0.0.1
 grpc_inference_port={3}\ngrpc_management_port={4}\nload_models=fill_mask.mar\ndisable_system_metrics=true
@@ -35,13 +35,16 @@ def handle(data, context):
 
 
 if __name__ == "__main__":
-    port, python = int(sys.argv[1]), Path(sys.executable).parent
+    port, programs = int(sys.argv[1]), Path(sys.executable).parent
     with tempfile.TemporaryDirectory() as store:
         Path(store, "model.yaml").write_text(MODEL.format(timeout=os.environ.get("PEER_TIMEOUT_S", "60")))
         Path(store, "server").write_text(SERVER.format(*range(port, port + 5), store))
         Path(store, "log4j2.xml").write_text(LOG)
-        subprocess.run([python / "torch-model-archiver", "--model-name", "fill_mask", "--version", "1", "--handler", __file__,
-                        "--config-file", f"{store}/model.yaml", "--export-path", store], check=True)  # fmt: skip
+        subprocess.run([sys.executable, programs / "torch-model-archiver", "--model-name", "fill_mask", "--version", "1", "--handler",
+                        __file__, "--config-file", f"{store}/model.yaml", "--export-path", store], check=True)  # fmt: skip
         os.chdir(store)  # its logs
-        sys.exit(subprocess.call([python / "torchserve", "--foreground", "--ncs", "--disable-token-auth", "--ts-config", f"{store}/server",
+        os.environ["TMPDIR"] = store  # it notes there which process to stop
+        command = [sys.executable, programs / "torchserve"]
+        signal.signal(signal.SIGTERM, lambda *_: subprocess.run([*command, "--stop"]))
+        sys.exit(subprocess.call([*command, "--foreground", "--ncs", "--disable-token-auth", "--ts-config", f"{store}/server",
                                   "--model-store", store, "--log-config", f"{store}/log4j2.xml"]))  # fmt: skip

@@ -6,6 +6,7 @@ Batches of 32 at most, 10 ms; one instance; a queue of 64: more can't be answere
 """
 
 import json
+import signal
 import sys
 
 import numpy as np
@@ -26,6 +27,7 @@ def infer(text):
 
 if __name__ == "__main__":
     port = int(sys.argv[1])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `serve` stops in good order at Ctrl-C
     config = TritonConfig(http_address="127.0.0.1", http_port=port, grpc_address="127.0.0.1", grpc_port=port + 1,
                           metrics_address="127.0.0.1", metrics_port=port + 2, log_verbose=0)  # fmt: skip
     batcher = DynamicBatcher(

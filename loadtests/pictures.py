@@ -1,0 +1,74 @@
+"""What all pictures share: colours, plain numbers, and names beside the data in place of legends."""
+
+import math
+import textwrap
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
+# Okabe and Ito's colours, which all kinds of eyes tell apart, in print too.
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
+GREY, FAINT = "#777777", "#CCCCCC"
+
+
+class Name(NamedTuple):
+    """A name, the point in data coordinates that it stands beside, and its colour."""
+
+    x: float
+    y: float
+    text: str
+    color: str
+
+
+def write_names(axes: Axes, names: Iterable[Name], *, size: float = 12, width: int = 18) -> None:
+    """Write each to the right of its point, in lines of `width` characters; where two would overlap, the upper one moves up.
+
+    Call it last, when the data is drawn and the scales are set.
+    """
+    axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # only then are the limits known
+    px = axes.figure.dpi / 72
+    taken: list[tuple[float, float, float]] = []  # left, right, top of those that are written
+    placed: list[tuple[float, float, Name]] = []
+    for name in names:
+        x_px, y_px = axes.transData.transform((name.x, name.y)).tolist()
+        placed.append((x_px, y_px, name))
+    for x_px, y_px, name in sorted(placed, key=lambda one: one[1]):
+        lines = textwrap.wrap(name.text, width)
+        half, right = len(lines) * size * 1.2 * px / 2, x_px + max(map(len, lines)) * size * 0.65 * px
+        below = [top for start, end, top in taken if start < right and x_px < end]
+        middle = max([y_px, *(top + half for top in below)])
+        taken.append((x_px, right, middle + half))
+        offset = (8, (middle - y_px) / px)
+        axes.annotate(
+            "\n".join(lines),
+            (name.x, name.y),
+            offset,
+            textcoords="offset points",
+            color=name.color,
+            va="center",
+            fontsize=size,
+        )
+
+
+def name_lines(axes: Axes, **options: Any) -> None:
+    """Write the label of each line or series of dots beside its last point."""
+    ends = []
+    for line in axes.get_lines():
+        points: list[list[float]] = line.get_xydata().tolist()
+        points = [point for point in points if all(map(math.isfinite, point))]
+        if points and not str(line.get_label()).startswith("_"):
+            x, y = max(points)
+            ends.append(Name(x, y, str(line.get_label()), str(line.get_color())))
+    write_names(axes, ends, **options)
+
+
+def plain_numbers(*axes: Any) -> None:
+    """200, not 2 x 10^2, on a logarithmic axis."""
+    for axis in axes:
+        axis.set_tick_params(which="both", length=3, pad=4)  # one line of numbers, not two
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(
+            FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+        )
