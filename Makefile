@@ -19,7 +19,6 @@ test: $(VENV)/dev  ## the tests, in a few minutes
 
 test-slow: $(VENV)/dev  ## the lessons, small comparisons, every task in every mode, a cluster
 	$(BIN)/pytest -m slow --numprocesses=2
-	$(BIN)/pytest -m alone
 
 bench: $(VENV)/dev  ## what the server adds to its model
 	$(BIN)/python -m loadtests.bench

@@ -8,10 +8,8 @@ import contextlib
 import datetime
 import json
 import logging
-import math
 import os
 import sys
-import textwrap
 import time
 import urllib.error
 import urllib.request
@@ -39,6 +37,7 @@ warnings.filterwarnings("ignore", message="IProgress")  # we show no progress ba
 os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 from loadtests import drive, machine, modes, planner  # noqa: E402
+from loadtests.pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, name_lines  # noqa: E402
 
 QUICK = os.environ.get("QUICK") == "1"
 TEXT = "Paris is the [MASK] of France."
@@ -220,16 +219,6 @@ def counters(server: modes.Server) -> dict[str, float]:
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's palette: told apart by all kinds of eyes, and in print.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#D55E00",
-    "#CC79A7",
-    "#56B4E9",
-    "#777777",
-)
 COLORS = [BLUE, ORANGE, GREEN, RED, PURPLE, SKY]
 
 plt.rcParams |= {
@@ -258,38 +247,8 @@ def picture(title: str, x: str, y: str, **axes: Any) -> Iterator[Axes]:
     _, ax = plt.subplots()
     yield ax
     ax.set(title=title, xlabel=x, ylabel=y, **axes)
-    name_at_ends(ax)
+    name_lines(ax)
     plt.show()
-
-
-def name_at_ends(ax: Axes, width: int = 18, line_px: float = 17) -> None:
-    """Write each labelled series' name to the right of its last point, in its colour; names make room for each other.
-
-    `width` is in characters, `line_px` the height of a line of text.
-    """
-    ax.figure.draw_without_rendering()  # type: ignore[union-attr]  # only then are the limits known
-    ends: list[tuple[float, Any, list[str], Any]] = []
-    for series in ax.get_lines():
-        points = series.get_xydata()
-        points = points[[bool(all(map(math.isfinite, point))) for point in points]]
-        if not str(series.get_label()).startswith("_") and len(points):
-            x, y = max(points, key=lambda point: point[0])
-            lines = textwrap.wrap(str(series.get_label()), width)
-            ends.append((float(ax.transData.transform((x, y))[1]), (x, y), lines, series.get_color()))
-    above = -math.inf
-    for at_px, point, lines, color in sorted(ends, key=lambda end: end[0]):
-        half = len(lines) * line_px / 2
-        middle = max(at_px, above + half)
-        above = middle + half
-        ax.annotate(
-            "\n".join(lines),
-            point,
-            (9, (middle - at_px) * 72 / ax.figure.dpi),
-            textcoords="offset points",
-            color=color,
-            va="center",
-            fontsize=12,
-        )
 
 
 def line(ax: Axes, x: Any, y: Any, label: str = "predicted", color: str = "black", **style: Any) -> None:

@@ -197,7 +197,7 @@ def test_no_answer_fits_another_text(kind: str) -> None:
         ]
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_quick_comparison_of_two_modes_leaves_table_and_pictures(tmp_path: Any) -> None:
     options = ["--quick", "--modes", "batch", "uvicorn-2", "--out", str(tmp_path)]
     assert compare.main(options) == 0

@@ -23,7 +23,7 @@ def name(path: Path) -> str:
     return path.stem
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 @pytest.mark.parametrize("script", run.LESSONS, ids=name)
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own
 def test_lesson_runs_top_to_bottom_and_its_asserts_hold(script: Path) -> None:

@@ -129,7 +129,7 @@ def test_who_does_not_start_is_told_in_its_row_and_the_others_are_measured(
     assert max(line.count(" | ") for line in text.splitlines() if line.startswith("| ")) < 6, "still readable"
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_two_peers_are_measured_in_quick_form(tmp_path: Path) -> None:
     command = ["--quick", "--only", "--peers", "fastapi-def", "fastapi-batch", "--out", str(tmp_path)]
     assert peers.main([*command, "--models", "float32"]) == 0
