@@ -7,10 +7,14 @@ choose(measured(), weights={"short texts/s": 1}, most={"memory, MB": 1000})
 from collections.abc import Mapping
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pandas as pd
 
-from loadtests.peers.report import FASTEST, Results
+backend = matplotlib.get_backend()
+from loadtests.peers.report import FASTEST, Results  # noqa: E402
+
+matplotlib.use(backend)  # they draw into files only
 
 RESULTS = Path(__file__).resolve().parents[2] / "loadtests" / "results"
 # Where it stands in peers.csv, and whether more is better.
