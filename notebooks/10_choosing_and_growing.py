@@ -521,15 +521,15 @@ saved = 1 - image_mb / single_mb
 # %%
 with picture("Most of the image is torch", "MB", "") as ax:
     both = {**layers, **{f"({name})": mb for name, mb in left_out.items()}}
-    rows = range(len(both) + 1, 1, -1)
+    rows = range(len(both), 0, -1)
     ax.barh(rows, both.values(), color=[BLUE] * len(layers) + ["#BBBBBB"] * len(left_out))
     for row, mb in zip(rows, both.values()):
         ax.text(mb + 15, row, f"{mb:.0f}" if mb >= 1 else "< 1", va="center", fontsize=11)
-    bars(ax, [image_mb], [0.5], "added up")
-    dots(ax, [BUILT_MB], [0.5], "built")
-    guessed(ax, [single_mb * (1 - guess_saved / 100)], [0.5])
-    ax.set_yticks([*rows, 0.5], [*both, "the image"])
-    ax.set_ylim(-0.5, len(both) + 1.7)
+    bars(ax, [image_mb], [0], "")
+    dots(ax, [BUILT_MB], [-1], "")
+    guessed(ax, [single_mb * (1 - guess_saved / 100)], [-2], "")
+    ax.set_yticks([*rows, 0, -1, -2], [*both, "image: added up", "image: built", "image: your guess"])
+    ax.set_ylim(-2.8, len(both) + 0.7)
     ax.set_xlim(0, 1.1 * single_mb)
 
 # %%
@@ -585,11 +585,11 @@ with picture("Most of a cold start is importing", "time since the command, s", "
     starts = ends - list(parts.values())
     colors = [ORANGE if name.startswith("import") else BLUE for name in parts]
     ax.barh(rows, parts.values(), left=starts, color=colors)
-    bars(ax, [sum_s], [0])
-    dots(ax, [start_s], [0])
-    guessed(ax, [guess_start_s], [0])
-    ax.set_yticks([*rows, 0], [*parts, "server ready"])
-    ax.set_ylim(-0.9, len(parts) + 0.6)
+    bars(ax, [sum_s], [0], "")
+    dots(ax, [start_s], [-1], "")
+    guessed(ax, [guess_start_s], [-2], "")
+    ax.set_yticks([*rows, 0, -1, -2], [*parts, "predicted: the sum", "measured: ready", "your guess"])
+    ax.set_ylim(-2.7, len(parts) + 0.6)
 
 # %%
 tell(

@@ -36,9 +36,13 @@ def replicas_ready(server: Server) -> int:
 
 
 def disturb(
-    server: Server, load: Callable[[], pd.DataFrame], act: Callable[[], None], after_answers: int
+    server: Server,
+    load: Callable[[], pd.DataFrame],
+    act: Callable[[], None],
+    after_answers: int,
+    patience_s: float = 60.0,
 ) -> Disturbed:
-    """Run `load`; after so many answers `act`; wait until one replica more has become ready, or the load ends."""
+    """Run `load`; after so many answers `act`; wait until one replica more has become ready, and the load has ended."""
     before, ready = answers(server), replicas_ready(server)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(load)
@@ -46,7 +50,7 @@ def disturb(
             time.sleep(0.02)
         began = time.monotonic()
         act()
-        while replicas_ready(server) == ready and not running.done():
+        while replicas_ready(server) == ready and time.monotonic() - began < patience_s:
             time.sleep(0.02)
         took_s = time.monotonic() - began
         rows = running.result()
