@@ -8,7 +8,7 @@
 # Afterwards you can say for your own model what another protocol would bring, which server fits your needs, what your
 # image and your cold start consist of, and how many replicas you want.
 #
-# *Time:* about 3 minutes, the quick form 40 s. *Machine:* two cores, 4 GB of memory, Linux (it pins servers to cores and
+# *Time:* about 3 minutes, the quick form under one. *Machine:* two cores, 4 GB of memory, Linux (it pins servers to cores and
 # reads `/proc`; elsewhere run it in a container). The part about replicas needs HAProxy (`apt-get install haproxy`).
 #
 # `quick(short, full)` is `short` in the quick form (`QUICK=1`), else `full`. The quick form only shows that the lesson runs.
@@ -236,7 +236,8 @@ claim(
 
 # %% [markdown]
 # *Where the formula fails:* it forgot the frame. Around a short text and its answer HTTP sends all its headers each time, and
-# gRPC fewer. With long texts the frame counts less and less. And few of your callers wait for half a kilobyte.
+# gRPC fewer. With long texts the frame counts less and less. Whether fewer bytes are less time, the first
+# picture has shown.
 #
 # **So:** take gRPC if your callers have it already, or for streams. Don't take it for speed. Send several texts in a call.
 
@@ -279,8 +280,8 @@ def without_paths(text):
 print(revealed.status, "…", without_paths(revealed.body))
 
 # %% [markdown]
-# An attacker reads from it which libraries run, in which Python, where they lie, and often with whose data. And the client
-# can do nothing with it. Now the same text at this project's server, and then a model with a bug: it misses a file.
+# An attacker reads from it which libraries run, in which Python, and where they lie. And the client can do nothing with
+# it. Now the same text at this project's server, and then a model with a bug: it misses a file.
 
 # %%
 print(sentence.status, sentence.body)
@@ -397,9 +398,9 @@ states.append(breaker())
 print(states)
 
 # %% [markdown]
-# The server has two more of them. A replica that has no model says so at `/ready`, and the balancer asks it no more until
-# it is ready: you will see that below. And a queue that is too long to be in time refuses at once (lesson 5). All three have
-# one idea: don't spend time on what will fail.
+# The server has two more of them. A replica that has no model says so at `/ready`: after two such replies the balancer below
+# asks it no more, and after one good reply it asks again. And a queue that is too long to be in time refuses at once
+# ([lesson 5](5_saying_no.ipynb)). All three have one idea: don't spend time on what will fail.
 
 # %%
 stop()
@@ -409,7 +410,8 @@ stop()
 #
 # The web is full of selectors: answer ten questions, and a table of points names your server. Somebody *gave* those points.
 # Ours come from measurements: many servers with the same model and the same texts, each as its own documentation teaches
-# it (`make peers`; it takes hours, so we read the stored rows).
+# it (`make peers`; it takes hours, so we read the stored rows). *p99*: 99 of 100 answers are faster than that; see the
+# [glossary](glossary.md).
 
 # %%
 from recipe import selector
@@ -455,8 +457,9 @@ with picture("Most servers win for nobody", "first choice of so many people, %",
     ax.set_xlim(-4, 118)
 
 # %% [markdown]
-# *Where the prediction fails:* it says who *can't* win, and even so it is too kind. Some are beaten by nobody, but always by
-# somebody: each mixture of wishes finds another one that suits it better. A weighted mean likes extremes more than all-rounders.
+# *Where the prediction fails:* it says who *can't* win, and even so it is too kind. No single server beats
+# these others in everything. But for each mixture of wishes some server has more points, now this one, now that one. A
+# weighted mean likes extremes more than all-rounders.
 #
 # And weights are not the only opinion in it. Who picks the columns has half picked the winner. Four of these six are about
 # speed. Ask for the other two alone:
@@ -478,7 +481,7 @@ mine = selector.choose(peers, weights={"mixed texts/s": 1, "memory, MB": 1}, **l
 table({"server": name, "score": f"{score:.2f}"} for name, score in mine.items())
 
 # %% [markdown]
-# Then run the two that are left with *your* model. These numbers are for one small model on one kind of machine.
+# Then run the first two of these with *your* model. These numbers are for one small model on one kind of machine.
 
 # %% [markdown]
 # ## What is in an image
@@ -573,7 +576,7 @@ def seconds_to_ready():
     return took_s
 
 
-tries = [(cold_start.parts(SERVER_CORES), seconds_to_ready()) for _ in range(quick(1, 3))]
+tries = [(cold_start.parts(SERVER_CORES), seconds_to_ready()) for _ in range(quick(1, 2))]
 parts = {name: statistics.median(one[name] for one, _ in tries) for name in tries[0][0]}
 start_s = statistics.median(ready_s for _, ready_s in tries)
 sum_s = sum(parts.values())
@@ -653,7 +656,7 @@ if not HAPROXY:
     tell("HAProxy isn't installed here (`apt-get install haproxy`): one replica alone is measured.")
 
 # %%
-rates, seconds = quick((40, 140), (20, 45, 70, 95, 140)), quick(1.0, 4)
+rates, seconds = quick((40, 140), (20, 45, 70, 95, 140)), quick(1.0, 3)
 options = {"limit_s": limit_s, "timeout_s": 3.0, "duration_s": seconds}
 runs = {
     (n, rate): load(server, "open", rate_per_s=rate, **options)
