@@ -393,3 +393,71 @@ def exercise_6_3(functions: Any) -> None:
                 raise NotYet(
                     f"{name}: arrivals {arrivals}, durations {durations}: a mean wait of {expected:.2f}"
                 )
+
+
+# --- 10. Choosing, and growing ----------------------------------------------------------------------------------------
+
+
+@exercise("Half a millisecond of 41: a protocol saves only its own share.")
+def exercise_10_1(times_as_many: Any) -> None:
+    if near(times_as_many, 0.8 / 0.3):
+        raise NotYet("that is for a model that takes no time")
+    if near(times_as_many, 40.3 / 40.8, 0.001):
+        raise NotYet("upside down: gRPC is the quicker one here")
+    if not near(times_as_many, 40.8 / 40.3, 0.001):
+        raise NotYet("how long is a call over HTTP, and how long over gRPC? The model is in both")
+
+
+@exercise("That is one to spare. A fleet of two stands half idle for it, one of twenty a twentieth.")
+def exercise_10_2(replicas_wanted: Any) -> None:
+    if replicas_wanted(80, 50) is None:
+        raise NotYet("your turn: it returned None")
+    for rate_per_s, one_per_s, expected in (
+        (80, 50, 3),
+        (100, 50, 3),
+        (101, 50, 4),
+        (20, 50, 2),
+        (1000, 50, 21),
+    ):
+        answer = replicas_wanted(rate_per_s, one_per_s)
+        if not near(answer, expected, 0):
+            raise NotYet(
+                f"{rate_per_s} texts/s, {one_per_s} each: {expected}, not {answer}."
+                " How many must be left, and how many may die?"
+            )
+
+
+@exercise(
+    "Closed, open, half open. Put one before anything that can be down: a database, another model, a neighbour."
+)
+def exercise_10_3(Breaker: Any) -> None:
+    def expect(truth: bool, when: str) -> None:
+        allowed = breaker.allows()
+        if allowed is None:
+            raise NotYet("your turn: allows() returned None")
+        if bool(allowed) != truth:
+            raise NotYet(f"{when}: allows() should be {truth}")
+
+    now_s = 0.0
+    breaker = Breaker(3, 10.0, lambda: now_s)
+    expect(True, "at the beginning")
+    for ok in (False, False, True, False, False):
+        breaker.note(ok)
+    expect(True, "failures that are not three in a row")
+    breaker.note(False)
+    expect(False, "after three failures in a row")
+    now_s = 9.0
+    expect(False, "9 s later, where pause_s is 10")
+    now_s = 11.0
+    expect(True, "11 s later, where pause_s is 10")
+    expect(False, "while that one try is under way")
+    breaker.note(False)
+    expect(False, "after that try has failed")
+    now_s = 20.0
+    expect(False, "9 s after that try has failed")
+    now_s = 22.0
+    expect(True, "11 s after that try has failed")
+    breaker.note(True)
+    expect(True, "after a success")
+    breaker.note(False)
+    expect(True, "after a success and one failure")

@@ -1,0 +1,914 @@
+# %% [markdown]
+# # 10. Choosing, and growing
+#
+# Your model has a queue, a loop and a server. Now others ask: why not gRPC, why not another server, why not two machines?
+#
+# **Question: how do you choose without believing anybody?**
+#
+# Afterwards you can say for your own model what another protocol would bring, which server fits your needs, what your
+# image and your cold start consist of, and how many replicas you want.
+#
+# *Time:* about 3 minutes, the quick form under one. *Machine:* two cores, 4 GB of memory, Linux (it pins servers to cores and
+# reads `/proc`; elsewhere run it in a container). The part about replicas needs HAProxy (`apt-get install haproxy`).
+#
+# `quick(short, full)` is `short` in the quick form (`QUICK=1`), else `full`. The quick form only shows that the lesson runs.
+
+# %%
+from lesson import BLUE, CLIENT_CORES, GREY, ORANGE, RED, SERVER_CORES, TEXT, ask, bars, claim, dots, guessed
+from lesson import holds, line, load, picture, quick, serve, serve_all, serve_recipe, stop, table, tell, way
+
+import statistics
+
+import numpy as np
+
+import checks
+
+# %% [markdown]
+# ## Two doors to the same model
+#
+# HTTP carries text; anybody can read it. gRPC packs messages into bytes and sends them over HTTP/2. Its fans say that it
+# is several times faster. This server has both doors. Behind them stand the same queue, the same loop, the same model.
+
+# %%
+way(
+    ("client", "HTTP", "queue", "loop", "model"),
+    ("client", "gRPC", "queue", "loop", "model"),
+    changed={"HTTP", "gRPC"},
+)
+
+# %% [markdown]
+# One client asks, waits for the answer, and asks again. **Guess:** how many times as many answers a second does it get over
+# gRPC, from our real model?
+
+# %%
+guess = 3.0  # times
+
+# %% [markdown]
+# **Prediction.** A call takes $m$ in the model, and $h$ or $g$ in everything else: client, network, server. So gRPC is
+# $\frac{m+h}{m+g}$ times as fast. A model that returns at once shows $h$ and $g$. Even a protocol that costs nothing
+# would be only $\frac{m+h}{m}$ times as fast.
+#
+# We start three servers: one with our model, one with a model that returns at once, and one for later. Both doors are
+# asked by clients of one family, Triton's.
+
+# %%
+import time
+
+from loadtests.modes import free_port
+from recipe import doors
+
+INSTANT, OURS = "loadtests.bench_apps:Instant", "minilm-mlm"
+ours = serve(GRPC_PORT=free_port(), BATCH_SIZE=32)
+instant, failing = serve_all(
+    {"MODEL": INSTANT, "GRPC_PORT": free_port(), "BATCH_SIZE": 32},
+    {"MODEL": "notebooks.recipe.fails:Fails", "OFFLOAD": "process"},
+    cores=SERVER_CORES,
+)
+servers = {INSTANT: instant, OURS: ours}
+
+
+def visits(model, *kinds, rounds, **options):
+    """The medians of some rounds in which all kinds take turns, so that a slow moment meets all of them."""
+    found = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind in kinds:
+            options |= {"model": model, "cpu": max(CLIENT_CORES), "duration_s": quick(0.3, 1.0)}
+            found[kind].append(doors.visit(servers[model], kind, **options))
+    return {kind: {key: statistics.median(v[key] for v in vs) for key in vs[0]} for kind, vs in found.items()}
+
+
+alone = {model: visits(model, "HTTP", "gRPC", rounds=quick(1, 5)) for model in servers}
+
+# %%
+h, g = alone[INSTANT]["HTTP"]["ms"], alone[INSTANT]["gRPC"]["ms"]
+m = alone[OURS]["HTTP"]["ms"] - h
+predicted = (m + h) / (m + g)
+gain = {model: found["gRPC"]["per_s"] / found["HTTP"]["per_s"] for model, found in alone.items()}
+tell(
+    f"Everything but the model takes {h:.2f} ms over HTTP and {g:.2f} ms over gRPC. Our model takes {m:.1f} ms. So gRPC should be"
+    f" {predicted:.2f} times as fast, and no protocol more than {(m + h) / m:.2f} times. Measured: **{gain[OURS]:.2f} times**."
+)
+
+# %%
+x = np.linspace(0, 1.25 * m, 200)
+top = 1.1 * max(guess, *gain.values(), 1.5)
+with picture(
+    "A protocol saves only its own share", "the model's time, ms", "gRPC, times HTTP", ylim=(0, top)
+) as ax:
+    free = (x + h) / np.maximum(x, 1e-9)
+    line(ax, x[free < top], free[free < top], "a protocol that costs nothing", GREY, linestyle="--")
+    line(ax, x, (x + h) / (x + g))
+    dots(ax, [0, m], [gain[INSTANT], gain[OURS]])
+    guessed(ax, m, guess)
+
+# %%
+claim(
+    "gRPC is 3–5 × faster than REST",
+    who="the same call by one client, Triton's in Python, answers/s over gRPC in times of HTTP's",
+    number=f"{gain[INSTANT]:.2f} × with a model that returns at once, {gain[OURS]:.2f} × with one of {m:.0f} ms; a protocol that"
+    f" costs nothing would have {(m + h) / m:.2f} ×",
+    verdict="fails here: the model's time is the same behind both; other languages' libraries are untested here",
+)
+
+# %% [markdown]
+# ## Many calls, or one stream
+#
+# Now 32 texts are always under way. There are four ways to send them: 32 connections and a text in each call, over either
+# protocol; one gRPC stream, on which texts and answers pass each other; or lists of 32 texts, which HTTP answers with a
+# line for each text. The model is the one that returns at once, so that only the doors are measured.
+#
+# **Guess:** how many times as many texts does the stream carry as the separate gRPC calls?
+
+# %%
+guess_stream = 3.0  # times
+
+# %% [markdown]
+# **Prediction.** Each side has one core. Whichever side needs more time for a text limits both: texts a second are
+# 1 / max(server's time, client's time). With lists they take turns, since only one list is under way: 1 / (server's time +
+# client's time). The operating system counts the processor time of both.
+
+# %%
+many = {
+    "HTTP, a call each": ("HTTP", "one a call"),
+    "gRPC, a call each": ("gRPC", "one a call"),
+    "gRPC, one stream": ("gRPC", "one stream"),
+    "HTTP, lists": ("HTTP", "lists"),
+}
+crowd = {
+    name: visits(INSTANT, kind, rounds=quick(1, 3), way=how, in_flight=32)[kind]
+    for name, (kind, how) in many.items()
+}
+for name, found in crowd.items():
+    sides_ms = found["server_ms"], found["client_ms"]
+    found["predicted"] = 1000 / (sum(sides_ms) if name == "HTTP, lists" else max(sides_ms))
+table(
+    {
+        "32 texts under way": name,
+        "texts/s": f"{found['per_s']:,.0f}",
+        "predicted, texts/s": f"{found['predicted']:,.0f}",
+        "server's time, ms a text": f"{found['server_ms']:.3f}",
+        "client's time, ms a text": f"{found['client_ms']:.3f}",
+    }
+    for name, found in crowd.items()
+)
+
+# %%
+with picture("What costs is the call", "texts a second", "", xscale="log") as ax:
+    rows = range(len(crowd))
+    bars(ax, [found["predicted"] for found in crowd.values()], rows)
+    dots(ax, [found["per_s"] for found in crowd.values()], rows)
+    guessed(ax, guess_stream * crowd["gRPC, a call each"]["per_s"], 2)
+    ax.set_yticks(rows, crowd)
+    ax.set_ylim(-0.7, len(crowd) - 0.4)
+
+# %%
+http, grpc, stream, lists = (found["per_s"] for found in crowd.values())
+tell(
+    f"One stream carries {stream / grpc:.1f} times as many texts as separate gRPC calls, lists over plain HTTP {lists / http:.1f} times"
+    f" as many as separate HTTP calls. With separate calls gRPC has {grpc / http:.2f} times what HTTP has: the server needs"
+    f" {crowd['gRPC, a call each']['server_ms']:.2f} ms for a gRPC call and {crowd['HTTP, a call each']['server_ms']:.2f} ms for one over"
+    " HTTP."
+)
+claim(
+    "gRPC does 10k requests/s where REST does 3k",
+    who="32 connections, one text a call, a model that returns at once, one core for the server, one for the client, both in Python",
+    number=f"{grpc:,.0f}/s over gRPC, {http:,.0f}/s over HTTP; with 32 texts on one gRPC stream {stream:,.0f}/s, in HTTP lists"
+    f" {lists:,.0f}/s",
+    verdict="fails here: what counts is how many texts share a call, not the protocol",
+)
+
+# %% [markdown]
+# *Where the formula fails:* it takes a core for wholly ours. Whatever else runs on it makes the rate lower. Both ends are
+# Python here, so this compares two libraries as much as two protocols. It is what you would get with this server. A client
+# in C++ would change the client's column only.
+#
+# ## Smaller payloads
+#
+# The same two calls, as bytes on the wire. And one answer of another kind: an embedding, 384 numbers.
+#
+# **Guess:** by how many per cent is the embedding smaller as bytes than as JSON?
+
+# %%
+guess_smaller = 40  # %
+
+# %% [markdown]
+# **Prediction.** A number takes 4 bytes as a float32. As JSON it takes its digits: "-0.012345678" and a comma, about 12
+# characters. So bytes save $1 - 4/12$, about two thirds. A short text is a text in both, and so is its answer: nothing.
+
+# %%
+import orjson
+
+wire = {kind: doors.bytes_of(instant, kind, max(CLIENT_CORES)) for kind in ("HTTP", "gRPC")}
+inside = len(TEXT) + len(ask(instant).body)  # the text and its answer themselves
+vector = np.random.default_rng(0).normal(0, 0.05, 384).astype(np.float32)
+as_json, as_bytes = len(orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY)), vector.nbytes
+smaller, smaller_vector = 1 - wire["gRPC"] / wire["HTTP"], 1 - as_bytes / as_json
+table(
+    [
+        {
+            "what": "a call with a short text, and its answer",
+            "HTTP, bytes": f"{wire['HTTP']:.0f}",
+            "gRPC, bytes": f"{wire['gRPC']:.0f}",
+            "smaller by": f"{smaller:.0%}",
+            "predicted": "0%",
+            "your guess": "-",
+        },
+        {
+            "what": "384 numbers, as JSON and as bytes",
+            "HTTP, bytes": f"{as_json}",
+            "gRPC, bytes": f"{as_bytes}",
+            "smaller by": f"{smaller_vector:.0%}",
+            "predicted": f"{1 - 4 / 12:.0%}",
+            "your guess": f"{guess_smaller}%",
+        },
+    ]
+)
+tell(
+    f"The text and its answer are {inside} bytes of it in both. Around them HTTP needs {wire['HTTP'] - inside:.0f} bytes and gRPC"
+    f" {wire['gRPC'] - inside:.0f}."
+)
+claim(
+    "gRPC's payloads are 30–50 % smaller",
+    who="bytes on the wire of a short text and its answer, headers included; an embedding of 384 numbers, as JSON and as bytes",
+    number=f"{smaller:.0%} smaller for the text, whose answer has as many bytes in both; {smaller_vector:.0%} for the embedding",
+    verdict="holds for short texts, where most of a call is its frame; numbers shrink more, but HTTP can carry them as bytes too",
+)
+
+# %% [markdown]
+# *Where the formula fails:* it forgot the frame. Around a short text and its answer HTTP sends all its headers each time, and
+# gRPC fewer. With long texts the frame counts less and less. Whether fewer bytes are less time, the first
+# picture has shown.
+#
+# **So:** take gRPC if your callers have it already, or for streams. Don't take it for speed. Send several texts in a call.
+
+# %% [markdown]
+# ## What an error may reveal
+#
+# A program that fails knows much about itself. How much of that should a client see? Many tutorials end with debugging
+# switched on. This is such a server. We send it a text that is too long for the model.
+
+# %%
+import re
+from pathlib import Path
+
+print(*Path("recipe/recipe_debug.py").read_text().splitlines()[-5:], sep="\n")
+
+# %% [markdown]
+# **Guess:** how many files of the server's disk does its reply name?
+
+# %%
+guess_files = 2
+
+# %% [markdown]
+# **Prediction.** A traceback has an entry for each function under way, with its file. The web framework has about ten of
+# them on the way to the handler, the pipeline and the model about ten more. Many share a file: say ten files.
+
+# %%
+debug = serve_recipe("recipe_debug")
+too_long = TEXT + " Or so they say." * 200
+revealed, refused = ask(debug, too_long), ask(failing, "raise an error")
+sentence = ask(ours, too_long)
+stop(debug)
+files = set(re.findall(r'File "([^"]+)"', revealed.body))
+
+
+def without_paths(text):
+    """The end of a reply, folders left out: they are this machine's own."""
+    return re.sub(r'"/[^"]*/', '"/…/', text)[-900:]
+
+
+print(revealed.status, "…", without_paths(revealed.body))
+
+# %% [markdown]
+# An attacker reads from it which libraries run, in which Python, and where they lie. And the client can do nothing with
+# it. Now the same text at this project's server, and then a model with a bug: it misses a file.
+
+# %%
+print(sentence.status, sentence.body)
+print(refused.status, refused.body)
+log = failing.log()
+request_id = refused.headers["x-request-id"]
+secret = "licence.key"
+
+
+def described(who, reply):
+    return {
+        "reply": who,
+        "status": reply.status,
+        "bytes": len(reply.body),
+        "files named": len(set(re.findall(r'File "([^"]+)"', reply.body))),
+        "says which Python": "yes" if re.search(r"python3\.\d+", reply.body) else "no",
+        "says what to do": "yes" if reply.status == 422 or "report" in reply.body else "no",
+    }
+
+
+table(
+    [
+        described("debugging on: text too long", revealed),
+        described("this server: text too long", sentence),
+        described("this server: the model has a bug", refused),
+    ]
+)
+tell(
+    f"The traceback named {len(files)} files; predicted were 10, your guess was {guess_files}. The bug's own traceback, with the"
+    f" missing file's name, is in the server's log{' beside the id that the reply has' if request_id in log else ''}: the client can quote the id, and you can look it up."
+)
+claim(
+    "Errors shown to the user help",
+    who="the reply to a text that is too long, from a server with debugging on and from this one",
+    number=f"a traceback of {len(revealed.body):,} bytes that names {len(files)} files and says nothing to do; a sentence of"
+    f" {len(sentence.body)} bytes that does",
+    verdict="depends on the error: a sentence about the input helps, a traceback helps the attacker; it belongs in the log",
+)
+
+# %% [markdown]
+# ## A switch that opens: circuit breaking
+#
+# Some inputs do worse than raise: they end the process. Then a new process must load, and meanwhile nobody is answered.
+# A client that doesn't know better sends it again.
+#
+# You send a text that ends the process, eight times, and each time wait until the server is ready again. **Guess:** how many
+# times does the process die?
+
+# %%
+guess_deaths = 8
+
+# %% [markdown]
+# **Prediction.** In electricity a *circuit breaker* cuts the current after a fault. In software: after some failures don't
+# try again (*open*), after a while try (*half open*), and after a success go on as before (*closed*). This server keeps one
+# for each input, its *quarantine*: three deaths in a row open it, an answer or ten minutes close it. So three deaths, each
+# as long as the process needs to load; then a 422 at once.
+
+# %%
+from lesson import counters
+from workers.quarantine import DEATHS, FORGET_S
+
+seen = []
+for _ in range(8):
+    reply = ask(failing, "die, please")
+    began = time.monotonic()
+    failing.wait_until_ready()
+    seen.append((reply.status, 1000 * (time.monotonic() - began), ask(failing, "an innocent text").status))
+deaths = int(counters(failing)["model_process_restarts_total"])
+
+# %%
+down_ms = seen[0][1]  # the first death tells what each costs
+with picture("Three deaths open the breaker", "attempt", "time until it is ready again, ms") as ax:
+    attempts = range(1, len(seen) + 1)
+    line(ax, [1, DEATHS, DEATHS + 1, len(seen)], [down_ms, down_ms, 0, 0])
+    dots(ax, attempts, [ms for _, ms, _ in seen])
+    guessed(ax, guess_deaths, down_ms, "your guess: the last death")
+table(
+    {
+        "attempt": i,
+        "the killer's status": status,
+        "ready again after, ms": f"{ms:.0f}",
+        "an innocent text": innocent,
+    }
+    for i, (status, ms, innocent) in enumerate(seen, 1)
+)
+
+# %% [markdown]
+# When does it close? Ten minutes are long for a lesson. So we hand the same code a clock that we set by hand.
+
+# %%
+from workers.metrics import Metrics
+from workers.quarantine import Quarantine, Quarantined
+
+now_s = 0.0
+ward = Quarantine(Metrics(), now=lambda: now_s)
+
+
+def breaker():
+    try:
+        ward.check("die, please")
+        return "closed"
+    except Quarantined:
+        return "open"
+
+
+states = [breaker()]
+for _ in range(DEATHS):
+    ward.note_death(["die, please"])
+    states.append(breaker())
+now_s = FORGET_S - 1
+states.append(breaker())
+now_s = FORGET_S + 1
+states.append(breaker())
+print(states)
+
+# %% [markdown]
+# The server has two more of them. A replica that has no model says so at `/ready`: after two such replies the balancer below
+# asks it no more, and after one good reply it asks again. And a queue that is too long to be in time refuses at once
+# ([lesson 5](5_saying_no.ipynb)). All three have one idea: don't spend time on what will fail.
+
+# %%
+stop()
+
+# %% [markdown]
+# ## Choosing by what was measured
+#
+# The web is full of selectors: answer ten questions, and a table of points names your server. Somebody *gave* those points.
+# Ours come from measurements: many servers with the same model and the same texts, each as its own documentation teaches
+# it (`make peers`; it takes hours, so we read the stored rows). *p99*: 99 of 100 answers are faster than that; see the
+# [glossary](glossary.md).
+
+# %%
+from recipe import selector
+
+peers = selector.measured()
+table(
+    peers.sort_values("short texts/s", ascending=False)
+    .map(lambda value: f"{value:,.0f}" if value >= 20 else f"{value:.1f}")
+    .reset_index(names="server")
+)
+tell(
+    f"A stored run: {selector.day()}. “mixed”: one text in ten is long. The authors of one of these servers ran it: see which."
+)
+
+# %% [markdown]
+# A selector takes *weights*: how much you care for each column. A server's points are its share of the best value in each
+# column, and its score is their weighted mean. **Guess:** 20,000 people ask. Each has weights of their own, drawn at random.
+# For what share of them does the most frequent winner come first?
+
+# %%
+guess_share = 30  # %
+
+# %% [markdown]
+# **Prediction.** If some other server is at least as good in everything and better in something, you never win, whatever
+# the weights. Count who is not beaten like that: only they can win.
+
+# %%
+unbeaten, wins = selector.unbeaten(peers), selector.wins(peers)
+winners = wins[wins > 0]
+tell(
+    f"{len(unbeaten)} of {len(peers)} are not beaten in everything by one other: {', '.join(unbeaten)}. Winners for at least one of"
+    f" 20,000 people: **{len(winners)}**, {', '.join(winners.index)}."
+)
+
+# %%
+shown = wins.head(max(5, len(winners)))[::-1]
+with picture("Most servers win for nobody", "first choice of so many people, %", "") as ax:
+    rows = range(len(shown))
+    dots(ax, 100 * shown.to_numpy(), rows)
+    guessed(ax, guess_share, len(shown) - 1)
+    ax.set_yticks(rows, [name if name in unbeaten else f"{name} (beaten)" for name in shown.index])
+    ax.set_ylim(-0.6, len(shown) - 0.3)
+    ax.set_xlim(-4, 118)
+
+# %% [markdown]
+# *Where the prediction fails:* it says who *can't* win, and even so it is too kind. No single server beats
+# these others in everything. But for each mixture of wishes some server has more points, now this one, now that one. A
+# weighted mean likes extremes more than all-rounders.
+#
+# And weights are not the only opinion in it. Who picks the columns has half picked the winner. Four of these six are about
+# speed. Ask for the other two alone:
+
+# %%
+small = selector.choose(peers, {"memory, MB": 1, "start, s": 1})
+table({"server": name, "score": f"{score:.2f}"} for name, score in small.head(4).items())
+tell(
+    f"With memory and start alone the first is {small.index[0]}; “this server” is number {list(small.index).index('this server') + 1}."
+)
+
+# %% [markdown]
+# So start from limits, not from weights. A limit is something that you *know*: what the machine has, what your users wait
+# for. Whoever breaks it is out, however many points it has. Put yours in, and run the cell.
+
+# %%
+limits = {"least": {"mixed texts/s": 20}, "most": {"memory, MB": 800, "start, s": 10}}
+mine = selector.choose(peers, weights={"mixed texts/s": 1, "memory, MB": 1}, **limits)
+table({"server": name, "score": f"{score:.2f}"} for name, score in mine.items())
+
+# %% [markdown]
+# Then run the first two of these with *your* model. These numbers are for one small model on one kind of machine.
+
+# %% [markdown]
+# ## What is in an image
+#
+# A container image holds Python, the packages, the model and the code. You read that a *multi-stage build* shrinks it: build
+# in one image, copy what you need into another, and leave compilers and caches behind. `deploy/Dockerfile` does that.
+#
+# **Guess:** by how many per cent is our image smaller than one built in a single stage?
+
+# %%
+guess_saved = 50  # %
+
+# %% [markdown]
+# **Prediction.** It saves exactly what the first image has and the second hasn't. Add up: the installed packages of
+# `requirements.txt`, the model, the code, and Debian with Python. Then what a single stage would leave in: pip, its cache of
+# what it downloaded, and the compilers (`build-essential`). Here no image is built, so we add up files of this machine.
+
+# %%
+from recipe import sizes
+
+packages = sizes.packages()
+compilers_mb = sizes.compilers_mb()
+DEBIAN_MB, BUILT_MB = 230, 1450  # of an image that we built with buildah, see docs/deployments.md
+layers = {
+    "torch": packages["torch"],
+    "transformers": packages["transformers"],
+    "other packages": sum(packages.values()) - packages["torch"] - packages["transformers"],
+    "Debian, Python": DEBIAN_MB,
+    "model": sizes.folder_mb("models/minilm-mlm"),
+    "code": sizes.folder_mb("server.py", "gunicorn.conf.py", "workers"),
+}
+left_out = {
+    "pip": sizes.packages(["pip"])["pip"],
+    "pip's cache": sizes.packed_share() * sum(packages.values()),
+    "compilers": compilers_mb or 0.0,
+}
+image_mb, single_mb = sum(layers.values()), sum(layers.values()) + sum(left_out.values())
+saved = 1 - image_mb / single_mb
+
+# %%
+with picture("Most of the image is torch", "MB", "") as ax:
+    both = {**layers, **{f"({name})": mb for name, mb in left_out.items()}}
+    rows = range(len(both), 0, -1)
+    ax.barh(rows, both.values(), color=[BLUE] * len(layers) + ["#BBBBBB"] * len(left_out))
+    for row, mb in zip(rows, both.values()):
+        ax.text(mb + 15, row, f"{mb:.0f}" if mb >= 1 else "< 1", va="center", fontsize=11)
+    bars(ax, [image_mb], [0], "")
+    dots(ax, [BUILT_MB], [-1], "")
+    guessed(ax, [single_mb * (1 - guess_saved / 100)], [-2], "")
+    ax.set_yticks([*rows, 0, -1, -2], [*both, "image: added up", "image: built", "image: your guess"])
+    ax.set_ylim(-2.8, len(both) + 0.7)
+    ax.set_xlim(0, 1.1 * single_mb)
+
+# %%
+wanted_mb = image_mb / (1 - 0.84)
+tell(
+    f"In brackets: what a second stage leaves behind. Added up, the image is {image_mb:,.0f} MB; the one that we built with buildah had"
+    f" {BUILT_MB:,} MB. A single stage would be {single_mb:,.0f} MB. So the second stage makes it {saved:.0%} smaller; your guess was"
+    f" {guess_saved}%. Without torch it would be {packages['torch'] / image_mb:.0%} smaller."
+)
+claim(
+    "A multi-stage build makes the image 84 % smaller",
+    who="installed packages, model, code, pip, compilers of this machine, added up; pip's cache estimated from a sample; Debian's size from an own build",
+    number=f"{image_mb:,.0f} instead of {single_mb:,.0f} MB, {saved:.0%} smaller; for 84 % the single stage would have to be"
+    f" {wanted_mb:,.0f} MB",
+    verdict="fails here: what is big is needed at run time; to shrink it, leave torch out (lesson 9) or take its CPU build",
+)
+
+# %% [markdown]
+# ## A cold start, part by part
+#
+# A replica that you start now answers when? First comes everything that its process has to do.
+#
+# **Guess:** how many seconds from the command to the first answer, for our model?
+
+# %%
+guess_start_s = 8.0
+
+# %% [markdown]
+# **Prediction.** The sum of the parts. Each is measured in a new process: the interpreter, the imports, the weights, a first
+# call. In turn with them the server itself is started and timed.
+
+# %%
+from recipe import cold_start
+
+
+def seconds_to_ready():
+    began = time.monotonic()
+    server = serve()
+    took_s = time.monotonic() - began
+    stop(server)
+    return took_s
+
+
+tries = [(cold_start.parts(SERVER_CORES), seconds_to_ready()) for _ in range(quick(1, 2))]
+parts = {name: statistics.median(one[name] for one, _ in tries) for name in tries[0][0]}
+start_s = statistics.median(ready_s for _, ready_s in tries)
+sum_s = sum(parts.values())
+importing_s = sum(seconds for name, seconds in parts.items() if name.startswith("import"))
+
+# %%
+with picture("Most of a cold start is importing", "time since the command, s", "") as ax:
+    rows, ends = range(len(parts), 0, -1), np.cumsum(list(parts.values()))
+    starts = ends - list(parts.values())
+    colors = [ORANGE if name.startswith("import") else BLUE for name in parts]
+    ax.barh(rows, parts.values(), left=starts, color=colors)
+    bars(ax, [sum_s], [0], "")
+    dots(ax, [start_s], [-1], "")
+    guessed(ax, [guess_start_s], [-2], "")
+    ax.set_yticks([*rows, 0, -1, -2], [*parts, "predicted: the sum", "measured: ready", "your guess"])
+    ax.set_ylim(-2.7, len(parts) + 0.6)
+
+# %%
+tell(
+    f"The parts take {sum_s:.1f} s together, the server took {start_s:.1f} s; your guess was {guess_start_s:g} s. Imports are"
+    f" {importing_s / sum_s:.0%} of it (orange), the weights {parts['load the weights'] / sum_s:.0%}."
+)
+claim(
+    "A cold start takes 5–10 s",
+    who="this server with the embedded model, on one core, its files already in memory, from the command to ready",
+    number=f"{start_s:.1f} s, of which imports {importing_s:.1f} s and weights {parts['load the weights']:.1f} s",
+    verdict="depends on the libraries more than on a small model; with gigabytes of weights, or files not yet read from disk, it is longer"
+    " (untested here: this machine keeps its files in memory)",
+)
+
+# %% [markdown]
+# *Where the formula fails:* each part was timed with nothing beside it. The server loads in a thread, while its loop answers
+# `/ready` already, so it may take longer than the sum. What follows from the picture: a faster disk or smaller weights
+# hardly help a small model. Fewer imports do.
+
+# %% [markdown]
+# ## Two replicas behind a balancer
+#
+# One process is full, or you can't afford to lose it. So you start a second one, and a *balancer* before both. Ours is
+# HAProxy (`deploy/cluster.py`). It sends each request to the replica that has the fewest under way.
+
+# %%
+way(
+    ("clients", "HAProxy", "replica 1"), ("clients", "HAProxy", "replica 2"), changed={"HAProxy", "replica 2"}
+)
+
+# %% [markdown]
+# A laptop has no second machine. So the model is replaced by one that loads just as ours does, but takes 20 ms a call without
+# computing. Two of them don't slow each other down: as on two machines.
+#
+# **Guess:** 140 texts a second arrive. How many of them do two replicas answer within a second?
+
+# %%
+guess_two_per_s = 120
+
+# %% [markdown]
+# **Prediction.** One replica answers 1/20 ms, two twice as many, and the balancer adds little. `loadtests/fleet.py` simulates
+# it with each replica's queue and its no.
+
+# %%
+import shutil
+
+from loadtests import drive, fleet
+from loadtests.bench_apps import SLEEP_S
+from loadtests.planner import OVERHEAD_S, CostLaw
+
+HAPROXY = shutil.which("haproxy") is not None
+SLEEPER = quick("loadtests.bench_apps:Sleeps", "notebooks.recipe.sleeper:Sleeper")
+law, limit_s = CostLaw(0.0, SLEEP_S), 1.0
+settings = {"MODEL": SLEEPER, "DEADLINE_S": limit_s}
+began = time.monotonic()
+one = serve(cores=None, **settings)
+load_s = time.monotonic() - began
+two = serve("haproxy-2", cores=None, **settings) if HAPROXY else None
+replicas = {1: one, 2: two} if HAPROXY else {1: one}
+if not HAPROXY:
+    tell("HAProxy isn't installed here (`apt-get install haproxy`): one replica alone is measured.")
+
+# %%
+rates, seconds = quick((40, 140), (20, 45, 70, 95, 140)), quick(1.0, 3)
+options = {"limit_s": limit_s, "timeout_s": 3.0, "duration_s": seconds}
+runs = {
+    (n, rate): load(server, "open", rate_per_s=rate, **options)
+    for n, server in replicas.items()
+    for rate in rates
+}
+good = {key: drive.summary(df, limit_s)["goodput_per_s"] for key, df in runs.items()}
+
+
+def foretold(n, rate):
+    """What fleet.py says of n replicas, asked at the same moments."""
+    replica = fleet.Fleet(law, n, overhead_s=OVERHEAD_S, deadline_s=limit_s)
+    return fleet.simulate(replica, rate_per_s=rate, duration_s=30).summary()["goodput_per_s"]
+
+
+# %%
+grid = np.linspace(20, 140, 13)
+with picture(
+    "Two replicas answer twice as much", "texts a second that come", "answered in time, a second"
+) as ax:
+    for n, color in zip(replicas, (BLUE, ORANGE)):
+        line(ax, grid, [foretold(n, rate) for rate in grid], None, color, linestyle="--")
+        dots(ax, rates, [good[n, rate] for rate in rates], {1: "one replica", 2: "two replicas"}[n], color)
+    guessed(ax, 140, guess_two_per_s)
+    ax.set_ylim(0, None)
+tell("Dashed: simulated by `fleet.py`. Dots: measured.")
+
+# %%
+around = {
+    n: (runs[n, rates[0]].latency_ms - runs[n, rates[0]].model_ms - runs[n, rates[0]].queue_ms).median()
+    for n in replicas
+}
+if HAPROXY:
+    hop_ms = around[2] - around[1]
+    tell(
+        f"At 140 a second one replica answers {good[1, 140]:.0f} and two answer {good[2, 140]:.0f}; simulated: {foretold(1, 140):.0f} and"
+        f" {foretold(2, 140):.0f}. The price: through HAProxy a request spends {around[2]:.1f} ms outside the queue and the model, and"
+        f" {around[1]:.1f} ms without: {abs(hop_ms):.1f} ms {'more' if hop_ms > 0 else 'less, which is noise'}."
+    )
+
+# %% [markdown]
+# ## A lost replica
+#
+# 80 texts a second come, which two replicas can do and one can't. Then we kill one of them with `kill -9`, as the kernel
+# does when memory runs out. **Guess:** after how many seconds are there two again?
+
+# %%
+guess_gap_s = 3.0
+
+# %% [markdown]
+# **Prediction.** Who was with the dead one is asked again: HAProxy sends a request to the other replica when a connection
+# breaks. The supervisor waits a second and starts a new one, which needs a cold start. Until then one replica does what it
+# can. The simulation is told when each text came and when the kill was.
+
+# %%
+from recipe import growing
+
+lost, lost_s = None, quick(4, 16)
+if HAPROXY:
+    lost = growing.disturb(
+        two,
+        lambda: load(two, "open", rate_per_s=80, **options | {"duration_s": lost_s}),
+        lambda: growing.kill_a_replica(two),
+        after_answers=quick(60, 240),
+    )
+    dying = fleet.Fleet(
+        law,
+        2,
+        overhead_s=OVERHEAD_S,
+        deadline_s=limit_s,
+        cold_start_s=load_s + 1,
+        kills=((lost.at_s, 1),),
+    )
+    told = fleet.simulate(dying, arrivals_s=lost.rows.due_s.tolist(), duration_s=lost_s)
+    told_no = np.histogram(told.failed_s, np.arange(lost_s + 1))[0]
+
+
+# %%
+def draw_refusals(title, event, seconds, predicted, name, guess_s):
+    """Refusals a second; dotted: what happened, and when there was a replica more."""
+    no = growing.by_second(event.rows, "503")
+    top = 1.25 * max(*predicted, no.max(), 1)
+    with picture(title, "time, s", "refused, a second", ylim=(-0.05 * top, top)) as ax:
+        line(ax, np.arange(seconds) + 0.5, predicted, name, drawstyle="steps-mid")
+        dots(ax, no.index + 0.5, no, "measured", RED)
+        for at_s in (event.at_s, event.at_s + event.took_s):
+            ax.axvline(at_s, color=GREY, linestyle=":")
+        guessed(ax, event.at_s + guess_s, 0.93 * top)
+
+
+if HAPROXY:
+    draw_refusals("A lost replica costs one cold start", lost, lost_s, told_no, "simulated", guess_gap_s)
+    outcomes = lost.rows.outcome.value_counts().to_dict()
+    unanswered = sum(n for outcome, n in outcomes.items() if outcome not in ("200", "503"))
+    tell(
+        f"Two again after **{lost.took_s:.1f} s**, predicted {load_s + 1:.1f} s, your guess {guess_gap_s:g} s (the dotted lines: from the"
+        f" kill until ready). Refused: {outcomes.get('503', 0)} of {len(lost.rows)}, simulated {told.failed}. Ended without any answer:"
+        f" {unanswered}."
+    )
+
+# %% [markdown]
+# Nobody is lost, but some are refused, because one replica can't do the work of two. With a third one nobody would have been:
+# keep **one to spare**. The refusals begin a little after the kill, because a short queue is allowed to fill first.
+#
+# ## How fast it grows
+#
+# Now the load grows instead: 130 texts a second, too much for two. After a while you add a replica by hand (`kill -TTIN`).
+# **Guess:** how many seconds from your command until it helps?
+
+# %%
+guess_grow_s = 2.0
+
+# %% [markdown]
+# **Prediction.** One cold start and nothing else. Until then what two can't do is refused.
+
+# %%
+grown, grow_s = None, quick(3, 13)
+if HAPROXY:
+    grown = growing.disturb(
+        two,
+        lambda: load(two, "open", rate_per_s=130, **options | {"duration_s": grow_s}),
+        lambda: growing.add_a_replica(two),
+        after_answers=quick(60, 200),
+    )
+    over = max(0.0, 130 - 2 * fleet.Fleet(law, overhead_s=OVERHEAD_S).capacity_per_s)
+    until_s = grown.at_s + load_s
+    predicted = [over * min(1, max(0, until_s - second)) for second in range(grow_s)]
+    draw_refusals(
+        "A new replica helps after one cold start", grown, grow_s, predicted, "predicted", guess_grow_s
+    )
+    tell(
+        f"The third replica was ready after **{grown.took_s:.1f} s**; predicted, a cold start: {load_s:.1f} s; your guess: {guess_grow_s:g} s."
+    )
+stop()
+
+# %% [markdown]
+# An autoscaler does the same by itself. This is a stored run of Ray Serve, which isn't installed here
+# (`loadtests/ray_curve.py`). At second 12 the load grows from 20 to 200 texts a second. A replica does 50 a second.
+#
+# **Guess:** how many seconds until nobody is refused any more?
+
+# %%
+guess_ray_s = 10.0
+
+# %% [markdown]
+# **Prediction.** Ray counts what is under way, looks back over some seconds, waits a little, and starts what is missing: its
+# settings (`deploy/serve.yaml`) say how long. Then comes a cold start, of this little model about a second.
+
+# %%
+ray = growing.ray()
+step_s = int((ray.offered > 2 * ray.offered.iloc[0]).idxmax())
+more_s = int((ray.replicas > 1).idxmax()) - step_s
+refusing = ray["503"][ray.index > step_s]
+calm_s = int(refusing[refusing > 0].index.max()) + 1 - step_s
+told_s = growing.ray_waits_s() + 1
+with picture("An autoscaler comes late", "time, s", "texts a second") as ax:
+    seen_to = step_s + 30
+    before, after = ray.offered[: step_s - 1].mean(), ray.offered[step_s + 1 : step_s + 40].mean()
+    ax.plot(ray.offered[:seen_to], color="#BBBBBB", label="come")
+    line(
+        ax,
+        [0, step_s, step_s, step_s + told_s, step_s + told_s, seen_to],
+        [before, before, 50, 50, after, after],
+        "predicted",
+        linestyle="--",
+    )
+    ax.plot(ray["200"][:seen_to], color=BLUE, label="answered")
+    guessed(ax, step_s + guess_ray_s, after)
+tell(
+    f"The second replica came after {more_s} s, and nobody was refused after {calm_s} s; predicted: {told_s} s, your guess: {guess_ray_s:g} s."
+    f" Refused meanwhile: {int(refusing.sum()):,}."
+)
+
+# %% [markdown]
+# *Where the formula fails:* it foretells the settings and a process, and Ray takes much longer. The stored rows say when
+# replicas came, not what Ray did until then, so the rest is unexplained here; it would take Ray, and its logs. The lesson
+# stays: an autoscaler can't be faster than a cold start. Until then refuse at once, or keep one replica to spare.
+
+# %% [markdown]
+# ## Exercises
+#
+# Fill in and run. The checkers never stop the notebook. Stuck? Look into `notebooks/solutions/`.
+#
+# **★** Your model takes 40 ms a text. Everything else takes 0.8 ms over HTTP and 0.3 ms over gRPC. How many times as many
+# answers does one client get over gRPC?
+
+# %%
+times_as_many = ...
+
+checks.exercise_10_1(times_as_many)
+
+
+# %% [markdown]
+# **★★** `rate_per_s` texts arrive, and a replica answers `one_per_s`. How many replicas do you want, so that one of them may
+# die, and those that are left still answer everything?
+
+
+# %%
+def replicas_wanted(rate_per_s, one_per_s): ...
+
+
+checks.exercise_10_2(replicas_wanted)
+
+
+# %% [markdown]
+# **★★★** Write a circuit breaker. `allows()` says whether to try now. `note(ok)` tells it how a try ended. After `failures` in
+# a row it opens for `pause_s` seconds. Then it lets one try through: a success closes it, a failure opens it again at once.
+# `now()` gives the time in seconds.
+
+
+# %%
+class Breaker:
+    def __init__(self, failures, pause_s, now): ...
+
+    def allows(self): ...
+
+    def note(self, ok): ...
+
+
+checks.exercise_10_3(Breaker)
+
+# %% [markdown]
+# ## What must hold
+
+# %%
+assert (revealed.status, sentence.status, refused.status) == (500, 422, 500)
+assert files and not re.search(r'File "', sentence.body + refused.body), (
+    "no reply of this server names a file"
+)
+assert secret not in refused.body and secret in log and request_id in log, (
+    "the log has it, under the reply's id"
+)
+assert [status for status, *_ in seen] == [500] * DEATHS + [422] * (len(seen) - DEATHS) and deaths == DEATHS
+assert {innocent for *_, innocent in seen} == {200}, "innocent texts are answered"
+assert states == ["closed"] * DEATHS + ["open", "open", "closed"]
+assert set(winners.index) <= set(unbeaten), "who is beaten in everything never wins"
+assert as_bytes < as_json and wire["gRPC"] < wire["HTTP"]
+assert packages["torch"] > 0.4 * image_mb and saved < 0.84
+if HAPROXY:
+    assert unanswered == 0, "a killed replica's texts are asked again elsewhere"
+    holds(good[2, 140] > 1.6 * good[1, 140], "two replicas answer almost twice as much")
+    holds(0.5 * (load_s + 1) < lost.took_s < 3 * (load_s + 1), "a lost replica costs about a cold start")
+holds(0.7 < gain[OURS] < 1.4, "for a model of milliseconds the protocol hardly matters")
+holds(lists > 2 * http and stream > 1.1 * grpc, "many texts a call save calls")
+holds(importing_s > 0.5 * sum_s, "most of a cold start is importing")
+
+# %% [markdown]
+# ## Take away
+#
+# 1. Ask what share of the time a part has before you replace it: a protocol, a layer, an import. It can save no more than that.
+# 2. Choose by limits that you know and by numbers that you can measure again. Points and weights are opinions.
+# 3. A lost replica, a new one and an autoscaler all cost one cold start. Keep one to spare; refuse at once until then.
+#
+# That was the last lesson. All the claims and their verdicts are in the [ledger](claims.md); the words are in the
+# [glossary](glossary.md). To put your own model behind all this, go back to the [README](../README.md#deployments).
