@@ -22,14 +22,14 @@ SENTENCES = {
         "my brother works with his hands|there is nothing under the bed|you should have told us before"
     ),
     "French": (
-        "le train part dans la matinée|où est la prochaine gare|nous avons bu du thé avec nos amis|elle relit les "
+        "le train part dans la matinée|où est la prochaine gare|nous prenons du thé avec nos amis|elle relit les "
         "vieux livres|ils rentreront chez eux demain|que pensez vous de cela|le temps était beau la semaine "
         "dernière|mon frère travaille de ses mains|il n'y a rien sous le lit|vous auriez dû nous le dire avant"
     ),
     "German": (
-        "der zug fährt am morgen ab|wo ist der nächste bahnhof|wir tranken tee mit unseren freunden|sie liest die "
-        "alten bücher noch einmal|morgen kommen sie nach hause|was hältst du davon|das wetter war letzte woche gut|"
-        "mein bruder arbeitet mit den händen|unter dem bett ist nichts|das hättet ihr uns vorher sagen sollen"
+        "der zug fährt am morgen ab|wo liegt der nächste bahnhof|wir tranken tee mit unseren freunden|er liest die "
+        "alten bücher noch einmal|morgen kommen wir nach hause|was hältst du davon|das wetter war letzte woche gut|"
+        "mein bruder arbeitet mit den händen|neben dem bett liegt nichts|das hättet ihr uns vorher sagen sollen"
     ),
 }
 LANGUAGES = list(SENTENCES)
@@ -45,10 +45,11 @@ class Net(nn.Module):
         self.score = nn.Linear(width, len(LANGUAGES))
 
     def forward(self, letters):
+        real = (letters > 0)[:, None]  # not the zeros that make all texts of a batch equally long
         x = self.letters(letters).transpose(1, 2)
         for look in self.look:
-            x = x + look(x).relu()
-        return self.score(x.mean(-1))
+            x = (x + look(x).relu()) * real
+        return self.score(x.sum(-1) / real.sum(-1))
 
 
 def cleaned(text):
@@ -97,7 +98,9 @@ class Language:
     def check(inputs, parameters):
         if not isinstance(inputs, str) or not inputs.strip():
             raise ValueError("send a text")
-        return inputs, int(parameters.get("rounds", 1))
+        if (rounds := parameters.get("rounds", 1)) not in range(1, 10_001):
+            raise ValueError("rounds must be a whole number from 1 to 10,000")
+        return inputs, int(rounds)
 
     @torch.inference_mode()
     def __call__(self, inputs):
