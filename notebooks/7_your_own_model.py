@@ -93,16 +93,20 @@ table([{"sent": sent, "status": reply.status, "reply": reply.body} for sent, rep
 # %%
 @torch.inference_mode()
 def furthest_apart(forget):
-    """How far a short text's scores alone are from those beside a long one, at most."""
+    """How far a short text's raw scores alone are from those beside a long one, at most."""
     short, long = recipe_own.numbers(asked[0]), recipe_own.numbers(asked[1] * 8)
     both = pad_sequence([short, long], batch_first=True)
     if forget:  # the zeros become letters: blanks
         both = both.clamp(min=1)
-    return float((net(both)[0].softmax(-1) - net(short[None])[0].softmax(-1)).abs().max())
+    return float((net(both)[0] - net(short[None])[0]).abs().max())
 
 
 careful, careless = furthest_apart(forget=False), furthest_apart(forget=True)
-tell(f"A score moves by {careful:.6f} at most. Where the zeros count as letters it moves by {careless:.2f}.")
+alone = net(recipe_own.numbers(asked[0])[None])[0].tolist()
+tell(
+    f"Alone the text has the raw scores {', '.join(f'{score:.1f}' for score in alone)}. Beside a long text they move by"
+    f" {careful:.5f} at most; where the zeros count as letters, by {careless:.1f}."
+)
 
 # %% [markdown]
 # ## Another task by one setting
@@ -633,7 +637,7 @@ checks.exercise_7_3(times_one_copy)
 # ## What must hold
 
 # %%
-assert careful < 1e-4 < careless, "padding must not change an answer"
+assert careful < 1e-3 < careless, "padding must not change an answer"
 statuses = [reply.status for reply in replies]
 assert statuses == [200, 200, 200, 422], "check refuses before the queue"
 assert len(said["a vector a text"].json) == 384
