@@ -199,7 +199,7 @@ with picture("Almost all is the encoder; fill-mask's head is as large", "% of th
         ax.barh(rows, widths, left=left, color=color, height=0.5)
         left = [a + b for a, b in zip(left, widths)]
     top = len(rows) - 0.45
-    for x, (name, color) in zip((0, 33, 55, 70, 87), shown.items()):
+    for x, (name, color) in zip((0, 33, 53, 66, 82), shown.items()):
         ax.text(x, top, name, color=color, fontsize=12, weight="bold")
     bars(ax, [100 * (1 - predicted_head["fill-mask"])], [len(rows) - 1], None)
     guessed(ax, [100 - guess_head], [len(rows) - 1], None)
@@ -276,7 +276,7 @@ with picture(
     "A vector a token makes megabytes of a page",
     "tokens of the text",
     "size of the reply, KB",
-    ylim=(0, None),
+    ylim=(0, 6 * lengths[-1]),
 ) as ax:
     line(ax, [0, lengths[-1]], [0, lengths[-1] * 384 * 12 / 1000], "predicted: 12 bytes a number")
     dots(ax, lengths, [size / 1000 for size, *_ in replies_of.values()])
