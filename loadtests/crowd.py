@@ -50,6 +50,7 @@ class Crowd:
     url: str
     texts: list[str]
     limit_s: float = 1.0
+    media_type: str = "text/plain"
     right: int = 0  # 200 within `limit_s` from when it was due
     refused: int = 0
     other: int = 0
@@ -93,7 +94,7 @@ class Crowd:
     async def arrive(self, rate_per_s: float) -> None:
         """Strangers come at random times, whether or not others have been answered."""
         rng, idle, due_at = random.Random(0), [await self.connect() for _ in range(64)], time.perf_counter()
-        requests = [http(self.url, text) for text in self.texts]
+        requests = [http(self.url, text, media_type=self.media_type) for text in self.texts]
 
         async def ask(due_at: float) -> None:
             connection = idle.pop() if idle else await self.connect()
@@ -127,7 +128,8 @@ class Crowd:
             connection.ask(request, then)
 
         for i in range(users):
-            ask(await self.connect(), http(self.url, self.texts[i % len(self.texts)]))
+            text = self.texts[i % len(self.texts)]
+            ask(await self.connect(), http(self.url, text, media_type=self.media_type))
         await loop.create_future()
 
     @property

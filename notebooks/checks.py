@@ -461,3 +461,59 @@ def exercise_10_3(Breaker: Any) -> None:
     expect(True, "after a success")
     breaker.note(False)
     expect(True, "after a success and one failure")
+# --- 7. Your own model ------------------------------------------------------------------------------------------------
+
+
+@exercise("Nearly two megabytes for half a page of text. One vector for the whole text would take 9 KB.")
+def exercise_7_1(reply_mb: Any) -> None:
+    if near(reply_mb, 1_843_200, 0.05):
+        raise NotYet("in MB, please: a million bytes each")
+    if near(reply_mb, 768 * 12 / 1e6, 0.05):
+        raise NotYet("that is one vector; each of the 200 tokens has its own")
+    if not near(reply_mb, 1.8432, 0.05):
+        raise NotYet("how many numbers are there, and how many bytes does each take?")
+
+
+@exercise("That is a class which the server can run: put it into a file, and name it with MODEL=file:Words.")
+def exercise_7_2(words: Any) -> None:
+    if not isinstance(words, type) or not hasattr(words, "check") or "__call__" not in dir(words):
+        raise NotYet("your turn: a class with `__call__(self, inputs)` and `check(self, inputs, parameters)`")
+    model = words()
+    for wrong in (5, None, "", "   ", ["a list"]):
+        try:
+            model.check(wrong, {})
+        except ValueError as error:
+            if not str(error):
+                raise NotYet("the ValueError has no sentence; the client would read nothing") from None
+        else:
+            raise NotYet(f"check takes {wrong!r}; it should raise a ValueError that says what to send")
+    texts = ["one", "two words", "and three of  them"]
+    for batch in (texts, texts[:1]):
+        content = [model.check(text, {}) for text in batch]
+        asked = [text if given is None else given for text, given in zip(batch, content)]
+        counts = model(asked)
+        if not isinstance(counts, list) or len(counts) != len(batch):
+            raise NotYet(
+                f"{len(batch)} inputs in a batch: `__call__` must give a list of {len(batch)} answers"
+            )
+        if counts != [len(text.split()) for text in batch]:
+            raise NotYet(f"{batch} have {[len(text.split()) for text in batch]} words, not {counts}")
+
+
+@exercise("With half of the time in Python, four threads are not worth two processes.")
+def exercise_7_3(times_one_copy: Any) -> None:
+    if times_one_copy("process", 1, 1, 0.5) is None:
+        raise NotYet("your turn: it returned None")
+    cases = [
+        ("process", 2, 2, 0.5, 2, "two processes on two cores"),
+        ("process", 4, 2, 0.5, 2, "four processes on two cores"),
+        ("thread", 1, 2, 0.9, 1, "one thread"),
+        ("thread", 2, 2, 0.6, 1.25, "two threads in step"),
+        ("thread", 4, 4, 0.5, 1.6, "four threads in step"),
+        ("thread", 4, 2, 0.5, 4 / 3, "four threads on two cores"),
+        ("thread", 2, 2, 0.0, 2, "threads without any Python"),
+        ("thread", 8, 8, 1.0, 1, "threads with nothing but Python"),
+    ]
+    for *asked, expected, name in cases:
+        if not near(times_one_copy(*asked), expected):
+            raise NotYet(f"{name}: {', '.join(map(str, asked))} gives {expected:.2f} times one copy")

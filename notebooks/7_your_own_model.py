@@ -1,0 +1,671 @@
+# %% [markdown]
+# # 7. Your own model
+#
+# You have trained a model. It is a PyTorch module: numbers in, numbers out. It knows nothing of texts, and nothing of servers.
+#
+# **Question: what does your own model need to become a service, and where will its time go?**
+#
+# Afterwards you can decide, for a model of yours: what its class must do, what a batch will gain, how large its reply may be,
+# and whether it wants a process of its own.
+#
+# It takes about 3 minutes (under a minute in the quick form), 2 cores and 4 GB of memory. It needs Linux, because it pins servers to
+# cores and reads `/proc`; elsewhere run it in a container.
+#
+# `quick(short, full)` is its first value in the quick form (`QUICK=1`), which only shows that the lesson runs, else the second.
+
+# %%
+from lesson import BLUE, CLIENT_CORES, GREY, ORANGE, RED, SKY, ask, bars, claim, counters
+from lesson import dots, guessed, holds, line, picture, quick, serve, serve_all, stop, table, tell, way
+
+import inspect
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+import checks
+
+torch.set_num_threads(1)
+folder = tempfile.TemporaryDirectory()
+
+# %% [markdown]
+# ## From a module to a service
+#
+# Here is a module of our own. It guesses in which language a text is written. Its sentences and its training are in
+# `notebooks/recipe/recipe_own.py`; it learns thirty sentences in a few seconds.
+
+# %%
+from recipe import recipe_own
+
+print(inspect.getsource(recipe_own.Net))
+torch.manual_seed(0)
+net = recipe_own.train(recipe_own.Net())
+weights = str(Path(folder.name) / "language.pt")
+torch.save(net.state_dict(), weights)
+
+# %% [markdown]
+# A server wants more than a module. It wants a class with one method: `__call__` takes a **list** of inputs and returns a list
+# of answers, one for each. That is all that it must have. Two more things are worth their lines:
+#
+# * `check` looks at each input *before* the queue. The sentence of its `ValueError` is what the client reads, with status 422.
+#   What it returns is what `__call__` gets.
+# * `example` is an input that works. The server tries it at the start. A model that can't answer its own example never gets
+#   ready, and so it never gets a request.
+
+# %%
+print(inspect.getsource(recipe_own.Language))
+
+# %% [markdown]
+# Only the last box of the way is yours. Queue, batches, deadlines, refusals and metrics are there already.
+
+# %%
+way(("clients", "server.py", "queue", "loop", "thread", "Language"), changed={"Language"})
+
+# %% [markdown]
+# `MODEL=module:Class` names the class. `LANGUAGE_WEIGHTS` is our own setting: the class reads it.
+
+# %%
+own = {"MODEL": "notebooks.recipe.recipe_own:Language", "LANGUAGE_WEIGHTS": weights, "BATCH_SIZE": 32}
+language = serve(**own)
+
+
+def post(server, inputs, path="", **parameters):
+    """POST some JSON."""
+    body = json.dumps({"input" if path else "inputs": inputs, **parameters})
+    return ask(server, body, path=path, Content_Type="application/json")
+
+
+asked = ["Je voudrais une tasse de café.", "Good evening, how are you?", "Ich möchte bitte Kaffee.", 5]
+replies = [post(language, inputs) for inputs in asked]
+table([{"sent": sent, "status": reply.status, "reply": reply.body} for sent, reply in zip(asked, replies)])
+
+# %% [markdown]
+# The 5 never reached the model, nor the queue. It got the sentence of `check`.
+#
+# One thing is easy to forget. The texts of a batch are filled up with zeros, to be equally long. An answer must not depend on that:
+# who comes together with a long text wants the same answer as alone. In the module `real` takes care of it. Try it, with it and
+# without:
+
+
+# %%
+@torch.inference_mode()
+def furthest_apart(forget):
+    """How far a short text's raw scores alone are from those beside a long one, at most."""
+    short, long = recipe_own.numbers(asked[0]), recipe_own.numbers(asked[1] * 8)
+    both = pad_sequence([short, long], batch_first=True)
+    if forget:  # the zeros become letters: blanks
+        both = both.clamp(min=1)
+    return float((net(both)[0] - net(short[None])[0]).abs().max())
+
+
+careful, careless = furthest_apart(forget=False), furthest_apart(forget=True)
+alone = net(recipe_own.numbers(asked[0])[None])[0].tolist()
+tell(
+    f"Alone the text has the raw scores {', '.join(f'{score:.1f}' for score in alone)}. Beside a long text they move by"
+    f" {careful:.5f} at most; where the zeros count as letters, by {careless:.1f}."
+)
+
+# %% [markdown]
+# ## Another task by one setting
+#
+# Models of Transformers need no class. `TASK` names what the model does, as Transformers calls it. To show that without a
+# download we take the encoder of the embedded model, put other heads on it, and save them in a temporary folder. The heads'
+# weights are random. So their answers mean nothing, but their form, their size and their time are real.
+
+# %%
+from loadtests.texts import corpus
+from recipe import parts
+
+SERVED = {
+    "a vector a text": "feature-extraction",
+    "a vector a token": "feature-extraction",
+    **quick({}, {task: task for task in ("text-classification", "token-classification")}),
+}
+folders = {task: parts.make(folder.name, task) for task in parts.KINDS}
+started = serve_all(
+    *({"MODEL": folders[name], "TASK": task, "BATCH_SIZE": 32} for name, task in SERVED.items())
+)
+servers = dict(zip(SERVED, started))
+said = {name: post(server, "We met in Paris.") for name, server in servers.items()}
+table(
+    [
+        {
+            "what": name,
+            "TASK": SERVED[name],
+            "reply begins": reply.body[:60].replace("|", ""),
+            "bytes": len(reply.body),
+        }
+        for name, reply in said.items()
+    ]
+)
+
+# %% [markdown]
+# The vectors have the same `TASK`. A folder with a `modules.json`, as sentence-transformers writes it, makes one vector of a
+# whole text. Any other folder gives a vector for each of its *tokens*, the pieces of words that the model reads.
+#
+# ## Where does the time go?
+#
+# A call has six steps. **Tokenise**: texts become whole numbers. **Pad**: all become as long as the longest.
+# **Forward**: the encoder's layers. **Head**: what turns their result into scores. **Answer**: the scores become labels and
+# words. **Serialise**: all that becomes JSON.
+#
+# Take 32 short sentences. The same encoder reads them for every task. Filling a mask has the largest head: it gives a score for
+# each of 30,522 words, at each token. What share of the call do you think that head takes?
+
+# %%
+guess_head = 10  # % of the call's time
+
+# %% [markdown]
+# **Prediction.** Count the multiplications for one token, $h = 384$ numbers wide. A layer has four products of $h \times h$ and
+# two of $h \times 4h$: together $12\,h^2$. There are 6 layers. The head of the mask has one of $h \times h$ and one of
+# $h \times 30522$. If each multiplication takes the same time, the head's share is
+#
+# $$\frac{h^2 + 30522\,h}{h^2 + 30522\,h + 6 \cdot 12\,h^2}$$
+#
+# The other heads are a few numbers wide: their share is next to nothing.
+
+# %%
+h, words, layers = 384, 30522, 6
+head_cost = {
+    "fill-mask": h * h + words * h,
+    "text-classification": h * 2,
+    "token-classification": h * 3,
+    "a vector a text": 0,
+    "a vector a token": 0,
+}
+predicted_head = {task: cost / (cost + layers * 12 * h * h) for task, cost in head_cost.items()}
+sentences = [one.text for one in corpus("short")[:32]]
+timed = {task: parts.time_parts(folders[task], task, sentences, quick(1, 7)) for task in parts.KINDS}
+ms = {task: found for task, (found, _, _) in timed.items()}
+total = {task: sum(found.values()) for task, found in ms.items()}
+share = {task: {part: found[part] / total[task] for part in parts.PARTS} for task, found in ms.items()}
+table(
+    [
+        {"32 texts, ms": task, **{part: f"{found[part]:.2f}" for part in parts.PARTS}}
+        for task, found in ms.items()
+    ]
+)
+
+# %%
+rows = list(parts.KINDS)[::-1]
+with picture("Almost all is the encoder; fill-mask's head is as large", "% of the call", "") as ax:
+    left = [0.0] * len(rows)
+    shown = {"tokenise, pad": GREY, "forward": SKY, "head": ORANGE, "answer": RED, "serialise": BLUE}
+    for name, color in shown.items():
+        widths = [100 * sum(share[task][part] for part in name.split(", ")) for task in rows]
+        ax.barh(rows, widths, left=left, color=color, height=0.5)
+        left = [a + b for a, b in zip(left, widths)]
+    top = len(rows) - 0.45
+    for x, (name, color) in zip((0, 33, 53, 66, 82), shown.items()):
+        ax.text(x, top, name, color=color, fontsize=12, weight="bold")
+    bars(ax, [100 * (1 - predicted_head["fill-mask"])], [len(rows) - 1], None)
+    guessed(ax, [100 - guess_head], [len(rows) - 1], None)
+    ax.set(xlim=(0, 100), ylim=(-0.5, len(rows) - 0.1))
+
+# %%
+measured_head = share["fill-mask"]["head"]
+tell(
+    f"The head of fill-mask: you said {guess_head} %, the formula says {predicted_head['fill-mask']:.0%}, measured"
+    f" {measured_head:.0%}. (In the picture, where the head begins: the star is yours, the bar is the formula's.) Padding itself"
+    f" costs nothing, but {timed['fill-mask'][2]:.0%} of what the encoder computed was padding, and that time hides in “forward”."
+)
+
+# %% [markdown]
+# So the encoder decides, unless a head is as wide as a vocabulary. There this server computes the head at the mask only, and
+# not at every token. It also lays texts end to end, so that it pads nothing (lesson 4).
+#
+# *Where the formula fails:* it knows multiplications only. The mask's answer needs an exponential for each of 30,522 words, and
+# the vectors of all tokens become the longest JSON: both are outside of it, and both show in the picture.
+#
+# ## How large is a reply?
+#
+# One number in JSON is some twelve characters: `-0.03170817,`. A vector for a text is 384 numbers. Now somebody serves a vector
+# for each *token*. How large is the reply to one text of 256 tokens?
+
+# %%
+guess_kb = 100  # KB for a text of 256 tokens
+
+# %% [markdown]
+# **Prediction.** Tokens × 384 × 12 characters. And the cost? Every number must be written as decimal digits, so the time grows as
+# the reply does. Time one vector of 384 random numbers here; a reply of $t$ tokens takes $t$ times that.
+
+# %%
+import numpy as np
+
+from workers.contract import rendered
+
+vector = np.random.default_rng(0).normal(size=384).astype("float32")
+began = time.perf_counter()
+for _ in range(500):
+    rendered(vector)
+vector_ms = (time.perf_counter() - began) * 1000 / 500
+lengths = quick((32, 256), (8, 32, 64, 128, 256, 500))
+
+
+def of_length(tokens):
+    """A text of so many tokens, the two at its ends included."""
+    return "the " * (tokens - 3) + "end"
+
+
+def times(reply):
+    """What the server says of its own time, ms: in the queue, in the model."""
+    entries = dict(entry.strip().split(";dur=") for entry in reply.headers["server-timing"].split(",")[:2])
+    return float(entries["queue"]), float(entries["model"])
+
+
+def reply_of(tokens):
+    """Bytes; the model's ms; the ms that are neither queue nor model; the ms in which a client reads the JSON."""
+    found = []
+    for _ in range(quick(2, 9)):
+        reply = post(servers["a vector a token"], of_length(tokens))
+        began = time.perf_counter()
+        numbers = reply.json
+        read_ms = (time.perf_counter() - began) * 1000
+        assert len(numbers[0]) == tokens
+        found.append((len(reply.body), times(reply)[1], reply.ms - sum(times(reply)), read_ms))
+    return [sorted(column)[len(column) // 2] for column in zip(*found)]
+
+
+replies_of = {tokens: reply_of(tokens) for tokens in lengths}
+
+# %%
+with picture(
+    "A vector a token makes megabytes of a page",
+    "tokens of the text",
+    "size of the reply, KB",
+    ylim=(0, 6 * lengths[-1]),
+) as ax:
+    line(ax, [0, lengths[-1]], [0, lengths[-1] * 384 * 12 / 1000], "predicted: 12 bytes a number")
+    dots(ax, lengths, [size / 1000 for size, *_ in replies_of.values()])
+    guessed(ax, [256], [guess_kb])
+
+# %%
+table(
+    [
+        {
+            "tokens": tokens,
+            "reply, KB": f"{size / 1000:.0f}",
+            "model, ms": f"{model_ms:.1f}",
+            "writing the JSON, ms (predicted)": f"{tokens * vector_ms:.1f}",
+            "all but queue and model, ms": f"{rest_ms:.1f}",
+            "the client reads the JSON, ms": f"{read_ms:.1f}",
+        }
+        for tokens, (size, model_ms, rest_ms, read_ms) in replies_of.items()
+    ]
+)
+one_vector = post(servers["a vector a text"], of_length(256))
+base64_form = post(servers["a vector a text"], of_length(256), path="v1/embeddings", encoding_format="base64")
+tell(
+    f"A text of 256 tokens: you said {guess_kb} KB, the formula {256 * 384 * 12 / 1000:.0f}, measured"
+    f" {replies_of[256][0] / 1000:.0f}. One vector for the whole text has {len(one_vector.body) / 1000:.1f} KB; in base64, as"
+    f" OpenAI's client asks for it, {len(base64_form.body) / 1000:.1f} KB with all that stands around it."
+)
+
+# %% [markdown]
+# The size follows the formula, and the time is more than writing. The bytes must be copied to the client, and the client must
+# read them: Python's own JSON takes longer to read the reply than the server took to write it. The server writes on its event
+# loop. While it does, nobody else is served.
+#
+# **The rule.** If the client wants one vector a text, make it in the server: that is one file, `modules.json`. Send base64 where
+# the client knows it. Send each token's vector only to those who need it.
+#
+# ## What does a batch gain?
+#
+# A call with $n$ texts takes $a + b\,n$ (lesson 4). What does *your* task gain from 32 texts in a call? The language model is
+# small: a few letters, three layers. The others share one encoder. How many times more texts a second does the language model
+# answer in batches of 32?
+
+# %%
+guess_gain = 2.0  # times
+
+# %% [markdown]
+# **Prediction.** Measure calls of 1 and of 8 texts, nothing else. They give $b = (t_8 - t_1) / 7$ and $a = t_1 - b$. Then a batch
+# of 32 should gain
+#
+# $$\frac{32\,(a + b)}{a + 32\,b}$$
+#
+# Then measure calls of 32. The server itself says how long the model took: that is `model;dur` in the header `Server-Timing`.
+
+# %%
+plain = [text.replace("[MASK]", "it") for text in sentences]
+
+
+def ms_a_call(server, n):
+    """The median over some rounds of the model's ms for a list of n texts."""
+    found = []
+    for _ in range(quick(2, 9)):
+        calls = [times(post(server, plain[i : i + n]))[1] for i in range(0, 32, n)]
+        found.append(sum(calls) / len(calls))
+    return sorted(found)[len(found) // 2]
+
+
+laws = {}
+for name, server in {"language": language, **servers}.items():
+    ms_a_call(server, 32)  # warms up
+    one, eight, full = (ms_a_call(server, n) for n in (1, 8, 32))
+    b = max((eight - one) / 7, 1e-6)
+    a = one - b
+    laws[name] = {"a": a, "b": b, "predicted": 32 * one / (a + 32 * b), "measured": 32 * one / full}
+table(
+    [
+        {
+            "model": name,
+            "a, ms": f"{law['a']:.2f}",
+            "b, ms": f"{law['b']:.2f}",
+            "gain of 32, predicted": f"{law['predicted']:.1f}",
+            "measured": f"{law['measured']:.1f}",
+        }
+        for name, law in laws.items()
+    ]
+)
+
+# %%
+rows = list(laws)[::-1]
+with picture("What a batch of 32 gains differs by model", "times the texts/s of single calls", "") as ax:
+    ax.axvline(1, color=GREY, linestyle=":")
+    bars(ax, [laws[name]["predicted"] for name in rows], range(len(rows)), None)
+    dots(ax, [laws[name]["measured"] for name in rows], range(len(rows)), None)
+    guessed(ax, [guess_gain], [len(rows) - 1], None)
+    ax.text(1.1, -0.55, "no gain", color=GREY, fontsize=12)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set(ylim=(-0.8, len(rows) - 0.4), xlim=(0, None))
+
+# %%
+least, most = (f(law["measured"] for law in laws.values()) for f in (min, max))
+furthest = max(laws, key=lambda name: abs(laws[name]["measured"] / laws[name]["predicted"] - 1))
+tell(
+    f"(The bar is the formula's, the dot is measured, the star is your guess.) The gains go from {least:.1f} to {most:.1f} times."
+    f" The language model: you said {guess_gain:.1f} times, the formula {laws['language']['predicted']:.1f}, measured"
+    f" {laws['language']['measured']:.1f}. The formula is furthest off for *{furthest}*:"
+    f" {laws[furthest]['predicted']:.1f} predicted, {laws[furthest]['measured']:.1f} measured."
+)
+
+# %% [markdown]
+# The gain is decided by $a / b$ alone, and not by how small a model is. A small model has a small $b$. But it has few operations to
+# launch, too, and so a small $a$.
+#
+# *Where the formula fails:* it takes the ninth text to cost what the second did. Does it? Time the two pieces by themselves: the
+# language model for a letter, padding not counted as letters, and one product of the encoder's layers for a token.
+
+# %%
+from recipe import measure
+
+product = torch.nn.Linear(h, 4 * h)
+letters = [recipe_own.numbers(text) for text in plain]
+
+
+@torch.inference_mode()
+def prices_in(n):
+    """Seconds a letter and a token, n texts in a call."""
+    batches = [pad_sequence(letters[i : i + n], batch_first=True) for i in range(0, 32, n)]
+    letter_s = measure.seconds(lambda: [net(batch) for batch in batches]) / sum(map(len, letters))
+    tokens = torch.rand(11 * n, h)
+    return letter_s, measure.seconds(lambda: product(tokens), 99) / len(tokens)
+
+
+prices = [(n, *prices_in(n)) for n in (1, 8, 32)]
+table(
+    [
+        {
+            "texts in the call": n,
+            "language model, µs a letter": f"{letter_s * 1e6:.1f}",
+            "one product of a layer, µs a token": f"{token_s * 1e6:.2f}",
+        }
+        for n, letter_s, token_s in prices
+    ]
+)
+
+# %% [markdown]
+# A piece has no fixed price. A product of few rows leaves most of the core idle. Where a token is still cheaper beyond eight texts,
+# the encoder gains more than the line says. The language model pads: in a larger batch the longest text is longer, everybody pays
+# for it, and its convolutions cost something else in every shape. So measure a batch of the size that you will serve.
+#
+# ## When is a process worth it?
+#
+# "Use processes when Python pre- and post-processing is heavy." Our class cleans each text in Python, a letter at a time. Then
+# torch computes. Python's lock, the GIL, lets one thread at a time run Python; torch lets go of it while it computes (lesson 2).
+# So what happens to two copies of the model, in two threads of one process, or in two processes?
+
+# %%
+way(
+    ("clients", "server.py", "queue", "loop", "thread", "Language"),
+    ("", "", "", "loop", "process", "Language"),
+    changed={"thread", "process"},
+)
+
+# %% [markdown]
+# The parameter `rounds` lets us turn the knob: the text is cleaned so many times. Take it such that Python is six tenths of a
+# call, and torch four. There are two cores. How many times the answers of one copy do two copies give, in two threads?
+
+# %%
+guess_two_threads = 1.8  # times the answers of one copy
+
+# %% [markdown]
+# **Prediction.** A call takes $p$ seconds of Python and $m$ of torch; the share of Python is $s = p / (p + m)$. Copies that don't
+# disturb each other answer $c$ times what one does. That is $c$ processes on $c$ cores. In threads the Python parts must take
+# turns, so there can't be more than $1/p$ answers a second:
+#
+# $$\text{processes: } c \qquad \text{threads: } \min(c,\; 1 / s)$$
+#
+# And `/health`? The event loop is Python, too. A thread that computes in Python keeps the lock for up to 5 ms when another one asks
+# for it. So each time that the loop needs the lock, it may wait for 5 ms. In a process the model has a lock of its own.
+#
+# Four users ask, each again as soon as it has its answer (a *closed loop*, see the [glossary](glossary.md)).
+
+# %%
+text = "The train leaves in the morning, and we will be there. " * 16
+with torch.inference_mode():
+    torch_s = measure.seconds(lambda: net(recipe_own.numbers(text)[None]))
+round_s = measure.seconds(lambda: recipe_own.numbers(text, 40)) / 40
+
+
+def rounds_for(share):
+    """How many rounds make Python this share of a call."""
+    return max(1, round(share / (1 - share) * torch_s / round_s))
+
+
+tell(f"Torch takes {torch_s * 1000:.1f} ms for a text, a round of Python {round_s * 1000:.3f} ms.")
+
+# %%
+places = {
+    "one thread": {},
+    "one process": {"OFFLOAD": "process"},
+    "two threads": {"INSTANCES": 2},
+    "two processes": {"OFFLOAD": "process", "INSTANCES": 2},
+    "two threads, turns of 0.2 ms": {"INSTANCES": 2, "SWITCH_S": 0.0002},
+}
+stop(*servers.values(), language)
+started = serve_all(*(own | {"BATCH_SIZE": 1} | settings for settings in places.values()))
+copies = dict(zip(places, started))
+memory_mb = {place: server.memory_mb() for place, server in copies.items()}
+shares = quick((0.6,), (0.1, 0.35, 0.6, 0.8))
+
+
+def at(place, share):
+    """Answers/s, ms for /health, and ms of a call of the model, where Python is this share of a call."""
+    server, body = copies[place], json.dumps({"inputs": text, "rounds": rounds_for(share)})
+    before = counters(server)
+    per_s, health_ms = measure.under_load(server, body, CLIENT_CORES, duration_s=quick(1.6, 5))
+    after = counters(server)
+    calls_s, calls = (
+        after[f"model_call_seconds_{of}"] - before[f"model_call_seconds_{of}"] for of in ("sum", "count")
+    )
+    return per_s, health_ms, 1000 * calls_s / calls
+
+
+# Each place in turn, so that a slow moment of the machine meets all of them.
+answered = {(place, share): at(place, share) for share in shares for place in list(places)[:4]}
+gain = {
+    (kind, share): answered[f"two {plural}", share][0] / answered[f"one {kind}", share][0]
+    for share in shares
+    for kind, plural in (("thread", "threads"), ("process", "processes"))
+}
+
+# %%
+with picture(
+    "Two threads of Python are hardly more than one",
+    "Python's share of a call, %",
+    "times the answers of one copy",
+    ylim=(0, 2.5),
+) as ax:
+    fine = [i / 100 for i in range(5, 86)]
+    ax.plot([100 * s for s in fine], [2 for _ in fine], color=ORANGE, linewidth=1.5)
+    ax.plot([100 * s for s in fine], [min(2, 1 / s) for s in fine], color=BLUE, linewidth=1.5)
+    for kind, plural, color in (("process", "two processes", ORANGE), ("thread", "two threads", BLUE)):
+        dots(ax, [100 * s for s in shares], [gain[kind, s] for s in shares], plural, color)
+    guessed(ax, [60], [guess_two_threads])
+    ax.text(6, 0.15, "lines: formulas · dots: measured", color=GREY, fontsize=12)
+
+# %%
+table(
+    [
+        {
+            "Python's share": f"{share:.0%}",
+            "copies": place,
+            "answers/s": f"{answered[place, share][0]:.0f}",
+            "/health, median ms": f"{answered[place, share][1]:.1f}",
+            "a call of the model, ms": f"{answered[place, share][2]:.1f}",
+            "memory, MB": f"{memory_mb[place]:.0f}",
+        }
+        for place, share in answered
+    ]
+)
+tell(
+    f"Python six tenths: two threads give {gain['thread', 0.6]:.2f} times the answers of one. You said {guess_two_threads}, the"
+    f" formula {1 / 0.6:.2f}. Two processes give {gain['process', 0.6]:.2f} times those of one; the formula says 2. In each of them a call"
+    f" takes {answered['two processes', 0.6][2]:.1f} ms, in a single one {answered['one process', 0.6][2]:.1f}."
+)
+
+# %% [markdown]
+# Two processes come near their line. Their calls are a little longer than a single one's: the event loop and our clients need some
+# of the two cores, too.
+#
+# *Where the formula fails:* two threads lie below theirs. It lets them take turns perfectly: while one computes in torch, the other
+# has the lock. But nobody arranges that. Two threads with equal work fall into step: both want the lock at once and share it, so
+# their Python parts take twice as long; then both are in torch, and nobody has the lock. A call takes $c\,p + m$, and $c$ threads
+# give
+#
+# $$\frac{c\,(p + m)}{c\,p + m} = \frac{c}{1 + (c - 1)\,s}$$
+#
+# times the answers of one. (That is Amdahl's law. The lock is what can't be done side by side.) Two numbers can check it. The server
+# counts how long the calls of its model take: in step it must be $2p + m$. And it must not matter how *often* the lock changes
+# hands: turns of 0.2 ms in place of 5 must change nothing. But `/health` must wait for much less. `sys.setswitchinterval` is the
+# switch for that.
+
+# %%
+hasty = at("two threads, turns of 0.2 ms", 0.6)
+python_s = rounds_for(0.6) * round_s
+alone_ms, in_step_ms = 1000 * (python_s + torch_s), 1000 * (2 * python_s + torch_s)
+step = {share: 2 / (1 + share) for share in shares}
+table(
+    [
+        {
+            "Python's share": f"{share:.0%}",
+            "two threads, in perfect turns": f"{min(2, 1 / share):.2f}",
+            "in step": f"{step[share]:.2f}",
+            "measured": f"{gain['thread', share]:.2f}",
+        }
+        for share in shares
+    ]
+)
+tell(
+    f"Python six tenths, a call of the model: alone {alone_ms:.1f} ms predicted, {answered['one thread', 0.6][2]:.1f} measured; one"
+    f" of two threads {in_step_ms:.1f} ms predicted, {answered['two threads', 0.6][2]:.1f} measured. With turns of 0.2 ms two threads"
+    f" answer {hasty[0]:.0f} texts/s in place of {answered['two threads', 0.6][0]:.0f}, and `/health` waits for {hasty[1]:.1f} ms in"
+    f" place of {answered['two threads', 0.6][1]:.1f}."
+)
+
+# %%
+threads, processes = answered["two threads", 0.6], answered["two processes", 0.6]
+single, apart = answered["one thread", 0.6], answered["one process", 0.6]
+claim(
+    "Use processes when Python pre- and post-processing is heavy",
+    who="our own class on two cores, Python six tenths of a call, four users who ask again and again",
+    number=f"two processes answer {processes[0]:.0f} texts/s and two threads {threads[0]:.0f}, one process {apart[0]:.0f} and one"
+    f" thread {single[0]:.0f}; /health waits for {processes[1]:.1f} ms beside two processes and {threads[1]:.1f} ms beside two threads;"
+    f" memory {memory_mb['two processes']:.0f} and {memory_mb['two threads']:.0f} MB",
+    verdict="holds for several copies: c threads give c / (1 + (c - 1) x share of Python) times one; fails for one copy",
+)
+stop()
+
+# %% [markdown]
+# **The rule.** One copy: a thread. A process gives no answer more; it only keeps `/health` quick. Several copies: put the share of
+# Python into $c / (1 + (c-1)\,s)$. A tenth of Python costs two copies little, a half of it costs a third of their answers. There
+# take processes, if the memory is there. Better still: make the Python part short. A tokenizer in Rust lets go of the lock, as
+# torch does.
+#
+# ## Exercises
+#
+# Fill in and run. The checker tells you what it thinks; it never stops the notebook. One solution of each is in
+# `notebooks/solutions/`.
+#
+# **★** A model gives a vector of 768 numbers for each token. A number takes 12 characters. How large is the reply to a text of 200
+# tokens, in MB?
+
+# %%
+reply_mb = ...
+
+checks.exercise_7_1(reply_mb)
+
+# %% [markdown]
+# **★★** Write the class for a model that counts the words of a text. `__call__` answers a whole batch. `check` refuses what is no
+# text, and a text without a word, with a ValueError; its sentence says what to send.
+
+
+# %%
+class Words: ...
+
+
+checks.exercise_7_2(Words)
+
+
+# %% [markdown]
+# **★★★** `share` of a call is Python. How many times the answers of one copy do `copies` of them give on `cores` cores? `place` is
+# "thread" (they fall into step) or "process". Copies that have no core of their own don't help.
+
+
+# %%
+def times_one_copy(place, copies, cores, share): ...
+
+
+checks.exercise_7_3(times_one_copy)
+
+# %% [markdown]
+# ## What must hold
+
+# %%
+assert careful < 1e-3 < careless, "padding must not change an answer"
+statuses = [reply.status for reply in replies]
+assert statuses == [200, 200, 200, 422], "check refuses before the queue"
+assert len(said["a vector a text"].json) == 384
+for tokens, (size, *_) in replies_of.items():
+    assert 0.8 < size / (tokens * 384 * 12) < 1.2, "the reply's size follows the formula"
+assert len(base64_form.body) < 0.8 * len(one_vector.body)
+holds(
+    abs(measured_head - predicted_head["fill-mask"]) < 0.2,
+    "fill-mask's head is about as large as its encoder",
+)
+holds(
+    max(share[task]["head"] for task in share if task != "fill-mask") < 0.05,
+    "other heads are next to nothing",
+)
+holds(all(law["measured"] > 1 for law in laws.values()), "a batch gains for every task")
+holds(prices[2][2] < prices[0][2], "in a large batch a token's product is cheaper")
+holds(processes[0] > 1.1 * threads[0], "two processes beat two threads where Python is heavy")
+holds(abs(apart[0] / single[0] - 1) < 0.25, "one process answers what one thread does")
+holds(gain["thread", 0.6] < 1 / 0.6, "two threads don't reach perfect turns")
+holds(abs(gain["thread", 0.6] / step[0.6] - 1) < 0.2, "two threads fall into step")
+holds(hasty[1] < threads[1] > processes[1], "/health waits for the lock, and less where turns are shorter")
+
+# %% [markdown]
+# ## Take away
+#
+# * Your model needs a class with `__call__(inputs)`. Give it a `check` and an `example`, too: what is wrong gets a sentence, and
+#   what can't answer never gets ready.
+# * Time goes to the encoder, unless a head is as wide as a vocabulary. A reply costs by its numbers: tokens × width × 12 bytes.
+# * Python's share $s$ decides between threads and processes: $c$ threads give $c / (1 + (c-1)\,s)$ times one, $c$ processes $c$ times.
+#
+# Next: [Lesson 8](8_processes_and_devices.ipynb), on what a process costs, and how one is started.
