@@ -8,17 +8,21 @@
 #
 # Afterwards you can choose a bound, a deadline and a queue target for your own model, and say what your users will see.
 #
-# Time: about three minutes, and half a minute in the quick form. It wants two cores, 1 GB of memory and Linux (elsewhere in a
-# container): it pins servers to cores and reads `/proc`.
+# Time: about three minutes, and half a minute in the quick form. It wants two cores, 1 GB of memory and Linux
+# (elsewhere in a container): it pins servers to cores and reads `/proc`.
 #
-# `quick(short, full)` is its first value in the quick form (`QUICK=1`) and its second one otherwise. The quick form only
-# shows that the lesson runs.
+# `quick(short, full)` is its first value in the quick form (`QUICK=1`) and its second one otherwise. The quick form
+# only shows that the lesson runs.
 
 # %%
-from lesson import BLUE, GREY, ORANGE, RED, SERVER_CORES, TEXT, bars, capacity, claim, dots, guessed, holds
-from lesson import line, load, name_at_ends, picture, quick, serve_all, simulate, stop, table, tell, way
+from lesson import BLUE, GREY, ORANGE, RED, SERVER_CORES, TEXT, ask_together, bars, capacity, claim, dots, get
+from lesson import guessed, holds, line, load, name_at_ends, picture, quick, serve_all, simulate, stop, table
+from lesson import tell, way
+
+import time
 
 import numpy as np
+import psutil
 
 import checks
 from loadtests import drive, planner
@@ -26,9 +30,9 @@ from loadtests import drive, planner
 # %% [markdown]
 # ## Goodput
 #
-# An answer that comes too late is worth nothing, but it costs as much as any other. So count only what comes in time. The right
-# answers within the client's limit, per second, are the **goodput** ([glossary](glossary.md)). Our clients' limit is
-# $l$ = 2 s. Our model takes $S$ = 20 ms a text, so it does $\mu$ = 50 texts a second.
+# An answer that comes too late is worth nothing, but it costs as much as any other. So count only what comes in time.
+# The right answers within the client's limit, per second, are the **goodput** ([glossary](glossary.md)). Our clients'
+# limit is $l$ = 2 s. Our model takes $S$ = 20 ms a text, so it does $\mu$ = 50 texts a second.
 #
 # On its way a request passes two places that can say no:
 
@@ -44,12 +48,12 @@ way(
 # - The **loop** looks once more, when it takes a batch. Its no is a *504*: you have waited in vain.
 #
 # Which rules should they follow? We try them on the planner first. It runs this project's own loop on a virtual clock:
-# a minute passes in a second, and the model takes 20 ms exactly. We call that a **simulation**. Below, the
-# real server has its turn.
+# a minute passes in a second, and the model takes 20 ms exactly. We call that a **simulation**. Below, the real server
+# has its turn.
 
 # %%
 LIMIT_S, LAW = 2.0, planner.CostLaw(a_s=0.0, b_s=0.02)
-MU, SECONDS = 50, quick(20, 60)
+MU, SECONDS = 50, quick(15, 60)
 
 
 def overload(rho, **rules):
@@ -75,14 +79,14 @@ guess_goodput = 25  # right answers within 2 s, per second, of 50 possible
 # **Prediction.** Who comes last into a queue of $n$ waits for $n$ calls, and then for its own: $(n+1)\,S$.
 #
 # - If that is at most $l$, everybody who is let in is in time. The model never rests, so the goodput is $\mu$.
-# - If it is more, the full queue is worth nothing. Only the first ones are in time, while the queue still fills. It grows by
-#   $\rho - 1$ seconds of work each second ($\rho$ is the load, as a multiple of the capacity). So who comes at $t$ waits
-#   $(\rho-1)\,t$, and the good time is over after $l/(\rho-1)$ seconds.
+# - If it is more, the full queue is worth nothing. Only the first ones are in time, while the queue still fills. It
+#   grows by $\rho - 1$ seconds of work each second ($\rho$ is the load, as a multiple of the capacity). So who comes at
+#   $t$ waits $(\rho-1)\,t$, and the good time is over after $l/(\rho-1)$ seconds.
 #
 # Goodput is counted from second $l$ to the end of the run: a queue that is empty at first flatters everybody.
 
 # %%
-bounds = quick([2, 50, 99, 105, 256, 10**6], [1, 2, 5, 10, 25, 50, 80, 99, 105, 128, 256, 512, 10**6])
+bounds = quick([2, 99, 105, 256, 10**6], [1, 2, 5, 10, 25, 50, 80, 99, 105, 128, 256, 512, 10**6])
 runs = {n: overload(2, max_queue=n) for n in bounds}
 in_time_of = {n: int(drive.good(df, LIMIT_S).sum()) for n, df in runs.items()}
 goodputs = {n: goodput(df) for n, df in runs.items()}
@@ -92,9 +96,9 @@ with picture(
     "A queue's bound is a time, not a number",
     "bound, in seconds of work (bound ÷ 50)",
     "right answers in time, per s",
-    xscale="log",
     ylim=(0, 58),
 ) as ax:
+    ax.set_xscale("log")
     finite = [n for n in bounds if n < 10**6]
     x = np.geomspace(finite[0] / MU, finite[-1] / MU, 400)
     lost = LIMIT_S / (2 - 1) / (SECONDS - LIMIT_S) * MU
@@ -112,14 +116,14 @@ tell(
 )
 
 # %% [markdown]
-# **A bound of 256 is exactly as bad as none.** 256 texts at 50 a second are five seconds of waiting, and an answer is worth
-# nothing after two. The server works flat out, and nobody gets anything.
+# **A bound that is too large is exactly as bad as none.** 256 texts at 50 a second are five seconds of waiting, and an
+# answer is worth nothing after two. The server works flat out, and nobody gets anything.
 #
 # So a bound is a time: *bound ÷ speed* must stay below the clients' patience. The model's speed is on no configuration
 # page, and it changes with the texts. A bound in pieces can't be right for long.
 #
-# *Where the formula fails:* at the left end. With one place in the queue the model sometimes finds nobody when it becomes free.
-# But a few places are enough. A queue is there to bridge gaps, and gaps are short.
+# *Where the formula fails:* at the left end. With one place in the queue the model sometimes finds nobody when it
+# becomes free. But a few places are enough. A queue is there to bridge gaps, and gaps are short.
 
 # %% [markdown]
 # ## When do you hear the no?
@@ -132,21 +136,21 @@ tell(
 # | predicted wait | 503 if the answer would come too late | the same |
 # | queue target | also 503 while there is always a queue, if the wait is above a target | the same |
 #
-# This project's server uses the last. Twice the load again. **Your guesses:** how long until an answer, for those who get
-# one? And how long until the no, with a deadline alone?
+# This project's server uses the last. Twice the load again. **Your guesses:** how long until an answer, for those who
+# get one? And how long until the no, with a deadline alone?
 
 # %%
 guess_yes_s = 1.0  # seconds to an answer, with "predicted wait"
 guess_no_s = 1.0  # seconds to a no, with "deadline"
 
 # %% [markdown]
-# **Prediction.** Under overload the queue grows until a rule holds it. So whoever is let in waits about as long as the rule
-# allows.
+# **Prediction.** Under overload the queue grows until a rule holds it. So whoever is let in waits about as long as the
+# rule allows.
 #
 # - *Deadline*: the queue holds 2 s of work. A yes comes after just under 2 s, and so does a no.
 # - *Predicted wait*: the door multiplies its forecast by a safety margin. The loop learns how long calls take, and how
-#   wrong its forecasts were. The margin is 1.1 plus that error. Our model is always on time, so the margin is 1.1, and a
-#   yes comes after 2 ÷ 1.1 s.
+#   wrong its forecasts were. The margin is 1.1 plus that error. Our model is always on time, so the margin is 1.1, and
+#   a yes comes after 2 ÷ 1.1 s.
 # - *Queue target*: `QUEUE_TARGET_S` is 0.5 s, then the text's own 20 ms.
 
 # %%
@@ -219,32 +223,33 @@ tell(
 # %% [markdown]
 # All three serve equally many. They differ in what the others hear, and when:
 #
-# - A **504** says: you have waited for two seconds, and in vain.
-# - A **503** says at once: not now. `Retry-After` in its headers says when. Its client can ask another server, or show
+# - A *504* says: you have waited for two seconds, and in vain.
+# - A *503* says at once: not now. `Retry-After` in its headers says when. Its client can ask another server, or show
 #   last week's answer.
 #
-# So refuse early what you can foresee. The 504 is for what nobody could: a call that took longer than usual, a client that
-# became impatient.
+# So refuse early what you can foresee. The 504 is for what nobody could: a call that took longer than usual, a client
+# that became impatient.
 
 # %% [markdown]
 # ## A burst is no overload
 #
-# Why does the queue target count only "while there is always a queue"? Because a short queue limit alone hurts bursts. Every
-# five seconds 60 texts come in the same moment, and nothing in between. That is 1.2 s of work: all of it could be done in
-# time. Compare a bound of 25 texts, half a second of work, with a queue target of half a second.
-# **Your guess:** which share of the texts is answered with the bound?
+# Why does the queue target count only "while there is always a queue"? Because a short queue limit alone hurts bursts.
+# Every five seconds 60 texts come in the same moment, and nothing in between. That is 1.2 s of work: all of it could be
+# done in time. Compare a bound of 25 texts, half a second of work, with a queue target of half a second. **Your
+# guess:** which share of the texts is answered with the bound?
 
 # %%
 guess_share = 0.75  # of the texts, with a bound of 25; all is 1
 
 # %% [markdown]
 # **Prediction.** The door has to decide about all 60 before the model has done anything. It lets the first in, whom the
-# model takes, and then as many as there are places: 25 of 60 wait, and one or two more slip through. The target lets all of them in: the queue
-# was empty a moment ago, so this is a burst, and a burst that can be done in time is welcome.
+# model takes, and then as many as there are places: 25 of 60 wait, and one or two more slip through. The target lets
+# all of them in: the queue was empty a moment ago, so this is a burst, and a burst that can be done in time is welcome.
 #
-# And a queue that stays? The server's rule: it has not been empty for two targets, a whole second. At twice the load the
-# wait has then grown to a second, too. Now the door lets in nobody until the wait has fallen to the target. It falls by one second a
-# second. So who comes between 1.0 s and 1.5 s is refused, and whoever is let in later waits half a second.
+# And a queue that stays? The server's rule: it has not been empty for two targets, a whole second. At twice the load
+# the wait has then grown to a second, too. Now the door lets in nobody until the wait has fallen to the target. It
+# falls by one second a second. So who comes between 1.0 s and 1.5 s is refused, and whoever is let in later waits half
+# a second.
 
 # %%
 bursts = [second for second in range(0, quick(10, 40), 5) for _ in range(60)]
@@ -259,15 +264,15 @@ tell(
 )
 
 # %% [markdown]
-# This idea is called *CoDel*, for "controlled delay". It was made for the buffers of routers
-# ([Nichols and Jacobson, 2012](https://doi.org/10.1145/2208917.2209336)): a good queue absorbs a burst and drains. A bad
-# queue only stands there, and makes everybody late.
+# This idea is called *CoDel*, for "controlled delay". It was made for the buffers of routers ([Nichols and Jacobson,
+# 2012](https://doi.org/10.1145/2208917.2209336)): a good queue absorbs a burst and drains. A bad queue only stands
+# there, and makes everybody late.
 
 # %% [markdown]
 # ## Measured
 #
-# Now the real server, over HTTP, at twice its capacity. So that its speed is known, its model does not compute: it sleeps for
-# 20 ms a call (`Sleeps` in `loadtests/bench_apps.py`). Four servers:
+# Now the real server, over HTTP, at twice its capacity. So that its speed is known, its model does not compute: it
+# sleeps for 20 ms a call (`Sleeps` in `loadtests/bench_apps.py`). Four servers:
 #
 # - *patient* takes everything, and has no deadline;
 # - *careful* is this project's default, but for a deadline of 2 s;
@@ -289,7 +294,7 @@ patient, careful, blocked, stuck = serve_all(
     cores=SERVER_CORES,
 )
 mu = capacity(careful, quick(1.5, 4), users=8)
-seconds = quick(4, 15)
+seconds = quick(3, 15)
 twice = {"rate_per_s": 2 * mu, "duration_s": seconds, "limit_s": LIMIT_S, "health_per_s": 10}
 real = {"patient": load(patient, "open", **twice), "careful": load(careful, "open", **twice)}
 model = {name: df[df.kind == "model"] for name, df in real.items()}
@@ -304,26 +309,30 @@ tell(
 # %%
 import matplotlib.pyplot as plt
 
+
+def steps(ax, times_s, edges, label, color):
+    """How many a second, in each half second."""
+    per_s = np.histogram(times_s, edges)[0] / 0.5
+    thin = 1 if color == GREY else 2
+    ax.step(edges, [*per_s, per_s[-1]], color=color, label=label, where="post", linewidth=thin)
+
+
 figure, axes = plt.subplots(2, 1, sharex=True, figsize=(6.4, 5.4))
-for ax, name, says in zip(
-    axes, model, ("Patient: first everybody, then nobody", "Careful: half of them, always")
-):
+for ax, name in zip(axes, model):
     df, edges = model[name], np.arange(0, seconds + 0.5, 0.5)
-    in_time = drive.good(df, LIMIT_S)
-    groups = {
-        "come": (df.due_s > -1, GREY),
-        "in time": (in_time, BLUE),
-        "refused at once": (df.outcome == "503", ORANGE),
-        "too late, or gone": (~in_time & (df.outcome != "503"), RED),
-    }
-    for label, (rows, color) in groups.items():
-        per_s = np.histogram(df.due_s[rows], edges)[0] / 0.5
-        if per_s.any():
-            ax.step(
-                edges[:-1], per_s, color=color, label=label, where="post", linewidth=1 if color == GREY else 2
-            )
-    ax.set(title=says, ylabel="texts/s", ylim=(0, None))
-axes[-1].set_xlabel("time of arrival, s")
+    good_ones = drive.good(df, LIMIT_S)
+    steps(ax, df.due_s, edges, "come", GREY)
+    steps(ax, df.due_s[good_ones], edges, "in time", BLUE)
+    if name == "careful":
+        steps(ax, df.due_s[df.outcome == "503"], edges, "refused at once", ORANGE)
+    else:
+        steps(ax, df.due_s[~good_ones], edges, "too late, or gone", RED)
+axes[0].axvline(LIMIT_S / (2 - 1), color="black", linestyle=":")
+axes[0].text(LIMIT_S + 0.1, mu, "predicted: the good time ends here", va="center", fontsize=11)
+guessed(axes[0], seconds, guess_patient)
+axes[0].set(title="Patient: first everybody, then nobody", ylabel="texts/s", ylim=(0, None))
+axes[1].set(title="Careful: half of them, all the time", ylabel="texts/s", ylim=(0, None))
+axes[1].set_xlabel("time of arrival, s")
 for ax in axes:
     name_at_ends(ax)
 plt.show()
@@ -369,33 +378,36 @@ claim(
 )
 
 # %% [markdown]
-# *Where the formula fails:* the real dots scatter around the line. Arrivals are random, and the door's forecast is made of
-# calls that took a little more or less than 20 ms.
+# *Where the formula fails:* the real dots scatter around the line. Arrivals are random, and the door's forecast is made
+# of calls that took a little more or less than 20 ms.
 
 # %% [markdown]
 # ## What a no costs
 #
-# A no is not free. The server has to accept the connection, read the headers and write the reply. **Your guess:** for how many
-# microseconds does one no keep the server's core busy?
+# A no is not free. The server has to accept the connection, read the headers and write the reply. **Your guess:** for
+# how many microseconds does one no keep the server's core busy?
 
 # %%
 guess_no_us = 1000  # microseconds of the server's core, for one 503
 
 # %% [markdown]
-# **Prediction.** A no costs $c$ seconds. We find $c$ at the lowest load. Then $\lambda$ noes a second take the share $\lambda c$ of a
-# core. The *stuck* server does nothing but say no, and Linux counts the processor time of each process.
+# **Prediction.** A no costs $c$ seconds. We find $c$ at the lowest load. Then $\lambda$ noes a second take the share
+# $\lambda c$ of a core. The *stuck* server does nothing but say no, and Linux counts the processor time of each
+# process.
 
 
 # %%
-def busy_share(noes_per_s, duration_s):
-    """How many noes a second it says, and which share of a core that takes."""
-    before_s = stuck.cpu_s()
-    df = load(stuck, "open", rate_per_s=noes_per_s, duration_s=duration_s, timeout_s=0.5)
-    return float((df.outcome == "503").sum()) / duration_s, (stuck.cpu_s() - before_s) / duration_s
+def noes_at(rate_per_s, duration_s):
+    """How many noes a second it says, which share of a core they take, and how often it wakes up for each."""
+    event_loop = psutil.Process(stuck.process.pid)  # whose first thread is the loop's
+    before_s, before = stuck.cpu_s(), event_loop.num_ctx_switches().voluntary
+    df = load(stuck, "open", rate_per_s=rate_per_s, duration_s=duration_s, timeout_s=0.5)
+    said, wakings = int((df.outcome == "503").sum()), event_loop.num_ctx_switches().voluntary - before
+    return said / duration_s, (stuck.cpu_s() - before_s) / duration_s, wakings / said
 
 
 load(stuck, "open", rate_per_s=100, duration_s=0.5, timeout_s=0.5)  # one is in the model; and to warm up
-noes = [busy_share(rate, quick(1.5, 5)) for rate in quick((200, 800), (200, 400, 800))]
+noes = [noes_at(rate, quick(1, 5)) for rate in quick((200, 800), (200, 400, 800))]
 no_us = noes[0][1] / noes[0][0] * 1e6
 
 # %%
@@ -403,98 +415,157 @@ with picture(
     "Noes take their share of the core", "noes per second", "share of a core, %", ylim=(0, None)
 ) as ax:
     most = noes[-1][0]
-    line(ax, [0, most], [0, most * no_us / 1e4], "predicted from the first")
-    dots(ax, [rate for rate, _ in noes], [100 * share for _, share in noes])
+    line(ax, [0, most], [0, most * no_us / 1e4])
+    dots(ax, [rate for rate, *_ in noes], [100 * share for _, share, _ in noes])
     guessed(ax, noes[0][0], noes[0][0] * guess_no_us / 1e4)
 
 # %%
+table(
+    {
+        "noes per second": f"{rate:.0f}",
+        "µs of the core for each": f"{share / rate * 1e6:.0f}",
+        "the event loop wakes up for each": f"{wakings:.1f} times",
+    }
+    for rate, share, wakings in noes
+)
 last_us = noes[-1][1] / noes[-1][0] * 1e6
 tell(
-    f"One no costs {no_us:.0f} µs at {noes[0][0]:.0f} a second and {last_us:.0f} µs at {noes[-1][0]:.0f} a second"
-    f" ({'fewer' if last_us < no_us else 'more'}). An answer of this model takes {1e6 / mu:.0f} µs. So"
-    f" {1e6 / last_us:,.0f} noes a second, {1e6 / last_us / mu:.0f} times the capacity, would fill a core with noes alone."
+    f"You guessed {guess_no_us:g} µs. An answer of this model takes {1e6 / mu:,.0f} µs. At {last_us:.0f} µs each,"
+    f" {1e6 / last_us:,.0f} noes a second would fill a core: {1e6 / last_us / mu:.0f} times the capacity."
 )
 
 # %% [markdown]
-# *Where the formula fails:* a no gets cheaper in a crowd. The event loop wakes up once for several of them, and waking is a
-# good part of the cost. Beyond a thousand noes a second this server also lets each of them wait for its turn, up to
-# 0.1 s: a client who asks again at once must not eat the core.
+# *Where the formula fails:* a no gets cheaper in a crowd. Look at the last column: the event loop sleeps and wakes up
+# less often for each of them, and waking up is a good part of the cost. Beyond a thousand noes a second this server
+# also lets each of them wait for its turn, up to 0.1 s: a client who asks again at once must not eat the core.
 #
 # Past that, no server can help itself. Then something in front of it has to say no, or there have to be more of it.
 
 # %% [markdown]
 # ## Who says no must be awake
 #
-# "A model may block the event loop, as long as it takes less than a second." Ours takes 20 ms. The *blocked* server has the same
-# rules as the careful one. But the model sits on the event loop, where the door does its work, too:
+# "A model may block the event loop, as long as it takes less than a second." Ours takes 20 ms. The *blocked* server has
+# the same rules as the careful one. But the model sits on the event loop, where the door does its work, too:
 
 # %%
 way(
-    ("clients", "kernel", "door", "queue", "loop + model"),
-    changed=("kernel", "loop + model"),
-    title="OFFLOAD=inline: while the model computes, new clients wait in the kernel",
+    ("clients", "kernel", "door", "queue", "loop\n= model"),
+    changed=("kernel", "loop\n= model"),
+    title="OFFLOAD=inline: new clients wait in the kernel",
 )
 
 # %% [markdown]
-# Twice the capacity again. **Your guess:** how many percent of its clients get a quick no, a 503? Half of them would be
-# right.
+# Twice the capacity again, now from strangers. Each comes with a connection of its own, and leaves after some seconds (`PATIENCE_S`, below). Ten times
+# a second somebody asks for `/health`. **Your guess:** how many percent of them get a quick no, a 503? About half would
+# be right.
 
 # %%
 guess_refused = 0.25  # of all clients
 
 # %% [markdown]
-# **Prediction.** The loop takes in one new connection, calls the model for 20 ms, takes in the next (lesson 1, bug 3). So it never
-# finds a queue, and the door has nothing to refuse. The queue is elsewhere: in the kernel, where new connections wait
-# until somebody accepts them. No rule of ours sees it. It grows as if there were no rule at all: who comes at $t$
-# waits $(\rho-1)\,t$, and who asks for `/health` waits as long.
+# **Prediction.** This loop takes in one new connection, calls the model for 20 ms, takes in the next (lesson 1, bug 3).
+# So it never finds a queue, and the door has nothing to refuse. The queue is elsewhere: in the kernel, where new
+# connections wait until somebody accepts them. No rule of ours sees it. It grows as if there were no rule at all: who
+# comes at $t$ waits $(\rho-1)\,t$, and whoever asks for `/health` stands in the same line.
 
 # %%
-real["blocked"] = load(blocked, "open", **twice)
-model["blocked"] = real["blocked"][real["blocked"].kind == "model"]
-health_ms = {name: df[df.kind == "health"].latency_ms for name, df in real.items()}
-refused_share = {name: float((df.outcome == "503").mean()) for name, df in model.items()}
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+PATIENCE_S, stranger_s = quick(2.5, 4.0), quick(2, 6)
+
+
+def in_the_kernel(server):
+    """How many connections wait there to be accepted; Linux tells it of every listening socket."""
+    port = f":{int(server.url.rstrip('/').split(':')[2]):04X}"
+    sockets = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()]
+    return sum(int(row[4].split(":")[1], 16) for row in sockets if row[1].endswith(port) and row[3] == "0A")
+
+
+def strangers(server):
+    """What strangers get at twice the capacity; of each check of /health its wait, and who waited in the kernel."""
+
+    def check(i):
+        time.sleep(i / 10)
+        waiting = in_the_kernel(server)
+        return get(server, "health", PATIENCE_S).ms / 1000, waiting
+
+    with ThreadPoolExecutor(10 * stranger_s) as pool:
+        probes = [pool.submit(check, i) for i in range(10 * stranger_s)]
+        replies = ask_together(server, [TEXT] * int(2 * mu * stranger_s), PATIENCE_S, 1 / (2 * mu))
+        waits_s, waiting = zip(*(probe.result() for probe in probes))
+    return {"replies": replies, "health_s": waits_s, "waiting": max(waiting)}
+
+
+# Of this below. It comes first, because strangers leave a long line behind.
+kept = load(blocked, "open", **(twice | {"duration_s": quick(2, 6)}))
+met = {"careful": strangers(careful), "blocked": strangers(blocked)}
+
+# %%
+with picture(
+    "On a blocked loop nobody says no", "time, s", "wait for /health, s", ylim=(-0.1, PATIENCE_S + 0.3)
+) as ax:
+    t = np.arange(10 * stranger_s) / 10
+    slope = (2 * mu + 10) / mu - 1  # those who ask for /health come, too
+    line(ax, t, np.minimum(slope * t, PATIENCE_S))
+    for name, color in (("blocked", ORANGE), ("careful", BLUE)):
+        dots(ax, t, met[name]["health_s"], name, color, markersize=4)
+
+
+# %%
+def share_of(name, status):
+    """Which share of the strangers got this status."""
+    return np.mean([reply.status == status for reply in met[name]["replies"]])
+
+
+most_waiting = int(stranger_s * (mu + 10))  # who has left stays in line
 table(
     {
         "server": name,
-        "right answers in time, per s": f"{goodput(real[name]):.0f}",
-        "refused at once": f"{refused_share[name]:.0%}",
-        "/health, median ms": f"{health_ms[name].median():.0f}",
-        "/health, one in twenty takes more than, ms": f"{health_ms[name].quantile(0.95):.0f}",
+        "answered": f"{share_of(name, 200):.0%}",
+        "of these within 2 s": f"{np.mean([r.ms < 2000 for r in found['replies'] if r.status == 200]):.0%}",
+        "refused at once": f"{share_of(name, 503):.0%}",
+        "left without a word": f"{share_of(name, 0):.0%}",
+        "/health, median s": f"{np.median(found['health_s']):.3f}",
+        "most in the kernel's line, predicted": most_waiting if name == "blocked" else 0,
+        "measured": found["waiting"],
     }
-    for name in ("careful", "blocked")
+    for name, found in met.items()
 )
-
-# %%
-with picture("On a blocked loop nobody says no", "time, s", "wait for /health, s") as ax:
-    line(ax, [0, min(seconds, 4)], [0, min(seconds, 4)], "predicted")
-    for name, color in (("blocked", ORANGE), ("careful", BLUE)):
-        probes = real[name][real[name].kind == "health"]
-        dots(ax, probes.due_s, probes.latency_ms / 1000, name, color, markersize=4)
-
-# %%
-tell(
-    f"{refused_share['blocked']:.0%} of the blocked server's clients were refused, {refused_share['careful']:.0%} of the"
-    f" careful one's; you guessed {guess_refused:.0%}."
-)
-claim(
-    "Blocking the event loop matters only above 1 s an inference",
-    who=f"two servers around a model that sleeps 20 ms a call, at twice their capacity of {mu:.0f}/s",
-    number=f"the model on the event loop: /health takes {health_ms['blocked'].median():.0f} ms (median), {refused_share['blocked']:.0%}"
-    f" are refused, {goodput(real['blocked']):.0f}/s answered in time; in a thread: {health_ms['careful'].median():.0f} ms,"
-    f" {refused_share['careful']:.0%} and {real_goodput['careful']:.0f}/s",
-    verdict="fails: many short calls block as long as one long call",
-)
+tell(f"You guessed that {guess_refused:.0%} are refused.")
 
 # %% [markdown]
-# *Where the formula fails:* the line ends where clients hang up, after 4 s. Connections that are already open get through,
-# as only new ones have to be accepted: those are the dots below the line.
+# The last column is the proof: there is the queue that no rule of ours can see.
+#
+# *Where the formula fails:* it is for new connections. A connection that is open already need not be accepted, and the
+# loop reads all of these in one turn. The load generator keeps its connections open, as a proxy does. So the blocked
+# server does find a queue, and says no. But even then nobody hears anything while a call runs:
+
+# %%
+settled = kept[kept.due_s > kept.due_s.max() / 2]
+kept_health_ms = settled[settled.kind == "health"].latency_ms.median()
+tell(
+    f"Over connections that stay open {(settled[settled.kind == 'model'].outcome == '503').mean():.0%} of the requests are"
+    f" refused, and `/health` takes {kept_health_ms:.0f} ms, as long as {kept_health_ms * mu / 1000:.1f} calls. The careful"
+    f" server's takes {real['careful'][real['careful'].kind == 'health'].latency_ms.median():.0f} ms."
+)
+
+# %%
+claim(
+    "Blocking the event loop matters only above 1 s an inference",
+    who=f"two servers around a model that sleeps 20 ms a call; strangers at twice the capacity of {mu:.0f}/s, for {stranger_s} s",
+    number=f"the model on the event loop: {share_of('blocked', 503):.0%} are refused, {share_of('blocked', 0):.0%} leave after {PATIENCE_S:g} s,"
+    f" /health takes {np.median(met['blocked']['health_s']):.1f} s (median); in a thread: {share_of('careful', 503):.0%},"
+    f" {share_of('careful', 0):.0%} and {np.median(met['careful']['health_s']) * 1000:.0f} ms",
+    verdict="fails: under load many short calls block as one long call does",
+)
 
 # %% [markdown]
 # ## Retry storms
 #
 # Who was refused comes back. A client here asks five times at most. Some wait as `Retry-After` says, a second or more.
-# Others come back after 50 ms. The load is 1.7 times the capacity. **Your guess:** which share of the clients gets an answer in the
-# end, if all of them wait as they are told?
+# Others come back after 50 ms. The load is 1.7 times the capacity. **Your guess:** which share of the clients gets an
+# answer in the end, if all of them wait as they are told?
 
 # %%
 guess_answered = 0.6  # of the clients
@@ -502,12 +573,13 @@ guess_answered = 0.6  # of the clients
 # %% [markdown]
 # **Prediction.** The overload lasts for $T$ seconds; $1.7\,\mu T$ clients come.
 #
-# - The impatient have spent their five questions within a fraction of a second. So only those are served who find room while the overload lasts:
-#   $\mu T$ of them, and the half second of work that is left in the queue: $(T + 0.5)/(1.7\,T)$.
+# - The impatient have spent their five questions within a fraction of a second. So only those are served who find room
+#   while the overload lasts: $\mu T$ of them, and the half second of work that is left in the queue. That is
+#   $(T + 0.5)/(1.7\,T)$.
 # - Those who wait are spread over four more seconds. If the server has work all that time: $(T + 4)/(1.7\,T)$, at most.
 
 # %%
-crowd_s = quick(4, 15)
+crowd_s = quick(2, 15)
 storms = {
     honour: load(
         careful,
@@ -537,34 +609,19 @@ table(
 )
 
 # %%
-with picture("Who is refused asks again", "time, s", "requests per second") as ax:
+with picture("Who is refused asks again", "time, s", "requests per second", ylim=(0, None)) as ax:
     edges = np.arange(0, max(df.sent_s.max() for df in storms.values()) + 0.5, 0.5)
-    for honour, color, label in ((1, BLUE, "waits as told"), (0, ORANGE, "after 50 ms")):
-        ax.step(
-            edges[:-1],
-            np.histogram(storms[honour].sent_s, edges)[0] / 0.5,
-            color=color,
-            label=label,
-            where="post",
-        )
-    new = storms[0][storms[0].attempt == 0].sent_s
-    ax.step(
-        edges[:-1],
-        np.histogram(new, edges)[0] / 0.5,
-        color=GREY,
-        where="post",
-        label="new clients only",
-        linewidth=1,
-    )
-    ax.set_ylim(0, None)
+    steps(ax, storms[1].sent_s, edges, "waits as told", BLUE)
+    steps(ax, storms[0].sent_s, edges, "after 50 ms", ORANGE)
+    steps(ax, storms[0][storms[0].attempt == 0].sent_s, edges, "new clients only", GREY)
 
 # %% [markdown]
-# The impatient turn one question into a burst of noes, and get nothing for it. Those who wait come back when the overload is over,
-# and the server has time for some of them.
+# The impatient turn one question into a burst of noes, and get nothing for it. Those who wait come back when the
+# overload is over, and the server has time for some of them.
 #
-# `Retry-After` is computed from the work ahead and the measured speed, so it is true when it is given. But it only *moves*
-# an overload. And a crowd that was refused in one moment would come back in one moment: a good client adds a random bit to
-# what it is told.
+# `Retry-After` is computed from the work ahead and the measured speed, so it is true when it is given. But it only
+# *moves* an overload. And a crowd that was refused in one moment would come back in one moment: a good client adds a
+# random bit to what it is told.
 
 # %%
 stop()
@@ -572,8 +629,8 @@ stop()
 # %% [markdown]
 # ## The poison text
 #
-# One text makes the model raise. It shares a batch with seven innocent ones. Who pays? A text without `[MASK]` would do it, but
-# the task checks every text before the queue:
+# One text makes the model raise. It shares a batch with seven innocent ones. Who pays? A text without `[MASK]` would do
+# it, but the task checks every text before the queue:
 
 # %%
 from dataclasses import replace
@@ -592,21 +649,20 @@ except tasks.CannotAnswer as error:
 tell(f"The client gets a 422 at once: “{refused_with}”.")
 
 # %% [markdown]
-# So we carry it past that check, into the real loop behind the embedded model in its stock pipeline. If a batch raises, the loop runs
-# each of its texts alone, once. **Your guesses:** how many calls of the model are that in all? And how many times as long
-# as without the bad text does the batch take?
+# So we carry it past that check, into the real loop behind the embedded model in its stock pipeline. If a batch raises,
+# the loop runs each of its texts alone, once. **Your guesses:** how many calls of the model are that in all? And how
+# many times as long as without the bad text does the batch take?
 
 # %%
 guess_calls = 2  # calls of the model
 guess_times = 2.0  # times as long
 
 # %% [markdown]
-# **Prediction.** One call with 8, then 8 calls with one: 9 calls. By lesson 4's law a call with $n$ texts takes $a + b n$. So
-# the time grows from $a + 8b$ to $(a + 8b) + 8\,(a + b)$.
+# **Prediction.** One call with 8, then 8 calls with one: 9 calls. By lesson 4's law a call with $n$ texts takes $a + b
+# n$. So the time grows from $a + 8b$ to $(a + 8b) + 8\,(a + b)$.
 
 # %%
 import functools
-import time
 
 from workers.jobs import ModelFailed
 
@@ -653,10 +709,15 @@ copy.stop()
 expected_times = (clean_ms + 8 * alone_ms) / clean_ms
 table(
     [
-        {"": "calls of the model", "guessed": guess_calls, "predicted": 9, "measured": len(poisoned_calls)},
+        {
+            "": "calls of the model",
+            "guessed": str(guess_calls),
+            "predicted": "9",
+            "measured": str(len(poisoned_calls)),
+        },
         {
             "": "times as long",
-            "guessed": guess_times,
+            "guessed": str(guess_times),
             "predicted": f"{expected_times:.1f}",
             "measured": f"{poisoned_ms / clean_ms:.1f}",
         },
@@ -672,12 +733,12 @@ fate = ["an error" if isinstance(fate, Exception) else "an answer" for fate in f
 tell(f"The eight get: {', '.join(fate)}.")
 
 # %% [markdown]
-# Nobody but the culprit pays with an answer. But all pay with time. *Where the formula fails:* the call that failed did not take as
-# long as a good one. The stock pipeline finds that the mask is missing while it tokenises, before it computes: look at the third row. A
-# model that fails in its last layer would cost all of it.
+# Nobody but the culprit pays with an answer. But all pay with time. *Where the formula fails:* the call that failed did
+# not take as long as a good one. The stock pipeline finds that the mask is missing while it tokenises, before it
+# computes: look at the third row. A model that fails in its last layer would cost all of it.
 #
-# An attacker who sends such a text into every batch takes the batching away from everybody. So the check before the queue matters
-# more than the cure behind it.
+# An attacker who sends such a text into every batch takes the batching away from everybody. So the check before the
+# queue matters more than the cure behind it.
 
 # %%
 claim(
@@ -741,8 +802,11 @@ assert sum(isinstance(fate, ModelFailed) for fate in fates) == 1
 assert [n for n, _ in poisoned_calls] == [8] + [1] * 8
 holds(real_goodput["careful"] > 1.5 * real_goodput["patient"], "so it is on the real server")
 holds(no_ms < 0.2 * yes_ms, "a 503 comes at once")
-holds(refused_share["careful"] > 2 * refused_share["blocked"], "a blocked loop says no to nobody")
-holds(health_ms["blocked"].median() > 5 * health_ms["careful"].median(), "and its /health waits")
+holds(share_of("careful", 503) > 0.2 > share_of("blocked", 503), "a blocked loop says no to nobody")
+holds(
+    np.median(met["blocked"]["health_s"]) > 10 * np.median(met["careful"]["health_s"]),
+    "and its /health waits",
+)
 holds(no_us < 5000, "a no is cheap")
 holds(answered_share[1] > answered_share[0], "who waits as told gets an answer more often")
 
@@ -750,7 +814,8 @@ holds(answered_share[1] > answered_share[0], "who waits as told gets an answer m
 # ## Take away
 #
 # - A queue's bound is a time. If *bound ÷ speed* is above the clients' patience, it is as bad as no bound.
-# - Say no early (503, at the door) when you can foresee it, and late (504) only when you could not. A burst may wait, a queue that stays may not.
+# - Say no early (503, at the door) when you can foresee it, and late (504) only when you could not. A burst may wait, a
+#   queue that stays may not.
 # - Only a free event loop can say no. Calls of milliseconds block it as well as calls of seconds.
 #
 # Next: [Lesson 6](6_gunicorn.ipynb). Which of Gunicorn's workers, and how many?
