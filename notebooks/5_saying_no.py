@@ -455,9 +455,9 @@ way(
 )
 
 # %% [markdown]
-# Twice the capacity again, now from strangers. Each comes with a connection of its own, and leaves after some seconds (`PATIENCE_S`, below). Ten times
-# a second somebody asks for `/health`. **Your guess:** how many percent of them get a quick no, a 503? About half would
-# be right.
+# Twice the capacity again, now from strangers. Each comes with a connection of its own, and leaves after some seconds
+# (`PATIENCE_S`, below). Ten times a second somebody asks for `/health`. **Your guess:** how many percent of them get a
+# quick no, a 503? About half would be right.
 
 # %%
 guess_refused = 0.25  # of all clients
@@ -574,8 +574,8 @@ guess_answered = 0.6  # of the clients
 # **Prediction.** The overload lasts for $T$ seconds; $1.7\,\mu T$ clients come.
 #
 # - The impatient have spent their five questions within a fraction of a second. So only those are served who find room
-#   while the overload lasts: $\mu T$ of them, and the half second of work that is left in the queue. That is
-#   $(T + 0.5)/(1.7\,T)$.
+#   while the overload lasts: $\mu T$ of them, and the half second of work that is left in the queue. That is $(T +
+#   0.5)/(1.7\,T)$.
 # - Those who wait are spread over four more seconds. If the server has work all that time: $(T + 4)/(1.7\,T)$, at most.
 
 # %%
