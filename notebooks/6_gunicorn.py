@@ -275,7 +275,8 @@ claim(
 # Threads that wait cost little. What costs is to wake them: look at the switches from thread to thread. Each answer
 # goes from the event loop to the thread that waits for it, and each of them needs Python's lock to go on.
 #
-# *Where the formula fails:* a request is more than its thread. There are its buffers, its text, its place in the queue.
+# *Where the formula fails:* a request is more than its thread. Its buffers, its text and its place in the queue take
+# memory, too. The event loop's dot shows how much: it has the requests without the threads.
 
 # %% [markdown]
 # ## "A model server serialises: one execution at a time"
@@ -309,7 +310,8 @@ rounds = {name: math.ceil(16 / (k * most)) + (most > 1) for name, (k, most) in c
 with picture(
     "One copy, one call at a time", "s until the last of 16 has its answer", "", xlim=(0, 1.9)
 ) as ax:
-    bars(ax, [CALL_S * n for n in rounds.values()], range(4))
+    bars(ax, [CALL_S * n for n in rounds.values()], range(4), "_")
+    ax.text(CALL_S * rounds["2 copies"], 1.35, "predicted", ha="center")
     dots(ax, list(last_s.values()), range(4))
     guessed(ax, guess_last_s, 0)
     ax.set_yticks(range(4), choices)
@@ -417,16 +419,16 @@ with picture(
     f"times what {cores} workers have",
     xticks=numbers,
     xlim=(0.8, rule + 0.2),
-    ylim=(0, None),
+    ylim=(0, 1.2 * max(rule / cores, guess_more)),
 ) as ax:
     of = {kind: found[kind, cores] for kind in ("sync", "uvicorn")}
-    line(ax, numbers, [k / cores for k in numbers], "memory, predicted", GREY, linestyle="--")
+    line(ax, numbers, [k / cores for k in numbers], "memory", GREY, linestyle="--")
     line(ax, numbers, [min(k, cores) / cores for k in numbers], "texts/s, predicted")
     dots(
         ax,
         numbers[1:],
         [found["sync", k]["MB"] / of["sync"]["MB"] for k in numbers[1:]],
-        "memory, sync",
+        "_",
         GREY,
     )
     dots(
@@ -497,9 +499,9 @@ one_mb = found["uvicorn", 1]["MB"]
 with picture(
     "Up and to the left is better", "memory, MB", "texts/s, 32 users", xlim=(0, None), ylim=(0, None)
 ) as ax:
-    for copies in (1, 2):
+    for copies, name in ((1, " one"), (2, " twice one")):
         ax.axvline(copies * one_mb, color="black", linestyle=":")
-        ax.text(copies * one_mb, 2, f" {copies} × one", fontsize=11)
+        ax.text(copies * one_mb, 2, name, fontsize=11)
     for key, name in names.items():
         dots(ax, found[key]["MB"], found[key]["per_s"], name, ORANGE if key[0] == "sync" else BLUE)
     guessed(ax, guess_two_mb, found["uvicorn", cores]["per_s"] / 2)
@@ -606,8 +608,14 @@ claim(
 # %% [markdown]
 # *Where the formula fails:* "half of a core" is not half of every moment. The kernel gives the core to one of them for
 # some milliseconds, then to the other. An operation of the model is much shorter. So all threads stand still until the
-# one without a core gets it back. Those who wait don't sleep, they spin. Look at the last column: the same text takes
-# more processor time.
+# one without a core gets it back. Do they sleep or spin meanwhile? The processor time of a text tells:
+
+# %%
+one_ms, all_ms = core_ms["one core busy", "1"], core_ms["one core busy", str(cores)]
+tell(
+    f"Beside a busy core a text takes {one_ms:.1f} ms of processor time with one thread, {all_ms:.1f} ms with {cores}."
+    f" {'They spin: they burn a core while they wait.' if all_ms > 1.3 * one_ms else 'They mostly sleep.'}"
+)
 
 # %% [markdown]
 # ## A timeout that kills healthy workers
