@@ -57,9 +57,10 @@ way(
 # `workers/sync.conf.py`, `gthread.conf.py`, `asgi.conf.py` and `uvicorn.conf.py` are the settings for these. Each holds
 # only what differs from the others.
 #
-# (There is a fifth thing, `workers/dirty.conf.py`. Newer Gunicorns can keep *dirty* workers: a pool of processes beside
-# the web workers, each with a model, called over a socket. The name says that they keep state between requests. They
-# are a beta. Their queue is first in, first out, without a bound and without batches. So this lesson leaves them out.)
+# (There is one more thing, `workers/dirty.conf.py`. Newer Gunicorns can keep *dirty* workers beside the web workers: a
+# pool of processes for work that takes long, each with a model, called over a socket. The name is borrowed from Erlang's
+# "dirty schedulers"; nothing about them is unclean. They are a beta. Their queue has no bound and makes no batches. So
+# this lesson leaves them out.)
 
 # %% [markdown]
 # ## "Gunicorn supports only gevent for async", "as many threads as the batch size"
@@ -272,8 +273,8 @@ claim(
 )
 
 # %% [markdown]
-# Threads that wait cost little. What costs is to wake them: look at the switches from thread to thread. Each answer
-# goes from the event loop to the thread that waits for it, and each of them needs Python's lock to go on.
+# Threads that wait cost little memory. What costs is to wake them: look at the switches from thread to thread. An answer
+# goes from the event loop to the thread that waits for it, and to go on, each of the two needs Python's lock.
 #
 # *Where the formula fails:* a request is more than its thread. Its buffers, its text and its place in the queue take
 # memory, too. The event loop's dot shows how much: it has the requests without the threads.
