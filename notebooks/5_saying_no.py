@@ -449,14 +449,14 @@ tell(
 
 # %%
 way(
-    ("clients", "kernel", "door", "queue", "loop\n= model"),
-    changed=("kernel", "loop\n= model"),
+    ("clients", "kernel", "door", "queue", "loop with\nmodel"),
+    changed=("kernel", "loop with\nmodel"),
     title="OFFLOAD=inline: new clients wait in the kernel",
 )
 
 # %% [markdown]
 # Twice the capacity again, now from strangers. Each comes with a connection of its own, and leaves after some seconds
-# (`PATIENCE_S`, below). Ten times a second somebody asks for `/health`. **Your guess:** how many percent of them get a
+# (`PATIENCE_S`, below). Ten times a second somebody asks for `/health`. **Your guess:** which share of them gets a
 # quick no, a 503? About half would be right.
 
 # %%
