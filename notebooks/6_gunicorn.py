@@ -101,6 +101,7 @@ stop(*kinds.values())
 by_kind = {
     name: (drive.throughput_per_s(df, quick(0.4, 0.8)), int(df.batch_size.max())) for name, df in runs.items()
 }
+mean_batch = {name: df.batch_size.count() / (1 / df.batch_size).sum() for name, df in runs.items()}
 expected = {name: max(1, k / 2) / CALL_S for name, k in can_wait.items()}
 
 # %%
@@ -121,6 +122,9 @@ table(
         "can wait": can_wait[name],
         "largest batch, predicted": max(1, can_wait[name] - 1),
         "measured": batch,
+        "mean, predicted": f"{max(1, can_wait[name] / 2):g}",
+        "mean, measured": f"{mean_batch[name]:.1f}",
+        "calls/s": f"{per_s / mean_batch[name]:.1f}",
         "texts/s, predicted": f"{expected[name]:.0f}",
         "texts/s, measured": f"{per_s:.0f}",
     }
@@ -145,8 +149,8 @@ claim(
 # So with `gthread` you need as many threads as the batch size, and rather twice as many. Where an event loop waits, you
 # need none.
 #
-# *Where the formula fails:* a client needs a moment between its answer and its next question, and the model's thread a
-# moment to wake up. So the dots stay a little to the left of the bars.
+# *Where the formula fails:* it knows only the calls. Ten of them a second are possible, and fewer are made: between
+# one call and the next, answers have to be written and questions to be read.
 
 # %% [markdown]
 # ## "Then take 1,024 threads"
@@ -224,9 +228,9 @@ for mode in (threads_1024, event_loop):
     began = time.perf_counter()
     server = serve(mode, **(SLEEPS | patient))
     start_s, small_mb = time.perf_counter() - began, server.memory_mb()
-    before, before_switches = counters(server), wakings(server)
+    before, before_switches, before_s = counters(server), wakings(server), server.cpu_s()
     crowd = crowd_at(server, quick(1.5, 4))
-    switches, after = wakings(server) - before_switches, counters(server)
+    switches, used_s, after = wakings(server) - before_switches, server.cpu_s() - before_s, counters(server)
     calls = after["model_call_seconds_count"] - before["model_call_seconds_count"]
     crowds.append(
         {
@@ -236,6 +240,7 @@ for mode in (threads_1024, event_loop):
             "answers/s": (crowd.right + crowd.other) / crowd.seconds,
             "switches of threads for an answer": switches
             / (after["model_queue_wait_seconds_count"] - before["model_queue_wait_seconds_count"]),
+            "of a core in use, %": 100 * used_s / (crowd.seconds + crowd.limit_s),
             "/health, median ms": float(np.median(crowd.health_s)) * 1000 if crowd.health_s else math.inf,
             "MB more than before the crowd": server.memory_mb() - small_mb,
             "threads": max(process.num_threads() for process in server.processes()),
@@ -273,8 +278,9 @@ claim(
 )
 
 # %% [markdown]
-# Threads that wait cost little memory. What costs is to wake them: look at the switches from thread to thread. An answer
-# goes from the event loop to the thread that waits for it, and to go on, each of the two needs Python's lock.
+# Threads that wait cost little memory. What costs is to wake them: look at the switches from thread to thread. A request
+# goes from a thread to the event loop, and its answer comes back the same way (`workers/wsgi.py`). Each time somebody
+# has to get Python's lock, for which hundreds may be waiting.
 #
 # *Where the formula fails:* a request is more than its thread. Its buffers, its text and its place in the queue take
 # memory, too. The event loop's dot shows how much: it has the requests without the threads.
