@@ -280,7 +280,7 @@ claim(
 # %% [markdown]
 # Threads that wait cost little memory. What costs is to wake them: look at the switches from thread to thread. A request
 # goes from a thread to the event loop, and its answer comes back the same way (`workers/wsgi.py`). Each time somebody
-# has to get Python's lock, for which hundreds may be waiting.
+# has to get Python's lock first.
 #
 # *Where the formula fails:* a request is more than its thread. Its buffers, its text and its place in the queue take
 # memory, too. The event loop's dot shows how much: it has the requests without the threads.
@@ -369,7 +369,7 @@ def saturate(server):
     # Several times: which worker a connection falls to is luck.
     runs = [
         load(server, "closed", users=USERS, duration_s=quick(0.7, 2.5), limit_s=20)
-        for _ in range(quick(1, 3))
+        for _ in range(quick(1, 2))
     ]
     sizes = [process.memory_full_info().pss / 1e6 for process in server.processes()]
     return {
