@@ -149,8 +149,9 @@ claim(
 # So with `gthread` you need as many threads as the batch size, and rather twice as many. Where an event loop waits, you
 # need none.
 #
-# *Where the formula fails:* it knows only the calls. Ten of them a second are possible, and fewer are made: between
-# one call and the next, answers have to be written and questions to be read.
+# *Where the formula fails:* it assumes that who has an answer asks again before the next call is over. Look at the
+# columns: there are ten calls a second, as predicted. Where the speed falls short all the same, the batches are smaller:
+# some clients were too slow and missed one.
 
 # %% [markdown]
 # ## "Then take 1,024 threads"
@@ -279,8 +280,8 @@ claim(
 
 # %% [markdown]
 # Threads that wait cost little memory. What costs is to wake them: look at the switches from thread to thread. A request
-# goes from a thread to the event loop, and its answer comes back the same way (`workers/wsgi.py`). Each time somebody
-# has to get Python's lock first.
+# goes from a thread to the event loop, and its answer comes back the same way (`workers/wsgi.py`). Each switch
+# is a wait, for the core or for Python's lock. The core itself has time to spare: see its column.
 #
 # *Where the formula fails:* a request is more than its thread. Its buffers, its text and its place in the queue take
 # memory, too. The event loop's dot shows how much: it has the requests without the threads.
