@@ -421,37 +421,24 @@ if quick(False, True):
         stop(server)
 
 # %%
+memory = [found["sync", k]["MB"] / found["sync", cores]["MB"] for k in numbers[1:]]
+sync_speed = [found["sync", k]["per_s"] / found["sync", cores]["per_s"] for k in numbers[1:]]
+loop_speed = [found["uvicorn", k]["per_s"] / found["uvicorn", cores]["per_s"] for k in numbers]
+highest = max(*memory, *sync_speed, *loop_speed, rule / cores, guess_more)
+
 with picture(
     "(2 × cores) + 1: more memory, not more speed",
     "workers",
     f"times what {cores} workers have",
     xticks=numbers,
     xlim=(0.8, rule + 0.2),
-    ylim=(0, 1.2 * max(rule / cores, guess_more)),
+    ylim=(0, 1.2 * highest),
 ) as ax:
-    of = {kind: found[kind, cores] for kind in ("sync", "uvicorn")}
     line(ax, numbers, [k / cores for k in numbers], "memory", GREY, linestyle="--")
+    dots(ax, numbers[1:], memory, "_", GREY)
     line(ax, numbers, [min(k, cores) / cores for k in numbers], "texts/s, predicted")
-    dots(
-        ax,
-        numbers[1:],
-        [found["sync", k]["MB"] / of["sync"]["MB"] for k in numbers[1:]],
-        "_",
-        GREY,
-    )
-    dots(
-        ax,
-        numbers[1:],
-        [found["sync", k]["per_s"] / of["sync"]["per_s"] for k in numbers[1:]],
-        "texts/s, sync",
-    )
-    ax.plot(
-        numbers,
-        [found["uvicorn", k]["per_s"] / of["uvicorn"]["per_s"] for k in numbers],
-        "D",
-        color=ORANGE,
-        label="texts/s, in batches",
-    )
+    dots(ax, numbers[1:], sync_speed, "texts/s, sync")
+    ax.plot(numbers, loop_speed, "D", color=ORANGE, label="texts/s, in batches")
     guessed(ax, rule, guess_more)
 
 # %%
@@ -726,7 +713,7 @@ rates = {
 
 # %%
 with picture("Requests per second on one core", "requests per second", "", xlim=(0, 110_000)) as ax:
-    bars(ax, [1e6 / app_us], [0], "predicted, at most")
+    bars(ax, [1e6 / app_us], [0], "at most")
     dots(ax, list(rates.values()), range(3))
     guessed(ax, [guess_bare, guess_instant], [0, 1])
     ax.axvline(100_000, color=GREY, linestyle=":")
