@@ -464,7 +464,7 @@ table(
 sync, many, loops = found["sync", cores], found["sync", rule], {k: found["uvicorn", k] for k in numbers}
 claim(
     "Use (2 × cores) + 1 workers",
-    who=f"the embedded model on {cores} cores, shared with {USERS} clients; {rule} workers against {cores}",
+    who=f"{'a model that sleeps' if which_model else 'the embedded model'} on {cores} cores, shared with {USERS} clients; {rule} workers against {cores}",
     number=f"sync, one text a call: {many['per_s'] / sync['per_s']:.2f} times the texts/s for {many['MB'] / sync['MB']:.1f} times the"
     f" memory; event loops with batches: {loops[rule]['per_s'] / loops[cores]['per_s']:.2f} times for"
     f" {loops[rule]['MB'] / loops[cores]['MB']:.1f} times; {cores} loops against one:"
