@@ -8,7 +8,7 @@
 #
 # Afterwards you can choose a bound, a deadline and a queue target for your own model, and say what your users will see.
 #
-# Time: about three minutes, and half a minute in the quick form. It wants two cores, 1 GB of memory and Linux
+# Time: about three minutes, and 40 s in the quick form. It wants two cores, 1 GB of memory and Linux
 # (elsewhere in a container): it pins servers to cores and reads `/proc`.
 #
 # `quick(short, full)` is its first value in the quick form (`QUICK=1`) and its second one otherwise. The quick form

@@ -9,7 +9,7 @@
 # Afterwards you can choose the kind and the number of workers, threads and copies for your own model, and say what they
 # cost.
 #
-# Time: about three and a half minutes, and about one in the quick form. It wants two cores, 6 GB of memory and
+# Time: about three and a half minutes, and about one in the quick form. It wants two cores, 5 GB of memory and
 # Linux (elsewhere in a container): it pins servers to cores and reads `/proc`.
 #
 # `quick(short, full)` is its first value in the quick form (`QUICK=1`) and its second one otherwise. The quick form
@@ -58,9 +58,9 @@ way(
 # only what differs from the others.
 #
 # (There is one more thing, `workers/dirty.conf.py`. Newer Gunicorns can keep *dirty* workers beside the web workers: a
-# pool of processes for work that takes long, each with a model, called over a socket. The name is borrowed from Erlang's
-# "dirty schedulers"; nothing about them is unclean. They are a beta. Their queue has no bound and makes no batches. So
-# this lesson leaves them out.)
+# pool of processes for work that takes long, each with a model, called over a socket. The name is borrowed from
+# Erlang's "dirty schedulers"; nothing about them is unclean. They are a beta. Their queue has no bound and makes no
+# batches. So this lesson leaves them out.)
 
 # %% [markdown]
 # ## "Gunicorn supports only gevent for async", "as many threads as the batch size"
@@ -150,8 +150,8 @@ claim(
 # need none.
 #
 # *Where the formula fails:* it assumes that who has an answer asks again before the next call is over. Look at the
-# columns: there are ten calls a second, as predicted. Where the speed falls short all the same, the batches are smaller:
-# some clients were too slow and missed one.
+# columns: there are ten calls a second, as predicted. Where the speed falls short all the same, the batches are
+# smaller: some clients were too slow and missed one.
 
 # %% [markdown]
 # ## "Then take 1,024 threads"
@@ -279,8 +279,8 @@ claim(
 )
 
 # %% [markdown]
-# Threads that wait cost little memory. What costs is to wake them: look at the switches from thread to thread. A request
-# goes from a thread to the event loop, and its answer comes back the same way (`workers/wsgi.py`). Each switch
+# Threads that wait cost little memory. What costs is to wake them: look at the switches from thread to thread. A
+# request goes from a thread to the event loop, and its answer comes back the same way (`workers/wsgi.py`). Each switch
 # is a wait, for the core or for Python's lock. The core itself has time to spare: see its column.
 #
 # *Where the formula fails:* a request is more than its thread. Its buffers, its text and its place in the queue take
@@ -494,8 +494,9 @@ guess_two_mb = 1000  # MB
 
 # %%
 one_mb = found["uvicorn", 1]["MB"]
+top = 1.25 * max(found[key]["per_s"] for key in names)
 with picture(
-    "Up and to the left is better", "memory, MB", "texts/s, 32 users", xlim=(0, None), ylim=(0, None)
+    "Up and to the left is better", "memory, MB", "texts/s, 32 users", xlim=(0, None), ylim=(0, top)
 ) as ax:
     for copies, name in ((1, " one"), (2, " twice one")):
         ax.axvline(copies * one_mb, color="black", linestyle=":")
