@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-SLEEP_S = 0.02
+SLEEP_S = float(os.environ.get("SLEEP_S", "0.02"))
 WORDS = ("thing", "one", "man", "day", "way")
 
 
@@ -65,7 +65,7 @@ class Stuck:
 
 
 class Sleeps:
-    """Takes 20 ms a call and computes nothing: so several replicas of it share a machine without slowing each other."""
+    """Takes SLEEP_S a call, by default 20 ms, and computes nothing: so several replicas share a machine undisturbed."""
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         time.sleep(SLEEP_S)

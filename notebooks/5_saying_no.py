@@ -1,325 +1,771 @@
 # %% [markdown]
 # # 5. Saying no
 #
-# Twice as many people want an answer as you can give. Half of them will not get one. You choose which half, when they
-# hear of it, and whether the other half gets anything at all.
+# Twice as many people want an answer as you can give. Half of them will get none. You choose which half, and when they
+# hear of it. You even choose whether the other half gets anything.
 #
 # **Question: when should a server refuse?**
+#
+# Afterwards you can choose a bound, a deadline and a queue target for your own model, and say what your users will see.
+#
+# Time: about three minutes, and 40 s in the quick form. It wants two cores, 1 GB of memory and Linux
+# (elsewhere in a container): it pins servers to cores and reads `/proc`.
+#
+# `quick(short, full)` is its first value in the quick form (`QUICK=1`) and its second one otherwise. The quick form
+# only shows that the lesson runs.
 
 # %%
-from lesson import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    SERVER_CORES,
-    TEXT,
-    ask,
-    capacity,
-    claim,
-    dots,
-    line,
-    load,
-    picture,
-)
-from lesson import QUICK, quick, serve_all, simulate, stop
+from lesson import BLUE, GREY, ORANGE, RED, SERVER_CORES, TEXT, ask_together, bars, capacity, claim, dots, get
+from lesson import guessed, holds, line, load, name_at_ends, picture, quick, serve_all, simulate, stop, table
+from lesson import tell, way
 
-import asyncio
-import functools
-import inspect
-from unittest import mock
+import time
 
 import numpy as np
-import pandas as pd
+import psutil
 
 import checks
 from loadtests import drive, planner
-from loadtests.planner import CostLaw
-from workers import offload, tasks
-from workers.admission import Admission
-from workers.jobs import ModelFailed
-from workers.loop import ModelLoop
-from workers.settings import Settings
-from workers.tasks.text import Content
 
 # %% [markdown]
 # ## Goodput
 #
-# An answer that comes too late is worth nothing, but it costs as much as any. So count only what arrives in time:
-# **goodput** is the right answers within the client's limit, per second. To our clients an answer is worth nothing after
-# $l$ = 2 s. Our model does $\mu$ = 50 texts a second.
+# An answer that comes too late is worth nothing, but it costs as much as any other. So count only what comes in time.
+# The right answers within the client's limit, per second, are the **goodput** ([glossary](glossary.md)). Our clients'
+# limit is $l$ = 2 s. Our model takes $S$ = 20 ms a text, so it does $\mu$ = 50 texts a second.
 #
-# Four ways to run the same queue:
-#
-# | | the queue | before the model | **your prediction** for overload $\rho = \lambda/\mu$ over $t$ seconds |
-# |---|---|---|---|
-# | unbounded | takes all | – | wait grows by $\rho - 1$ s each second: good only for the first $l/(\rho-1)$ seconds |
-# | bounded | 256 at most, then 503 | – | everybody waits $256/\mu$ = 5 s: goodput near 0 |
-# | deadline | takes all | 504 to whom time has run out | the model runs only what can still be in time |
-# | predicted wait | 503 when the wait would be too long | the same | goodput $\mu$ |
-#
-# The last is what this server does. This is its admission, all of it:
+# On its way a request passes two places that can say no:
 
 # %%
-print(inspect.getsource(Admission.refusal))
+way(
+    ("clients", "door", "queue", "loop", "thread", "model"),
+    changed=("door", "loop"),
+    title="The door says 503 before the queue, the loop 504 after it",
+)
 
 # %% [markdown]
-# The planner runs this very loop on a virtual clock. For "deadline" alone we blindfold it: it can't foresee any wait.
-
+# - The **door** looks at the queue before it reads a single byte of the text. Its no is a *503*: not now.
+# - The **loop** looks once more, when it takes a batch. Its no is a *504*: you have waited in vain.
+#
+# Which rules should they follow? We try them on the planner first. It runs this project's own loop on a virtual clock:
+# a minute passes in a second, and the model takes 20 ms exactly. We call that a **simulation**. Below, the real server
+# has its turn.
 
 # %%
+LIMIT_S, LAW = 2.0, planner.CostLaw(a_s=0.0, b_s=0.02)
+MU, SECONDS = 50, quick(15, 60)
+
+
+def overload(rho, **rules):
+    """What clients see, in a simulation, when `rho` times the capacity comes."""
+    open_door = {"max_queue": 10**9, "deadline_s": 1e6, "queue_target_s": 0, "overhead_s": 0}
+    return simulate(LAW, rate_per_s=rho * MU, duration_s=SECONDS, **(open_door | rules))
+
+
+def goodput(df):
+    return drive.summary(df, LIMIT_S)["goodput_per_s"]
+
+
+# %% [markdown]
+# ## A queue of 256
+#
+# The simplest rule: at most 256 may wait. It is a common default, and it sounds careful. Texts come at twice the
+# speed of the model. **Your guess:** how many right answers in time does the server give per second? It can do 50.
+
+# %%
+guess_goodput = 25  # right answers within 2 s, per second, of 50 possible
+
+# %% [markdown]
+# **Prediction.** Who comes last into a queue of $n$ waits for $n$ calls, and then for its own: $(n+1)\,S$.
+#
+# - If that is at most $l$, everybody who is let in is in time. The model never rests, so the goodput is $\mu$.
+# - If it is more, the full queue is worth nothing. Only the first ones are in time, while the queue still fills. It
+#   grows by $\rho - 1$ seconds of work each second ($\rho$ is the load, as a multiple of the capacity). So who comes at
+#   $t$ waits $(\rho-1)\,t$, and the good time is over after $l/(\rho-1)$ seconds.
+#
+# Goodput is counted from second $l$ to the end of the run: a queue that is empty at first flatters everybody.
+
+# %%
+bounds = quick([2, 99, 105, 256, 10**6], [1, 2, 5, 10, 25, 50, 80, 99, 105, 128, 256, 512, 10**6])
+runs = {n: overload(2, max_queue=n) for n in bounds}
+in_time_of = {n: int(drive.good(df, LIMIT_S).sum()) for n, df in runs.items()}
+goodputs = {n: goodput(df) for n, df in runs.items()}
+
+# %%
+with picture(
+    "A queue's bound is a time, not a number",
+    "bound, in seconds of work (bound ÷ 50)",
+    "right answers in time, per s",
+    ylim=(0, 58),
+) as ax:
+    ax.set_xscale("log")
+    finite = [n for n in bounds if n < 10**6]
+    x = np.geomspace(finite[0] / MU, finite[-1] / MU, 400)
+    lost = LIMIT_S / (2 - 1) / (SECONDS - LIMIT_S) * MU
+    line(ax, x, np.where(x * MU + 1 <= LIMIT_S * MU, MU, lost), "predicted")
+    dots(ax, [n / MU for n in finite], [goodputs[n] for n in finite], "simulated")
+    guessed(ax, 256 / MU, guess_goodput)
+    ax.axvline(LIMIT_S, color=GREY, linestyle=":")
+    ax.text(LIMIT_S * 0.92, 30, "the clients' limit", rotation=90, ha="right", va="center", color=GREY)
+    ax.set_xticks([0.02, 0.1, 0.5, 2, 10], ["0.02", "0.1", "0.5", "2", "10"])
+
+# %%
+tell(
+    f"In {SECONDS} s {in_time_of[256]} texts are answered in time with a bound of 256, and {in_time_of[10**6]} without any bound."
+    f" {'Not one more' if in_time_of[256] == in_time_of[10**6] else 'Hardly more'}. A bound of 99 gives {in_time_of[99]}."
+)
+
+# %% [markdown]
+# **A bound that is too large is exactly as bad as none.** 256 texts at 50 a second are five seconds of waiting, and an
+# answer is worth nothing after two. The server works flat out, and nobody gets anything.
+#
+# So a bound is a time: *bound ÷ speed* must stay below the clients' patience. The model's speed is on no configuration
+# page, and it changes with the texts. A bound in pieces can't be right for long.
+#
+# *Where the formula fails:* at the left end. With one place in the queue the model sometimes finds nobody when it
+# becomes free. But a few places are enough. A queue is there to bridge gaps, and gaps are short.
+
+# %% [markdown]
+# ## When do you hear the no?
+#
+# Three better rules look at time instead of number:
+#
+# | rule | the door | the loop |
+# |---|---|---|
+# | deadline | lets all in | 504 to those whose time has run out |
+# | predicted wait | 503 if the answer would come too late | the same |
+# | queue target | also 503 while there is always a queue, if the wait is above a target | the same |
+#
+# This project's server uses the last. Twice the load again. **Your guesses:** how long until an answer, for those who
+# get one? And how long until the no, with a deadline alone?
+
+# %%
+guess_yes_s = 1.0  # seconds to an answer, with "predicted wait"
+guess_no_s = 1.0  # seconds to a no, with "deadline"
+
+# %% [markdown]
+# **Prediction.** Under overload the queue grows until a rule holds it. So whoever is let in waits about as long as the
+# rule allows.
+#
+# - *Deadline*: the queue holds 2 s of work. A yes comes after just under 2 s, and so does a no.
+# - *Predicted wait*: the door multiplies its forecast by a safety margin. The loop learns how long calls take, and how
+#   wrong its forecasts were. The margin is 1.1 plus that error. Our model is always on time, so the margin is 1.1, and
+#   a yes comes after 2 ÷ 1.1 s.
+# - *Queue target*: `QUEUE_TARGET_S` is 0.5 s, then the text's own 20 ms.
+
+# %%
+from unittest import mock
+
+from workers.loop import ModelLoop
+
+
 class Blindfolded(ModelLoop):
-    """The same loop, but it admits everybody."""
+    """The same loop, but its door lets everybody in."""
 
     def _refusal(self, *asked):
         return None
 
 
-LIMIT_S, LAW, SECONDS = 2.0, CostLaw(a_s=0.0, b_s=0.02), quick(30, 80)
-POLICIES = {
-    "unbounded": {"max_queue": 10**9, "deadline_s": 1e6},
-    "bounded": {"max_queue": 256, "deadline_s": 1e6},
-    "deadline": {"max_queue": 10**9, "deadline_s": LIMIT_S},
-    "predicted wait": {"max_queue": 10**9, "deadline_s": LIMIT_S},
+rules = {
+    "no rule": {},
+    "bound of 256": {"max_queue": 256},
+    "deadline": {"deadline_s": LIMIT_S},
+    "predicted wait": {"deadline_s": LIMIT_S},
+    "queue target": {"deadline_s": LIMIT_S, "queue_target_s": 0.5},
 }
-COLORS = dict(zip(POLICIES, (BLUE, ORANGE, GREEN, RED)))
-
-
-def overload(policy, rho):
-    """What clients see at `rho` times the capacity."""
-    loop = Blindfolded if policy == "deadline" else ModelLoop
-    with mock.patch.object(planner, "ModelLoop", loop):
-        still = {"overhead_s": 0, "queue_target_s": 0, "duration_s": SECONDS}
-        return simulate(LAW, rate_per_s=rho * 50, **still, **POLICIES[policy])
+by_rule = {}
+for name, settings in rules.items():
+    with mock.patch.object(planner, "ModelLoop", Blindfolded if name == "deadline" else ModelLoop):
+        by_rule[name] = overload(2, **settings)
+expected_yes_s = {"deadline": 2.0, "predicted wait": 2 / 1.1, "queue target": 0.52}
 
 
 # %%
-rhos = quick([0.5, 2, 10], [0.5, 0.9, 1.2, 2, 4, 10])
-runs = {(policy, rho): overload(policy, rho) for policy in POLICIES for rho in rhos}
-goodput = {key: drive.summary(df, LIMIT_S)["goodput_per_s"] for key, df in runs.items()}
+def median_s(df, chosen):
+    """The median time to the reply, in the second half of the run."""
+    late = df[chosen & (df.due_s > SECONDS / 2)]
+    return late.latency_ms.median() / 1000
 
-# %%
-with picture("Overload", "offered load, times the capacity", "goodput, per s") as ax:
-    x = np.geomspace(0.5, 10, 100)
-    line(ax, x, np.minimum(x, 1) * 50, "predicted: μ")
-    over = x[x > 1.15]
-    line(
-        ax,
-        over,
-        50 * np.minimum(1, LIMIT_S / (over - 1) / (SECONDS - LIMIT_S)),
-        "predicted: unbounded",
-        GREY,
-        linestyle="--",
-    )
-    for policy, color in COLORS.items():
-        hollow = {"markersize": 14, "fillstyle": "none", "markeredgewidth": 2}
-        style = hollow if policy in ("unbounded", "deadline") else {}
-        dots(ax, rhos, [goodput[policy, rho] for rho in rhos], policy, color, **style)
-    ax.set_xscale("log")
-    ax.set_xticks([0.5, 1, 2, 4, 10], ["0.5", "1", "2", "4", "10"])
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
 
-# %% [markdown]
-# Look at *bounded*. A bound of 256 sounds careful. But 256 texts at 50 a second are 5 s of waiting, and an answer is worth
-# nothing after 2: the server works flat out, and nobody gets anything. **A queue's bound is a time**, not a number: bound, divided
-# by speed, must be below the clients' patience.
-#
-# (Goodput is counted from $l$ on and while the load lasts: a queue that was empty at first, or is emptied afterwards, is
-# no speed. So the last answer in time, at $l/(\rho-1) + l$, comes $l/(\rho-1)$ after the counting began.)
-#
-# *Where the formulas fail:* the dashed line counts a single FIFO burst from an empty start; the longer the run, the lower
-# it gets. An unbounded queue in overload has a goodput of zero; it only takes a while.
-
-# %% [markdown]
-# ## When do you hear the no?
-#
-# *Deadline* and *predicted wait* have about the same goodput. Compare how long those wait who get nothing.
-
-# %%
-rows = []
-for policy in POLICIES:
-    for rho in (2, 10):
-        df = runs[policy, rho]
-        no, yes = df[df.outcome != "200"], df[df.outcome == "200"]
-        rows.append(
-            {
-                "policy": policy,
-                "load": f"{rho}×",
-                "goodput/s": round(goodput[policy, rho], 1),
-                "503": int((df.outcome == "503").sum()),
-                "504": int((df.outcome == "504").sum()),
-                "a no takes, s": round(no.latency_ms.median() / 1000, 2),
-                "a yes takes, s": round(yes.latency_ms.median() / 1000, 2),
-            }
-        )
-table = pd.DataFrame(rows).set_index(["policy", "load"])
-table
-
-# %% [markdown]
-# **504** says: you waited, and in vain. **503** says at once: not now, and `Retry-After` says when. The client of a 503 can
-# go to another server, or show last week's answer. So refuse early what you can foresee; the 504 is for what you could
-# not: a call that took longer than usual, a client with less patience.
-
-# %%
-no_503 = table.loc[("predicted wait", "2×"), "a no takes, s"]
-no_504 = table.loc[("deadline", "2×"), "a no takes, s"]
-claim(
-    "A full queue should answer 503, a late one 504",
-    f"at twice the capacity: a predicted wait says 503 after {no_503:.2f} s, a deadline alone says 504 after"
-    f" {no_504:.2f} s; goodput {goodput['predicted wait', 2]:.0f}/s and {goodput['deadline', 2]:.0f}/s of 50. A queue bounded by"
-    f" number (256) had {goodput['bounded', 2]:.0f}/s",
-    "holds, if full means 'too long to wait' and not 'so many'",
+yes_s = {name: median_s(df, df.outcome == "200") for name, df in by_rule.items()}
+no_504_s = median_s(by_rule["deadline"], by_rule["deadline"].outcome == "504")
+table(
+    {
+        "rule": name,
+        "right answers in time, per s": f"{goodput(df):.1f}",
+        "a yes after, s": f"{yes_s[name]:.2f}",
+        "503s": int((df.outcome == "503").sum()),
+        "504s": int((df.outcome == "504").sum()),
+        "a no after": "no no"
+        if (df.outcome == "200").all()
+        else f"{no_504_s:.2f} s"
+        if name == "deadline"
+        else "at once",
+    }
+    for name, df in by_rule.items()
 )
+
+# %%
+with picture("Who is let in waits as long as the rule allows", "s until an answer", "", xlim=(0, 2.3)) as ax:
+    names = list(expected_yes_s)
+    bars(ax, list(expected_yes_s.values()), range(3))
+    dots(ax, [yes_s[name] for name in names], range(3), "simulated")
+    guessed(ax, guess_yes_s, 1)
+    ax.set_yticks(range(3), names)
+    ax.set_ylim(-0.6, 2.6)
+
+# %%
+tell(
+    f"A deadline alone says its no after {no_504_s:.2f} s; you guessed {guess_no_s:g}. All three rules keep the goodput:"
+    f" {', '.join(f'{goodput(by_rule[name]):.1f}' for name in names)} a second."
+)
+
+# %% [markdown]
+# All three serve equally many. They differ in what the others hear, and when:
+#
+# - A *504* says: you have waited for two seconds, and in vain.
+# - A *503* says at once: not now. `Retry-After` in its headers says when. Its client can ask another server, or show
+#   last week's answer.
+#
+# So refuse early what you can foresee. The 504 is for what nobody could: a call that took longer than usual, a client
+# that became impatient.
+
+# %% [markdown]
+# ## A burst is no overload
+#
+# Why does the queue target count only "while there is always a queue"? Because a short queue limit alone hurts bursts.
+# Every five seconds 60 texts come in the same moment, and nothing in between. That is 1.2 s of work: all of it could be
+# done in time. Compare a bound of 25 texts, half a second of work, with a queue target of half a second. **Your
+# guess:** which share of the texts is answered with the bound?
+
+# %%
+guess_share = 0.75  # of the texts, with a bound of 25; all is 1
+
+# %% [markdown]
+# **Prediction.** The door has to decide about all 60 before the model has done anything. It lets the first in, whom the
+# model takes, and then as many as there are places: 25 of 60 wait, and one or two more slip through. The target lets
+# all of them in: the queue was empty a moment ago, so this is a burst, and a burst that can be done in time is welcome.
+#
+# And a queue that stays? The server's rule: it has not been empty for two targets, a whole second. At twice the load
+# the wait has then grown to a second, too. Now the door lets in nobody until the wait has fallen to the target. It
+# falls by one second a second. So who comes between 1.0 s and 1.5 s is refused, and whoever is let in later waits half
+# a second.
+
+# %%
+bursts = [second for second in range(0, quick(10, 40), 5) for _ in range(60)]
+after_burst = {
+    name: overload(0, arrivals_s=bursts, **settings)
+    for name, settings in {"bound of 25": {"max_queue": 25}, "queue target": rules["queue target"]}.items()
+}
+share = {name: float(drive.good(df, LIMIT_S).mean()) for name, df in after_burst.items()}
+tell(
+    f"Of a burst of 60, the bound of 25 lets {share['bound of 25']:.0%} be answered in time (predicted: {25 / 60:.0%} and"
+    f" a little; you guessed {guess_share:.0%}). The queue target: {share['queue target']:.0%}."
+)
+
+# %% [markdown]
+# This idea is called *CoDel*, for "controlled delay". It was made for the buffers of routers ([Nichols and Jacobson,
+# 2012](https://doi.org/10.1145/2208917.2209336)): a good queue absorbs a burst and drains. A bad queue only stands
+# there, and makes everybody late.
 
 # %% [markdown]
 # ## Measured
 #
-# So far it was the loop on a virtual clock. Now the real server, with long texts so that little load is enough. One takes
-# everything and is patient; the other knows that an answer is worth nothing after 2 s. Twice the capacity. (The clients
-# hang up after 4 s.)
+# Now the real server, over HTTP, at twice its capacity. So that its speed is known, its model does not compute: it
+# sleeps for 20 ms a call (`Sleeps` in `loadtests/bench_apps.py`). Four servers:
+#
+# - *patient* takes everything, and has no deadline;
+# - *careful* is this project's default, but for a deadline of 2 s;
+# - *blocked* is careful, but its model runs on the event loop (`OFFLOAD=inline`);
+# - *stuck* has a model that never returns, so it says no to all. We need it to find out what a no costs.
+#
+# **Your guess:** what is the goodput of the patient server?
 
 # %%
-patient, careful = serve_all(
-    {"MAX_QUEUE": 10**6, "DEADLINE_S": 600, "QUEUE_TARGET_S": 0},
-    {"DEADLINE_S": LIMIT_S, "QUEUE_TARGET_S": 0},
+guess_patient = 25  # right answers within 2 s, per second
+
+# %%
+SLEEPS = {"MODEL": "loadtests.bench_apps:Sleeps"}
+patient, careful, blocked, stuck = serve_all(
+    SLEEPS | {"MAX_QUEUE": 10**6, "DEADLINE_S": 600, "QUEUE_TARGET_S": 0},
+    SLEEPS | {"DEADLINE_S": LIMIT_S},
+    SLEEPS | {"DEADLINE_S": LIMIT_S, "OFFLOAD": "inline"},
+    {"MODEL": "loadtests.bench_apps:Stuck", "MAX_QUEUE": 1, "DEADLINE_S": 1000},
     cores=SERVER_CORES,
 )
-mu = capacity(careful, quick(3, 6), texts="long", users=8)
-seconds = quick(5, 15)
-twice = quick(3, 2)  # times the capacity; the quick form is short, so it must be more to fill the queue
-options = {"rate_per_s": twice * mu, "duration_s": seconds, "texts": "long", "limit_s": LIMIT_S}
-real = {
-    name: load(server, "open", **options) for name, server in (("patient", patient), ("careful", careful))
-}
-stop(patient)
-
-# %%
-real_goodput = {name: drive.summary(df, LIMIT_S)["goodput_per_s"] for name, df in real.items()}
-print(
-    f"capacity {mu:.0f}/s; goodput: {real_goodput['patient']:.0f}/s patient, {real_goodput['careful']:.0f}/s careful"
+mu = capacity(careful, quick(1.5, 4), users=8)
+seconds = quick(3, 15)
+twice = {"rate_per_s": 2 * mu, "duration_s": seconds, "limit_s": LIMIT_S, "health_per_s": 10}
+real = {"patient": load(patient, "open", **twice), "careful": load(careful, "open", **twice)}
+model = {name: df[df.kind == "model"] for name, df in real.items()}
+real_goodput = {name: goodput(df) for name, df in real.items()}
+expected_patient = mu * min(1, LIMIT_S / (seconds - LIMIT_S))
+tell(
+    f"The capacity is {mu:.0f} texts/s: calls of 20 ms, and what HTTP adds. Patient: {expected_patient:.0f}/s predicted, as above,"
+    f" {real_goodput['patient']:.0f}/s measured, {guess_patient:g}/s guessed. Careful: {mu:.0f}/s predicted,"
+    f" {real_goodput['careful']:.0f}/s measured."
 )
-print(real["careful"].outcome.value_counts().to_dict())
 
 # %%
-with picture("Twice the capacity, for real", "time of arrival, s", "time to the reply, ms") as ax:
-    line(ax, [0, seconds], [0, seconds * 1000], "predicted, patient: t", GREY, linestyle="--")
-    line(ax, [0, seconds], [LIMIT_S * 1000] * 2, "the clients' limit")
-    for name, color in (("patient", BLUE), ("careful", ORANGE)):
-        answered = real[name][real[name].outcome == "200"]
-        dots(ax, answered.due_s, answered.latency_ms, f"{name}: answered", color, markersize=4)
-    no = real["careful"][real["careful"].outcome == "503"]
-    ax.plot(no.due_s, no.latency_ms, "x", color=RED, label="careful: 503", markersize=4)
-    ax.set_ylim(-200, 2.2 * LIMIT_S * 1000)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+import matplotlib.pyplot as plt
+
+STEP_S = quick(0.5, 1.0)
+
+
+def steps(ax, times_s, edges, label, color):
+    """How many a second, from edge to edge."""
+    per_s = np.histogram(times_s, edges)[0] / STEP_S
+    thin = 1 if color == GREY else 2
+    ax.step(edges, [*per_s, per_s[-1]], color=color, label=label, where="post", linewidth=thin)
+
+
+figure, axes = plt.subplots(2, 1, sharex=True, figsize=(6.4, 5.4))
+for ax, name in zip(axes, model):
+    df, edges = model[name], np.arange(0, seconds + STEP_S, STEP_S)
+    good_ones = drive.good(df, LIMIT_S)
+    steps(ax, df.due_s, edges, "come", GREY)
+    steps(ax, df.due_s[good_ones], edges, "in time", BLUE)
+    if name == "careful":
+        steps(ax, df.due_s[df.outcome == "503"], edges, "refused at once", ORANGE)
+    else:
+        steps(ax, df.due_s[~good_ones], edges, "too late, or gone", RED)
+axes[0].axvline(LIMIT_S / (2 - 1), color="black", linestyle=":")
+axes[0].text(LIMIT_S + 0.1, mu, "predicted: the good time ends here", va="center", fontsize=11)
+guessed(axes[0], seconds, guess_patient)
+axes[0].set(title="Patient: first everybody, then nobody", ylabel="texts/s", ylim=(0, None))
+axes[1].set(title="Careful: half of them, all the time", ylabel="texts/s", ylim=(0, None))
+axes[1].set_xlabel("time of arrival, s")
+for ax in axes:
+    name_at_ends(ax)
+plt.show()
 
 # %% [markdown]
-# The patient server helps those who came first, and then nobody. Who hangs up frees a place, so the wait stays at 4 s: it
-# answers to the end, and always too late. The careful one goes on giving answers at its capacity, all just in time, and says no within
-# milliseconds. *Where the prediction fails:* saying no is not free, either. It costs a fraction of a millisecond of the
-# same core, so at 100 times the capacity the noes alone would fill it.
+# The patient server helps those who come in the first seconds, and then nobody. Its clients hang up after 4 s. That
+# frees their places, so its queue stays as long as their patience: it works to the end, and always too late.
+#
+# The careful one gives answers at its full speed all the time. Here is how long its clients wait:
+
+# %%
+answered = model["careful"][model["careful"].outcome == "200"]
+shown_s = min(seconds, 6)  # nothing changes afterwards
+same = simulate(
+    planner.CostLaw(0.0, 1 / mu),
+    overhead_s=0,
+    rate_per_s=2 * mu,
+    duration_s=seconds,
+    deadline_s=LIMIT_S,
+)
+with picture(
+    "A burst is let in, a queue that stays is not",
+    "time of arrival, s",
+    "time to the answer, s",
+    ylim=(0, 2.1),
+) as ax:
+    line(ax, [0, 1], [1 / mu, 1], "_")
+    line(ax, [1.5, shown_s], [0.5 + 1 / mu] * 2, "predicted")
+    yes = same[(same.outcome == "200") & (same.due_s < shown_s)]
+    ax.plot(yes.due_s, yes.latency_ms / 1000, ".", color=GREY, markersize=3, label="simulated")
+    early = answered[answered.due_s < shown_s]
+    dots(ax, early.due_s, early.latency_ms / 1000, "measured", markersize=3)
+    guessed(ax, shown_s, guess_yes_s, "your guess, above")
+
+# %%
+refused = model["careful"][model["careful"].outcome == "503"]
+no_ms, yes_ms = refused.latency_ms.median(), answered[answered.due_s > seconds / 2].latency_ms.median()
+claim(
+    "A full queue should answer 503, a late one 504",
+    who=f"the server around a model that sleeps 20 ms, at twice its capacity of {mu:.0f}/s, clients' limit 2 s",
+    number=f"its 503 comes after {no_ms:.0f} ms, and {real_goodput['careful']:.0f}/s are answered in time; a server that takes"
+    f" all: {real_goodput['patient']:.0f}/s. Simulated: a deadline alone says 504 after {no_504_s:.1f} s; a bound of 256"
+    f" has {goodput(by_rule['bound of 256']):.1f}/s in time, no bound {goodput(by_rule['no rule']):.1f}/s",
+    verdict="holds, if full means that it would take too long, and not that so many wait",
+)
+
+# %% [markdown]
+# *Where the formula fails:* it is for the mean. Arrivals are random, and the server's speed is not the same in each
+# second. Count what really happened before the door began to refuse:
+
+# %%
+came = int((model["careful"].due_s < 1).sum())
+done = int((answered.due_s + answered.latency_ms / 1000 < 1).sum())
+tell(
+    f"In the first second {came} came and {done} were answered; {2 * mu:.0f} and {mu:.0f} would have been average. So the"
+    f" queue held {(came - done) / mu:.1f} s of work. The longest wait was {answered.latency_ms.max() / 1000:.1f} s."
+)
+
+# %% [markdown]
+# ## What a no costs
+#
+# A no is not free. The server has to accept the connection, read the headers and write the reply. **Your guess:** for
+# how many microseconds does one no keep the server's core busy?
+
+# %%
+guess_no_us = 1000  # microseconds of the server's core, for one 503
+
+# %% [markdown]
+# **Prediction.** A no costs $c$ seconds. We find $c$ at the lowest load. Then $\lambda$ noes a second take the share
+# $\lambda c$ of a core. The *stuck* server does nothing but say no, and Linux counts the processor time of each
+# process.
+
+
+# %%
+def noes_at(rate_per_s, duration_s):
+    """How many noes a second it says, which share of a core they take, and how often it wakes up for each."""
+    event_loop = psutil.Process(stuck.process.pid)  # whose first thread is the loop's
+    before_s, before = stuck.cpu_s(), event_loop.num_ctx_switches().voluntary
+    df = load(stuck, "open", rate_per_s=rate_per_s, duration_s=duration_s, timeout_s=0.5)
+    said, wakings = int((df.outcome == "503").sum()), event_loop.num_ctx_switches().voluntary - before
+    return said / duration_s, (stuck.cpu_s() - before_s) / duration_s, wakings / said
+
+
+load(stuck, "open", rate_per_s=100, duration_s=0.5, timeout_s=0.5)  # one is in the model; and to warm up
+noes = [noes_at(rate, quick(1, 5)) for rate in quick((200, 800), (200, 400, 800))]
+no_us = noes[0][1] / noes[0][0] * 1e6
+
+# %%
+with picture(
+    "Noes take their share of the core", "noes per second", "share of a core, %", ylim=(0, None)
+) as ax:
+    most = noes[-1][0]
+    line(ax, [0, most], [0, most * no_us / 1e4])
+    dots(ax, [rate for rate, *_ in noes], [100 * share for _, share, _ in noes])
+    guessed(ax, noes[0][0], noes[0][0] * guess_no_us / 1e4)
+
+# %%
+table(
+    {
+        "noes per second": f"{rate:.0f}",
+        "µs of the core for each": f"{share / rate * 1e6:.0f}",
+        "the event loop wakes up for each": f"{wakings:.1f} times",
+    }
+    for rate, share, wakings in noes
+)
+last_us = noes[-1][1] / noes[-1][0] * 1e6
+tell(
+    f"You guessed {guess_no_us:g} µs. An answer of this model takes {1e6 / mu:,.0f} µs. At {last_us:.0f} µs each,"
+    f" {1e6 / last_us:,.0f} noes a second would fill a core: {1e6 / last_us / mu:.0f} times the capacity."
+)
+
+# %% [markdown]
+# *Where the formula fails:* a no gets cheaper in a crowd. Look at the last column: the event loop sleeps and wakes up
+# less often for each of them, and waking up is a good part of the cost. Beyond a thousand noes a second this server
+# also lets each of them wait for its turn, up to 0.1 s: a client who asks again at once must not eat the core.
+#
+# Past that, no server can help itself. Then something in front of it has to say no, or there have to be more of it.
+
+# %% [markdown]
+# ## Who says no must be awake
+#
+# "A model may block the event loop, as long as it takes less than a second." Ours takes 20 ms. The *blocked* server has
+# the same rules as the careful one. But the model sits on the event loop, where the door does its work, too:
+
+# %%
+way(
+    ("clients", "kernel", "door", "queue", "loop with\nmodel"),
+    changed=("kernel", "loop with\nmodel"),
+    title="OFFLOAD=inline: new clients wait in the kernel",
+)
+
+# %% [markdown]
+# Twice the capacity again, now from strangers. Each comes with a connection of its own, and leaves after some seconds
+# (`PATIENCE_S`, below). Ten times a second somebody asks for `/health`. **Your guess:** which share of them gets a
+# quick no, a 503? About half would be right.
+
+# %%
+guess_refused = 0.25  # of all clients
+
+# %% [markdown]
+# **Prediction.** This loop takes in one new connection, calls the model for 20 ms, takes in the next (lesson 1, bug 3).
+# So it never finds a queue, and the door has nothing to refuse. The queue is elsewhere: in the kernel, where new
+# connections wait until somebody accepts them. No rule of ours sees it. It grows as if there were no rule at all: who
+# comes at $t$ waits $(\rho-1)\,t$, and whoever asks for `/health` stands in the same line.
+
+# %%
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+PATIENCE_S, stranger_s = quick(2.5, 4.0), quick(2, 6)
+
+
+def in_the_kernel(server):
+    """How many connections wait there to be accepted; Linux tells it of every listening socket."""
+    port = f":{int(server.url.rstrip('/').split(':')[2]):04X}"
+    sockets = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()]
+    return sum(int(row[4].split(":")[1], 16) for row in sockets if row[1].endswith(port) and row[3] == "0A")
+
+
+def strangers(server):
+    """What strangers get at twice the capacity; of each check of /health its wait, and who waited in the kernel."""
+
+    def check(i):
+        time.sleep(i / 10)
+        waiting = in_the_kernel(server)
+        return get(server, "health", PATIENCE_S).ms / 1000, waiting
+
+    with ThreadPoolExecutor(10 * stranger_s) as pool:
+        probes = [pool.submit(check, i) for i in range(10 * stranger_s)]
+        replies = ask_together(server, [TEXT] * int(2 * mu * stranger_s), PATIENCE_S, 1 / (2 * mu))
+        waits_s, waiting = zip(*(probe.result() for probe in probes))
+    return {"replies": replies, "health_s": waits_s, "waiting": max(waiting)}
+
+
+# Of this below. It comes first, because strangers leave a long line behind.
+kept = load(blocked, "open", **(twice | {"duration_s": quick(2, 6)}))
+met = {"careful": strangers(careful), "blocked": strangers(blocked)}
+
+# %%
+with picture(
+    "On a blocked loop nobody says no", "time, s", "wait for /health, s", ylim=(-0.1, PATIENCE_S + 0.3)
+) as ax:
+    t = np.arange(10 * stranger_s) / 10
+    slope = (2 * mu + 10) / mu - 1  # those who ask for /health come, too
+    line(ax, t, np.minimum(slope * t, PATIENCE_S))
+    for name, color in (("blocked", ORANGE), ("careful", BLUE)):
+        dots(ax, t, met[name]["health_s"], name, color, markersize=4)
+
+
+# %%
+def share_of(name, status):
+    """Which share of the strangers got this status."""
+    return np.mean([reply.status == status for reply in met[name]["replies"]])
+
+
+most_waiting = int(stranger_s * (mu + 10))  # who has left stays in line
+table(
+    {
+        "server": name,
+        "answered": f"{share_of(name, 200):.0%}",
+        "of these within 2 s": f"{np.mean([r.ms < 2000 for r in found['replies'] if r.status == 200]):.0%}",
+        "refused at once": f"{share_of(name, 503):.0%}",
+        "left without a word": f"{share_of(name, 0):.0%}",
+        "/health, median s": f"{np.median(found['health_s']):.3f}",
+        "most in the kernel's line, predicted": most_waiting if name == "blocked" else 0,
+        "measured": found["waiting"],
+    }
+    for name, found in met.items()
+)
+tell(f"You guessed that {guess_refused:.0%} are refused.")
+
+# %% [markdown]
+# The last column is the proof: there is the queue that no rule of ours can see.
+#
+# *Where the formula fails:* it is for new connections. A connection that is open already need not be accepted, and the
+# loop reads all of these in one turn. The load generator keeps its connections open, as a proxy does. So the blocked
+# server does find a queue, and says no. But even then nobody hears anything while a call runs:
+
+# %%
+settled = kept[kept.due_s > kept.due_s.max() / 2]
+kept_health_ms = settled[settled.kind == "health"].latency_ms.median()
+tell(
+    f"Over connections that stay open {(settled[settled.kind == 'model'].outcome == '503').mean():.0%} of the requests are"
+    f" refused, and `/health` takes {kept_health_ms:.0f} ms, as long as {kept_health_ms * mu / 1000:.1f} calls. The careful"
+    f" server's takes {real['careful'][real['careful'].kind == 'health'].latency_ms.median():.0f} ms."
+)
+
+# %%
+claim(
+    "Blocking the event loop matters only above 1 s an inference",
+    who=f"two servers around a model that sleeps 20 ms a call; strangers at twice the capacity of {mu:.0f}/s, for {stranger_s} s",
+    number=f"the model on the event loop: {share_of('blocked', 503):.0%} are refused, {share_of('blocked', 0):.0%} leave after {PATIENCE_S:g} s,"
+    f" /health takes {np.median(met['blocked']['health_s']):.1f} s (median); in a thread: {share_of('careful', 503):.0%},"
+    f" {share_of('careful', 0):.0%} and {np.median(met['careful']['health_s']) * 1000:.0f} ms",
+    verdict="fails: under load many short calls block as one long call does",
+)
 
 # %% [markdown]
 # ## Retry storms
 #
-# Refused clients come back. If they come back at once, every no makes a new question. A client asks at most 5 times.
-# `honour=1` waits as `Retry-After` says; `honour=0` comes back after 50 ms. **Your prediction.** At 1.7 times the capacity
-# $1/1.7$ = 59 % of the clients can get an answer while the overload lasts. The queue that is left at its end, 2 s of work,
-# serves $2/(1.7 · 15)$ = 8 % more; and beyond these 67 % only those get one who come back later.
+# Who was refused comes back. A client here asks five times at most. Some wait as `Retry-After` says, a second or more.
+# Others come back after 50 ms. The load is 1.7 times the capacity. **Your guess:** which share of the clients gets an
+# answer in the end, if all of them wait as they are told?
 
 # %%
+guess_answered = 0.6  # of the clients
+
+# %% [markdown]
+# **Prediction.** The overload lasts for $T$ seconds; $1.7\,\mu T$ clients come.
+#
+# - The impatient have spent their five questions within a fraction of a second. So only those are served who find room
+#   while the overload lasts: $\mu T$ of them, and the half second of work that is left in the queue. That is $(T +
+#   0.5)/(1.7\,T)$.
+# - Those who wait are spread over four more seconds. If the server has work all that time: $(T + 4)/(1.7\,T)$, at most.
+
+# %%
+crowd_s = quick(2, 15)
 storms = {
     honour: load(
-        careful, "retry", honour=honour, **(options | {"timeout_s": 8.0, "rate_per_s": 0.85 * twice * mu})
+        careful,
+        "retry",
+        honour=honour,
+        rate_per_s=1.7 * mu,
+        duration_s=crowd_s,
+        limit_s=LIMIT_S,
+        timeout_s=8.0,
     )
     for honour in (1, 0)
 }
-for honour, df in storms.items():
-    clients = (df.attempt == 0).sum()
-    print(
-        f"honour={honour}: {len(df) / clients:.1f} requests a client,"
-        f" {(df.outcome == '503').mean():.0%} of them refused,"
-        f" {(df.outcome == '200').sum() / clients:.0%} of the clients got an answer"
-    )
+expected_answered = {1: min(1, (crowd_s + 4) / (1.7 * crowd_s)), 0: (crowd_s + 0.5) / (1.7 * crowd_s)}
+clients = {honour: int((df.attempt == 0).sum()) for honour, df in storms.items()}
+answered_share = {
+    honour: float((df.outcome == "200").sum()) / clients[honour] for honour, df in storms.items()
+}
+table(
+    {
+        "who is refused": {1: "waits as told", 0: "asks again after 50 ms"}[honour],
+        "requests a client": f"{len(df) / clients[honour]:.1f}",
+        "answered, predicted": f"{expected_answered[honour]:.0%}",
+        "answered": f"{answered_share[honour]:.0%}",
+        "guessed": f"{guess_answered:.0%}" if honour else None,
+    }
+    for honour, df in storms.items()
+)
 
 # %%
-with picture("Who is refused asks again", "time, s", "requests sent in half a second") as ax:
-    bins = np.arange(0, max(df.sent_s.max() for df in storms.values()) + 0.5, 0.5)
-    ax.axvline(seconds, color=GREY, linestyle=":")
-    first = np.histogram(storms[0][storms[0].attempt == 0].sent_s, bins)[0]
-    line(ax, bins[:-1], first, "new clients only")
-    for honour, color, name in ((1, BLUE, "wait for Retry-After"), (0, ORANGE, "again after 50 ms")):
-        dots(ax, bins[:-1], np.histogram(storms[honour].sent_s, bins)[0], name, color)
-    ax.set_ylim(0, None)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
+with picture("Who is refused asks again", "time, s", "requests per second", ylim=(0, None)) as ax:
+    edges = np.arange(0, max(df.sent_s.max() for df in storms.values()) + STEP_S, STEP_S)
+    steps(ax, storms[1].sent_s, edges, "waits as told", BLUE)
+    steps(ax, storms[0].sent_s, edges, "after 50 ms", ORANGE)
+    steps(ax, storms[0][storms[0].attempt == 0].sent_s, edges, "new clients only", GREY)
 
 # %% [markdown]
-# The impatient spend their five questions within a quarter of a second: a burst of noes at once, more requests in all, and
-# fewer of them get an answer: about the 67 %. Those who wait come back later: as long as the overload lasts, the blue dots
-# climb too, and when it ends (at the dotted line), the server still has somebody to answer. `Retry-After` is computed from
-# the work ahead and the measured speed, so it is true when it is given. *Where it fails:* it moves an overload, it doesn't
-# remove it; and if all are told the same second, they come back in the same second. Clients should add a random bit.
+# The impatient turn one question into a burst of noes, and get nothing for it. Those who wait come back when the
+# overload is over, and the server has time for some of them.
+#
+# `Retry-After` is computed from the work ahead and the measured speed, so it is true when it is given. But it only
+# *moves* an overload. And a crowd that was refused in one moment would come back in one moment: a good client adds a
+# random bit to what it is told.
+
+# %%
+stop()
 
 # %% [markdown]
 # ## The poison text
 #
-# One text makes the model raise. If it shares a batch with seven innocent ones, who pays? A text without `[MASK]` would
-# do it, but the server never lets it that far:
+# One text makes the model raise. It shares a batch with seven innocent ones. Who pays? A text without `[MASK]` would do
+# it, but the task checks every text before the queue:
 
 # %%
-refused = ask(careful, "no mask here")
-print(refused.status, refused.body)
-stop()
+from dataclasses import replace
+
+from workers import offload, tasks
+from workers.settings import Settings
+
+settings = replace(Settings(), TORCH_THREADS=1, BATCH_SIZE=8, FAST=False)
+task = tasks.make(settings)
+good = task.check(TEXT, {}).content
+try:
+    task.check("no mask here", {})
+    refused_with = ""
+except tasks.CannotAnswer as error:
+    refused_with = str(error)
+tell(f"The client gets a 422 at once: “{refused_with}”.")
 
 # %% [markdown]
-# So hand it to the real loop behind the real model, past that check. **Your prediction:** the batch of 8 fails, then its 8
-# texts run alone, once: 9 calls in place of 1; 7 answers, 1 error.
+# So we carry it past that check, into the real loop behind the embedded model in its stock pipeline. If a batch raises,
+# the loop runs each of its texts alone, once. **Your guesses:** how many calls of the model are that in all? And how
+# many times as long as without the bad text does the batch take?
 
 # %%
-copy = offload.Thread(
-    functools.partial(tasks.load_alone, Settings(TORCH_THREADS=1, BATCH_SIZE=8, FAST=False))
-)
-sizes = []
+guess_calls = 2  # calls of the model
+guess_times = 2.0  # times as long
+
+# %% [markdown]
+# **Prediction.** One call with 8, then 8 calls with one: 9 calls. By lesson 4's law a call with $n$ texts takes $a + b
+# n$. So the time grows from $a + 8b$ to $(a + 8b) + 8\,(a + b)$.
+
+# %%
+import functools
+
+from workers.jobs import ModelFailed
+
+copy = offload.Thread(functools.partial(tasks.load_alone, settings))
+await copy.start()
+calls = []
 
 
-async def counted(queries):
-    sizes.append(len(queries))
-    return await copy.run(queries)
+async def timed(contents):
+    """The model; notes how many texts each call had, and how long it took."""
+    began = time.perf_counter()
+    try:
+        return await copy.run(contents)
+    finally:
+        calls.append((len(contents), (time.perf_counter() - began) * 1000))
 
 
-async def poisoned_batch():
-    await copy.start()
+async def batch_of(contents):
+    """What becomes of these in one batch, and the calls that it took."""
+    import asyncio
+
+    calls.clear()
     loop = ModelLoop(batch_size=8, window_s=0.2)
-    consumer = asyncio.create_task(loop.consume(counted))
-    await asyncio.sleep(0)
-    texts = [TEXT] * 3 + ["no mask here"] + [TEXT] * 4
-    results = await asyncio.gather(
-        *(loop.submit(Content(text, {}, [])) for text in texts), return_exceptions=True
-    )
+    consumer = asyncio.create_task(loop.consume(timed))
+    fates = await asyncio.gather(*(loop.submit(one) for one in contents), return_exceptions=True)
     consumer.cancel()
-    copy.stop()
-    return results
+    return fates, list(calls)
 
 
-fates = await poisoned_batch()
-print("sizes of the calls:", sizes)
-print("fates:", [type(fate).__name__ for fate in fates])
+bad = good._replace(inputs="no mask here")
+rounds = [
+    (await batch_of([good] * 8), await batch_of([good] * 3 + [bad] + [good] * 4)) for _ in range(quick(2, 6))
+]
+fates, poisoned_calls = rounds[-1][1]
+clean_ms = float(np.median([sum(ms for _, ms in clean[1]) for clean, _ in rounds]))
+poisoned_ms = float(np.median([sum(ms for _, ms in poisoned[1]) for _, poisoned in rounds]))
+failed_ms = float(np.median([poisoned[1][0][1] for _, poisoned in rounds]))
+alone_ms = float(
+    np.median([ms for _, poisoned in rounds for i, (_, ms) in enumerate(poisoned[1]) if i not in (0, 4)])
+)
+copy.stop()
+
+# %%
+expected_times = (clean_ms + 8 * alone_ms) / clean_ms
+table(
+    [
+        {
+            "": "calls of the model",
+            "guessed": str(guess_calls),
+            "predicted": "9",
+            "measured": str(len(poisoned_calls)),
+        },
+        {
+            "": "times as long",
+            "guessed": str(guess_times),
+            "predicted": f"{expected_times:.1f}",
+            "measured": f"{poisoned_ms / clean_ms:.1f}",
+        },
+        {
+            "": "the call with all 8, that failed, ms",
+            "predicted": f"{clean_ms:.0f}",
+            "measured": f"{failed_ms:.0f}",
+        },
+        {"": "a call with one, ms", "measured": f"{alone_ms:.0f}"},
+    ]
+)
+fate = ["an error" if isinstance(fate, Exception) else "an answer" for fate in fates]
+tell(f"The eight get: {', '.join(fate)}.")
 
 # %% [markdown]
-# Nobody but the culprit pays with an answer. But all pay with time: the batch ran twice. *Where it fails:* an attacker who
-# sends one such text into every batch takes the batching away from everybody. So the check before the queue matters more
-# than the cure behind it.
+# Nobody but the culprit pays with an answer. But all pay with time. *Where the formula fails:* the call that failed did
+# not take as long as a good one. The stock pipeline finds that the mask is missing while it tokenises, before it
+# computes: look at the third row. A model that fails in its last layer would cost all of it.
+#
+# An attacker who sends such a text into every batch takes the batching away from everybody. So the check before the
+# queue matters more than the cure behind it.
 
 # %%
 claim(
     "One bad input fails the whole batch",
-    f"a batch of 8 with one text that raises: {sum(not isinstance(f, Exception) for f in fates)} answers, 1 error,"
-    f" {len(sizes)} calls of the model",
-    "fails here: the others run again, alone, once",
+    who="the server's loop around the embedded model, 8 texts, one of which raises",
+    number=f"{fate.count('an answer')} answers, {fate.count('an error')} error, {len(poisoned_calls)} calls of the model,"
+    f" {poisoned_ms / clean_ms:.1f} times the time",
+    verdict="fails here: the others run again, alone, once; they pay with time",
 )
 
 # %% [markdown]
 # ## Exercises
+#
+# Fill in and run. The checker tells you what it thinks; it never stops the notebook. Solutions are in
+# `notebooks/solutions/`.
 #
 # **★** 40 texts a second, clients that leave after 1.5 s. What is the largest useful bound for the queue?
 
@@ -355,14 +801,33 @@ checks.exercise_5_3(good_answers)
 # ## What must hold
 
 # %%
-for rho in (2, 10):
-    assert goodput["predicted wait", rho] > 0.8 * 50, "who foresees the wait keeps its goodput"
-    assert goodput["predicted wait", rho] > 2 * goodput["unbounded", rho]
-    assert goodput["bounded", rho] < 0.6 * goodput["predicted wait", rho], "a bound is a time"
-assert no_503 < 0.1 * no_504, "a 503 comes at once, a 504 after the wait"
-# The quick form overloads it for five seconds: on a slow machine that is too short.
-assert QUICK or real_goodput["careful"] > 1.2 * real_goodput["patient"], "so it is on the real server"
-assert (real["careful"].outcome == "503").any()
-assert len(storms[0]) / (storms[0].attempt == 0).sum() > len(storms[1]) / (storms[1].attempt == 0).sum()
-assert refused.status == 422
-assert sum(isinstance(fate, ModelFailed) for fate in fates) == 1 and sizes == [8] + [1] * 8
+assert in_time_of[256] == in_time_of[10**6] < 0.5 * in_time_of[99], "a bound is a time"
+for name in expected_yes_s:
+    assert goodput(by_rule[name]) > 0.9 * MU, "a rule of time keeps the goodput"
+    assert abs(yes_s[name] - expected_yes_s[name]) < 0.1 * expected_yes_s[name], (
+        "who is let in waits as the rule allows"
+    )
+assert goodput(by_rule["bound of 256"]) < 0.5 * MU and no_504_s > 1.8
+assert share["queue target"] == 1 and share["bound of 25"] < 0.5, "a burst is no overload"
+assert refused_with, "a bad text is stopped before the queue"
+assert sum(isinstance(fate, ModelFailed) for fate in fates) == 1
+assert [n for n, _ in poisoned_calls] == [8] + [1] * 8
+holds(real_goodput["careful"] > 1.5 * real_goodput["patient"], "so it is on the real server")
+holds(no_ms < 0.2 * yes_ms, "a 503 comes at once")
+holds(share_of("careful", 503) > 0.2 > share_of("blocked", 503), "a blocked loop says no to nobody")
+holds(
+    np.median(met["blocked"]["health_s"]) > 10 * np.median(met["careful"]["health_s"]),
+    "and its /health waits",
+)
+holds(no_us < 5000, "a no is cheap")
+holds(answered_share[1] > answered_share[0], "who waits as told gets an answer more often")
+
+# %% [markdown]
+# ## Take away
+#
+# - A queue's bound is a time. If *bound ÷ speed* is above the clients' patience, it is as bad as no bound.
+# - Say no early (503, at the door) when you can foresee it, and late (504) only when you could not. A burst may wait, a
+#   queue that stays may not.
+# - Only a free event loop can say no. Calls of milliseconds block it as well as calls of seconds.
+#
+# Next: [Lesson 6](6_gunicorn.ipynb). Which of Gunicorn's workers, and how many?
