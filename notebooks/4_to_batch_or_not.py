@@ -232,7 +232,7 @@ def measure_layer():
     times_ms = {}
     for n in row_counts:
         rows = torch.rand(n, side)
-        times_ms[n] = shortest_s(lambda: rows @ weights.T) * 1000  # noqa: B023
+        times_ms[n] = shortest_s(lambda rows=rows: rows @ weights.T) * 1000
     return (
         weights.nbytes / shortest_s(weights.sum),
         2 * 1024**3 / shortest_s(lambda: square @ square),
@@ -242,13 +242,13 @@ def measure_layer():
 
 side, row_counts = 8192, quick([1, 12, 32, 384], [1, 2, 4, 8, 12, 16, 32, 64, 128, 384])
 bytes_s, operations_s, layer_ms = measure_layer()
-roofline_ms = [max(4 * side**2 / bytes_s, 2 * n * side**2 / operations_s) * 1000 for n in row_counts]
+roof_ms = {n: max(4 * side**2 / bytes_s, 2 * n * side**2 / operations_s) * 1000 for n in row_counts}
 
 # %%
 with picture(
     "32 rows cost less than 32 times one row", "rows (tokens) in the call", "time of the call, ms"
 ) as ax:
-    line(ax, row_counts, roofline_ms)
+    line(ax, row_counts, list(roof_ms.values()))
     dots(ax, row_counts, list(layer_ms.values()))
     guessed(ax, 32, guess_times * layer_ms[1])
     ax.set(xscale="log", yscale="log")
@@ -260,8 +260,9 @@ by_token, by_text = 32 * layer_ms[1] / layer_ms[32], 32 * layer_ms[12] / layer_m
 tell(
     f"This core reads {bytes_s / 1e9:.0f} GB/s and computes {operations_s / 1e9:.0f} billion operations/s. So up to"
     f" {operations_s / bytes_s * 2:.0f} rows should take no longer than one. Measured: 32 rows take"
-    f" {layer_ms[32] / layer_ms[1]:.1f} times as long, so a batch of 32 gives {by_token:.1f} times the tokens/s. For texts of"
-    f" 12 tokens it gives {by_text:.1f} times."
+    f" {layer_ms[32] / layer_ms[1]:.1f} times as long. So a batch of 32 gives {by_token:.1f} times the tokens/s where each brings"
+    f" one (predicted {32 * roof_ms[1] / roof_ms[32]:.1f}), and {by_text:.1f} times where each brings 12 (predicted"
+    f" {32 * roof_ms[12] / roof_ms[384]:.1f})."
 )
 table(
     [
@@ -284,9 +285,8 @@ claim(
 )
 
 # %% [markdown]
-# *Where the prediction fails:* look at the table. With some rows the matrix product reaches neither of the two speeds: it is
-# made for many rows. So a batch gains less than the formula promises where each brings one token, and more where each brings
-# twelve.
+# *Where the prediction fails:* look at the table. It takes the layer to reach one of the two speeds in full. The matrix
+# product is made for many rows. With a dozen it reaches neither.
 #
 # ## To wait or not to wait
 #
