@@ -207,10 +207,10 @@ smooth = np.linspace(0.02, 0.995, 400)
 alike, random = (np.array([wait(rho) for rho in smooth]) for wait in (md1_wait, mm1_wait))
 title = "Flat, flat, flat, wall"
 with picture(
-    title, "utilisation ρ", "mean wait, calls", xlim=(0, max(1.02, *rhos)), ylim=(-0.03 * top, top)
+    title, "utilisation ρ", "mean wait, calls", xlim=(0, 1.03 * max(1, *rhos)), ylim=(-0.03 * top, top)
 ) as ax:
     ax.fill_between(grid, least, most, color=GREY, alpha=0.25, linewidth=0)
-    ax.text(1, most[-1] / 3, f"runs of {RUN_S} s,\nsimulated", ha="right", color=GREY, fontsize=11)
+    ax.text(0.72, 0.4 * top, f"grey: runs of {RUN_S} s,\nsimulated", ha="right", color=GREY, fontsize=12)
     line(ax, smooth[random < top], random[random < top], "calls random", GREY, linestyle="--")
     line(ax, smooth[alike < top], alike[alike < top], "calls alike")
     dots(ax, rhos, waits)
@@ -314,7 +314,7 @@ means = [wait + 1 for wait in waits]
 top = 1.15 * max(*p99s, guess_p99, 40)
 p99_random = 4.6 / (1 - smooth)
 title = "One in a hundred meets the wall first"
-with picture(title, "utilisation ρ", "time to the answer, calls", xlim=(0, max(1.02, *rhos))) as ax:
+with picture(title, "utilisation ρ", "time to the answer, calls", xlim=(0, 1.03 * max(1, *rhos))) as ax:
     line(
         ax, smooth[p99_random < top], p99_random[p99_random < top], "p99, calls random", GREY, linestyle="--"
     )
@@ -472,10 +472,9 @@ opened = load(server, "open", rate_per_s=1.5 * mu, duration_s=seconds, limit_s=6
 with picture("A closed loop hides overload", "time of arrival, s", "time to the answer, s") as ax:
     line(ax, [0, seconds], [users / mu] * 2, "N · S", linestyle="--")
     line(ax, [0, seconds], [0, seconds / 2], "t / 2")
-    dots(ax, closed.due_s, closed.latency_ms / 1000, None, BLUE, markersize=3)
+    dots(ax, closed.due_s, closed.latency_ms / 1000, "closed, 10 users", BLUE, markersize=3)
     dots(ax, opened.due_s, opened.latency_ms / 1000, "open, 1.5 × capacity", ORANGE, markersize=3)
     guessed(ax, seconds, guess_last_s)
-    ax.annotate("closed, 10 users", (0.2, users / mu), (0, 9), textcoords="offset points", color=BLUE)
 
 # %%
 mu_then = 1000 / (opened.model_ms.mean() + between_s * 1000)
