@@ -334,8 +334,8 @@ with picture(title, "utilisation ρ", "time to the answer, calls", xlim=(0, 1.03
 #
 # $$\rho = \frac{2w}{1+2w} \text{ when calls are alike}, \qquad \rho = \frac{w}{1+w} \text{ when they are random.}$$
 #
-# And there is a second reason to stay away from the wall. A hiccup of one second leaves a backlog of $\lambda$ texts. It
-# melts only with what the server has to spare, $\mu - \lambda$ texts a second with $\mu = 1/S$. So a hiccup of one second
+# And there is a second reason to stay away from the wall. A hiccup of one second leaves a [backlog](glossary.md) of
+# $\lambda$ texts. It melts only with what the server has to spare, $\mu - \lambda$ texts a second with $\mu = 1/S$. So a hiccup of one second
 # hurts for $\frac{\lambda}{\mu-\lambda} = \frac{\rho}{1-\rho}$ seconds more.
 
 # %%
@@ -370,8 +370,8 @@ claim(
 # %% [markdown]
 # ## Little's law
 #
-# One law needs no assumption at all: $L = \lambda W$. The mean number of those who wait is the rate at which they come times
-# their mean wait. (Little, *A Proof for the Queuing Formula L = λW*, Operations Research, 1961.)
+# One law needs no assumption at all, [Little's law](glossary.md): $L = \lambda W$. The mean number of those who wait is the
+# rate at which they come times their mean wait. (Little, *A Proof for the Queuing Formula L = λW*, Operations Research, 1961.)
 #
 # We ask for 80 % of the capacity. Ten times a second somebody looks at the queue (`/health` tells its length) and notes how
 # many wait.
