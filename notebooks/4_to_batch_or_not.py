@@ -633,11 +633,11 @@ claim(
 guess_mixed = 2
 
 # %% [markdown]
-# **Prediction.** A batch with one long text costs as much as a batch of long texts, and nearly every batch has one. One by
-# one, only the long ones are long. With $m$ the share of long texts, $s_1$ and $l_1$ the time of a short and a long text alone,
-# and $l_n$ the time of a long text in a batch, the gain is
+# **Prediction.** A batch with one long text costs as much as a batch of long texts. One by one, only the long ones are long.
+# Let $m$ be the share of long texts and $p$ the share of batches that hold none. $s_1$ and $l_1$ are the times of a short and of a
+# long text alone, $s_n$ and $l_n$ those of one text in a batch of its kind. Then the gain is
 #
-# $$\frac{(1-m)\,s_1 + m\,l_1}{l_n}$$
+# $$\frac{(1-m)\,s_1 + m\,l_1}{p\,s_n + (1-p)\,l_n}$$
 #
 # The fast path sorts texts by length, and starts another forward pass rather than pad too much. So its denominator is
 # $(1-m)\,s_n + m\,l_n$. All of these can be measured with texts that are *not* mixed.
@@ -652,15 +652,17 @@ def ms_a_text(name):
 
 costs_ms = {name: ms_a_text(name) for name in lengths}
 alone = lengths["stock"].query("kind == 'mixed' and texts == 1")
-m = (alone.size_tokens > 60).mean()
+together = lengths["stock"].query("kind == 'mixed' and texts == @MOST")
+m, p = (alone.size_tokens > 60).mean(), (together.size_tokens < 20 * MOST).mean()
 
 
 def foretold(name):
     """The gain of full batches of mixed texts, from texts that are not mixed."""
     ms = costs_ms[name]
     short, long = ms["short"], ms["long"]
-    together = long[MOST] if name == "stock" else (1 - m) * short[MOST] + m * long[MOST]
-    return ((1 - m) * short[1] + m * long[1]) / together
+    of_short = p if name == "stock" else 1 - m
+    in_batch = of_short * short[MOST] + (1 - of_short) * long[MOST]
+    return ((1 - m) * short[1] + m * long[1]) / in_batch
 
 
 gains = {
@@ -703,7 +705,7 @@ padded = max(tokens.values()) / (m * tokens["long"] + (1 - m) * tokens["short"])
 naive = laws["stock"].most_gained / padded
 scores_mb = MOST * tokens["long"] * 30_522 * 4 / 1e6
 tell(
-    f"Stock, mixed: {foretold('stock'):.2f} predicted, {gains['stock', 'mixed']:.2f} measured. Counting padded tokens alone"
+    f"{p:.0%} of the batches held no long text. Stock, mixed: {foretold('stock'):.2f} predicted, {gains['stock', 'mixed']:.2f} measured. Counting padded tokens alone"
     f" gives {laws['stock'].most_gained:.1f} / {padded:.1f} = {naive:.2f}. That takes a token to cost the same everywhere. The table says"
     f" otherwise. A batch of {MOST} long texts also writes {scores_mb:.0f} MB of scores, for every word and every token."
 )
@@ -712,8 +714,8 @@ tell(
 # The red line is “no gain”. Where the stock pipeline's dot lies left of it, batching mixed texts makes it slower than one by
 # one. The fast path loses nothing, because it pads little.
 #
-# *Where the prediction fails:* some batches hold no long text, and those are cheap. And a padded batch is not quite a batch
-# of long texts: the pipeline must still mask what is padding.
+# *Where the prediction fails:* a batch of long texts takes seconds, so there are few of them in this measurement, and one slow
+# moment of the machine moves the dot.
 #
 # **The rule.**
 #
@@ -767,8 +769,7 @@ checks.exercise_4_3(mean_wait_s)
 # ## What must hold
 
 # %%
-for at in ("low", "middle"):
-    assert planned[at][0][0] < planned[at][3][0] < planned[at][-1][0], "a window costs time"
+assert planned["low"][0][0] < planned["low"][-1][0], "a window costs time where nobody comes"
 assert worst[0] > best[0], "a window costs a giant more than it ever saves"
 holds(gain > 1, "batches help this model")
 holds(added["low"] > 3, "a window costs time")
