@@ -82,8 +82,8 @@ with picture(
         dots(ax, mean.index, mean, None, colors[name])
 
 # %% [markdown]
-# Lines are the law, dots are measured. *Where the law fails:* where a batch outgrows the processor's caches it bends
-# upwards. On a GPU it stays almost flat until the GPU is full.
+# Lines are the law, dots are measured. *Where the law fails:* a batch that outgrows the processor's caches can lie
+# above its line. A GPU's line is said to stay almost flat until the GPU is full (not measured here).
 #
 # ## "Dynamic batching gives 10×"
 #
@@ -116,16 +116,24 @@ per_s = {n: found[n][0] for n in found}
 foreseen = {n: planner.predict_capacity(law, n) for n in found}
 gain = per_s[32] / per_s[1]
 
+
 # %%
+def named(ax, foreseen, seen, y):
+    """Name the prediction above its mark and the measurement below its own."""
+    ax.annotate("predicted", (foreseen, y), (0, 17), textcoords="offset points", ha="center")
+    ax.annotate("measured", (seen, y), (0, -20), textcoords="offset points", ha="center", color=BLUE)
+
+
 with picture(
     f"A batch of 32 gives {gain:.1f} times the texts/s", "texts a second", "", xlim=(0, 10.5 * per_s[1])
 ) as ax:
     ax.axvline(10 * per_s[1], color=RED, linestyle=":")
     ax.text(10 * per_s[1], 0.5, "ten times ", color=RED, ha="right", va="center")
-    bars(ax, [foreseen[1], foreseen[32]], [0, 1])
-    dots(ax, [per_s[1], per_s[32]], [0, 1])
-    guessed(ax, guess_gain * per_s[1], 1.35)
-    ax.set_ylim(-0.6, 1.8)
+    bars(ax, [foreseen[1], foreseen[32]], [0, 1], None)
+    dots(ax, [per_s[1], per_s[32]], [0, 1], None)
+    named(ax, foreseen[32], per_s[32], 1)
+    guessed(ax, guess_gain * per_s[1], 1.7)
+    ax.set_ylim(-0.6, 2)
     ax.set_yticks([0, 1], ["one by one", "up to 32"])
 tell(
     f"Predicted: {foreseen[1]:.0f} and {foreseen[32]:.0f} texts/s, a gain of {foreseen[32] / foreseen[1]:.1f}. Measured:"
@@ -253,6 +261,10 @@ with picture(
     guessed(ax, 32, guess_times * layer_ms[1])
     ax.set(xscale="log", yscale="log")
     ax.set_xticks([1, 12, 32, 384], [1, 12, 32, 384])
+    heights = [
+        ms for ms in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if layer_ms[1] / 2 < ms < layer_ms[384]
+    ]
+    ax.set_yticks(heights, heights)
     ax.minorticks_off()
 
 # %%
@@ -380,10 +392,10 @@ tell(
 )
 
 # %% [markdown]
-# At low load a window is pure loss: all of it is added. In the middle it still costs most of its length. At high load the
-# queue fills most batches without it, and there is little left that a window could gain. It can cost there, too: the queue is
-# often a little shorter than a full batch when the model becomes free. Then the window lets the model idle, and a busy
-# server has no time to give away.
+# At low load a window is pure loss: about all of it is added. The busier the server, the less of it is added, because others
+# come anyway. At high load the queue fills most batches without it, and there is little left that a window could gain. It can
+# cost there, too: the queue is often a little shorter than a full batch when the model becomes free. Then the window lets the
+# model idle, and a busy server has no time to give away.
 
 # %%
 claim(
@@ -599,14 +611,15 @@ greedy_ms = measured["no window", "low"].latency_ms.mean()
 with picture(
     "Who collects exactly 8 lets people wait", "mean time to the answer, ms", "", xlim=(0, None)
 ) as ax:
-    bars(ax, [predicted_ms], [0])
-    dots(ax, [full.latency_ms.mean(), greedy_ms], [0, 1])
-    guessed(ax, guess_static_ms, 0.3)
-    ax.set_ylim(-0.5, 1.5)
+    bars(ax, [predicted_ms], [0], None)
+    dots(ax, [full.latency_ms.mean(), greedy_ms], [0, 1], None)
+    named(ax, predicted_ms, full.latency_ms.mean(), 0)
+    guessed(ax, guess_static_ms, 0.4)
+    ax.set_ylim(-0.6, 1.5)
     ax.set_yticks([0, 1], ["exactly 8", "up to 32,\nno window"])
 tell(
     f"Predicted {predicted_ms:.0f} ms, measured {full.latency_ms.mean():.0f} ms; without waiting {greedy_ms:.0f} ms. And"
-    f" {len(asked) - len(full)} of {len(asked)} texts got no answer: their batch never became full before they left."
+    f" {len(asked) - len(full)} of {len(asked)} texts got no answer, because their batch did not become full before they left."
 )
 
 # %%
@@ -679,10 +692,11 @@ expected = [
 title = "Padding takes back what a batch gave"
 with picture(title, f"texts/s in batches of {MOST}, times those one by one", "", xlim=(0, None)) as ax:
     ax.axvline(1, color=RED, linestyle=":")
-    bars(ax, expected, range(4))
-    dots(ax, list(gains.values()), range(4))
-    guessed(ax, guess_mixed, 2.35)
-    ax.set_ylim(-0.6, 3.6)
+    bars(ax, expected, range(4), None)
+    dots(ax, list(gains.values()), range(4), None)
+    named(ax, expected[3], gains["stock", "short"], 3)
+    guessed(ax, guess_mixed, 2)
+    ax.set_ylim(-0.6, 4)
     ax.set_yticks(range(4), [f"{name}, {kind}" for name, kind in gains])
 
 # %%
