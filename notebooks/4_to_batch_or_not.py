@@ -165,8 +165,8 @@ table(
 )
 tell(
     f"The calls of the second server held {found[32][2]:.0f} texts on average. Outside of the model a text cost"
-    f" {rows['all of the server'][0] - found[1][1]:.2f} ms one by one, and"
-    f" {rows['all of the server'][1] - found[32][1]:.2f} ms in batches."
+    f" {max(0, rows['all of the server'][0] - found[1][1]):.2f} ms one by one, and"
+    f" {max(0, rows['all of the server'][1] - found[32][1]):.2f} ms in batches."
 )
 
 # %% [markdown]
