@@ -433,7 +433,7 @@ with picture("Who knows how many wait?", "waiting on average", "", xlim=(0, None
     dots(ax, [looked], [len(steps)], None)
     guessed(ax, [guess_waiting], [len(steps) + 1], None)
     ax.set_yticks(range(len(steps) + 2), [*steps, "seen", "your guess"])
-tell("Waiting on average: " + "; ".join(f"{name}: {value:.1f}" for name, value in steps.items()) + ".")
+tell("Waiting on average: " + "; ".join(f"{name}: {in_calls(value)}" for name, value in steps.items()) + ".")
 
 # %% [markdown]
 # The first bar is what you could have said before. The second knows how fast the machine really was. The third knows when
@@ -543,7 +543,8 @@ many = with_hiccup("open", rate_per_s=0.5 * mu)
 # %%
 slow_ms = 10 / mu * 1000
 stopped_s = float(many.loc[many.latency_ms.idxmax(), "due_s"])
-rho = len(many) / HICCUP_RUN_S * (many.model_ms.mean() / 1000 + between_s)
+# The median: one call was in the model while the process stood still.
+rho = len(many) / HICCUP_RUN_S * (many.model_ms.median() / 1000 + between_s)
 hurt_s = 1 + rho / (1 - rho) if rho < 1 else float("inf")
 came = many[(many.due_s >= stopped_s) & (many.due_s < stopped_s + hurt_s * (1 - slow_ms / 1000))]
 table(
@@ -569,7 +570,7 @@ with picture("One user sees one slow answer", "time of arrival, s", "time to the
     dots(ax, many.due_s, many.latency_ms, "strangers, open", ORANGE, markersize=3)
     dots(ax, one.due_s, one.latency_ms, "one user, closed", BLUE, markersize=3)
     ends_s = stopped_s + min(hurt_s, many.due_s.max() - stopped_s)
-    line(ax, [stopped_s, ends_s], [1000, 0], None)
+    line(ax, [stopped_s, ends_s], [1000, 1000 * (1 - (ends_s - stopped_s) / hurt_s)], None)
     guessed(ax, stopped_s + 1 + guess_after_s, 0, None)
 
 # %% [markdown]
