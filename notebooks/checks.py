@@ -292,7 +292,7 @@ def exercise_4_3(mean_wait_s: Any) -> None:
     if mean_wait_s(20, 0.05) is None:
         raise NotYet("your turn: it returned None")
     for rate_per_s in (5, 40, 200):
-        twin = simulate(
+        found = simulate(
             CostLaw(0, 0),
             overhead_s=0,
             batch_size=10_000,
@@ -300,10 +300,10 @@ def exercise_4_3(mean_wait_s: Any) -> None:
             rate_per_s=rate_per_s,
             duration_s=100,
         )
-        expected = twin.latency_ms.mean() / 1000
+        expected = found.latency_ms.mean() / 1000
         if not near(mean_wait_s(rate_per_s, 0.05), expected, 0.1):
             raise NotYet(
-                f"{rate_per_s} texts/s, a window of 50 ms: the twin says {expected * 1000:.1f} ms, "
+                f"{rate_per_s} texts/s, a window of 50 ms: the simulation says {expected * 1000:.1f} ms, "
                 f"you {mean_wait_s(rate_per_s, 0.05) * 1000:.1f}. How many come during a window, and how long does each wait?"
             )
 
