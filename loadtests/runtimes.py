@@ -8,12 +8,14 @@ likeliest words with score and sentence. They are asked in turn, so that a slowe
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -38,6 +40,14 @@ def texts(count: int, lengths: str = "short") -> list[str]:
         filler = (FILLER.split() * 12)[:190]
         chosen = [" ".join([text, *filler]) if i % 10 == 5 else text for i, text in enumerate(chosen)]
     return chosen
+
+
+def lengths(asked: Texts) -> list[int]:
+    """How many tokens each text has."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    return [len(row.ids) for row in tokenizer.encode_batch(list(asked))]
 
 
 # --- the runtimes; each runs in a process of its own, which has one core ----------------------------------------------
@@ -169,7 +179,7 @@ RUNTIMES: dict[str, tuple[Callable[[Path], Predict], Sequence[str]]] = {
     "torch.compile": (lambda folder: pytorch("float32", compiled=True), TORCH),
     "ONNX Runtime": (lambda folder: onnx("float32.onnx", folder), ONNX),
     "ONNX Runtime, int8": (lambda folder: onnx("int8.onnx", folder), ONNX),
-    "ONNX Runtime, head at the mask": (lambda folder: onnx("mask.onnx", folder, True), ONNX),
+    "ONNX Runtime, mask": (lambda folder: onnx("mask.onnx", folder, True), ONNX),
     "OpenVINO": (lambda folder: openvino("f32", folder), OPEN),
     "OpenVINO, bfloat16": (lambda folder: openvino("bf16", folder), OPEN),
     "fast path": (lambda folder: server(True), TORCH),
@@ -256,8 +266,8 @@ def limits(seconds: float) -> dict[str, float]:
     return found | {"counted": counter.get_total_flops()}
 
 
-def installed_mb(names: Sequence[str]) -> float:
-    """MB of all that pip installs for these packages, as their own lists of files say."""
+def installed_mb(names: Sequence[str], alone: bool = False) -> float:
+    """MB of all that pip installs for these packages, or of these alone, as their own lists of files say."""
     from packaging.requirements import Requirement
 
     todo, seen = list(names), {}
@@ -371,7 +381,7 @@ class Running:
             raise Failed(str(found))
         return found
 
-    def ask(self, what: str, batches: Sequence[Texts] = (), patience_s: float = 60.0) -> Any:
+    def ask(self, what: str, batches: Sequence[Texts] = (), patience_s: float = 120.0) -> Any:
         """Have it do something: seconds of "time", "answers" to, MB of "peak" memory or of what is "installed"."""
         self.pipe.send((what, batches))
         return self.receive(patience_s)
@@ -392,9 +402,14 @@ def errand(name: str, *arguments: Any, core: int | None = None, patience_s: floa
 
 @contextlib.contextmanager
 def exported(head_at_mask: bool = True) -> Iterator[tuple[Path, dict[str, float]]]:
-    """A folder with the graphs, and the seconds that each took."""
+    """A folder with the graphs, and the seconds that each took; without any where a package is missing."""
     with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder), errand("export", Path(folder), head_at_mask)
+        try:
+            took_s = errand("export", Path(folder), head_at_mask)
+        except Failed as error:
+            took_s = {}
+            print(f"no graphs: {error}")
+        yield Path(folder), took_s
 
 
 def compiler() -> bool:
@@ -423,11 +438,11 @@ def start(
 def rates(
     running: dict[str, Running], cells: Sequence[tuple[str, int, int]], count: int = 32
 ) -> dict[tuple[str, str, int], float]:
-    """Texts a second by runtime, lengths and batch size; a cell says how many turns there are.
+    """Texts a second by runtime, lengths and batch size, NaN for others; a cell says how many turns there are.
 
     Of all turns the best: what else the machine does can only slow a call down.
     """
-    found: dict[tuple[str, str, int], float] = {}
+    found: dict[tuple[str, str, int], float] = defaultdict(lambda: math.nan)
     for lengths, size, turns in cells:
         asked = texts(count, lengths)
         batches = [asked[i : i + size] for i in range(0, count, size)]
