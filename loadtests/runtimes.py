@@ -277,7 +277,7 @@ def installed_mb(names: Sequence[str], alone: bool = False) -> float:
             if name not in seen:
                 found = importlib.metadata.distribution(name)
                 seen[name] = sum(file.size or 0 for file in found.files or [])
-                needs = map(Requirement, found.requires or [])
+                needs = [] if alone else map(Requirement, found.requires or [])
                 todo += [
                     each.name for each in needs if not each.marker or each.marker.evaluate({"extra": ""})
                 ]
