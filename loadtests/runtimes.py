@@ -211,7 +211,7 @@ def export(folder: Path, head_at_mask: bool) -> dict[str, float]:
 
     write(net, "float32.onnx", (ids, mask.clone()), (grid, grid))
     began = time.perf_counter()
-    only = {"op_types_to_quantize": ["MatMul"], "weight_type": QuantType.QInt8}
+    only = {"op_types_to_quantize": ["MatMul"], "weight_type": QuantType.QInt8, "per_channel": True}
     quantize_dynamic(folder / "float32.onnx", folder / "int8.onnx", **only)
     took_s["int8.onnx"] = time.perf_counter() - began
     if head_at_mask:

@@ -385,12 +385,14 @@ with picture("What rounding does to the scores", "largest difference of a score"
     rows(ax, others, {"predicted": expected_gap, "measured": measured, "your guess": guesses})
 
 # %%
-worst = max([found["score"] for name, found in alike.items() if "bfloat16" in name], default=math.nan)
-if worst > 1 / 64:
-    why = "More than predicted: the formula rounds once, at the end. The model rounds after every step."
+if worst := max([found["score"] for name, found in alike.items() if "bfloat16" in name], default=0):
+    more = "More: the formula rounds once, at the end. The model rounds after every step."
+    tell(
+        f"bfloat16: {1 / 64:.3f} predicted, {worst:.3f} measured at worst."
+        f" {more if worst > 1 / 64 else 'Within the prediction.'}"
+    )
 else:
-    why = "Within the prediction." if worst > 0 else "The quick form has no bfloat16."
-tell(f"bfloat16: {1 / 64:.3f} predicted, {worst:.3f} measured at worst. {why}")
+    tell("The quick form has no bfloat16.")
 
 # %% [markdown]
 # In float32 every runtime agrees to the fourth digit or better: they only add in another order. bfloat16 and int8 change some
@@ -462,10 +464,19 @@ with picture(
         },
     )
 
+# %%
+copies = {name: (peaks[name] - held[name]) / scores_mb(name) for name in order if scores_mb(name)}
+tell(
+    "How many times the scores came on top: "
+    + ", ".join(f"{name} {times_over:.1f}" for name, times_over in copies.items())
+    + "."
+)
+
 # %% [markdown]
 # Memory here is all of the process's pages (RSS), as if it were alone on the machine. *Where the formula fails:* it counts the
-# scores once. A runtime that copies them, or keeps its other results beside them, takes more; one that gives
-# memory back between two steps can take less.
+# scores once. The sentence above says how often they were really there. The head's last step adds a number to each score: a
+# runtime that doesn't do it in place holds all scores twice, and one that asks the system for memory in ever larger blocks
+# holds more than it uses.
 #
 # ## When does compiling pay?
 #
