@@ -88,8 +88,8 @@ table(
 read_s = weights_mb * 1e6 / limits["bytes"]
 tell(
     f"The short texts have {mean:.1f} tokens on average. The core reads {limits['bytes'] / 1e9:.0f} GB a second, and a call"
-    f" reads {weights_mb:.0f} MB of weights in float32. So one text a call is at most {1 / read_s:.0f} texts/s, whatever it"
-    " computes."
+    f" reads {weights_mb:.0f} MB of weights in float32. So with one text a call it can do about {1 / read_s:.0f} texts/s at most,"
+    " whatever it computes."
 )
 
 # %% [markdown]
@@ -105,7 +105,8 @@ tell(
 # * **stock pipeline**: what Transformers gives you. **PyTorch**: the same model without the pipeline around it.
 # * **torch.compile**: PyTorch writes C++ for your model and compiles it. It needs a C++ compiler.
 # * **ONNX Runtime**, **OpenVINO**: the model as a graph in a file, run by a program without PyTorch. *int8* rounds
-#   the weights to whole numbers of 8 bits.
+#   the weights to whole numbers of 8 bits. OpenVINO is too large to come with the lessons; it has a row after
+#   `pip install --no-deps --target .peers/openvino openvino==2026.4.1 openvino-telemetry` in the project's folder.
 # * **fast path**: what this server runs. It is PyTorch too.
 #
 # **Your guess:** one short text a call. How many times as many texts a second as PyTorch does ONNX Runtime answer?
@@ -182,9 +183,9 @@ tell(
     f" {', '.join(f'{p:.1f}' for p in predicted)} times; ONNX Runtime measured: {', '.join(f'{m:.1f}' for m in onnx)}."
 )
 tell(
-    f"ONNX Runtime's own call for one text takes {1000 / per_s['ONNX Runtime', 'short', 1]:.1f} ms. Of these it needs at"
-    f" least {read_s * 1000:.1f} ms to read the weights, or"
-    f" {operations(mean, mean) / limits['float32'] * 1000:.1f} ms to compute. Both can happen at the same time."
+    f"ONNX Runtime's own call for one text takes {1000 / per_s['ONNX Runtime', 'short', 1]:.1f} ms. Reading the weights"
+    f" takes about {read_s * 1000:.1f} ms and computing at least"
+    f" {operations(mean, mean) / limits['float32'] * 1000:.1f} ms. Both can happen at the same time."
 )
 
 # %% [markdown]
