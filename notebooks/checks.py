@@ -517,3 +517,49 @@ def exercise_7_3(times_one_copy: Any) -> None:
     for *asked, expected, name in cases:
         if not near(times_one_copy(*asked), expected):
             raise NotYet(f"{name}: {', '.join(map(str, asked))} gives {expected:.2f} times one copy")
+# --- 9. Faster runtimes -----------------------------------------------------------------------------------------------
+
+
+@exercise(
+    "That is the wall: no compiler, graph or file format gets past it. Fewer operations do, and smaller numbers."
+)
+def exercise_9_1(most_per_s: Any) -> None:
+    if near(most_per_s, 100):
+        raise NotYet("a multiplication and an addition are two operations")
+    if near(most_per_s, 1000) or near(most_per_s, 2000):
+        raise NotYet("a text has 20 tokens, and each meets all weights")
+    if not near(most_per_s, 50):
+        raise NotYet("how many operations does one text take: tokens x weights x 2?")
+
+
+@exercise("Sort by length, or lay the texts end to end, and it is gone.")
+def exercise_9_2(padding_share: Any) -> None:
+    if padding_share([1, 2]) is None:
+        raise NotYet("your turn: it returned None")
+    for lengths in ([10, 10], [5, 10], [200] + [10] * 9, [7]):
+        expected = 1 - sum(lengths) / (len(lengths) * max(lengths))
+        if not near(padding_share(list(lengths)), expected):
+            raise NotYet(
+                f"{lengths}: {expected:.2f} of {len(lengths) * max(lengths)} tokens, not {padding_share(list(lengths))}"
+            )
+
+
+@exercise("A process that restarts often may never earn its compiler.")
+def exercise_9_3(texts_until_paid: Any) -> None:
+    import math
+
+    cases = [
+        (30.0, (0.010, 0.005), (0.004, 0.005), 1, 5000.0),
+        (30.0, (0.010, 0.005), (0.004, 0.005), 10, 50_000.0),
+        (12.0, (0.010, 0.006), (0.010, 0.004), 8, 6000.0),
+        (30.0, (0.010, 0.005), (0.010, 0.005), 4, math.inf),
+        (30.0, (0.004, 0.005), (0.010, 0.005), 4, math.inf),
+    ]
+    for later_s, old, new, n, expected in cases:
+        found = texts_until_paid(later_s, old, new, n)
+        if found is None:
+            raise NotYet("your turn: it returned None")
+        if not (found == expected or (math.isfinite(expected) and near(found, expected))):
+            raise NotYet(
+                f"{later_s:g} s later, old {old}, new {new}, {n} texts a call: {expected:g}, not {found}"
+            )
