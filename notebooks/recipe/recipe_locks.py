@@ -1,0 +1,59 @@
+"""A thread holds a lock for a share of the time; meanwhile processes are started. Which of them can take it?
+
+    $ python -m notebooks.recipe.recipe_locks fork 0.3 200
+
+Prints how many were started while it was held, and how many could not take it: they would wait for ever.
+"""
+
+import json
+import multiprocessing
+import random
+import sys
+import threading
+import time
+
+LOCK = threading.Lock()
+PERIOD_S = 0.05
+PATIENCE_S = 0.5  # the thread that would let go of it isn't in the child: nothing will change
+ALIVE = 30  # at once, at most
+
+
+def hold(share):
+    """Hold the lock for this share of each period."""
+    while True:
+        with LOCK:
+            time.sleep(share * PERIOD_S)
+        time.sleep((1 - share) * PERIOD_S)
+
+
+def child():
+    """Take the lock, as every `queue.put` and every counter does with its own. Exit with 1 where that fails."""
+    sys.exit(0 if LOCK.acquire(timeout=PATIENCE_S) else 1)
+
+
+def start_many(method, share, number):
+    """How many of `number` processes were started while the lock was held, and how many can't take it."""
+    context = multiprocessing.get_context(method)
+    threading.Thread(target=hold, args=(share,), daemon=True).start()
+    alive, codes, held = [], [], 0
+    for _ in range(number):
+        time.sleep(random.uniform(0, PERIOD_S))
+        held += LOCK.locked()
+        process = context.Process(target=child, daemon=True)
+        process.start()
+        alive.append(process)
+        while len(alive) >= ALIVE:
+            codes.append(end(alive.pop(0)))
+    codes += map(end, alive)
+    return {"held": held, "stuck": codes.count(1), "started": len(codes)}
+
+
+def end(process):
+    """Its exit code; bounded."""
+    process.join(60)
+    process.kill()
+    return process.exitcode
+
+
+if __name__ == "__main__":
+    print(json.dumps(start_many(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))))
