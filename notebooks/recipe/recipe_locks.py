@@ -18,12 +18,16 @@ PATIENCE_S = 0.5  # the thread that would let go of it isn't in the child: nothi
 ALIVE = 30  # at once, at most
 
 
-def hold(share):
-    """Hold the lock for this share of each period."""
+def hold(share, spent):
+    """Hold the lock for about this share of each period; note the seconds with it, and all."""
+    began = time.perf_counter()
     while True:
         with LOCK:
+            taken = time.perf_counter()
             time.sleep(share * PERIOD_S)
+            spent["with it"] += time.perf_counter() - taken
         time.sleep((1 - share) * PERIOD_S)
+        spent["all"] = time.perf_counter() - began
 
 
 def child():
@@ -32,9 +36,10 @@ def child():
 
 
 def start_many(method, share, number):
-    """How many of `number` processes were started while the lock was held, and how many can't take it."""
+    """How many of `number` processes were started while the lock was held, how many can't take it, how long it was held."""
     context = multiprocessing.get_context(method)
-    threading.Thread(target=hold, args=(share,), daemon=True).start()
+    spent = {"with it": 0.0, "all": 0.0}
+    threading.Thread(target=hold, args=(share, spent), daemon=True).start()
     alive, codes, held = [], [], 0
     for _ in range(number):
         time.sleep(random.uniform(0, PERIOD_S))
@@ -44,8 +49,9 @@ def start_many(method, share, number):
         alive.append(process)
         while len(alive) >= ALIVE:
             codes.append(end(alive.pop(0)))
+    share = spent["with it"] / spent["all"]
     codes += map(end, alive)
-    return {"held": held, "stuck": codes.count(1), "started": len(codes)}
+    return {"held": held, "stuck": codes.count(1), "started": len(codes), "share": share}
 
 
 def end(process):

@@ -88,12 +88,19 @@ class Fleet:
             return min(self.urls, key=lambda url: self.inside[url])
         return self.urls[self.asked % len(self.urls)]
 
+    def pop_idle(self, url):
+        """An open connection that waits for work; the server closes those that have waited for some seconds."""
+        while self.idle[url]:
+            if not (connection := self.idle[url].pop()).transport.is_closing():
+                return connection
+        return None
+
     async def ask(self, number, takes_s, due_at):
         """Send one text; note when its answer is there."""
         url = self.choose()
         self.asked += 1
         self.inside[url] += 1
-        connection = self.idle[url].pop() if self.idle[url] else await connect(url)
+        connection = self.pop_idle(url) or await connect(url)
 
         def then(status):
             self.took_s[number] = time.perf_counter() - due_at
