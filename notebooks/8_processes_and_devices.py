@@ -142,8 +142,9 @@ def names_beside(ax, x, y):
 
 
 with picture(
-    "What is in memory already is free", "seconds to the first product", "", xscale="log", xlim=(0.001, 100)
+    "What is in memory already is free", "seconds to the first product", "", xlim=(0.001, 100)
 ) as ax:
+    ax.set_xscale("log")
     rows = range(len(answered))
     took_s = [starts[name]["the next process, s"] for name in answered]
     bars(ax, list(predicted_s.values()), rows, None)
@@ -642,24 +643,27 @@ for kind, texts in (("alike", queues.alike), ("uneven", queues.uneven)):
             }
         )
 
+
 # %%
+def rightmost(place, kind):
+    """The rightmost mark of a row of the picture."""
+    row = next(row for row in waits if row["texts"] == kind and row["policy"] == POLICIES[place])
+    return max(value for value in row.values() if isinstance(value, float) and not math.isnan(value))
+
+
 with picture(
     "Round robin is blind to uneven texts", "mean wait, in texts of 20 ms", "", xlim=(0, None)
 ) as ax:
-    for kind, color in (("alike", BLUE), ("uneven", ORANGE)):
+    for kind, color, above in (("alike", BLUE, 0.2), ("uneven", ORANGE, -0.2)):
         some = [row for row in waits if row["texts"] == kind and row["measured"] is not None]
-        places = [POLICIES.index(row["policy"]) for row in some]
-        bars(ax, [row["formula"] for row in some], places, "")
+        places = [POLICIES.index(row["policy"]) + above for row in some]
+        bars(ax, [row["formula"] for row in some], places, None)
+        ax.plot([row["simulated"] for row in some], places, "D", color=GREY, fillstyle="none")
         dots(ax, [row["measured"] for row in some], places, None, color)
-        top = places.index(max(places))
-        ax.plot(
-            [max(some[top]["measured"], some[top]["formula"])],
-            [3],
-            label=f"texts {kind}",
-            color=color,
-            alpha=0,
-        )
-    guessed(ax, guess_wait, 1)
+        ax.plot([rightmost(3, kind)], [3 + above], label=f"texts {kind}", color=color, alpha=0)
+    ax.plot([rightmost(1, "alike")], [1.2], label="formula: bar", color="black", alpha=0)
+    ax.plot([rightmost(2, "alike")], [2.2], label="simulated: hollow", color=GREY, alpha=0)
+    guessed(ax, guess_wait, 0.8, "guess")
     ax.set_yticks(range(1, 4), POLICIES[1:])
     ax.set_ylim(0.4, 3.6)
 
@@ -728,7 +732,7 @@ claim(
 # come each second. For what share of the time is it busy?
 
 # %%
-guess_busy = 0.10  # a share of the time
+guess_busy = 0.25  # a share of the time
 
 # %% [markdown]
 # **Prediction.** While it is not always busy, most texts come alone: a call takes $a+b$, and the busy time is
@@ -756,7 +760,7 @@ import numpy as np
 most_per_s = MOST / (A + MOST * B)
 smooth = np.linspace(1, 600, 300)
 with picture(
-    "Always busy, and the average batch says 5 %", "texts a second", "%", xlim=(0, 620), ylim=(0, 108)
+    "Busy all the time with a small average batch", "texts a second", "%", xlim=(0, 620), ylim=(0, 108)
 ) as ax:
     line(ax, smooth, np.minimum(100, 100 * smooth * (A + B)), "busy")
     line(ax, smooth, 100 * smooth / most_per_s, "of what it can do", GREY, linestyle="--")
