@@ -562,4 +562,75 @@ def exercise_9_3(texts_until_paid: Any) -> None:
         if not (found == expected or (math.isfinite(expected) and near(found, expected))):
             raise NotYet(
                 f"{later_s:g} s later, old {old}, new {new}, {n} texts a call: {expected:g}, not {found}"
+# --- 8. Processes and devices -----------------------------------------------------------------------------------------
+
+
+@exercise("Rare once is not rare often: two days in three somebody hangs.")
+def exercise_8_1(chance: Any) -> None:
+    if near(chance, 1.0):
+        raise NotYet("50 · 2 % is the mean number of children that hang, not a chance")
+    if near(chance, 0.98**50):
+        raise NotYet("that is the chance that none of them hangs")
+    if near(chance, 63.6, 0.01):
+        raise NotYet("a chance lies between 0 and 1, please")
+    if not near(chance, 1 - 0.98**50):
+        raise NotYet("what is the chance that a single child is well? And that all 50 are?")
+
+
+@exercise("One thread that does this for all callers, and the devices may be processes or other machines.")
+def exercise_8_2(hand_out: Any) -> None:
+    import queue
+    import threading
+    from concurrent.futures import Future
+
+    replies: queue.Queue[Any] = queue.Queue()
+    futures: list[Future[Any]] = [Future() for _ in range(4)]
+    waiting = dict(enumerate(futures))
+    for pair in ((2, "two"), (9, "nobody's"), (0, "zero"), (3, ValueError("three")), None):
+        replies.put(pair)
+    ended = threading.Event()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            hand_out(replies, waiting)
+        except BaseException as error:
+            errors.append(error)
+        ended.set()
+
+    threading.Thread(target=work, daemon=True).start()
+    if not ended.wait(2):
+        raise NotYet("it did not come to an end within 2 s: `None` says that nothing more will come")
+    if errors:
+        if isinstance(errors[0], KeyError):
+            raise NotYet("it raised KeyError: nobody waits for number 9, and that is fine")
+        raise errors[0]
+    if not any(future.done() for future in futures):
+        raise NotYet("your turn: no future got its answer")
+    if futures[1].done():
+        raise NotYet("number 1 got an answer that was never sent")
+    for number, expected in ((0, "zero"), (2, "two")):
+        if not futures[number].done() or futures[number].result() != expected:
+            raise NotYet(f"number {number} did not get {expected!r}")
+    if not futures[3].done() or not isinstance(futures[3].exception(), ValueError):
+        raise NotYet("an answer that is an exception: `set_exception`")
+    if set(waiting) != {1}:
+        raise NotYet(f"still in `waiting`: {sorted(waiting)}; only 1 waits: take out those who were answered")
+
+
+@exercise("It counts texts and not their time: two short ones weigh more than a long one.")
+def exercise_8_3(wait_least_loaded: Any) -> None:
+    if wait_least_loaded([0.0], [1.0], 1) is None:
+        raise NotYet("your turn: it returned None")
+    cases = [
+        ([0, 1, 2], [2, 2, 2], 1, 1.0, "one device: 0, 1 and 2 to wait"),
+        ([0, 0, 0, 0], [5, 1, 1, 1], 2, 1.5, "two devices"),
+        ([0, 0, 1, 1], [9, 1, 1, 1], 2, 2.0, "the fourth finds one text on each device"),
+        ([0, 1, 2, 3], [1, 1, 1, 1], 3, 0.0, "a text that ends when another comes is finished"),
+    ]
+    for arrivals, durations, n, expected, name in cases:
+        answer = wait_least_loaded(list(arrivals), list(durations), n)
+        if not near(answer, expected):
+            raise NotYet(
+                f"{name}: arrivals {arrivals}, durations {durations}, {n} devices: {expected:.2f}, not {answer:.2f}"
             )

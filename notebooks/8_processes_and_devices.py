@@ -1,0 +1,1009 @@
+# %% [markdown]
+# # 8. Processes and devices
+#
+# One process with one model is not enough: a second copy shall use the second core, or the second GPU. Now you need to
+# start processes, and to share the work among them. Much advice is about this, and much code is copied for it.
+#
+# **Question: how do you start several copies of a model, and how do you share the texts among them?**
+#
+# Afterwards you can decide how to start a process that holds a model, whether several devices need one queue or several,
+# and which figure tells how busy a device is.
+#
+# It takes about three minutes, or half a minute in the quick form (`QUICK=1`); two cores, 2 GB of memory, no GPU. It needs
+# Linux, as it starts processes in Linux's ways; elsewhere run it in a container. `quick(short, full)` is `short` in
+# the quick form: that one only shows that the lesson runs.
+
+# %%
+from lesson import BLUE, GREEN, GREY, ORANGE, RED, bars, claim, counters, dots, guessed, holds, line, picture
+from lesson import quick, serve_all, stop, table, tell, way
+
+import checks
+
+way(("clients", "server.py", "queue", "loop", "process", "model"), changed={"process"})
+
+# %% [markdown]
+# ## Three ways to start a process
+#
+# - **fork** makes a copy of the process that asks for it, as it is at that moment, with everything that it has in memory.
+#   But of its threads only one comes along: the one that forks.
+# - **spawn** starts a new Python. It knows nothing, so it has to import everything again.
+# - **forkserver** starts one helper process when you ask for the first time. The helper does nothing but fork: each new process
+#   is a copy of the helper. You can tell the helper what to import beforehand: that is *preload*.
+#
+# An article has these figures, and many quote them: "fork 0.12 s, forkserver 0.18, spawn 0.35". Before we measure: how long
+# does *spawn* take here, if the new process has nothing to import?
+
+# %%
+guess_spawn_s = 0.35  # seconds until a new process says its first word
+
+# %% [markdown]
+# **Prediction.** A fork copies no memory, only the tables that say where it is: a few milliseconds. Spawn takes as long as
+# starting Python. Forkserver takes both for its first process, and a fork for each further one. So measure one part: how long
+# does Python take to start, and how long to start and import torch?
+
+# %%
+import subprocess
+import sys
+import time
+
+from loadtests.start_methods import measure_afresh
+
+
+def seconds_of(code):
+    """The shortest of some runs of a new Python with this code."""
+    took = []
+    for _ in range(quick(1, 3)):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+        took.append(time.perf_counter() - began)
+    return min(took)
+
+
+python_s = seconds_of("import multiprocessing.spawn")
+torch_s = seconds_of("import torch") - python_s
+METHODS = ("fork", "forkserver", "spawn")
+bare = {method: measure_afresh(method, child="answers at once", preload=()) for method in METHODS}
+
+# %%
+table(
+    {
+        "start method": method,
+        "predicted, s": f"{said:.2f}",
+        "the first process, s": f"{bare[method]['first answer, s']:.2f}",
+        "the next, s": f"{bare[method]['the next process, s']:.2f}",
+        "you guessed": f"{guess_spawn_s:g}" if method == "spawn" else None,
+    }
+    for method, said in {"fork": 0.0, "forkserver": 0.0, "spawn": python_s}.items()
+)
+tell(f"Python starts in {python_s:.2f} s. `import torch` takes {torch_s:.1f} s more.")
+
+# %%
+claim(
+    "fork 0.12 s, forkserver 0.18, spawn 0.35",
+    who="a child that needs nothing; the second process that the same parent starts",
+    number=", ".join(f"{method} {bare[method]['the next process, s']:.2f} s" for method in METHODS)
+    + f"; `import torch` takes {torch_s:.1f} s more where the child has to do it itself",
+    verdict="the order holds; the figures say little, as the imports of a model cost far more than the start",
+)
+
+# %% [markdown]
+# ## Who has imported torch already?
+#
+# Now each child needs torch: it computes one product of two matrices. How long does a *forkserver with torch preloaded*
+# take for its next process?
+
+# %%
+guess_preloaded_s = 0.5  # seconds
+
+# %% [markdown]
+# **Prediction.** What is in memory already when the process is forked is free. The rest is paid again:
+# time = start of the process + import of torch, unless it is there. The parent has computed with torch in all rows but the
+# first, where it has only imported it.
+
+# %%
+from concurrent.futures import ThreadPoolExecutor
+
+patience_s = quick(3, 8)
+COMPUTES = "notebooks.recipe.recipe_computes"
+kinds = {  # name: method, what the parent did, what is preloaded
+    "fork, torch imported": ("fork", "imported torch", ()),
+    "forkserver, torch preloaded": ("forkserver", "computed with torch", ("torch",)),
+    "forkserver, no preload": ("forkserver", "computed with torch", ()),
+    "spawn": ("spawn", "computed with torch", ()),
+    "fork, torch has computed": ("fork", "computed with torch", ()),
+    "fork, torch has computed on one thread": ("fork", "computed on one thread", ()),
+    "forkserver, the preload computes": ("forkserver", "nothing", (COMPUTES,)),
+}
+left_out = quick({"forkserver, no preload", "forkserver, the preload computes"}, set())
+
+
+def start(name):
+    """Two processes, one after the other, each computing once with torch; the second one counts."""
+    method, parent, preload = kinds[name]
+    return measure_afresh(method, parent, child="computes with torch", preload=preload, patience_s=patience_s)
+
+
+names = [name for name in kinds if name not in left_out]
+with ThreadPoolExecutor(quick(2, 1)) as pool:
+    starts = dict(zip(names, pool.map(start, names)))
+
+# %%
+answered = [name for name in names[:4] if starts[name]["outcome"] == "answers"]
+bare_s = {method: bare[method]["the next process, s"] for method in METHODS}
+predicted_s = {
+    name: bare_s[kinds[name][0]] + torch_s * (name == "spawn" or "no preload" in name) for name in answered
+}
+
+
+def names_beside(ax, x, y):
+    """Write what the marks are to the right of them, where no mark is hidden."""
+    for name, color in (("measured", BLUE), ("predicted", "black")):
+        ax.plot([x], [y], label=name, color=color, alpha=0)
+
+
+with picture(
+    "What is in memory already is free", "seconds to the first product", "", xlim=(0.001, 100)
+) as ax:
+    ax.set_xscale("log")
+    rows = range(len(answered))
+    took_s = [starts[name]["the next process, s"] for name in answered]
+    bars(ax, list(predicted_s.values()), rows, None)
+    dots(ax, took_s, rows, None)
+    guessed(ax, guess_preloaded_s, answered.index("forkserver, torch preloaded"))
+    names_beside(ax, max(took_s[-1], predicted_s["spawn"]), rows[-1])
+    ax.set_xticks([0.001, 0.01, 0.1, 1, 10], ["0.001", "0.01", "0.1", "1", "10"])
+    ax.set_yticks(rows, [name.replace(", ", ",\n") for name in answered])
+    ax.set_ylim(-0.6, len(answered) - 0.4)
+
+# %%
+table(
+    {
+        "start method": name,
+        "next process, s": f"{found['the next process, s']:.2f}" if found["outcome"] == "answers" else None,
+        "its own memory, MB": f"{found.get('its own memory, MB', '-')}",
+        "threads of the parent": found["threads of the parent"],
+        "threads of the child": found["threads of the child"],
+        "what comes of it": found["outcome"],
+    }
+    for name, found in starts.items()
+)
+
+# %% [markdown]
+# The same rule holds for memory. What was imported before the fork belongs to both, until one of them writes to it. So a
+# forked child has little of its own. A spawned one has a torch of its own.
+#
+# ## What a fork breaks: torch that has computed
+#
+# Look at the last rows of the table. A child that is forked after torch has computed never answers. It does not fail, it
+# hangs. Why? Torch shares a large product among several threads and keeps these for the next one. Only the thread that forks
+# comes along. The child's torch believes that it still has the others, gives them work, and waits.
+#
+# Is that really the reason? If it is, then nothing hangs where torch has computed on **one** thread: there were no others.
+# That row answers. And a forkserver is no shelter by itself. If a module that it preloads computes as soon as it is
+# imported, each child inherits the same hole. Modules that load a model when they are imported do that.
+
+# %%
+hung = [name for name, found in starts.items() if "hangs" in found["outcome"]]
+claim(
+    "always spawn for PyTorch",
+    who="a child that computes once with torch, by start method and by what the parent did before",
+    number=f"answer: {'; '.join(name for name in starts if name not in hung)}. Hang: {'; '.join(hung)}",
+    verdict="depends on what was done before the fork: importing torch is harmless, computing on several threads is not;"
+    " a clean forkserver is as safe as spawn and starts sooner",
+)
+
+# %% [markdown]
+# ## "Set the start method before importing torch"
+#
+# Does the import fix the start method, so that it is too late afterwards? Ask Python before the import, after it, and after a
+# product.
+
+# %%
+code = """
+import multiprocessing
+import torch
+said = [str(multiprocessing.get_start_method(allow_none=True))]
+torch.ones(512, 512) @ torch.ones(512, 512)
+multiprocessing.set_start_method("spawn")
+said.append(multiprocessing.get_start_method())
+try:
+    multiprocessing.set_start_method("fork")
+except RuntimeError as error:
+    said.append(str(error))
+print(*said, sep="; ")
+"""
+order = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=100)
+after_import, chosen_later, again = order.stdout.strip().split("; ")
+tell(f"After `import torch` the start method is {after_import}: nobody has chosen one.")
+tell(f"Chosen after torch has computed: {chosen_later}. Chosen a second time: “{again}”.")
+
+# %%
+claim(
+    "set the start method before importing torch",
+    who="a new Python that imports torch, computes, and only then chooses spawn; and a child spawned after that",
+    number=f"after the import: {after_import}; chosen later: {chosen_later}; chosen twice: “{again}”; the child:"
+    f" {starts['spawn']['outcome']}",
+    verdict="fails: what counts is that nothing has been started before, and that nobody chooses twice;"
+    " `get_context('spawn')` needs no choice at all",
+)
+
+# %% [markdown]
+# ## What a fork breaks: a lock that somebody holds
+#
+# Torch is only one case. Python has many locks: a queue has one, a counter has one, a pool of connections has one. A thread
+# takes such a lock for a moment. If another thread forks in that moment, the child gets a lock that is taken, and no
+# thread that would ever let go of it.
+#
+# In our experiment a thread holds a lock for three tenths of the time. Meanwhile processes are forked at random moments. How
+# many of 100 can never take the lock?
+
+# %%
+guess_stuck = 5  # of 100 forks
+
+# %% [markdown]
+# **Prediction.** A fork at a random moment meets the lock held as often as it is held. So the share of the children that hang
+# is the share of the time for which the lock is held. With spawn and forkserver it is none: they don't copy this process.
+
+# %%
+import json
+
+from loadtests.modes import ROOT
+
+
+def stuck(method, share, number):
+    """Start processes while a thread holds a lock for this share of the time; who can't take it gives up after half a second."""
+    command = [sys.executable, "-m", "notebooks.recipe.recipe_locks", method, str(share), str(number)]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100, cwd=ROOT)
+    return json.loads(found.stdout)
+
+
+shares = quick([0.3], [0.05, 0.3, 0.6, 0.8])
+with ThreadPoolExecutor(4) as pool:  # they sleep for most of the time
+    forked = list(pool.map(lambda share: stuck("fork", share, quick(40, 200)), shares))
+others = {method: stuck(method, 0.8, quick(4, 20)) for method in ("forkserver", "spawn")}
+
+# %%
+with picture(
+    "A fork hangs as often as the lock is held",
+    "share of the time for which a thread holds the lock, %",
+    "children that hang, %",
+    xlim=(0, 100),
+    ylim=(-4, 104),
+) as ax:
+    line(ax, [0, 100], [0, 100])
+    dots(ax, [100 * f["share"] for f in forked], [100 * f["stuck"] / f["started"] for f in forked], None)
+    dots(
+        ax,
+        [100 * f["share"] for f in others.values()],
+        [100 * f["stuck"] / f["started"] for f in others.values()],
+        None,
+        GREEN,
+    )
+    ax.plot([55], [42], label="fork", color=BLUE, alpha=0)
+    ax.plot([60], [12], label="spawn, forkserver", color=GREEN, alpha=0)
+    guessed(ax, 30, guess_stuck)
+
+# %%
+table(
+    {
+        "the lock is held, %": f"{100 * found['share']:.0f}",
+        "forks": found["started"],
+        "made while it was held": found["held"],
+        "children that can't take it": found["stuck"],
+        "you guessed": f"{guess_stuck} of 100" if share == 0.3 else None,
+    }
+    for share, found in zip(shares, forked)
+)
+claim(
+    "fork deadlocks with threads",
+    who="children that need a lock which a thread of their parent holds for a share of the time",
+    number="; ".join(f"held {f['share']:.0%}: {f['stuck'] / f['started']:.0%} hang" for f in forked)
+    + "; spawn and forkserver: "
+    + " and ".join(f"{found['stuck']} of {found['started']}" for found in others.values()),
+    verdict="holds, as often as a lock is held at the moment of the fork; threads that hold none do no harm",
+)
+
+# %% [markdown]
+# This is why it passes every test. A lock that is held for a thousandth of the time stops one child in a thousand: at night,
+# in production, without a message. Python's own `logging` repairs its locks in the child. Those of others stay as they are.
+#
+# And CUDA? A GPU's driver has threads and memory of its own, and they don't come along either. Torch notices that, and raises
+# an error instead of hanging. You find that at the end, with the cells that need a GPU.
+#
+# ## Is forkserver the better spawn?
+#
+# This project's server starts a new Python for each model process, which is what spawn does. A forkserver that has torch and
+# transformers imported could start the next one sooner. Compare them with the real model: loading it, and one answer. (The
+# quick form takes a child that needs nothing.)
+#
+# **Prediction.** A forkserver's next process saves the imports, and no more: weights and tokenizer are loaded after the fork.
+
+# %%
+child, preload = quick("answers at once", "loads the model"), quick((), ("torch", "transformers"))
+model = {
+    method: measure_afresh(method, "nothing", child=child, preload=preload)
+    for method in ("spawn", "forkserver")
+}
+HELPER = "the helper's memory with its share, MB"
+table(
+    {
+        "start method": method,
+        "first answer, s": f"{found['first answer, s']:.1f}",
+        "the next process, s": f"{found['the next process, s']:.1f}",
+        "one copy, MB": found["with its share, MB"] + found[HELPER],
+        "each further copy, MB": found["its own memory, MB"],
+        "the kernel's parent of the model": found["child of"].replace("the parent", "the server"),
+    }
+    for method, found in model.items()
+)
+
+# %%
+saved_s = model["spawn"]["the next process, s"] - model["forkserver"]["the next process, s"]
+saved_mb = model["spawn"]["its own memory, MB"] - model["forkserver"]["its own memory, MB"]
+one_more_mb = (
+    model["forkserver"]["with its share, MB"]
+    + model["forkserver"][HELPER]
+    - model["spawn"]["with its share, MB"]
+)
+tell(
+    f"The next process comes {saved_s:.1f} s sooner from a forkserver (importing torch alone takes {torch_s:.1f} s), and each further"
+    f" copy takes {saved_mb:.0f} MB less. With a single copy all of it takes {abs(one_more_mb):.0f} MB {'more' if one_more_mb > 0 else 'less'}."
+)
+
+# %% [markdown]
+# So forkserver wins this table. Why does the server not use it?
+#
+# - It saves at the *next* start. A server starts its copies once, and again when one has crashed. The first start gains
+#   nothing.
+# - The model becomes the helper's child. The server can no longer tell the kernel "end my model when I die", and it can't
+#   see how its model ended: that is known to the parent alone.
+# - The helper must stay clean for ever. One preloaded module that computes, and every model hangs (the row above).
+#
+# Take a forkserver where processes come and go: a pool that is renewed after every hundred calls, many copies of a small
+# model. For one or two copies that live for weeks, a new Python is the simpler promise.
+#
+# ## The bug hunt: several devices behind one `predict`
+#
+# This is the heart of a service for several GPUs that is copied again and again, in our words. A device here is a thread that
+# sleeps as long as its text says, so that you see the service and nothing else. **Read it. Which mistakes do you find?**
+
+# %%
+import inspect
+
+from recipe import recipe_devices as service
+
+print(inspect.getsource(service.Broken))
+way(
+    ("caller A", "queue 0", "device 0", "replies", "A or B?"),
+    ("caller B", "queue 1", "device 1", "the same", "B or A?"),
+    changed={"replies", "the same", "A or B?", "B or A?"},
+)
+
+# %% [markdown]
+# There are four. We take them one after the other.
+#
+# ## Bug 1: a reply for somebody else
+#
+# All replies come out of one queue. `predict` takes the next one. If it is somebody else's, `predict` throws it away and waits
+# on. Two callers ask one text after the other, up to 100 each. The texts take random times. How many right answers do the
+# two get together, before both wait for ever?
+
+# %%
+guess_answers = 100  # of 200
+
+# %% [markdown]
+# **Prediction.** Two callers wait; one of the two replies comes first. Python gives it to the one who waits longest. It is his
+# own with a chance of one half. If it is the other's, it is thrown away, and the other one waits for ever. The first now waits
+# for his own reply, but the other one stands in front of him, takes it, and throws it away. So one mistake ends it all. No
+# answer at all: a chance of 1/2. One answer: 1/4. Two: 1/8. The mean is **one** answer.
+#
+# With one caller nothing goes wrong. And if all texts take the same time, replies come in the order of the questions: then
+# the one who waits longest gets his own.
+
+# %%
+import random
+from statistics import mean
+
+
+def random_s():
+    """The seconds that a text takes: 5 ms on average, exponential."""
+    return random.expovariate(200)
+
+
+uneven = service.trials(quick(40, 200), service.Broken, random_s, calls=100, patience_s=0.3)
+same = service.trials(10, service.Broken, lambda: 0.04, calls=quick(8, 50), late_s=0.02, patience_s=0.5)
+together = [fate.right for fate in uneven]
+all_same = 2 * quick(8, 50)
+
+# %%
+with picture(
+    "Two callers, and soon nobody gets an answer",
+    "right answers before both wait for ever",
+    "",
+    xscale="log",
+    xlim=(0.3, 3000),
+) as ax:
+    bars(ax, [1, all_same], [0, 1])
+    dots(ax, [mean(together), mean(fate.right for fate in same)], [0, 1])
+    guessed(ax, guess_answers, 0)
+    ax.set_yticks([0, 1], ["random times", f"equal times\n({all_same} asked)"])
+    ax.set_ylim(-0.6, 1.5)
+
+# %%
+tell(
+    f"With random times the two got {mean(together):.2f} right answers on average in {len(uneven)} trials. In"
+    f" {together.count(0) / len(uneven):.0%} of the trials they got none at all (predicted 50 %), in"
+    f" {together.count(1) / len(uneven):.0%} one (25 %), in {together.count(2) / len(uneven):.0%} two (12.5 %). At the end of"
+    f" {sum(fate.lost == 2 for fate in uneven)} of {len(uneven)} trials both waited for ever. With equal times"
+    f" {sum(fate.lost == 0 for fate in same)} of {len(same)} trials got through."
+)
+
+# %% [markdown]
+# That is why nobody notices: the author tested it with one caller, or with the same text again and again. Even there a hiccup
+# of the machine, half a call long, is enough to change the order.
+#
+# Its older version has no numbers at all: `predict` returns whatever comes. Then nobody waits for ever. **What do you
+# think**: of 100 answers, how many belong to somebody else's text?
+
+# %%
+guess_wrong = 0.5  # a share
+
+# %% [markdown]
+# **Prediction.** One half, by the same argument? No: more. A mistake drags the next one along. Who got the wrong reply asks
+# again, and his old reply is still on the way: the other one gets that. So each time that the coin falls on "wrong", *two*
+# answers are wrong: of three answers, two.
+
+# %%
+mixed, kept = (
+    sum(service.trials(10, kind, random_s, calls=quick(30, 100), patience_s=1.0), start=service.Fate())
+    for kind in (service.TakesWhatComes, service.Repaired)
+)
+lossy = sum(uneven, start=service.Fate())
+ROWS = {"throws others' replies away": lossy, "takes whatever comes": mixed, "one queue, repaired": kept}
+table(
+    {
+        "service": name,
+        "answers": fate.right + fate.wrong,
+        "somebody else's": f"{fate.wrong / max(1, fate.right + fate.wrong):.0%}",
+        "predicted": "67%" if fate is mixed else "0%",
+        "you guessed": f"{guess_wrong:.0%}" if fate is mixed else None,
+        "callers who wait for ever": fate.lost,
+    }
+    for name, fate in ROWS.items()
+)
+
+# %% [markdown]
+# The repaired service stands in the last row. Here it is whole. Each text carries a place for its answer, a *future*, and only
+# its own caller waits there. No numbers, no queue of replies, and no balancer: whoever is free takes the next text.
+
+# %%
+print(inspect.getsource(service.Repaired))
+way(
+    ("callers", "one queue", "device 0", "own future"),
+    ("", "", "device 1", "own future"),
+    changed={"one queue", "own future"},
+)
+
+# %% [markdown]
+# ## Bug 2: `hash(current_thread())` as the balancer
+#
+# A younger version deals the texts by the caller's thread: `hash(threading.current_thread()) % devices`. Threads come to
+# different devices, it says, and each stays with its own. Eight threads call, four devices are there. How many of the four get
+# any work?
+
+# %%
+guess_used = 4  # devices
+
+# %% [markdown]
+# **Prediction.** If the hash were like a die with $n$ sides, eight threads would miss a device with a chance of
+# $(1-1/n)^8$. So $n\,(1-(1-1/n)^8)$ devices get work.
+
+# %%
+import math
+import threading
+
+threads = [threading.Thread() for _ in range(8)]
+step = math.gcd(*(id(thread) - id(threads[0]) for thread in threads))
+used = {n: len({hash(thread) % n for thread in threads}) for n in (2, 4, 8)}
+table(
+    {
+        "devices": n,
+        "predicted to get work": f"{n * (1 - (1 - 1 / n) ** 8):.1f}",
+        "get work": count,
+        "you guessed": f"{guess_used}" if n == 4 else None,
+    }
+    for n, count in used.items()
+)
+tell(f"The addresses of the eight threads differ by multiples of {step} bytes.")
+
+# %% [markdown]
+# The formula fails, and the reason is in the last line. The hash of an object is its address divided by 16. Objects of one
+# kind lie at equal distances in memory. So the hashes of all threads differ by multiples of the same number, and the rest of a
+# division by 2 or by 4 is the same for all: the other devices never get a text. Nobody sees it, as all answers are right.
+# They are only slow.
+#
+# ## Bug 3: a device dies and keeps its queue
+#
+# One text raises an exception. The thread of its device ends; that is what an exception does to a thread. **What do you think**:
+# of the next 20 texts, how many are answered by the broken service, and how many by the repaired one?
+#
+# **Prediction.** Dealt in turn, every second text falls into a queue that nobody empties: 10. Where the exception is
+# handed to its caller and the queue is shared: 20.
+
+
+# %%
+def fails_or_naps(text):
+    """A model that can't take one text."""
+    if text[1] < 0:
+        raise ValueError("a bad text")
+    return service.nap(text)
+
+
+def answered_after_a_bad_text(kind):
+    """How many of 20 texts, one after the other, are answered after a bad one."""
+    devices = kind(2, fails_or_naps)
+    service.call(devices, "somebody", [-1], 0.2) if kind is service.Broken else None
+    fates = [service.call(devices, f"caller {i}", [0.001], 0.2) for i in range(20)]
+    devices.stop()
+    return sum(fate.right for fate in fates)
+
+
+quiet, threading.excepthook = (
+    threading.excepthook,
+    lambda about: None,
+)  # the dead thread's traceback, not shown
+after_bad = {kind.__name__: answered_after_a_bad_text(kind) for kind in (service.Broken, service.Repaired)}
+threading.excepthook = quiet
+tell(
+    f"Answered of 20: {after_bad['Broken']} by the broken service, {after_bad['Repaired']} by the repaired one."
+)
+
+# %% [markdown]
+# ## One queue, or one for each device?
+#
+# Bug 4 is no bug of the code: it is its idea. It has a queue for each device and deals the texts **round robin**, in turn.
+# Is that good enough? Two devices, each busy for four fifths of the time ([utilisation](glossary.md) 0.8). Texts come at random
+# moments. How long does a text wait on average, in units of the time of one text, with *round robin*, if one text in
+# ten takes ten times as long as the others?
+
+# %%
+guess_wait = 2.0  # times the mean time of a text
+
+# %% [markdown]
+# **Prediction.** There is a formula for the mean wait that shows all three causes (Kingman, *The single server queue in heavy
+# traffic*, 1961; for several devices Allen, *Probability, Statistics, and Queueing Theory*, 1990):
+#
+# $$W \approx \frac{c_a^2 + c_s^2}{2} \cdot \text{crowd} \cdot S$$
+#
+# - $S$ is the mean time of a text.
+# - $c_a^2$ says how irregularly texts come: 1 for strangers; $1/n$ where only each $n$-th of them comes here (round robin).
+# - $c_s^2$ says how uneven the texts are: 0 if they are alike, about 2 for ours.
+# - The crowd is $\rho/(1-\rho)$ for a device with a queue of its own, and $\rho^2/(1-\rho^2)$ for two devices with one queue.
+#
+# With texts alike this is M/D/1 for a queue of one's own with strangers (lesson 3), and M/D/2 for the shared one. For
+# "least loaded", which sends each text to the device with the fewest, there is no simple formula.
+
+# %%
+from recipe import recipe_queues as queues
+
+S, RHO, DEVICES = 0.02, 0.8, 2
+POLICIES = ("at random", "round robin", "least loaded", "one shared queue")
+own, shared = RHO / (1 - RHO), RHO**2 / (1 - RHO**2)
+UNEVENNESS = {"alike": 0.0, "uneven": 10.9 / 1.9**2 - 1}  # (0.9 · 1² + 0.1 · 10²) / (0.9 · 1 + 0.1 · 10)² - 1
+
+
+def formula(policy, kind):
+    """The mean wait, in units of S; None where there is no simple formula."""
+    irregular, crowd = {
+        "at random": (1, own),
+        "round robin": (1 / DEVICES, own),
+        "least loaded": (math.nan, own),
+        "one shared queue": (1, shared),
+    }[policy]
+    return (irregular + UNEVENNESS[kind]) / 2 * crowd
+
+
+# %% [markdown]
+# The measurement uses the real server. One has two copies and one queue (`INSTANCES=2`). Against it stand two pairs of
+# servers with one copy each: the first pair gets its texts round robin, the second by least load. The model sleeps for 20 ms on
+# average, so cores don't matter. All three get the same texts at the same times.
+
+# %%
+patient = {"MAX_QUEUE": 100_000, "DEADLINE_S": 60, "QUEUE_TARGET_S": 0}
+nap = {"MODEL": "notebooks.recipe.recipe_queues:Nap"}
+A, B, MOST = 0.008, 0.001, 32  # for later: a call with n texts takes A + B n seconds
+settings = [
+    {**nap, **patient, "INSTANCES": DEVICES},
+    *[nap | patient] * 2 * DEVICES,
+    {**nap, **patient, "BATCH_SIZE": MOST, "NAP_A_S": A, "NAP_B_S": B},
+]
+both, *singles, batching = serve_all(*settings)
+pairs = {
+    "round robin": [server.url for server in singles[:DEVICES]],
+    "least loaded": [server.url for server in singles[DEVICES:]],
+    "one shared queue": [both.url],
+}
+
+# %%
+seconds = quick(3, 20)
+arrivals = queues.strangers(DEVICES * RHO / S, seconds)
+waits = []
+for kind, texts in (("alike", queues.alike), ("uneven", queues.uneven)):
+    takes = texts(S, len(arrivals))
+    fleets = [queues.Fleet(urls, policy) for policy, urls in pairs.items()]
+    took = dict(zip(pairs, queues.replay(fleets, arrivals, takes)))
+    for policy in POLICIES:
+        waits.append(
+            {
+                "texts": kind,
+                "policy": policy,
+                "formula": formula(policy, kind),
+                "simulated": mean(queues.waits_s(arrivals, takes, DEVICES, policy)) / S,
+                "measured": mean(t - s for t, s in zip(took[policy], takes)) / S if policy in took else None,
+            }
+        )
+
+
+# %%
+def rightmost(place, kind):
+    """The rightmost mark of a row of the picture."""
+    row = next(row for row in waits if row["texts"] == kind and row["policy"] == POLICIES[place])
+    return max(value for value in row.values() if isinstance(value, float) and not math.isnan(value))
+
+
+with picture(
+    "Round robin is blind to uneven texts", "mean wait, in texts of 20 ms", "", xlim=(0, None)
+) as ax:
+    for kind, color, above in (("alike", BLUE, 0.2), ("uneven", ORANGE, -0.2)):
+        some = [row for row in waits if row["texts"] == kind and row["measured"] is not None]
+        places = [POLICIES.index(row["policy"]) + above for row in some]
+        bars(ax, [row["formula"] for row in some], places, None)
+        ax.plot([row["simulated"] for row in some], places, "D", color=GREY, fillstyle="none")
+        dots(ax, [row["measured"] for row in some], places, None, color)
+        ax.plot([rightmost(3, kind)], [3 + above], label=f"texts {kind}", color=color, alpha=0)
+    ax.plot([rightmost(1, "alike")], [1.2], label="formula: bar", color="black", alpha=0)
+    ax.plot([rightmost(2, "alike")], [2.2], label="simulated: hollow", color=GREY, alpha=0)
+    guessed(ax, guess_wait, 0.8, "guess")
+    ax.set_yticks(range(1, 4), POLICIES[1:])
+    ax.set_ylim(0.4, 3.6)
+
+# %%
+table(
+    {
+        "texts": row["texts"],
+        "queues": row["policy"],
+        "formula, × S": "-" if math.isnan(row["formula"]) else f"{row['formula']:.1f}",
+        "simulated, these very texts, × S": f"{row['simulated']:.1f}",
+        "measured, × S": None if row["measured"] is None else f"{row['measured']:.1f}",
+    }
+    for row in waits
+)
+found = {(row["texts"], row["policy"]): row for row in waits}
+
+
+def ratio(kind, policy, column="measured"):
+    """How many times longer texts wait than in one shared queue."""
+    return found[kind, policy][column] / found[kind, "one shared queue"][column]
+
+
+tell(
+    f"Round robin waits {ratio('alike', 'round robin'):.1f} times as long as one shared queue with texts alike, and"
+    f" {ratio('uneven', 'round robin'):.1f} times with uneven ones. Least loaded: {ratio('alike', 'least loaded'):.1f} and"
+    f" {ratio('uneven', 'least loaded'):.1f} times."
+)
+
+# %% [markdown]
+# With texts alike, round robin is not only good enough: it is the same as one queue. Whoever is next in turn is always the
+# one who is free first. (The formula is a little pessimistic there; it was made for long waits.) With uneven texts that
+# ends. Round robin makes the *arrivals* at a device more regular; it does nothing about the *texts*. A short text that is dealt
+# to the device with the long one waits, while the other device may be idle. One queue can't do that: nobody waits while a
+# device is free.
+#
+# *Where the formula fails:* it gives the mean over an endless time. A run of some seconds has the long texts that it
+# happens to have. The simulation gets the very same texts, so compare the measurement with that. What is left of the difference
+# is HTTP, some milliseconds, and a nap that lasts longer than it should.
+#
+# And with more devices? Simulated, uneven texts, each device busy for four fifths of the time:
+
+# %%
+for_long = queues.strangers(RHO / S, quick(200, 2000))  # for one device; n devices get n times as many
+rows = []
+for n in (1, 2, 4, 8):
+    comes = [at / n for at in for_long]
+    takes = queues.uneven(S, len(comes))
+    rows.append({"devices": n} | {p: mean(queues.waits_s(comes, takes, n, p)) / S for p in POLICIES})
+table(
+    {name: value if name == "devices" else f"{value:.1f} × S" for name, value in row.items()} for row in rows
+)
+claim(
+    "round robin is good enough",
+    who="mean wait at utilisation 0.8, two servers with round robin against one with two copies on one queue",
+    number=f"{ratio('alike', 'round robin'):.1f} times as long with texts alike,"
+    f" {ratio('uneven', 'round robin'):.1f} times where one in ten takes ten times as long; simulated with eight devices"
+    f" {rows[-1]['round robin'] / rows[-1]['one shared queue']:.0f} times",
+    verdict="depends on the texts: the same as one queue if they are alike, and worse with every device if they are not",
+)
+
+# %% [markdown]
+# ## "Average batch over maximum batch is utilisation"
+#
+# A dashboard divides the average batch by `BATCH_SIZE` and calls it the utilisation of the device: "6 %, so there is a lot of
+# room". Our model now takes 8 ms for a call and 1 ms more for each text, and up to 32 texts go into a call. 100 texts
+# come each second. For what share of the time is it busy?
+
+# %%
+guess_busy = 0.25  # a share of the time
+
+# %% [markdown]
+# **Prediction.** While it is not always busy, most texts come alone: a call takes $a+b$, and the busy time is
+# $\lambda\,(a+b)$. Above that it is busy all the time, and batches grow until they keep up: $n = \lambda\,(a + b\,n)$, so
+# $n = \lambda a/(1-\lambda b)$. What the server *could* do is $32/(a + 32\,b)$ texts a second.
+
+# %%
+rates = quick([50, 200], [25, 50, 100, 200, 400])
+measured = []
+for rate in rates:
+    before, began = counters(batching), time.perf_counter()
+    times = queues.strangers(rate, quick(1.5, 5))
+    queues.replay([queues.Fleet([batching.url])], times, queues.alike(0, len(times)))
+    spent, after = time.perf_counter() - began, counters(batching)
+    calls, texts, busy_s = (
+        after[name] - before[name]
+        for name in ("model_call_seconds_count", "model_batch_size_sum", "model_call_seconds_sum")
+    )
+    measured.append((100 * busy_s / spent, 100 * texts / calls / MOST))
+stop()
+
+# %%
+import numpy as np
+
+most_per_s = MOST / (A + MOST * B)
+smooth = np.linspace(1, 600, 300)
+with picture(
+    "Busy all the time with a small average batch", "texts a second", "%", xlim=(0, 620), ylim=(0, 108)
+) as ax:
+    line(ax, smooth, np.minimum(100, 100 * smooth * (A + B)), "busy")
+    line(ax, smooth, 100 * smooth / most_per_s, "of what it can do", GREY, linestyle="--")
+    line(ax, smooth, 100 * np.maximum(1, smooth * A / (1 - smooth * B)) / MOST, "batch / maximum", RED)
+    dots(ax, rates, [busy for busy, _ in measured], None)
+    dots(ax, rates, [batch for _, batch in measured], None, RED)
+    guessed(ax, 100, 100 * guess_busy)
+
+# %%
+table(
+    {
+        "texts/s": rate,
+        "busy, predicted": f"{min(1, rate * (A + B)):.0%}",
+        "busy, measured": f"{busy:.0f}%",
+        "average / maximum batch, predicted": f"{max(1, rate * A / (1 - rate * B)) / MOST:.0%}",
+        "measured": f"{batch:.0f}%",
+        "of what it can do": f"{rate / most_per_s:.0%}",
+    }
+    for rate, (busy, batch) in zip(rates, measured)
+)
+at = rates.index(200)
+claim(
+    "average batch over maximum batch is GPU utilisation",
+    who="the server with a stand-in model that sleeps 8 ms + 1 ms a text, 200 texts/s, BATCH_SIZE=32",
+    number=f"busy {measured[at][0]:.0f} % of the time, average over maximum batch {measured[at][1]:.0f} %,"
+    f" {200 / most_per_s:.0%} of the texts that it can do",
+    verdict="fails: three different figures, and only the last says how much room is left",
+)
+
+# %% [markdown]
+# The busy time is no better guide. It is near 100 % long before the server is full, as batches grow when they must. What says
+# how much room is left is neither: it is the load over the capacity, and the capacity has to be measured (lesson 4).
+#
+# *Where the formula fails:* just below 100 % busy. There two texts meet now and then and share a call, so the model is a bit
+# less busy than the line says, and batches are a bit larger than one.
+#
+# ## Several instances on one device
+#
+# "Our GPU was busy for 20 % of the time. We started four instances on it, and now it is 80 %." Can that be? A text is read and
+# tokenised, 8 ms; then the device computes, 2 ms. Our device is a lock, so it does one thing at a time. How busy is it
+# with four instances?
+
+# %%
+guess_four = 0.5  # a share of the time
+
+# %% [markdown]
+# **Prediction.** One instance: 2 of 10 ms, 20 %. With $k$ instances that don't get into each other's way: $k \cdot 20\,\%$, and
+# never more than 100 %.
+
+# %%
+instances = quick([1, 4], [1, 2, 4, 6, 8])
+
+
+def busy_with(k):
+    """For what share of the time the device is busy when k instances feed it, in %."""
+    device = queues.Lane()
+
+    def run(text):
+        time.sleep(0.008)
+        device.run(0.002)
+
+    copies = service.Repaired(k, run)
+    with ThreadPoolExecutor(2 * k) as callers:  # so that there is always a text that waits
+        began = time.perf_counter()
+        list(callers.map(copies.predict, range(k * quick(50, 200))))
+        took_s = time.perf_counter() - began
+    copies.stop()
+    return 100 * device.busy_s / took_s
+
+
+busy = [busy_with(k) for k in instances]
+
+# %%
+with picture(
+    "More instances keep the device busy", "instances", "device busy, %", xticks=instances, ylim=(0, 108)
+) as ax:
+    line(ax, [1, 5, 8], [20, 100, 100])
+    dots(ax, instances, busy)
+    guessed(ax, 4, 100 * guess_four)
+tell("Busy: " + ", ".join(f"{share:.0f} % with {k}" for k, share in zip(instances, busy)) + ".")
+
+# %% [markdown]
+# It can be, for one reason: most of a text's time was spent elsewhere. *Where the formula fails:* near the top. Instances that
+# come at the same moment wait for each other, and then the device has gaps at another time.
+#
+# Whether a real GPU does the same is another question. It may run two small things at once, and the copies share its memory.
+#
+# ## Where a GPU is at hand
+#
+# These six measurements need one: several streams, several instances, page-locked memory that is allocated once, a cache that
+# is cleared, the driver's utilisation beside the time that is really busy, CUDA after a fork. They stand in
+# `recipe/recipe_gpu.py`, a few lines each.
+
+# %%
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if HAS_GPU:
+    command = [sys.executable, "-m", "notebooks.recipe.recipe_gpu"]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200, cwd=ROOT).stdout
+    advice = json.loads(output.splitlines()[-1])
+    table(advice)
+else:
+    tell(
+        "No GPU here, so nothing is measured: the verdicts below say “untested here”, and what it would take."
+    )
+
+
+# %%
+def judge(text, row, takes):
+    """Enter a claim that only a GPU can judge."""
+    if HAS_GPU:
+        what, first, second = advice[row].values()
+        claim(
+            text,
+            who=f"{torch.cuda.get_device_name()}: {what}",
+            number=f"{first}; {second}",
+            verdict="see the number",
+        )
+    else:
+        claim(
+            text,
+            who="needs a GPU; `notebooks/recipe/recipe_gpu.py` measures it",
+            number=f"none here; it takes {takes}",
+            verdict="untested here",
+        )
+
+
+judge(
+    "several streams make one GPU faster",
+    0,
+    "batches/s on one stream and dealt to four, with a model too small to fill it",
+)
+judge(
+    "instances lift a GPU from 20 % to 80 %",
+    1,
+    "batches/s with one and four copies; above, a stand-in for a device did it",
+)
+judge(
+    "preallocate the inputs",
+    2,
+    "copies/s into new tensors, and into page-locked memory that is allocated once",
+)
+judge("clear the CUDA cache periodically", 3, "batches/s with and without `empty_cache` between them")
+judge(
+    "the driver's utilisation says how full a GPU is",
+    4,
+    "the driver's figure beside the time between CUDA events",
+)
+judge(
+    "CUDA can't be used after a fork",
+    5,
+    "a child forked and one spawned after the parent has computed on the device",
+)
+
+# %% [markdown]
+# ## The answer
+#
+# Start a process that holds a model with spawn, or from a clean forkserver if processes come and go often. Fork only before
+# anything has computed and before there are threads. Give all copies one queue, and give each text the place where its answer
+# goes. Judge a device by load over capacity.
+#
+# ## Exercises
+#
+# Fill in and run. The checker tells you what it thinks; it never stops the notebook. Solutions are in `notebooks/solutions/`.
+#
+# **★** A metrics library holds a lock for 2 % of the time. A program forks 50 times a day, at random moments, and each child
+# counts something. What is the chance that at least one child hangs on a day?
+
+# %%
+chance = ...
+
+checks.exercise_8_1(chance)
+
+
+# %% [markdown]
+# **★★** The devices are processes, so a future can't travel to them: a number must. Write `hand_out(replies, waiting)`. It takes
+# pairs `(number, answer)` from the queue `replies` until it gets `None`. `waiting` maps each number to the future where its
+# caller waits: take it out and give it its answer; if the answer is an exception, set it as one. A number that nobody waits
+# for is left alone.
+
+
+# %%
+def hand_out(replies, waiting): ...
+
+
+checks.exercise_8_2(hand_out)
+
+
+# %% [markdown]
+# **★★★** Write "least loaded" for `n` devices with a queue each: each text goes to the device with the fewest texts that are not
+# finished; among equals, to the first of them. A text that ends at the very moment when another comes is finished. Return the
+# mean wait.
+
+
+# %%
+def wait_least_loaded(arrivals, durations, n): ...
+
+
+checks.exercise_8_3(wait_least_loaded)
+
+# %% [markdown]
+# ## What must hold
+#
+# If one of these fails on your machine, the lesson is wrong there; please tell us.
+
+# %%
+assert "hangs" in starts["fork, torch has computed"]["outcome"], (
+    "never fork after torch has computed on threads"
+)
+assert starts["fork, torch has computed on one thread"]["outcome"] == "answers", "it is the threads"
+assert starts["spawn"]["outcome"] == "answers"
+assert (after_import, chosen_later) == ("None", "spawn"), "the import chooses nothing"
+assert not any(found["stuck"] for found in others.values()), "spawn and forkserver copy no lock of ours"
+assert kept.wrong == kept.lost == 0 < mixed.wrong and lossy.wrong == 0 < lossy.lost
+assert max(used[2], used[4]) == 1, "all threads fall to one device"
+assert after_bad == {"Broken": 10, "Repaired": 20}
+holds(bare_s["fork"] < bare_s["spawn"] < python_s + 0.5, "a spawn is a new Python")
+holds(
+    starts["forkserver, torch preloaded"]["the next process, s"] < starts["spawn"]["the next process, s"] / 3,
+    "what is in memory already is free",
+)
+holds(
+    "hangs" in starts.get("forkserver, the preload computes", {"outcome": "hangs"})["outcome"],
+    "a preload must not compute",
+)
+holds(
+    all(abs(f["stuck"] / f["started"] - f["share"]) < 0.15 for f in forked),
+    "a fork hangs as often as the lock is held",
+)
+holds(saved_s > 0, "a forkserver's next process comes sooner")
+holds(0.5 < mean(together) < 1.7, "two callers get one answer")
+holds(0.55 < mixed.wrong / (mixed.wrong + mixed.right) < 0.8, "two of three belong to somebody else")
+holds(ratio("uneven", "round robin") > 1.2, "round robin is blind to uneven texts")
+holds(ratio("alike", "round robin") < ratio("uneven", "round robin"), "and good enough for texts alike")
+holds(measured[at][0] > 60 and measured[at][1] < 20, "the average batch is no utilisation")
+holds(busy[0] < 30 and busy[instances.index(4)] > 55, "more instances keep a device busy")
+
+# %% [markdown]
+# ## Take away
+#
+# - A fork copies locks and not the threads that hold them. Start a model by spawn or from a clean forkserver.
+# - One queue for all copies, and for each text a place of its own for the answer: no balancer, nothing mixed up.
+# - Busy time and average batch don't say how much room is left. Load over measured capacity does.
+#
+# Next: [Lesson 9](9_faster_runtimes.ipynb).
