@@ -395,72 +395,6 @@ def exercise_6_3(functions: Any) -> None:
                 )
 
 
-# --- 10. Choosing, and growing ----------------------------------------------------------------------------------------
-
-
-@exercise("Half a millisecond of 41: a protocol saves only its own share.")
-def exercise_10_1(times_as_many: Any) -> None:
-    if near(times_as_many, 0.8 / 0.3):
-        raise NotYet("that is for a model that takes no time")
-    if near(times_as_many, 40.3 / 40.8, 0.001):
-        raise NotYet("upside down: gRPC is the quicker one here")
-    if not near(times_as_many, 40.8 / 40.3, 0.001):
-        raise NotYet("how long is a call over HTTP, and how long over gRPC? The model is in both")
-
-
-@exercise("That is one to spare. A fleet of two stands half idle for it, one of twenty a twentieth.")
-def exercise_10_2(replicas_wanted: Any) -> None:
-    if replicas_wanted(80, 50) is None:
-        raise NotYet("your turn: it returned None")
-    for rate_per_s, one_per_s, expected in (
-        (80, 50, 3),
-        (100, 50, 3),
-        (101, 50, 4),
-        (20, 50, 2),
-        (1000, 50, 21),
-    ):
-        answer = replicas_wanted(rate_per_s, one_per_s)
-        if not near(answer, expected, 0):
-            raise NotYet(
-                f"{rate_per_s} texts/s, {one_per_s} each: {expected}, not {answer}."
-                " How many must be left, and how many may die?"
-            )
-
-
-@exercise(
-    "Closed, open, half open. Put one before anything that can be down: a database, another model, a neighbour."
-)
-def exercise_10_3(Breaker: Any) -> None:
-    def expect(truth: bool, when: str) -> None:
-        allowed = breaker.allows()
-        if allowed is None:
-            raise NotYet("your turn: allows() returned None")
-        if bool(allowed) != truth:
-            raise NotYet(f"{when}: allows() should be {truth}")
-
-    now_s = 0.0
-    breaker = Breaker(3, 10.0, lambda: now_s)
-    expect(True, "at the beginning")
-    for ok in (False, False, True, False, False):
-        breaker.note(ok)
-    expect(True, "failures that are not three in a row")
-    breaker.note(False)
-    expect(False, "after three failures in a row")
-    now_s = 9.0
-    expect(False, "9 s later, where pause_s is 10")
-    now_s = 11.0
-    expect(True, "11 s later, where pause_s is 10")
-    expect(False, "while that one try is under way")
-    breaker.note(False)
-    expect(False, "after that try has failed")
-    now_s = 20.0
-    expect(False, "9 s after that try has failed")
-    now_s = 22.0
-    expect(True, "11 s after that try has failed")
-    breaker.note(True)
-    expect(True, "after a success")
-    breaker.note(False)
-    expect(True, "after a success and one failure")
 # --- 7. Your own model ------------------------------------------------------------------------------------------------
 
 
@@ -517,51 +451,8 @@ def exercise_7_3(times_one_copy: Any) -> None:
     for *asked, expected, name in cases:
         if not near(times_one_copy(*asked), expected):
             raise NotYet(f"{name}: {', '.join(map(str, asked))} gives {expected:.2f} times one copy")
-# --- 9. Faster runtimes -----------------------------------------------------------------------------------------------
 
 
-@exercise(
-    "That is the wall: no compiler, graph or file format gets past it. Fewer operations do, and smaller numbers."
-)
-def exercise_9_1(most_per_s: Any) -> None:
-    if near(most_per_s, 100):
-        raise NotYet("a multiplication and an addition are two operations")
-    if near(most_per_s, 1000) or near(most_per_s, 2000):
-        raise NotYet("a text has 20 tokens, and each meets all weights")
-    if not near(most_per_s, 50):
-        raise NotYet("how many operations does one text take: tokens x weights x 2?")
-
-
-@exercise("Sort by length, or lay the texts end to end, and it is gone.")
-def exercise_9_2(padding_share: Any) -> None:
-    if padding_share([1, 2]) is None:
-        raise NotYet("your turn: it returned None")
-    for lengths in ([10, 10], [5, 10], [200] + [10] * 9, [7]):
-        expected = 1 - sum(lengths) / (len(lengths) * max(lengths))
-        if not near(padding_share(list(lengths)), expected):
-            raise NotYet(
-                f"{lengths}: {expected:.2f} of {len(lengths) * max(lengths)} tokens, not {padding_share(list(lengths))}"
-            )
-
-
-@exercise("A process that restarts often may never earn its compiler.")
-def exercise_9_3(texts_until_paid: Any) -> None:
-    import math
-
-    cases = [
-        (30.0, (0.010, 0.005), (0.004, 0.005), 1, 5000.0),
-        (30.0, (0.010, 0.005), (0.004, 0.005), 10, 50_000.0),
-        (12.0, (0.010, 0.006), (0.010, 0.004), 8, 6000.0),
-        (30.0, (0.010, 0.005), (0.010, 0.005), 4, math.inf),
-        (30.0, (0.004, 0.005), (0.010, 0.005), 4, math.inf),
-    ]
-    for later_s, old, new, n, expected in cases:
-        found = texts_until_paid(later_s, old, new, n)
-        if found is None:
-            raise NotYet("your turn: it returned None")
-        if not (found == expected or (math.isfinite(expected) and near(found, expected))):
-            raise NotYet(
-                f"{later_s:g} s later, old {old}, new {new}, {n} texts a call: {expected:g}, not {found}"
 # --- 8. Processes and devices -----------------------------------------------------------------------------------------
 
 
@@ -634,3 +525,119 @@ def exercise_8_3(wait_least_loaded: Any) -> None:
             raise NotYet(
                 f"{name}: arrivals {arrivals}, durations {durations}, {n} devices: {expected:.2f}, not {answer:.2f}"
             )
+
+
+# --- 9. Faster runtimes -----------------------------------------------------------------------------------------------
+
+
+@exercise(
+    "That is the wall: no compiler, graph or file format gets past it. Fewer operations do, and smaller numbers."
+)
+def exercise_9_1(most_per_s: Any) -> None:
+    if near(most_per_s, 100):
+        raise NotYet("a multiplication and an addition are two operations")
+    if near(most_per_s, 1000) or near(most_per_s, 2000):
+        raise NotYet("a text has 20 tokens, and each meets all weights")
+    if not near(most_per_s, 50):
+        raise NotYet("how many operations does one text take: tokens x weights x 2?")
+
+
+@exercise("Sort by length, or lay the texts end to end, and it is gone.")
+def exercise_9_2(padding_share: Any) -> None:
+    if padding_share([1, 2]) is None:
+        raise NotYet("your turn: it returned None")
+    for lengths in ([10, 10], [5, 10], [200] + [10] * 9, [7]):
+        expected = 1 - sum(lengths) / (len(lengths) * max(lengths))
+        if not near(padding_share(list(lengths)), expected):
+            raise NotYet(
+                f"{lengths}: {expected:.2f} of {len(lengths) * max(lengths)} tokens, not {padding_share(list(lengths))}"
+            )
+
+
+@exercise("A process that restarts often may never earn its compiler.")
+def exercise_9_3(texts_until_paid: Any) -> None:
+    import math
+
+    cases = [
+        (30.0, (0.010, 0.005), (0.004, 0.005), 1, 5000.0),
+        (30.0, (0.010, 0.005), (0.004, 0.005), 10, 50_000.0),
+        (12.0, (0.010, 0.006), (0.010, 0.004), 8, 6000.0),
+        (30.0, (0.010, 0.005), (0.010, 0.005), 4, math.inf),
+        (30.0, (0.004, 0.005), (0.010, 0.005), 4, math.inf),
+    ]
+    for later_s, old, new, n, expected in cases:
+        found = texts_until_paid(later_s, old, new, n)
+        if found is None:
+            raise NotYet("your turn: it returned None")
+        if not (found == expected or (math.isfinite(expected) and near(found, expected))):
+            raise NotYet(
+                f"{later_s:g} s later, old {old}, new {new}, {n} texts a call: {expected:g}, not {found}"
+            )
+
+
+# --- 10. Choosing, and growing ----------------------------------------------------------------------------------------
+
+
+@exercise("Half a millisecond of 41: a protocol saves only its own share.")
+def exercise_10_1(times_as_many: Any) -> None:
+    if near(times_as_many, 0.8 / 0.3):
+        raise NotYet("that is for a model that takes no time")
+    if near(times_as_many, 40.3 / 40.8, 0.001):
+        raise NotYet("upside down: gRPC is the quicker one here")
+    if not near(times_as_many, 40.8 / 40.3, 0.001):
+        raise NotYet("how long is a call over HTTP, and how long over gRPC? The model is in both")
+
+
+@exercise("That is one to spare. A fleet of two stands half idle for it, one of twenty a twentieth.")
+def exercise_10_2(replicas_wanted: Any) -> None:
+    if replicas_wanted(80, 50) is None:
+        raise NotYet("your turn: it returned None")
+    for rate_per_s, one_per_s, expected in (
+        (80, 50, 3),
+        (100, 50, 3),
+        (101, 50, 4),
+        (20, 50, 2),
+        (1000, 50, 21),
+    ):
+        answer = replicas_wanted(rate_per_s, one_per_s)
+        if not near(answer, expected, 0):
+            raise NotYet(
+                f"{rate_per_s} texts/s, {one_per_s} each: {expected}, not {answer}."
+                " How many must be left, and how many may die?"
+            )
+
+
+@exercise(
+    "Closed, open, half open. Put one before anything that can be down: a database, another model, a neighbour."
+)
+def exercise_10_3(Breaker: Any) -> None:
+    def expect(truth: bool, when: str) -> None:
+        allowed = breaker.allows()
+        if allowed is None:
+            raise NotYet("your turn: allows() returned None")
+        if bool(allowed) != truth:
+            raise NotYet(f"{when}: allows() should be {truth}")
+
+    now_s = 0.0
+    breaker = Breaker(3, 10.0, lambda: now_s)
+    expect(True, "at the beginning")
+    for ok in (False, False, True, False, False):
+        breaker.note(ok)
+    expect(True, "failures that are not three in a row")
+    breaker.note(False)
+    expect(False, "after three failures in a row")
+    now_s = 9.0
+    expect(False, "9 s later, where pause_s is 10")
+    now_s = 11.0
+    expect(True, "11 s later, where pause_s is 10")
+    expect(False, "while that one try is under way")
+    breaker.note(False)
+    expect(False, "after that try has failed")
+    now_s = 20.0
+    expect(False, "9 s after that try has failed")
+    now_s = 22.0
+    expect(True, "11 s after that try has failed")
+    breaker.note(True)
+    expect(True, "after a success")
+    breaker.note(False)
+    expect(True, "after a success and one failure")
