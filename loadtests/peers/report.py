@@ -120,6 +120,7 @@ def write(out: Path) -> None:
 def about(results: Results) -> str:
     found = results.about
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    added = found.get("added", [])
     return (
         f"# This server and what people would pick instead\n\n"
         f"`make peers`, {found['date']}: {found['processor']}, {found['cores']} cores; {found['pinning']}; one thread for the model; "
@@ -127,6 +128,7 @@ def about(results: Results) -> str:
         "plain pipeline's. Each peer is a small program after a page of its own documentation, see the files in "
         "[`loadtests/peers/`](../peers). "
         f"Medians of up to {results.repeats} rounds in which all took turns, with the least and greatest. "
+        f"{', '.join(added)}{' took turns in a later run (`--add`). ' * bool(added)}"
         f"{results.disturbed} of {results.measurements} measurements were dropped, since something else took more than "
         f"{DISTURBED:.0%} of a core meanwhile; `~`: the quietest one, where that was so in every round.\n"
     )
