@@ -36,8 +36,12 @@ class Connection(asyncio.Protocol):
         head, separator, body = self.buffer.partition(b"\r\n\r\n")
         if not separator:
             return
-        length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0])
-        if len(body) < length:
+        fields = head.lower()
+        if b"transfer-encoding: chunked" in fields:
+            whole = body.endswith(b"0\r\n\r\n")
+        else:
+            whole = len(body) >= int(fields.partition(b"content-length:")[2].split(b"\r\n", 1)[0])
+        if not whole:
             return
         self.buffer = b""
         self.then(int(head[9:12]))

@@ -21,6 +21,7 @@ import pytest
 from client import until
 
 from loadtests import compare, drive, planner, texts
+from loadtests.crowd import Connection
 from loadtests.modes import MODES, ROOT, Mode, Server, start
 
 
@@ -305,3 +306,13 @@ def suppressed(run: Any, *args: Any, **kwargs: Any) -> None:
 def test_an_unknown_kind_of_text_is_named() -> None:
     with pytest.raises(ValueError, match="texts=lnog is not allowed: it must be one of short, mixed, long"):
         next(texts.stream("lnog", random.Random(0)))
+
+
+def test_a_reply_in_chunks_is_whole_at_its_end() -> None:
+    statuses: list[int] = []
+    connection = Connection()
+    connection.then = statuses.append
+    connection.data_received(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n")
+    assert not statuses
+    connection.data_received(b"0\r\n\r\n")
+    assert statuses == [200]

@@ -92,6 +92,25 @@ def test_a_server_is_gone_when_all_of_its_processes_are(monkeypatch: pytest.Monk
         assert failures.ended(server, family).startswith("gone after")
 
 
+def test_peers_are_added_to_the_results_that_are_there(tmp_path: Path) -> None:
+    rows = [
+        Row(peer, model, 0, "short 64", "per_s", 1.0, 0.0)
+        for peer in ("mosec", "litserve")
+        for model in ("float32", "instant")
+    ]
+    pd.DataFrame(rows, columns=Row._fields).to_csv(tmp_path / "peers.csv", index=False)
+    machine = {"processor": "P", "versions": {"torch": "1"}}
+    (tmp_path / "peers.json").write_text(
+        json.dumps({**machine, "failed": {"mosec": "it broke"}, "size": {"mosec": 1}})
+    )
+    about = dict(machine)
+    kept = peers.without(tmp_path, ["mosec"], ["float32"], about)
+    assert kept == [row for row in rows if (row.peer, row.model) != ("mosec", "float32")]
+    assert about == {**machine, "failed": {}, "size": {"mosec": 1}, "added": ["mosec"]}
+    with pytest.raises(SystemExit, match="versions"):
+        peers.without(tmp_path, ["mosec"], ["float32"], machine | {"versions": {"torch": "2"}})
+
+
 def test_who_cannot_be_installed_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(needs: str, lines: tuple[str, ...]) -> None:
         if needs == "mosec":

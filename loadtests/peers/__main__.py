@@ -136,6 +136,20 @@ def expected_answers(models: set[str]) -> dict[str, str]:
     return found
 
 
+def without(out: Path, names: list[str], models: list[str], about: dict[str, Any]) -> list[Row]:
+    """The rows in `out` but those of these peers with these models, which are measured anew; `about` becomes theirs."""
+    here = dict(about)
+    about |= json.loads((out / "peers.json").read_text())
+    if set(models) - {"tricks"}:
+        about["added"] = sorted({*about.get("added", []), *names})
+    about["failed"] = {name: why for name, why in about["failed"].items() if name not in names}
+    if different := [key for key in ("processor", "versions") if about[key] != here[key]]:
+        raise SystemExit(f"those results have another {different[0]}: run all of it anew")
+    old = pd.read_csv(out / "peers.csv")
+    kept = old[~(old["peer"].isin(names) & old["model"].isin(models))]
+    return [Row(*values) for values in kept.itertuples(index=False)]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run it; return how many visits failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -152,12 +166,14 @@ def main(argv: list[str] | None = None) -> int:
         "--rounds", type=int, help="of each model; default: 3 of float32, fewer of the others"
     )
     parser.add_argument("--only", action="store_true", help="the chosen peers only, without this server")
+    parser.add_argument(
+        "--add", action="store_true", help="the chosen peers only, put among the results that are there"
+    )
     parser.add_argument("--out", type=Path, help="folder for the results; only a whole run has a default")
     parser.add_argument("--redraw", action="store_true", help="only make the tables and pictures anew")
     options = parser.parse_args(argv)
-    if (
-        options.quick or options.peers or options.rounds or set(options.models) != set(ROUNDS)
-    ) and not options.out:
+    partial = options.quick or options.peers or options.rounds or set(options.models) != set(ROUNDS)
+    if partial and not options.add and not options.out:
         options.out = CACHE / "results"  # a part must not overwrite the whole
     out = options.out or Path(__file__).parent.parent / "results"
     if options.redraw:
@@ -166,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C does: leave no server behind
     chosen = list(options.peers or PEERS)
-    names = chosen if options.only else list(dict.fromkeys([*chosen, *OURS_WITH_PEERS]))
+    names = chosen if options.only or options.add else list(dict.fromkeys([*chosen, *OURS_WITH_PEERS]))
     rounds = {model: options.rounds or (1 if options.quick else ROUNDS[model]) for model in options.models}
     about: dict[str, Any] = {
         **machine.describe(),
@@ -178,6 +194,7 @@ def main(argv: list[str] | None = None) -> int:
         "failures": {},
         "failed": {},
     }
+    rows = without(out, names, options.models, about) if options.add else []
     CACHE.mkdir(exist_ok=True)
     peers = install([PEERS[name] for name in names], about)
     server_cpus, client_cpus = cores()
@@ -192,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     os.sched_setaffinity(0, client_cpus)
     answers = expected_answers({model for _, model, _ in visits})
     with drive.generator(client_cpus) as locust:
-        run = Run(out, about["scale"], locust, server_cpus, client_cpus, answers, about)
+        run = Run(out, about["scale"], locust, server_cpus, client_cpus, answers, about, rows)
         for peer, model, repeat in (progress := tqdm(visits, unit="visit", file=sys.stderr)):
             progress.set_description(f"round {repeat + 1}: {peer.name}, {model}")
             try:

@@ -120,6 +120,7 @@ def write(out: Path) -> None:
 def about(results: Results) -> str:
     found = results.about
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    added = found.get("added", [])
     return (
         f"# This server and what people would pick instead\n\n"
         f"`make peers`, {found['date']}: {found['processor']}, {found['cores']} cores; {found['pinning']}; one thread for the model; "
@@ -127,6 +128,7 @@ def about(results: Results) -> str:
         "plain pipeline's. Each peer is a small program after a page of its own documentation, see the files in "
         "[`loadtests/peers/`](../peers). "
         f"Medians of up to {results.repeats} rounds in which all took turns, with the least and greatest. "
+        f"{', '.join(added)}{' took turns in a later run (`--add`). ' * bool(added)}"
         f"{results.disturbed} of {results.measurements} measurements were dropped, since something else took more than "
         f"{DISTURBED:.0%} of a core meanwhile; `~`: the quietest one, where that was so in every round.\n"
     )
@@ -449,7 +451,7 @@ def draw_overload(results: Results) -> Figure:
     )
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
-    axes.set_xlim(right=axes.get_xlim()[1] * 4)
+    axes.set_xlim(right=axes.get_xlim()[1] * 5)
     plain_numbers(axes.xaxis)
     axes.set_xlabel("requests per second: 50 %, 80 %, 2 x, 10 x of its own capacity")
     axes.set_ylabel("right answers per second within 1 s")
@@ -460,7 +462,7 @@ def label_ends(axes: Any, ends: dict[str, tuple[float, float]], best: list[str])
     """Names right of the lines' ends, pushed apart where they would overlap."""
     apart = 0.035 * max((y for _, y in ends.values()), default=1.0)
     right = max((x for x, _ in ends.values()), default=1.0)
-    below = -math.inf
+    below = 0.0
     for name, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
         at = below = max(y, below + apart)
         axes.annotate(name, (x, y), (right * 1.15, at), color=colour(name, best), va="center", fontsize=11,
