@@ -121,8 +121,17 @@ class Crowd:
     async def insist(self, users: int, pause_s: float) -> None:
         """Users who ask again as soon as they have an answer, and `pause_s` after a refusal, whatever Retry-After says."""
         loop = asyncio.get_running_loop()
+        under_way: set[asyncio.Task[None]] = set()
+
+        async def ask_anew(request: bytes) -> None:
+            ask(await self.connect(), request)
 
         def ask(connection: Connection, request: bytes) -> None:
+            if connection.transport.is_closing():  # by the server, after its last reply
+                task = loop.create_task(ask_anew(request))
+                under_way.add(task)
+                task.add_done_callback(under_way.discard)
+                return
             due_at = time.perf_counter()
 
             def then(status: int) -> None:

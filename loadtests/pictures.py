@@ -65,10 +65,13 @@ def name_lines(axes: Axes, **options: Any) -> None:
 
 
 def plain_numbers(*axes: Any) -> None:
-    """200, not 2 x 10^2, on a logarithmic axis."""
+    """200, not 2 x 10^2, on a logarithmic axis; 2 and 5 between the powers of ten where there is room."""
     for axis in axes:
+
+        def between(value: float, _: int, axis: Any = axis) -> str:
+            low, high = axis.get_view_interval()
+            return f"{value:g}" if f"{value:e}"[0] in "25" and high < 500 * low else ""
+
         axis.set_tick_params(which="both", length=3, pad=4)  # one line of numbers, not two
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(
-            FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-        )
+        axis.set_minor_formatter(FuncFormatter(between))

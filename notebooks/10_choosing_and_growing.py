@@ -227,6 +227,8 @@ tell(
     f"The text and its answer are {inside} bytes of it in both. Around them HTTP needs {wire['HTTP'] - inside:.0f} bytes and gRPC"
     f" {wire['gRPC'] - inside:.0f}."
 )
+
+# %%
 claim(
     "gRPC's payloads are 30–50 % smaller",
     who="bytes on the wire of a short text and its answer, headers included; an embedding of 384 numbers, as JSON and as bytes",
@@ -273,11 +275,11 @@ files = set(re.findall(r'File "([^"]+)"', revealed.body))
 
 
 def without_paths(text):
-    """The end of a reply, folders left out: they are this machine's own."""
-    return re.sub(r'"/[^"]*/', '"/…/', text)[-900:]
+    """The last lines of a reply, folders left out: they are this machine's own."""
+    return "\n".join(re.sub(r'"/[^"]*/', '"/…/', text).splitlines()[-8:])
 
 
-print(revealed.status, "…", without_paths(revealed.body))
+print(revealed.status, "…", without_paths(revealed.body), sep="\n")
 
 # %% [markdown]
 # An attacker reads from it which libraries run, in which Python, and where they lie. And the client can do nothing with
@@ -309,6 +311,8 @@ table(
         described("this server: the model has a bug", refused),
     ]
 )
+
+# %%
 tell(
     f"The traceback named {len(files)} files; predicted were 10, your guess was {guess_files}. The bug's own traceback, with the"
     f" missing file's name, is in the server's log{' beside the id that the reply has' if request_id in log else ''}: the client can quote the id, and you can look it up."
@@ -395,11 +399,14 @@ now_s = FORGET_S - 1
 states.append(breaker())
 now_s = FORGET_S + 1
 states.append(breaker())
-print(states)
+tell(
+    f"At first, and after each death: {', '.join(states[:-2])}. A second before the ten minutes are over: {states[-2]}."
+    f" A second after: {states[-1]}."
+)
 
 # %% [markdown]
-# The server has two more of them. A replica that has no model says so at `/ready`: after two such replies the balancer below
-# asks it no more, and after one good reply it asks again. And a queue that is too long to be in time refuses at once
+# There are two more breakers of this kind. A replica that has no model says so at `/ready`. After two such replies the balancer
+# below sends it no more texts; after one good reply it does again. And a queue that is too long to be in time refuses at once
 # ([lesson 5](5_saying_no.ipynb)). All three have one idea: don't spend time on what will fail.
 
 # %%
@@ -423,7 +430,7 @@ table(
     .reset_index(names="server")
 )
 tell(
-    f"A stored run: {selector.day()}. “mixed”: one text in ten is long. The authors of one of these servers ran it: see which."
+    f"A stored run: {selector.day()}. “mixed”: one text in ten is long. We ran it, and one of the servers is ours: keep that in mind."
 )
 
 # %% [markdown]
@@ -457,9 +464,9 @@ with picture("Most servers win for nobody", "first choice of so many people, %",
     ax.set_xlim(-4, 118)
 
 # %% [markdown]
-# *Where the prediction fails:* it says who *can't* win, and even so it is too kind. No single server beats
-# these others in everything. But for each mixture of wishes some server has more points, now this one, now that one. A
-# weighted mean likes extremes more than all-rounders.
+# *Where the prediction fails:* it says who *can't* win, and even so it is too kind. Some servers are beaten in everything by
+# no single other one, and still win for nobody: for each mixture of wishes somebody has more points, now this one, now that
+# one. A weighted mean likes extremes more than all-rounders.
 #
 # And weights are not the only opinion in it. Who picks the columns has half picked the winner. Four of these six are about
 # speed. Ask for the other two alone:
@@ -497,7 +504,7 @@ guess_saved = 50  # %
 # %% [markdown]
 # **Prediction.** It saves exactly what the first image has and the second hasn't. Add up: the installed packages of
 # `requirements.txt`, the model, the code, and Debian with Python. Then what a single stage would leave in: pip, its cache of
-# what it downloaded, and the compilers (`build-essential`). Here no image is built, so we add up files of this machine.
+# what it downloaded, and the compilers (`build-essential`). This lesson builds no image: it adds up files of this machine.
 
 # %%
 from recipe import sizes
@@ -553,7 +560,7 @@ claim(
 # %% [markdown]
 # ## A cold start, part by part
 #
-# A replica that you start now answers when? First comes everything that its process has to do.
+# You start a replica now. When does it answer? Its process has much to do before.
 #
 # **Guess:** how many seconds from the command to the first answer, for our model?
 
@@ -561,8 +568,8 @@ claim(
 guess_start_s = 8.0
 
 # %% [markdown]
-# **Prediction.** The sum of the parts. Each is measured in a new process: the interpreter, the imports, the weights, a first
-# call. In turn with them the server itself is started and timed.
+# **Prediction.** The sum of the parts: the interpreter, the imports, the weights, a first call. They are timed one after the
+# other in a new process. Then the server itself is started and timed.
 
 # %%
 from recipe import cold_start
@@ -620,21 +627,23 @@ claim(
 
 # %%
 way(
-    ("clients", "HAProxy", "replica 1"), ("clients", "HAProxy", "replica 2"), changed={"HAProxy", "replica 2"}
+    ("clients", "HAProxy", "replica 1"),
+    ("", "the same", "replica 2"),
+    changed={"HAProxy", "the same", "replica 2"},
 )
 
 # %% [markdown]
 # A laptop has no second machine. So the model is replaced by one that loads just as ours does, but takes 20 ms a call without
 # computing. Two of them don't slow each other down: as on two machines.
 #
-# **Guess:** 140 texts a second arrive. How many of them do two replicas answer within a second?
+# **Guess:** 140 texts a second arrive. How many a second do two replicas answer in time? In time is within one second.
 
 # %%
 guess_two_per_s = 120
 
 # %% [markdown]
-# **Prediction.** One replica answers 1/20 ms, two twice as many, and the balancer adds little. `loadtests/fleet.py` simulates
-# it with each replica's queue and its no.
+# **Prediction.** One replica answers a text every 20 ms, so 50 a second. Two answer twice as many, and the balancer adds little.
+# `loadtests/fleet.py` simulates it, with each replica's queue and what it refuses.
 
 # %%
 import shutil
@@ -793,6 +802,9 @@ if HAPROXY:
 stop()
 
 # %% [markdown]
+# *Where the formula fails:* it spreads the refusals evenly, and strangers don't come evenly. Also, all replicas share one machine
+# here, so the new one loads beside the old ones. How much that takes from them we haven't measured.
+#
 # An autoscaler does the same by itself. This is a stored run of Ray Serve, which isn't installed here
 # (`loadtests/ray_curve.py`). At second 12 the load grows from 20 to 200 texts a second. A replica does 50 a second.
 #

@@ -40,7 +40,7 @@ way(
 )
 
 # %% [markdown]
-# In the first row the loop itself computes the model. In code the difference is a line. `await` means: until the answer is
+# In the first row the loop itself computes the model. In code the difference is one line. `await` means: until the answer is
 # there, the event loop does something else.
 
 
@@ -189,9 +189,9 @@ claim(
 # %% [markdown]
 # ## What the GIL lets through
 #
-# "Threads don't help in Python: there is the GIL." It is a lock, and who runs Python holds it: so only one thread runs
-# Python at a time, true. A thread that computes in Python is asked to hand the lock over after a while. A C function is
-# asked nothing. Either it lets go of the lock by itself, or it keeps it until it returns.
+# "Threads don't help in Python: there is the GIL." The GIL is a lock. Only the thread that holds it runs Python. So it is true
+# that only one thread runs Python at a time. A thread that computes in Python has to hand the lock over after a while. A C
+# function need not. Either it lets go of the lock by itself, or it keeps it until it returns.
 #
 # A metronome thread ticks every millisecond. The main thread works. **How long is the longest silence of the metronome**
 # while the work is (a) a Python loop, (b) one call of `sum`, which is C and keeps the lock, (c) torch?
@@ -203,8 +203,8 @@ guess_torch_ms = 10
 
 # %% [markdown]
 # **Prediction.** (a) A Python loop hands over when the *switch interval* has passed: a tick and that interval. (b) `sum`
-# keeps the lock for the whole call. A tenth of the numbers tells how long that is: ten times as long. (c) torch lets go: a
-# tick, as if nobody worked.
+# keeps the lock for the whole call. To know how long that is, we time the sum of a tenth of the numbers, and multiply by ten.
+# (c) torch lets go: a tick, as if nobody worked.
 
 # %%
 import sys
@@ -222,8 +222,8 @@ tell(f"The switch interval is {switch_ms:.0f} ms. A tenth of the sum takes {tent
 
 
 # %%
-def longest_silence_ms(work):
-    """The longest gap between two ticks of a 1 ms metronome while `work()` runs."""
+def silences_ms(work):
+    """The typical (median) and the longest gap between two ticks of a 1 ms metronome while `work()` runs."""
     ticks, done = [time.perf_counter()], threading.Event()
 
     def metronome():
@@ -236,7 +236,8 @@ def longest_silence_ms(work):
     work()
     done.set()
     thread.join()
-    return float(np.diff(ticks).max()) * 1000
+    gaps = np.diff(ticks) * 1000
+    return float(np.median(gaps)), float(gaps.max())
 
 
 def python_loop():
@@ -252,7 +253,9 @@ works = {  # what is done, the formula, the guess
     "Python loop": (python_loop, 1 + switch_ms, guess_loop_ms),
     "one sum()": (lambda: sum(range(numbers)), 10 * tenth_ms, guess_sum_ms),
 }
-silences = {name: longest_silence_ms(work) for name, (work, _, _) in works.items()}
+found = {name: silences_ms(work) for name, (work, _, _) in works.items()}
+typical = {name: typical_ms for name, (typical_ms, _) in found.items()}
+silences = {name: longest_ms for name, (_, longest_ms) in found.items()}
 
 # %%
 mark = {"linestyle": "none", "marker": "_", "markersize": 16, "markeredgewidth": 3}
@@ -272,25 +275,29 @@ table(
             "your guess, ms": guess or "-",
             "formula, ms": f"{formula:.0f}",
             "longest silence, ms": f"{silences[name]:.1f}",
+            "typical silence, ms": f"{typical[name]:.1f}",
         }
         for name, (_, formula, guess) in works.items()
     ]
 )
-idle_ms, torch_ms, loop_ms, sum_ms = silences.values()
+_, torch_ms, _, sum_ms = silences.values()
 claim(
     "Threads don't help in Python because of the GIL",
-    who="the longest silence of a 1 ms metronome in another thread",
-    number=f"{idle_ms:.0f} ms beside nobody, {torch_ms:.0f} ms beside torch, {loop_ms:.0f} ms beside a Python loop,"
-    f" {sum_ms:.0f} ms beside one C call that keeps the lock",
+    who="the silences of a 1 ms metronome in another thread",
+    number=f"the typical one is {typical['nobody works']:.1f} ms beside nobody, {typical['torch']:.1f} ms beside torch,"
+    f" {typical['Python loop']:.1f} ms beside a Python loop; the longest is {torch_ms:.0f} ms beside torch, {sum_ms:.0f} ms"
+    " beside one C call that keeps the lock",
     verdict="depends on who computes: torch lets go of the lock",
 )
 
 # %% [markdown]
 # `sum` keeps the lock to its end: the metronome is silent for the whole call. The Python loop hands over at every switch
-# interval. Torch lets go of the lock in every operation: to the metronome it is almost as if nobody worked.
+# interval. Torch lets go of the lock in every operation: each of these products takes much longer than the longest silence
+# beside it. So the metronome ticked while torch computed.
 #
 # *Where the prediction fails:* a tick also needs a core, and the operating system shares those out. So even beside nobody
-# some silences are longer than a millisecond. Compare the other rows with the first one.
+# some silences are longer than a millisecond. And this is the longest of hundreds. The typical silence, the median, says it
+# better: beside torch it is as short as beside nobody, beside a Python loop it is the switch interval and a tick.
 #
 # So a thread is enough for a model. But *the tokenizer's Python part, JSON, a regular expression* hold the lock. That is
 # why the server refuses texts that are too large before it touches them.
@@ -298,9 +305,9 @@ claim(
 # %% [markdown]
 # ## A crash contained
 #
-# A thread can't contain a crash: out of memory, a bug in a C library, an endless loop. A process can. Four long texts are
-# sent at once, and in the middle of a call we kill the model's process. **How many of the four does the model take with it?
-# What does `/health` say? And how long is it until the server answers texts again?**
+# A thread can't contain a crash: out of memory, a bug in a C library, an endless loop. So now the model is in a process. Four
+# long texts are sent at once, and in the middle of a call we kill the model's process. **How many of the four does it take
+# with it? What does `/health` say? And how long is it until the server answers texts again?**
 
 # %%
 guess_lost = 4  # texts that get an error 500
@@ -357,10 +364,10 @@ tell(
 # %% [markdown]
 # The text that the dead process held gets a 500. The server, its queue and its `/health` never stop. Those who stood in the
 # queue get a 503 at once, because a new model takes longer to load than they may wait: they can ask another server, or come
-# back. With a thread the whole server would be gone, and every client with it.
+# back. With a thread the whole server would be gone, and the requests of all clients with it.
 #
-# *Where the formula may fail:* `Retry-After` is in whole seconds, and it tells how long loading took the last time, when
-# other servers loaded beside it.
+# *Where the formula may fail:* `Retry-After` is in whole seconds, and it tells how long loading took the last time. Then the
+# three servers loaded side by side. Now one process loads alone.
 #
 # The text that died is not tried again. If it is the killer, it would kill the next process too.
 #
@@ -380,9 +387,9 @@ stop()
 guess_ms = {"inline": 0.1, "thread": 1.0, "process": 1.0}
 
 # %% [markdown]
-# **Prediction.** Inline hands nothing over. A thread is handed the texts and hands the answers back; then the event loop must
-# be woken. With a process all goes through a socket, packed and unpacked. We time these parts by themselves: a helper, thread
-# or process, only sends back what it gets.
+# **Prediction.** Inline hands nothing over. A thread is handed the texts and hands the answers back: the event loop, which
+# sleeps meanwhile, must be woken. With a process all goes through a socket, packed and unpacked. We time these ways by
+# themselves: a helper, thread or process, only sends back what it gets.
 
 # %%
 import asyncio
@@ -393,9 +400,16 @@ import subprocess
 from workers.process import Process, packed, unpacked
 
 eight = [TEXT] * 8
-there, back = queue.SimpleQueue(), queue.SimpleQueue()
+there, loop = queue.SimpleQueue(), asyncio.get_running_loop()
 ours, theirs = socket.socketpair()
-threading.Thread(target=lambda: [back.put(item) for item in iter(there.get, None)], daemon=True).start()
+
+
+def send_back():
+    for future, sent in iter(there.get, None):
+        loop.call_soon_threadsafe(future.set_result, sent)
+
+
+threading.Thread(target=send_back, daemon=True).start()
 parrot = "import socket, sys\ns = socket.socket(fileno=int(sys.argv[1]))\nwhile data := s.recv(65536): s.sendall(data)"
 command = [sys.executable, "-c", parrot, str(theirs.fileno())]
 child = subprocess.Popen(command, pass_fds=[theirs.fileno()])
@@ -403,15 +417,9 @@ theirs.close()
 reader, writer = await asyncio.open_connection(sock=ours)
 
 
-async def by_queue():
-    there.put(eight)
-    back.get()
-
-
-async def wake_the_loop():
-    loop = asyncio.get_running_loop()
+async def by_thread():
     future = loop.create_future()
-    loop.call_soon_threadsafe(future.set_result, None)
+    there.put((future, eight))
     await future
 
 
@@ -429,17 +437,12 @@ async def median_ms(call):
     return float(np.median(took)) * 1000
 
 
-parts = {call.__name__: await median_ms(call) for call in (by_queue, wake_the_loop, by_socket)}
+parts = {call.__name__: await median_ms(call) for call in (by_thread, by_socket)}
 there.put(None)
 writer.close()
 await writer.wait_closed()
 child.wait(5)
-formula_ms = {
-    "inline": 0.001,
-    "thread": parts["by_queue"] + parts["wake_the_loop"],
-    "process": parts["by_socket"],
-}
-tell("Parts: " + ", ".join(f"{name.replace('_', ' ')} {ms:.3f} ms" for name, ms in parts.items()) + ".")
+formula_ms = {"inline": 0.001, "thread": parts["by_thread"], "process": parts["by_socket"]}
 
 # %%
 from functools import partial
@@ -499,8 +502,8 @@ claim(
 )
 
 # %% [markdown]
-# *Where the formula fails:* the real ones lie above their parts. This server does some work around each hand-over: a time
-# limit for the call, a look at what the model raised, and packing on the other side of the socket, too.
+# *Where the formula fails:* it leaves out what this server does around each hand-over: a time limit for the call, a look at
+# what the model raised, and packing on the other side of the socket, too. Most of the time goes into waking who sleeps.
 #
 # Did you expect the process to cost so little? Eight short texts are a few hundred bytes. It is weights that are heavy, and
 # they stay where they are. The memory is counted as in lesson 1. With a process the server itself needs no torch: only the
@@ -571,7 +574,7 @@ holds(costs["inline"] < costs["process"] < 10, "so does a process")
 # ## Take away
 #
 # - On the event loop a model blocks everything else, `/health` first. Many short calls in a row are as bad as a long one.
-# - A thread is enough: torch lets go of the GIL. Python code in the model does not.
+# - A thread is enough: torch lets go of the GIL. Python code in the model holds it, and makes the others wait.
 # - A process contains a crash. A call costs hardly more, and memory only counts from the second copy on.
 #
 # Next: [Lesson 3](3_the_cliff.ipynb), on why 95 % busy is already too late.

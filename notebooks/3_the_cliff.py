@@ -46,11 +46,11 @@ guess_wait = 2  # calls, at 95 % utilisation
 # | | when every call takes | mean wait, in calls |
 # |---|---|---|
 # | M/D/1 | the same time | $\frac{\rho}{2(1-\rho)}$ |
-# | M/M/1 | a random time (exponential) | $\frac{\rho}{1-\rho}$ |
+# | M/M/1 | a random time (exponential: many short, a few long) | $\frac{\rho}{1-\rho}$ |
 #
-# In the names, M stands for random, D for always the same, and 1 for one model. The time to the answer is the wait and one
-# call more. (Both are cases of the formula of Pollaczek and Khinchine: Kleinrock, *Queueing Systems*, vol. 1, 1975,
-# ch. 3 and 5.)
+# In the names the first letter is for the arrivals and the second for the calls. M stands for random, D for always the same,
+# and 1 for one model. The time to the answer is the wait and one call more. (Both are cases of the formula of Pollaczek and
+# Khinchine: Kleinrock, *Queueing Systems*, vol. 1, 1975, ch. 3 and 5.)
 
 
 # %%
@@ -107,9 +107,9 @@ tell(
 )
 
 # %% [markdown]
-# Now people come at random moments, at some fraction of that. A machine has moods. So we measure the capacity anew before
-# each run, and take each call's own time from the server's answer. (It says in the header `Server-Timing` how long a text
-# waited, and how long its call took.)
+# Now people come at random moments, at some fraction of that. A machine has moods: at times the same work takes longer. So we
+# measure the capacity anew before each run, and take each call's own time from the server's answer. (It says in the header
+# `Server-Timing` how long a text waited, and how long its call took.)
 
 # %%
 import numpy as np
@@ -159,8 +159,8 @@ table(
 
 # %% [markdown]
 # The first and the last column should be the same. Where they differ, $S$ in the run is not the $S$ of the seconds before.
-# There are two causes. The machine itself is faster or slower than it was a moment ago. And a call takes another time after
-# a pause than right behind another call. The two columns in the middle show both in the same run, so the machine's moods
+# There are two causes. The machine itself is faster or slower than it was a moment ago. And a call after a pause does not
+# take as long as one right behind another. The two columns in the middle show both in the same run, so the machine's moods
 # can't hide it.
 
 # %%
@@ -218,10 +218,10 @@ with picture(
 
 # %% [markdown]
 # Black and dashed are the two formulas. The grey area holds nine in ten of the simulated runs that are as short as ours and
-# whose calls are all alike. Near the wall the grey area lies far below the black line: the queue needs minutes to become as
-# long as the formula says, and a run of seconds ends before. A measured dot may lie there without contradicting anything.
+# whose calls are all alike. Near the wall much of it lies far below the black line: the queue needs minutes to become as long
+# as the formula says, and a run of seconds ends before. A measured dot may lie there without contradicting anything.
 #
-# *Where the formula fails.* The machine's calls are not all alike, and its slow moments last for many calls. So take each
+# *Where the formula fails.* The machine's calls are not all alike, and its slow moments can last for many calls. So take each
 # run's own arrivals and own call times, and let the five lines from above play them. First with the calls in a random order,
 # then in their own order.
 
@@ -264,9 +264,9 @@ tell(
 )
 
 # %% [markdown]
-# Read the table from right to left. Each column forgets one thing. The last simulated column knows all: who came when, and
-# how long each call took. It gives about what was measured, so nothing else happened in the queue. The column before it
-# forgets the order of the calls. M/D/1 also forgets that calls differ, that a run is short, and who came when.
+# Read the table from right to left. Each column knows less. The last simulated column knows all: who came when, and how long
+# each call took. It gives about what was measured, so nothing else happened in the queue. The column before it does not know
+# the order of the calls. M/D/1 does not know either that calls differ, that a run is short, and who came when.
 #
 # That is what a formula can do near the cliff. It tells you that there is a wall, and about where. It does not tell you
 # the height at which you will hit it.
@@ -299,14 +299,16 @@ table([{key: one if isinstance(one, str) else f"{one:.1f}" for key, one in row.i
 # %% [markdown]
 # ## One in a hundred
 #
-# The mean is the good news. For what one client in a hundred sees there is a formula, too: with random calls
-# $\frac{4.6}{1-\rho}$ calls from arrival to answer (Kleinrock, ch. 3; 4.6 is $-\ln 0.01$). It is called the
-# [p99](glossary.md).
+# The mean is the good news. One client in a hundred waits longer than the [p99](glossary.md).
 #
-# **Guess.** At 95 %: the mean is some calls. How many is the p99?
+# **Guess.** The server is 95 % busy again. How many calls is the p99 of the time from arrival to answer?
 
 # %%
 guess_p99 = 10  # calls, at 95 % utilisation
+
+# %% [markdown]
+# **Prediction.** There is a formula for the p99, too. With random calls it is $\frac{4.6}{1-\rho}$ calls (Kleinrock, ch. 3; 4.6
+# is $-\ln 0.01$).
 
 # %%
 p99s = [((df.queue_ms + df.model_ms) / 1000 / df.attrs["S"]).quantile(0.99) for df in runs]
@@ -334,9 +336,9 @@ with picture(title, "utilisation ρ", "time to the answer, calls", xlim=(0, 1.03
 #
 # $$\rho = \frac{2w}{1+2w} \text{ when calls are alike}, \qquad \rho = \frac{w}{1+w} \text{ when they are random.}$$
 #
-# And there is a second reason to stay away from the wall. A hiccup of one second leaves a [backlog](glossary.md) of
-# $\lambda$ texts. It melts only with what the server has to spare, $\mu - \lambda$ texts a second with $\mu = 1/S$. So a hiccup of one second
-# hurts for $\frac{\lambda}{\mu-\lambda} = \frac{\rho}{1-\rho}$ seconds more.
+# And there is a second reason to stay away from the wall. A hiccup of one second leaves a [backlog](glossary.md) of $\lambda$
+# texts. Let $\mu = 1/S$ be the capacity. The backlog melts only with what the server has to spare, $\mu - \lambda$ texts a
+# second. So a hiccup of one second hurts for $\frac{\lambda}{\mu-\lambda} = \frac{\rho}{1-\rho}$ seconds more.
 
 # %%
 table(
@@ -363,7 +365,7 @@ claim(
     who="one copy of the model behind HTTP, random arrivals of short texts",
     number=f"at {rhos[busiest]:.0%} a text waits {in_calls(waits[busiest])} calls on average, and one in a hundred needs"
     f" {p99s[busiest]:.0f} calls to its answer; at {rhos[0]:.0%} {waits[0]:.1f} and {p99s[0]:.1f}. At 95 % M/D/1 says"
-    f" {md1_wait(0.95):.1f} calls and M/M/1 {mm1_wait(0.95):.1f}, and a hiccup of 1 s hurts for 19 s more",
+    f" {md1_wait(0.95):.1f} calls and M/M/1 {mm1_wait(0.95):.1f}; by its formula a hiccup of 1 s hurts for 19 s more",
     verdict="fails where somebody waits for the answer: two calls of waiting allow 67 to 80 %",
 )
 
@@ -379,12 +381,12 @@ claim(
 # **Guess.** How many wait, on average?
 
 # %%
-guess_waiting = 1
+guess_waiting = 1  # texts in the queue
 
 # %% [markdown]
 # **Prediction.** `/metrics` counts how many have waited (`model_queue_wait_seconds_count`) and how long in sum (`…_sum`).
 # In $t$ seconds $\lambda = \Delta\text{count}/t$ and $W = \Delta\text{sum}/\Delta\text{count}$. So
-# $\lambda W = \Delta\text{sum}/t$: the queue's mean length, and nobody has looked at it.
+# $\lambda W = \Delta\text{sum}/t$: the queue's mean length, though nobody has looked at it.
 
 # %%
 import threading
@@ -412,11 +414,12 @@ little, rho, rate_per_s = waited_s / seconds, df.attrs["rho"], len(df) / seconds
 tell(f"λW = {little:.2f} waiting on average. {len(seen)} looks saw {looked:.2f}.")
 
 # %% [markdown]
-# The two agree, whatever the arrivals, the calls and the order were. That is why the law is worth so much: two of $L$,
-# $\lambda$ and $W$ give the third, on any dashboard.
+# The two are about the same, whatever the arrivals, the calls and the order were. (They can't be quite the same: a look ten
+# times a second misses what happens between.) That is why the law is worth so much: two of $L$, $\lambda$ and $W$ give the
+# third, on any dashboard.
 #
-# M/D/1 is another matter. Times $\lambda$ it also says how many wait: $\frac{\rho^2}{2(1-\rho)}$. Here it is, step by step,
-# from what one knew before the run to what happened in it.
+# M/D/1 is another matter. Its wait times $\lambda$ also says how many wait: $\frac{\rho^2}{2(1-\rho)}$. Here it is, step by
+# step, from what one knew before the run to what happened in it.
 
 # %%
 S, asked_s = df.attrs["S"], waits_of(df.sent_s, df.call_s)
@@ -428,7 +431,7 @@ steps = {
     "own arrivals and calls": rate_per_s * asked_s.mean(),
     "Little: λW": little,
 }
-with picture("Who knows how many wait?", "waiting on average", "", xlim=(0, None)) as ax:
+with picture("Little's law counts those who wait", "waiting on average", "", xlim=(0, None)) as ax:
     ax.barh(range(len(steps)), list(steps.values()), color="#CCCCCC")
     dots(ax, [looked], [len(steps)], None)
     guessed(ax, [guess_waiting], [len(steps) + 1], None)
@@ -436,25 +439,27 @@ with picture("Who knows how many wait?", "waiting on average", "", xlim=(0, None
 tell("Waiting on average: " + "; ".join(f"{name}: {in_calls(value)}" for name, value in steps.items()) + ".")
 
 # %% [markdown]
-# The first bar is what you could have said before. The second knows how fast the machine really was. The third knows when
-# people came and how much calls differ. The fourth also knows which calls came in a row. Each step is something that the
-# formula does not know. Little's law needs none of them, because it does not predict: it reads one measurement off
-# another.
+# Read it from below. The lowest bar is what you could have said before. The next one knows how fast the machine really was.
+# The third knows when people came and how much calls differ. The fourth also knows which calls came in a row. Each step adds
+# something that the formula does not know. Little's law needs none of them, because it does not predict: it reads one
+# measurement off another.
 #
-# *Where Little's law fails:* when the queue is longer at the end than at the start, it describes the past, not what comes.
+# *Where Little's law fails:* it counts the waits of those who have been served. When the queue is much longer at the end than
+# at the start, many still wait and are not counted.
 
 # %% [markdown]
 # ## Closed and open loops
 #
 # Most load tests have $N$ users. Each waits for an answer before asking again. That is a
-# [**closed loop**](glossary.md). Real people know nothing of each other. That is an [**open loop**](glossary.md). We offer
-# more than the server can do in both ways: ten users without a pause, and strangers at 1.5 times the capacity.
+# [**closed loop**](glossary.md). Real people know nothing of each other, and come whether or not others have been answered.
+# That is an [**open loop**](glossary.md). We offer more than the server can do in both ways: ten users without a pause, and
+# strangers at 1.5 times the capacity.
 #
-# **Guess.** How long does the last of the strangers wait, after some seconds of this?
+# **Guess.** How many seconds does the last of the strangers wait, after 8 s of this?
 
 # %%
 seconds = quick(3, 8)
-guess_last_s = 0.5
+guess_last_s = 0.5  # seconds
 
 # %% [markdown]
 # **Prediction.** Closed: never more than $N$ are inside. So by Little's law everybody gets an answer after $N \cdot S$, for
@@ -490,19 +495,19 @@ tell(
 # It is the same server. The closed loop reports a steady time, and will do so until the end of days: a slow server simply
 # gets fewer questions. The open loop shows what strangers would see.
 #
-# *Where the prediction fails:* it takes the capacity of some seconds before. A few per cent less of that is many per cent
-# more of the rest, $\rho - 1$, by which the line climbs.
+# *Where the prediction fails:* it takes the capacity of some seconds before. The line climbs by what comes too much,
+# $\rho - 1$. When the server is a few per cent slower than before, this small rest is many per cent larger.
 
 # %% [markdown]
 # ## Coordinated omission, with your own eyes
 #
 # The same mistake hides hiccups. We stop the server's process for one second, in the middle of a run, and let it go again.
-# Once with one user in a closed loop, once with strangers at half of the capacity.
+# We do it once with one user in a closed loop, and once with strangers at half of the capacity.
 #
 # **Guess.** The server goes on after one second. For how many seconds more do strangers wait longer than usual?
 
 # %%
-guess_after_s = 0.2
+guess_after_s = 0.2  # seconds
 
 # %% [markdown]
 # **Prediction.** The lone user asks once during that second, and waits: *one* slow answer. Of the strangers all suffer who
@@ -562,7 +567,7 @@ table(
 hurt = many[many.due_s.between(stopped_s, stopped_s + hurt_s)]
 tell(
     f"The strangers' ρ was {rho:.0%} in this run, so the hiccup should hurt for {hurt_s:.1f} s. {len(hurt)} came in that time."
-    f" The last of them wait less than ten calls: {len(came)} are left."
+    f" The last of them wait for less than ten calls and don't count: {len(came)} are left."
 )
 
 # %%

@@ -8,7 +8,7 @@
 #
 # Afterwards you can choose a bound, a deadline and a queue target for your own model, and say what your users will see.
 #
-# Time: about three minutes, and 40 s in the quick form. It wants two cores, 1 GB of memory and Linux
+# Time: about two and a half minutes, and 40 s in the quick form. It wants two cores, 1 GB of memory and Linux
 # (elsewhere in a container): it pins servers to cores and reads `/proc`.
 #
 # `quick(short, full)` is its first value in the quick form (`QUICK=1`) and its second one otherwise. The quick form
@@ -16,7 +16,7 @@
 
 # %%
 from lesson import BLUE, GREY, ORANGE, RED, SERVER_CORES, TEXT, ask_together, bars, capacity, claim, dots, get
-from lesson import guessed, holds, line, load, name_at_ends, picture, quick, serve_all, simulate, stop, table
+from lesson import guessed, holds, line, load, name_lines, picture, quick, serve_all, simulate, stop, table
 from lesson import tell, way
 
 import time
@@ -83,7 +83,8 @@ guess_goodput = 25  # right answers within 2 s, per second, of 50 possible
 #   grows by $\rho - 1$ seconds of work each second ($\rho$ is the load, as a multiple of the capacity). So who comes at
 #   $t$ waits $(\rho-1)\,t$, and the good time is over after $l/(\rho-1)$ seconds.
 #
-# Goodput is counted from second $l$ to the end of the run: a queue that is empty at first flatters everybody.
+# Goodput is counted from second $l$ to the end of the run: a queue that is empty at first flatters everybody. In a run
+# of $T$ seconds the full queue gives $\mu \cdot l/(\rho-1)$ answers in time, in the $T - l$ seconds that count.
 
 # %%
 bounds = quick([2, 99, 105, 256, 10**6], [1, 2, 5, 10, 25, 50, 80, 99, 105, 128, 256, 512, 10**6])
@@ -117,7 +118,8 @@ tell(
 
 # %% [markdown]
 # **A bound that is too large is exactly as bad as none.** 256 texts at 50 a second are five seconds of waiting, and an
-# answer is worth nothing after two. The server works flat out, and nobody gets anything.
+# answer is worth nothing after two. The server works all the time. But after the first seconds every answer is too
+# late.
 #
 # So a bound is a time: *bound ÷ speed* must stay below the clients' patience. The model's speed is on no configuration
 # page, and it changes with the texts. A bound in pieces can't be right for long.
@@ -136,8 +138,8 @@ tell(
 # | predicted wait | 503 if the answer would come too late | the same |
 # | queue target | also 503 while there is always a queue, if the wait is above a target | the same |
 #
-# This project's server uses the last. Twice the load again. **Your guesses:** how long until an answer, for those who
-# get one? And how long until the no, with a deadline alone?
+# This project's server uses the last. Twice the capacity comes again. **Your guesses:** with the predicted wait, how
+# long until an answer, for those who get one? And with a deadline alone, how long until the no?
 
 # %%
 guess_yes_s = 1.0  # seconds to an answer, with "predicted wait"
@@ -196,7 +198,7 @@ table(
         "a yes after, s": f"{yes_s[name]:.2f}",
         "503s": int((df.outcome == "503").sum()),
         "504s": int((df.outcome == "504").sum()),
-        "a no after": "no no"
+        "a no after": "nobody hears one"
         if (df.outcome == "200").all()
         else f"{no_504_s:.2f} s"
         if name == "deadline"
@@ -330,13 +332,13 @@ for ax, name in zip(axes, model):
     else:
         steps(ax, df.due_s[~good_ones], edges, "too late, or gone", RED)
 axes[0].axvline(LIMIT_S / (2 - 1), color="black", linestyle=":")
-axes[0].text(LIMIT_S + 0.1, mu, "predicted: the good time ends here", va="center", fontsize=11)
+axes[0].text(LIMIT_S + 0.3, mu, "predicted: the good time ends here", va="center", fontsize=11)
 guessed(axes[0], seconds, guess_patient)
 axes[0].set(title="Patient: first everybody, then nobody", ylabel="texts/s", ylim=(0, None))
 axes[1].set(title="Careful: half of them, all the time", ylabel="texts/s", ylim=(0, None))
 axes[1].set_xlabel("time of arrival, s")
 for ax in axes:
-    name_at_ends(ax)
+    name_lines(ax)
 plt.show()
 
 # %% [markdown]
@@ -367,7 +369,6 @@ with picture(
     ax.plot(yes.due_s, yes.latency_ms / 1000, ".", color=GREY, markersize=3, label="simulated")
     early = answered[answered.due_s < shown_s]
     dots(ax, early.due_s, early.latency_ms / 1000, "measured", markersize=3)
-    guessed(ax, shown_s, guess_yes_s, "your guess, above")
 
 # %%
 refused = model["careful"][model["careful"].outcome == "503"]
@@ -396,8 +397,8 @@ tell(
 # %% [markdown]
 # ## What a no costs
 #
-# A no is not free. The server has to accept the connection, read the headers and write the reply. **Your guess:** for
-# how many microseconds does one no keep the server's core busy?
+# A no is not free. The server has to wake up, read the headers and write the reply. **Your guess:** for how many
+# microseconds does one no keep the server's core busy?
 
 # %%
 guess_no_us = 1000  # microseconds of the server's core, for one 503
@@ -424,7 +425,7 @@ no_us = noes[0][1] / noes[0][0] * 1e6
 
 # %%
 with picture(
-    "Noes take their share of the core", "noes per second", "share of a core, %", ylim=(0, None)
+    "A no is cheap, and cheaper in a crowd", "noes per second", "share of a core, %", ylim=(0, None)
 ) as ax:
     most = noes[-1][0]
     line(ax, [0, most], [0, most * no_us / 1e4])
@@ -447,9 +448,12 @@ tell(
 )
 
 # %% [markdown]
-# *Where the formula fails:* a no gets cheaper in a crowd. Look at the last column: the event loop sleeps and wakes up
-# less often for each of them, and waking up is a good part of the cost. Beyond a thousand noes a second this server
-# also lets each of them wait for its turn, up to 0.1 s: a client who asks again at once must not eat the core.
+# *Where the formula fails:* a no gets cheaper in a crowd. One reason stands in the last column: the event loop wakes up
+# less often for each of them, because several wait when it looks. Where the cost falls faster than the wakings do, there
+# is another reason, which we have not measured.
+#
+# Beyond a thousand noes a second this server also lets each of them wait for its turn, up to 0.1 s: a client who asks
+# again at once must not eat the core.
 #
 # Past that, no server can help itself. Then something in front of it has to say no, or there have to be more of it.
 
@@ -468,17 +472,17 @@ way(
 
 # %% [markdown]
 # Twice the capacity again, now from strangers. Each comes with a connection of its own, and leaves after some seconds
-# (`PATIENCE_S`, below). Ten times a second somebody asks for `/health`. **Your guess:** which share of them gets a
-# quick no, a 503? About half would be right.
+# (`PATIENCE_S`, below). Ten times a second somebody else asks for `/health`. **Your guess:** which share of the
+# strangers gets a quick no, a 503? A good server would refuse about half of them.
 
 # %%
-guess_refused = 0.25  # of all clients
+guess_refused = 0.25  # of all strangers
 
 # %% [markdown]
 # **Prediction.** This loop takes in one new connection, calls the model for 20 ms, takes in the next (lesson 1, bug 3).
 # So it never finds a queue, and the door has nothing to refuse. The queue is elsewhere: in the kernel, where new
 # connections wait until somebody accepts them. No rule of ours sees it. It grows as if there were no rule at all: who
-# comes at $t$ waits $(\rho-1)\,t$, and whoever asks for `/health` stands in the same line.
+# comes at $t$ waits $(\rho-1)\,t$. Whoever asks for `/health` stands in the same line.
 
 # %%
 from concurrent.futures import ThreadPoolExecutor
@@ -509,17 +513,19 @@ def strangers(server):
     return {"replies": replies, "health_s": waits_s, "waiting": max(waiting)}
 
 
-# Of this below. It comes first, because strangers leave a long line behind.
+# `kept`: the same over connections that stay open. It comes first, because strangers leave a long line behind.
 kept = load(blocked, "open", **(twice | {"duration_s": quick(2, 6)}))
 met = {"careful": strangers(careful), "blocked": strangers(blocked)}
 
 # %%
 with picture(
-    "On a blocked loop nobody says no", "time, s", "wait for /health, s", ylim=(-0.1, PATIENCE_S + 0.3)
+    "On a blocked loop /health waits with all others",
+    "time, s",
+    "wait for /health, s",
+    ylim=(-0.1, PATIENCE_S + 0.3),
 ) as ax:
     t = np.arange(10 * stranger_s) / 10
-    slope = (2 * mu + 10) / mu - 1  # those who ask for /health come, too
-    line(ax, t, np.minimum(slope * t, PATIENCE_S))
+    line(ax, t, np.minimum((2 - 1) * t, PATIENCE_S))  # /health costs no time of the model
     for name, color in (("blocked", ORANGE), ("careful", BLUE)):
         dots(ax, t, met[name]["health_s"], name, color, markersize=4)
 
@@ -530,7 +536,7 @@ def share_of(name, status):
     return np.mean([reply.status == status for reply in met[name]["replies"]])
 
 
-most_waiting = int(stranger_s * (mu + 10))  # who has left stays in line
+most_waiting = int(stranger_s * (2 * mu + 10) / 2)  # the other half was served; who has left stays in line
 table(
     {
         "server": name,
@@ -547,7 +553,7 @@ table(
 tell(f"You guessed that {guess_refused:.0%} are refused.")
 
 # %% [markdown]
-# The last column is the proof: there is the queue that no rule of ours can see.
+# The last column is the proof. There is the queue that no rule of ours can see.
 #
 # *Where the formula fails:* it is for new connections. A connection that is open already need not be accepted, and the
 # loop reads all of these in one turn. The load generator keeps its connections open, as a proxy does. So the blocked
@@ -588,7 +594,8 @@ guess_answered = 0.6  # of the clients
 # - The impatient have spent their five questions within a fraction of a second. So only those are served who find room
 #   while the overload lasts: $\mu T$ of them, and the half second of work that is left in the queue. That is $(T +
 #   0.5)/(1.7\,T)$.
-# - Those who wait are spread over four more seconds. If the server has work all that time: $(T + 4)/(1.7\,T)$, at most.
+# - Those who wait ask four times more, a second apart or a little more. So the last of them come about four seconds after
+#   the overload. If the server has work all that time, it is $(T + 4)/(1.7\,T)$.
 
 # %%
 crowd_s = quick(2, 15)
@@ -628,8 +635,8 @@ with picture("Who is refused asks again", "time, s", "requests per second", ylim
     steps(ax, storms[0][storms[0].attempt == 0].sent_s, edges, "new clients only", GREY)
 
 # %% [markdown]
-# The impatient turn one question into a burst of noes, and get nothing for it. Those who wait come back when the
-# overload is over, and the server has time for some of them.
+# The impatient turn one question into a burst of noes, and get nothing for it. Some of those who wait come back when
+# the overload is over. Then the server has time for them.
 #
 # `Retry-After` is computed from the work ahead and the measured speed, so it is true when it is given. But it only
 # *moves* an overload. And a crowd that was refused in one moment would come back in one moment: a good client adds a
@@ -661,9 +668,9 @@ except tasks.CannotAnswer as error:
 tell(f"The client gets a 422 at once: “{refused_with}”.")
 
 # %% [markdown]
-# So we carry it past that check, into the real loop behind the embedded model in its stock pipeline. If a batch raises,
-# the loop runs each of its texts alone, once. **Your guesses:** how many calls of the model are that in all? And how
-# many times as long as without the bad text does the batch take?
+# So we carry it past that check, into the real loop. The model is the embedded one, in Transformers' own pipeline
+# (`FAST=False`). If a batch raises, the loop runs each of its texts alone, once. **Your guesses:** how many calls of the
+# model are that in all? And how many times as long does the batch take as one without the bad text?
 
 # %%
 guess_calls = 2  # calls of the model
@@ -745,9 +752,9 @@ fate = ["an error" if isinstance(fate, Exception) else "an answer" for fate in f
 tell(f"The eight get: {', '.join(fate)}.")
 
 # %% [markdown]
-# Nobody but the culprit pays with an answer. But all pay with time. *Where the formula fails:* the call that failed did
-# not take as long as a good one. The stock pipeline finds that the mask is missing while it tokenises, before it
-# computes: look at the third row. A model that fails in its last layer would cost all of it.
+# Only the culprit loses its answer. But all lose time. *Where the formula fails:* the call that failed did not take as
+# long as a good one. The pipeline finds that the mask is missing while it tokenises, before it computes: look at the
+# third row. The same goes for the bad text's own call. A model that fails in its last layer would cost all of it.
 #
 # An attacker who sends such a text into every batch takes the batching away from everybody. So the check before the
 # queue matters more than the cure behind it.
@@ -776,7 +783,8 @@ checks.exercise_5_1(largest_bound)
 
 
 # %% [markdown]
-# **★★** Write goodput from the rows of a load test: right answers ("200") within `limit_s`, per second.
+# **★★** Write goodput from the rows of a load test: right answers ("200") within `limit_s`, per second. `df` is a pandas
+# table with a row for each request. Two of its columns are `outcome` and `latency_ms`.
 
 
 # %%

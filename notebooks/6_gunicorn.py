@@ -16,9 +16,9 @@
 # only shows that the lesson runs.
 
 # %%
-from lesson import BLUE, CLIENT_CORES, CORES, GREY, ORANGE, SERVER_CORES, TEXT, ask, ask_together, bars, claim
-from lesson import counters, dots, guessed, holds, line, load, picture, quick, serve, serve_all, stop, table
-from lesson import tell, way
+from lesson import BLUE, CLIENT_CORES, CORES, GREY, ORANGE, PURPLE, SERVER_CORES, TEXT, ask, ask_together
+from lesson import bars, claim, counters, dots, guessed, holds, line, load, picture, quick, serve, serve_all
+from lesson import stop, table, tell, way
 
 import math
 import os
@@ -249,14 +249,24 @@ for mode in (threads_1024, event_loop):
     )
     stop(server)
 with_threads, with_loop = crowds
-table(
-    {key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()}
-    for row in crowds
-)
+
+
+def digits(value):
+    """A number, with a few digits."""
+    if not isinstance(value, float):
+        return value
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+table({key: digits(value) for key, value in row.items()} for row in crowds)
 
 # %%
 with picture(
-    "What waiting costs", "clients who wait", "MB more than without them", xlim=(0, 1100), ylim=(0, None)
+    "Waiting takes little memory, even in threads",
+    "clients who wait",
+    "MB more than without them",
+    xlim=(0, 1100),
+    ylim=(0, None),
 ) as ax:
     line(ax, [0, CROWD], [0, CROWD * thread_mb], "predicted, threads")
     dots(ax, [CROWD], [with_threads["MB more than before the crowd"]], "1,024 threads", ORANGE)
@@ -341,15 +351,15 @@ claim(
 # ## "Use (2 × cores) + 1 workers"
 #
 # It stands in Gunicorn's documentation ("How Many Workers?", chapter Design), for apps that wait for something else
-# half of the time. A model waits for nothing. Now it is the embedded model again, and 32 clients. **Your guess:** how
-# many times the texts per second do (2 × cores) + 1 `sync` workers give, of what one for each core gives?
+# half of the time. Now it is the embedded model again, and 32 clients. One `sync` worker for each core answers some
+# texts per second. **Your guess:** how many times as many do (2 × cores) + 1 of them answer?
 
 # %%
 guess_more = 1.5  # times the texts/s
 
 # %% [markdown]
-# **Prediction** for $k$ workers on $c$ cores, each with one torch thread. Texts per second grow until $k = c$, and then
-# stay. Memory grows with $k$ for ever.
+# **Prediction** for $k$ workers on $c$ cores, each with one torch thread. A model waits for nothing: it computes. So texts
+# per second grow until $k = c$, and then stay. Memory grows with $k$ for ever.
 #
 # And batches? One event loop with `BATCH_SIZE=32`, then one for each core, then as many as the rule says. Like is
 # compared with like: `sync` workers run one text at a time, the event loops all run batches.
@@ -492,13 +502,13 @@ claim(
 guess_two_mb = 1000  # MB
 
 # %% [markdown]
-# **Prediction:** twice what one takes.
+# **Prediction:** twice what one takes. (In the picture, up and to the left is better.)
 
 # %%
 one_mb = found["uvicorn", 1]["MB"]
 top = 1.25 * max(found[key]["per_s"] for key in names)
 with picture(
-    "Up and to the left is better", "memory, MB", "texts/s, 32 users", xlim=(0, None), ylim=(0, top)
+    "Batches give speed, copies cost memory", "memory, MB", "texts/s, 32 users", xlim=(0, None), ylim=(0, top)
 ) as ax:
     for copies, name in ((1, " one"), (2, " twice one")):
         ax.axvline(copies * one_mb, color="black", linestyle=":")
@@ -581,6 +591,7 @@ table(
     [
         {
             "": "beside nothing",
+            "guessed": None,
             "predicted": f"{cores} times",
             "measured": f"{times['nothing else']:.2f} times",
         },
@@ -603,7 +614,8 @@ claim(
 # %% [markdown]
 # *Where the formula fails:* "half of a core" is not half of every moment. The kernel gives the core to one of them for
 # some milliseconds, then to the other. An operation of the model is much shorter. So all threads stand still until the
-# one without a core gets it back. Do they sleep or spin meanwhile? The processor time of a text tells:
+# one without a core gets it back. Do they sleep meanwhile, or do they spin, which is to look again and again? Who spins
+# keeps a core busy. So the processor time of a text tells:
 
 # %%
 one_ms, all_ms = core_ms["one core busy", "1"], core_ms["one core busy", str(cores)]
@@ -623,8 +635,8 @@ tell(
 guess_status = 200
 
 # %% [markdown]
-# **Prediction.** In a thread: 200 after 5 s. On the loop: no heartbeat for 5 s. The master kills the worker after 2 to
-# 4 s, in the middle of the call.
+# **Prediction.** In a thread: 200 after 5 s. On the loop: no heartbeat for 5 s. Gunicorn's *master*, the process that
+# started the worker, kills it after 2 to 4 s, in the middle of the call.
 
 # %%
 short = Mode("timeout-2", "gunicorn -c workers/uvicorn.conf.py --workers 1 --timeout 2")
@@ -656,9 +668,9 @@ tell(f"You guessed {guess_status} for the second.")
 # %% [markdown]
 # ## "100,000 requests per second per core"
 #
-# Such figures stand on the front pages of web frameworks. **Your guess:** how many requests a second does a bare
-# Starlette handler answer on one core, which reads the body and returns 500 bytes of JSON? And this server, if its
-# model took no time?
+# Such figures stand on the front pages of web frameworks. Take a bare Starlette handler. It reads the body and returns
+# 500 bytes of JSON. **Your guesses:** how many requests a second does it answer on one core? And this server, in batches
+# of 32, if its model took no time?
 
 # %%
 guess_bare, guess_instant = 20_000, 10_000  # requests per second
@@ -712,10 +724,13 @@ rates = {
 }
 
 # %%
-with picture("Requests per second on one core", "requests per second", "", xlim=(0, 110_000)) as ax:
-    bars(ax, [1e6 / app_us], [0], "at most")
-    dots(ax, list(rates.values()), range(3))
-    guessed(ax, [guess_bare, guess_instant], [0, 1])
+with picture("One core in Python is far from 100,000", "requests per second", "", xlim=(0, 110_000)) as ax:
+    bars(ax, [1e6 / app_us], [0], "_")
+    ax.text(1e6 / app_us - 1500, 0.35, "predicted, at most")
+    dots(ax, list(rates.values()), range(3), "_")
+    ax.text(list(rates.values())[2] + 2500, 2, "measured", color=BLUE, va="center")
+    guessed(ax, [guess_bare, guess_instant], [0, 1], "_")
+    ax.text(guess_instant + 2500, 1, "your guess", color=PURPLE, va="center")
     ax.axvline(100_000, color=GREY, linestyle=":")
     ax.text(98_000, 1.5, "the claim", rotation=90, ha="right", va="center", color=GREY)
     ax.set_yticks(range(3), rates)
@@ -762,7 +777,8 @@ checks.exercise_6_1(number_of_workers)
 
 
 # %% [markdown]
-# **★★** How many torch threads for each of `workers` processes on `cores` cores, so that none are too many?
+# **★★** `workers` processes share `cores` cores. How many torch threads may each have? All together must not be more than
+# the cores. But each process needs at least one.
 
 
 # %%

@@ -8,8 +8,8 @@
 # Afterwards you can decide, for a model of yours: what its class must do, what a batch will gain, how large its reply may be,
 # and whether it wants a process of its own.
 #
-# It takes about 3 minutes (under a minute in the quick form), 2 cores and 4 GB of memory. It needs Linux, because it pins servers to
-# cores and reads `/proc`; elsewhere run it in a container.
+# It takes about two and a half minutes (under a minute in the quick form), 2 cores and 4 GB of memory. It needs Linux, because it
+# pins servers to cores and reads `/proc`; elsewhere run it in a container.
 #
 # `quick(short, full)` is its first value in the quick form (`QUICK=1`), which only shows that the lesson runs, else the second.
 
@@ -34,13 +34,13 @@ folder = tempfile.TemporaryDirectory()
 # %% [markdown]
 # ## From a module to a service
 #
-# Here is a module of our own. It guesses in which language a text is written. Its sentences and its training are in
-# `notebooks/recipe/recipe_own.py`; it learns thirty sentences in a few seconds.
+# Here is a module of our own, or rather the method of it that computes. It guesses in which language a text is written.
+# The rest of it, its sentences and its training are in `notebooks/recipe/recipe_own.py`. It learns thirty sentences.
 
 # %%
 from recipe import recipe_own
 
-print(inspect.getsource(recipe_own.Net))
+print(inspect.getsource(recipe_own.Net.forward))
 torch.manual_seed(0)
 net = recipe_own.train(recipe_own.Net())
 weights = str(Path(folder.name) / "language.pt")
@@ -48,15 +48,22 @@ torch.save(net.state_dict(), weights)
 
 # %% [markdown]
 # A server wants more than a module. It wants a class with one method: `__call__` takes a **list** of inputs and returns a list
-# of answers, one for each. That is all that it must have. Two more things are worth their lines:
-#
-# * `check` looks at each input *before* the queue. The sentence of its `ValueError` is what the client reads, with status 422.
-#   What it returns is what `__call__` gets.
-# * `example` is an input that works. The server tries it at the start. A model that can't answer its own example never gets
-#   ready, and so it never gets a request.
+# of answers, one for each. That is all that it must have. Here is the one of our class `Language`, in the same file:
 
 # %%
-print(inspect.getsource(recipe_own.Language))
+print(inspect.getsource(recipe_own.Language.__call__))
+
+# %% [markdown]
+# Two more things are worth their lines:
+#
+# * `example` is an input that works. The server tries it at the start. A model that can't answer its own example never gets
+#   ready, and so it never gets a request.
+# * `check` looks at each input *before* the queue. The sentence of its `ValueError` is what the client reads, with status 422.
+#   What it returns is what `__call__` gets. (If it returns nothing, `__call__` gets the input as it came.)
+#   Ours takes a parameter, too: `rounds`, for an experiment below.
+
+# %%
+print(inspect.getsource(recipe_own.Language.check))
 
 # %% [markdown]
 # Only the last box of the way is yours. Queue, batches, deadlines, refusals and metrics are there already.
@@ -87,7 +94,7 @@ table([{"sent": sent, "status": reply.status, "reply": reply.body} for sent, rep
 #
 # One thing is easy to forget. The texts of a batch are filled up with zeros, to be equally long. An answer must not depend on that:
 # who comes together with a long text wants the same answer as alone. In the module `real` takes care of it. Try it, with it and
-# without:
+# without. (*Raw scores* are what the module returns. The class makes shares of them, which add up to 1.)
 
 
 # %%
@@ -111,9 +118,11 @@ tell(
 # %% [markdown]
 # ## Another task by one setting
 #
-# Models of Transformers need no class. `TASK` names what the model does, as Transformers calls it. To show that without a
-# download we take the encoder of the embedded model, put other heads on it, and save them in a temporary folder. The heads'
-# weights are random. So their answers mean nothing, but their form, their size and their time are real.
+# Models of Transformers need no class. `TASK` names what the model does, as Transformers calls it. Such a model has two parts.
+# The *encoder* reads the text, in many layers. The *head* comes last, and makes the task's answer of what was read.
+#
+# To show that without a download we take the encoder of the embedded model, put other heads on it, and save them in a temporary
+# folder. The heads' weights are random. So their answers mean nothing, but their form, their size and their time are real.
 
 # %%
 from loadtests.texts import corpus
@@ -191,7 +200,7 @@ table(
 
 # %%
 rows = list(parts.KINDS)[::-1]
-with picture("Almost all is the encoder; fill-mask's head is as large", "% of the call", "") as ax:
+with picture("Almost all is the encoder, but for fill-mask's head", "% of the call", "") as ax:
     left = [0.0] * len(rows)
     shown = {"tokenise, pad": GREY, "forward": SKY, "head": ORANGE, "answer": RED, "serialise": BLUE}
     for name, color in shown.items():
@@ -199,7 +208,7 @@ with picture("Almost all is the encoder; fill-mask's head is as large", "% of th
         ax.barh(rows, widths, left=left, color=color, height=0.5)
         left = [a + b for a, b in zip(left, widths)]
     top = len(rows) - 0.45
-    for x, (name, color) in zip((0, 33, 53, 66, 82), shown.items()):
+    for x, (name, color) in zip((0, 32, 51, 63, 82), shown.items()):
         ax.text(x, top, name, color=color, fontsize=12, weight="bold")
     bars(ax, [100 * (1 - predicted_head["fill-mask"])], [len(rows) - 1], None)
     guessed(ax, [100 - guess_head], [len(rows) - 1], None)
@@ -210,7 +219,7 @@ measured_head = share["fill-mask"]["head"]
 tell(
     f"The head of fill-mask: you said {guess_head} %, the formula says {predicted_head['fill-mask']:.0%}, measured"
     f" {measured_head:.0%}. (In the picture, where the head begins: the star is yours, the bar is the formula's.) Padding itself"
-    f" costs nothing, but {timed['fill-mask'][2]:.0%} of what the encoder computed was padding, and that time hides in “forward”."
+    f" takes hardly any time, but {timed['fill-mask'][2]:.0%} of what the encoder computed was padding, and that time hides in “forward”."
 )
 
 # %% [markdown]
@@ -305,9 +314,9 @@ tell(
 )
 
 # %% [markdown]
-# The size follows the formula, and the time is more than writing. The bytes must be copied to the client, and the client must
-# read them: Python's own JSON takes longer to read the reply than the server took to write it. The server writes on its event
-# loop. While it does, nobody else is served.
+# The size follows the formula. The time is more than writing: the bytes must be copied to the client, and the client must read
+# them. Python's own JSON takes longer to read the reply than the server takes to write it. The server writes on its event loop.
+# While it does, nobody else is served.
 #
 # **The rule.** If the client wants one vector a text, make it in the server: that is one file, `modules.json`. Send base64 where
 # the client knows it. Send each token's vector only to those who need it.
@@ -315,8 +324,8 @@ tell(
 # ## What does a batch gain?
 #
 # A call with $n$ texts takes $a + b\,n$ (lesson 4). What does *your* task gain from 32 texts in a call? The language model is
-# small: a few letters, three layers. The others share one encoder. How many times more texts a second does the language model
-# answer in batches of 32?
+# small: a few letters, three layers. The others share one encoder. How many times as many texts a second does the language model
+# answer in batches of 32 as one by one?
 
 # %%
 guess_gain = 2.0  # times
@@ -387,8 +396,9 @@ tell(
 # The gain is decided by $a / b$ alone, and not by how small a model is. A small model has a small $b$. But it has few operations to
 # launch, too, and so a small $a$.
 #
-# *Where the formula fails:* it takes the ninth text to cost what the second did. Does it? Time the two pieces by themselves: the
-# language model for a letter, padding not counted as letters, and one product of the encoder's layers for a token.
+# *Where the formula fails:* it takes the ninth text to cost what the second did. Does it? Time two pieces by themselves. The
+# first is the language model, and what it costs for each letter (padding doesn't count as letters). The second is one matrix
+# product out of the encoder's layers, and what it costs for each token.
 
 # %%
 from recipe import measure
@@ -419,9 +429,13 @@ table(
 )
 
 # %% [markdown]
-# A piece has no fixed price. A product of few rows leaves most of the core idle. Where a token is still cheaper beyond eight texts,
-# the encoder gains more than the line says. The language model pads: in a larger batch the longest text is longer, everybody pays
-# for it, and its convolutions cost something else in every shape. So measure a batch of the size that you will serve.
+# A piece has no fixed price. A product of few rows leaves most of the core idle, so a token is cheaper in company. Where it is
+# still cheaper beyond eight texts, the encoder gains more than the line says.
+#
+# The language model pads: in a larger batch the longest text is longer, and everybody pays for it. Its price for a letter has both
+# in it, what company saves and what padding costs. Where these prices don't explain a gain, something else in the call does: the
+# Python part of the class, or the thread that it runs in. We have not taken that apart. So measure a batch of the size that you
+# will serve.
 #
 # ## When is a process worth it?
 #
@@ -432,13 +446,14 @@ table(
 # %%
 way(
     ("clients", "server.py", "queue", "loop", "thread", "Language"),
-    ("", "", "", "loop", "process", "Language"),
+    ("clients", "server.py", "queue", "loop", "process", "Language"),
     changed={"thread", "process"},
+    title="Each copy in a thread, or in a process of its own",
 )
 
 # %% [markdown]
-# The parameter `rounds` lets us turn the knob: the text is cleaned so many times. Take it such that Python is six tenths of a
-# call, and torch four. There are two cores. How many times the answers of one copy do two copies give, in two threads?
+# The parameter `rounds` lets us turn the knob: the text is cleaned so many times. Take so many that Python is six tenths of a
+# call's time, and torch four. There are two cores. How many times the answers of one copy do two copies give, in two threads?
 
 # %%
 guess_two_threads = 1.8  # times the answers of one copy
@@ -506,10 +521,10 @@ gain = {
 
 # %%
 with picture(
-    "Two threads of Python are hardly more than one",
+    "The more Python, the less a second thread adds",
     "Python's share of a call, %",
     "times the answers of one copy",
-    ylim=(0, 2.5),
+    ylim=(0, max(2.5, 1.1 * max(gain.values()))),
 ) as ax:
     fine = [i / 100 for i in range(5, 86)]
     ax.plot([100 * s for s in fine], [2 for _ in fine], color=ORANGE, linewidth=1.5)
@@ -540,13 +555,13 @@ tell(
 )
 
 # %% [markdown]
-# Two processes come near their line. Their calls are a little longer than a single one's: the event loop and our clients need some
-# of the two cores, too.
+# Two processes come near their line, and the nearer the longer a call is. The event loop and our clients need some of the two
+# cores, too. That makes each call a little longer, a short one about as much as a long one: compare the last but one column.
 #
-# *Where the formula fails:* two threads lie below theirs. It lets them take turns perfectly: while one computes in torch, the other
-# has the lock. But nobody arranges that. Two threads with equal work fall into step: both want the lock at once and share it, so
-# their Python parts take twice as long; then both are in torch, and nobody has the lock. A call takes $c\,p + m$, and $c$ threads
-# give
+# *Where the formula fails:* two threads lie well below their line. The formula lets them take turns perfectly: while one computes
+# in torch, the other has the lock. But nobody arranges that. Two threads with equal work fall into step. Both want the lock at once
+# and share it, so their Python parts take twice as long. Then both are in torch, and nobody has the lock. A call takes
+# $c\,p + m$, and $c$ threads give
 #
 # $$\frac{c\,(p + m)}{c\,p + m} = \frac{c}{1 + (c - 1)\,s}$$
 #
@@ -592,9 +607,9 @@ claim(
 stop()
 
 # %% [markdown]
-# **The rule.** One copy: a thread. A process gives no answer more; it only keeps `/health` quick. Several copies: put the share of
-# Python into $c / (1 + (c-1)\,s)$. A tenth of Python costs two copies little, a half of it costs a third of their answers. There
-# take processes, if the memory is there. Better still: make the Python part short. A tokenizer in Rust lets go of the lock, as
+# **The rule.** One copy: a thread. A process gives hardly more answers; it keeps `/health` quick. Several copies: put the share of
+# Python into $c / (1 + (c-1)\,s)$. A tenth of Python costs two copies little, a half of it costs a third of their answers. Then
+# take processes, if you have the memory. Better still: make the Python part short. A tokenizer in Rust lets go of the lock, as
 # torch does.
 #
 # ## Exercises
@@ -611,8 +626,9 @@ reply_mb = ...
 checks.exercise_7_1(reply_mb)
 
 # %% [markdown]
-# **★★** Write the class for a model that counts the words of a text. `__call__` answers a whole batch. `check` refuses what is no
-# text, and a text without a word, with a ValueError; its sentence says what to send.
+# **★★** Write the class for a model that counts the words of a text. `__call__(self, inputs)` answers a whole batch.
+# `check(self, inputs, parameters)` refuses what is no text, and a text without a word, with a ValueError. Its sentence says what
+# to send.
 
 
 # %%
@@ -623,8 +639,8 @@ checks.exercise_7_2(Words)
 
 
 # %% [markdown]
-# **★★★** `share` of a call is Python. How many times the answers of one copy do `copies` of them give on `cores` cores? `place` is
-# "thread" (they fall into step) or "process". Copies that have no core of their own don't help.
+# **★★★** Python takes the `share` of a call's time. How many times the answers of one copy do `copies` of them give on `cores`
+# cores? `place` is "thread" (they fall into step) or "process". Copies that have no core of their own don't help.
 
 
 # %%

@@ -37,7 +37,7 @@ warnings.filterwarnings("ignore", message="IProgress")  # we show no progress ba
 os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
 from loadtests import drive, machine, modes, planner  # noqa: E402
-from loadtests.pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, name_lines  # noqa: E402
+from loadtests.pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, name_lines, plain_numbers  # noqa: E402
 
 QUICK = os.environ.get("QUICK") == "1"
 TEXT = "Paris is the [MASK] of France."
@@ -247,6 +247,7 @@ def picture(title: str, x: str, y: str, **axes: Any) -> Iterator[Axes]:
     _, ax = plt.subplots()
     yield ax
     ax.set(title=title, xlabel=x, ylabel=y, **axes)
+    plain_numbers(*(one for one in (ax.xaxis, ax.yaxis) if one.get_scale() == "log" and one.isDefault_majfmt))
     name_lines(ax)
     plt.show()
 

@@ -39,8 +39,11 @@ def execute(script: Path, *, quick: bool) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         report_slow(cell)
         cell.metadata = {}
-        if str(HERE.parent) in str(cell.get("outputs", "")):
-            raise ValueError(f"{script.stem}, {cell.id}: an output shows a path of this machine")
+        if str(HERE.parent) in (shown := str(cell.get("outputs", ""))):
+            where = shown.index(str(HERE.parent))
+            raise ValueError(
+                f"{script.stem}, {cell.id} shows a path of this machine: …{shown[max(0, where - 200) :][:600]}"
+            )
     notebook.metadata["language_info"] = {"name": "python"}
     return notebook
 

@@ -151,6 +151,29 @@ def after_fork(device, patience_s=10.0):
 
 
 ADVICE = (streams, instances, preallocated, empty_cache, utilisation, after_fork)
+CLAIMS = (  # what each judges, and what it takes
+    (
+        "several streams make one GPU faster",
+        "batches/s on one stream and dealt to four, with a model too small to fill it",
+    ),
+    (
+        "instances lift a GPU from 20 % to 80 %",
+        "batches/s with one and four copies; above, a stand-in for a device did it",
+    ),
+    (
+        "preallocate the inputs",
+        "copies/s into new tensors, and into page-locked memory that is allocated once",
+    ),
+    ("clear the CUDA cache periodically", "batches/s with and without `empty_cache` between them"),
+    (
+        "the driver's utilisation says how full a GPU is",
+        "the driver's figure beside the time between CUDA events",
+    ),
+    (
+        "CUDA can't be used after a fork",
+        "a child forked and one spawned after the parent has computed on the device",
+    ),
+)
 
 
 def compare(device="cuda:0"):
@@ -161,9 +184,8 @@ def compare(device="cuda:0"):
             what, without, with_it = advice(device)
         except Exception as error:
             what, without, with_it = advice.__name__, f"{type(error).__name__}: {error}", ""
-        rows.append(
-            {"what is measured": what, "without, or the first": without, "with, or the second": with_it}
-        )
+        first, second = (round(one, 2) if isinstance(one, float) else one for one in (without, with_it))
+        rows.append({"what is measured": what, "without, or the first": first, "with, or the second": second})
     return rows
 
 
