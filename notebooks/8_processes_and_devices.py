@@ -577,8 +577,8 @@ def fails_or_naps(text):
 def answered_after_a_bad_text(kind):
     """How many of 20 texts, one after the other, are answered after a bad one."""
     devices = kind(2, fails_or_naps)
-    service.call(devices, "somebody", [-1], 0.2) if kind is service.Broken else None
-    fates = [service.call(devices, f"caller {i}", [0.001], 0.2) for i in range(20)]
+    service.call(devices, "somebody", [-1], 0.5) if kind is service.Broken else None
+    fates = [service.call(devices, f"caller {i}", [0.001], 0.5) for i in range(20)]
     devices.stop()
     return sum(fate.right for fate in fates)
 
