@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import transformers
 
+from loadtests.runtimes import FILLER, texts
 from workers import memory, tasks
 from workers.settings import HERE, Settings
 from workers.tasks.packed import PackedLinear
@@ -38,20 +39,9 @@ PARAMETERS = {"zero-shot-classification": {"candidate_labels": ["sports", "polit
 QUESTION = "Where did they go?"
 TASKS = ("fill-mask", *HEADS)
 DTYPES = ("float32", "bfloat16")
-FILLER = "and then they went along the old road that led from the harbour to the town on the hill"
 
 Case = tuple[str, str, int, str]  # stock or ours, dtype, batch size, short or mixed
 Asked = list[tuple[Any, Any]]  # an input, and what the task makes of it
-
-
-def texts(count: int, lengths: str) -> list[str]:
-    """Sentences of 6 to 14 tokens; if mixed, one in ten has 200."""
-    lines = (FOLDER / "cloze60.tsv").read_text(encoding="utf-8").splitlines()
-    chosen = [lines[i % len(lines)].split("\t")[0] for i in range(count)]
-    if lengths == "mixed":
-        filler = (FILLER.split() * 12)[:190]
-        chosen = [" ".join([text, *filler]) if i % 10 == 5 else text for i, text in enumerate(chosen)]
-    return chosen
 
 
 def an_input(task: str, text: str) -> Any:

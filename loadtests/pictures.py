@@ -38,7 +38,7 @@ def write_names(axes: Axes, names: Iterable[Name], *, size: float = 12, width: i
         lines = textwrap.wrap(name.text, width)
         half, right = len(lines) * size * 1.2 * px / 2, x_px + max(map(len, lines)) * size * 0.65 * px
         below = [top for start, end, top in taken if start < right and x_px < end]
-        middle = max([y_px, *(top + half for top in below)])
+        middle = max([y_px, axes.bbox.y0 + half, *(top + half for top in below)])  # and none on the axis
         taken.append((x_px, right, middle + half))
         offset = (8, (middle - y_px) / px)
         axes.annotate(

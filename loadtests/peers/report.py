@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from loadtests.machine import one_line
 from loadtests.modes import ROOT
 from loadtests.peers.catalogue import FOLDER, OURS, PEERS
-from loadtests.pictures import BLUE, GREEN, ORANGE, PURPLE, RED, plain_numbers
+from loadtests.pictures import BLUE, GREEN, ORANGE, PURPLE, RED, Name, plain_numbers, write_names
 from loadtests.planner import markdown
 from loadtests.report import frame
 
@@ -444,26 +444,14 @@ def draw_overload(results: Results) -> Figure:
             markersize=4,
             zorder=3 if front else 2,
         )
-    label_ends(
-        axes,
-        {name: points[-1] for name, points in lines.items() if name in best or name.startswith(OURS)},
-        best,
-    )
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.set_xlim(right=axes.get_xlim()[1] * 5)
     plain_numbers(axes.xaxis)
     axes.set_xlabel("requests per second: 50 %, 80 %, 2 x, 10 x of its own capacity")
     axes.set_ylabel("right answers per second within 1 s")
+    ends = {name: points[-1] for name, points in lines.items() if name in best or name.startswith(OURS)}
+    write_names(
+        axes, [Name(x, y, name, colour(name, best)) for name, (x, y) in ends.items()], size=11, width=24
+    )
     return figure
-
-
-def label_ends(axes: Any, ends: dict[str, tuple[float, float]], best: list[str]) -> None:
-    """Names right of the lines' ends, pushed apart where they would overlap."""
-    apart = 0.035 * max((y for _, y in ends.values()), default=1.0)
-    right = max((x for x, _ in ends.values()), default=1.0)
-    below = 0.0
-    for name, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
-        at = below = max(y, below + apart)
-        axes.annotate(name, (x, y), (right * 1.15, at), color=colour(name, best), va="center", fontsize=11,
-                      arrowprops={"arrowstyle": "-", "color": colour(name, best), "linewidth": 0.5})  # fmt: skip
