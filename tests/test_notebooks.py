@@ -1,7 +1,9 @@
 """The lessons run, their notebooks are what their scripts say, and every exercise can be solved."""
 
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +30,15 @@ def name(path: Path) -> str:
 @pytest.mark.filterwarnings("ignore")  # of Jupyter's own
 def test_lesson_runs_top_to_bottom_and_its_asserts_hold(script: Path) -> None:
     run.execute(script, quick=True)
+
+
+@pytest.mark.parametrize(("quick", "judges"), [("0", True), ("1", False)])
+def test_what_a_lesson_measured_is_judged_in_its_full_form_only(quick: str, judges: bool) -> None:
+    argv = [sys.executable, "-c", "import lesson; lesson.holds(False, 'the wall is steep')"]
+    said = subprocess.run(
+        argv, cwd=NOTEBOOKS, env=os.environ | {"QUICK": quick}, capture_output=True, text=True
+    )
+    assert ("AssertionError: the wall is steep" in said.stderr, said.returncode != 0) == (judges, judges)
 
 
 @pytest.mark.parametrize("script", run.LESSONS, ids=name)
