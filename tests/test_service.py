@@ -386,6 +386,15 @@ WAYS = {
 }
 
 
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """SIGHUP ends a server, as it does from a terminal; under nohup it would inherit that it is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("offload", ["thread", "process"])
 @pytest.mark.parametrize("hangs", ["import", "load", "warm-up", "call"])
