@@ -2,7 +2,11 @@
 
 import os
 import runpy
+import signal
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -51,6 +55,22 @@ def test_an_idle_connection_does_not_outlast_a_short_grace_time_either(
 ) -> None:
     monkeypatch.setenv("GRACE_S", "2")
     assert read(ROOT / "workers" / "deployment.py")["keepalive"] < 2
+
+
+def test_ctrl_c_ends_a_gthread_worker_that_is_just_handing_a_request_over() -> None:
+    """There the interrupted code holds the lock of its threads. It would hang until the master kills it."""
+    worker = object.__new__(read(ROOT / "workers" / "gthread.conf.py")["worker_class"])
+    worker.cfg, worker.tpool = SimpleNamespace(worker_int=lambda _: None), ThreadPoolExecutor(1)
+    ended = Future[None]()
+
+    def stop() -> None:
+        with pytest.raises(SystemExit):
+            worker.handle_quit(signal.SIGINT, None)
+        ended.set_result(None)
+
+    with worker.tpool._shutdown_lock:
+        threading.Thread(target=stop, daemon=True).start()
+        ended.result(timeout=10)
 
 
 def workers_of(server: Server) -> list[psutil.Process]:
