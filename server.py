@@ -67,7 +67,8 @@ async def health(request: Request) -> Response:
 
 @public
 async def ready(request: Request) -> Response:
-    """GET /ready: 200 while a copy of the model is loaded, whatever the load; 503 with the reason when stuck or stopping."""
+    """GET /ready: 200 while a copy of the model is loaded, whatever the load; 503 with the reason when there is none, or it is
+    stuck or stopping."""
     service: Service = request.state.service
     if reason := service.unready():
         raise Refused(reason)
@@ -82,22 +83,23 @@ async def prometheus(request: Request) -> Response:
 @contextlib.asynccontextmanager
 async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
     async with Service(settings, metrics).running() as service, contextlib.AsyncExitStack() as beside:
-        for protocol in modules:
+        for protocol in protocol_modules:
             if hasattr(protocol, "serving"):
                 await beside.enter_async_context(protocol.serving(service))
         yield {"service": service}
 
 
-def find_protocols() -> Iterator[tuple[Route, contract.ErrorBody]]:
+def protocol_routes() -> Iterator[tuple[Route, contract.ErrorBody]]:
     """The routes of every protocol, and how errors read there."""
-    for protocol in modules:
+    for protocol in protocol_modules:
         for route in protocol.routes(settings):
             yield route, getattr(protocol, "error_body", contract.error_body)
 
 
-found = pkgutil.iter_modules([str(Path(__file__).parent / "workers" / "protocols")])  # where there are any
-modules = [importlib.import_module(f"workers.protocols.{name}") for _, name, _ in found]
-protocols = list(find_protocols())
+# Each file there is one; the folder may be deleted.
+found = pkgutil.iter_modules([str(Path(__file__).parent / "workers" / "protocols")])
+protocol_modules = [importlib.import_module(f"workers.protocols.{name}") for _, name, _ in found]
+protocols = list(protocol_routes())
 routes = [
     Route("/", answer, methods=["POST"]),
     Route("/health", health),

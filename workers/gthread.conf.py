@@ -1,5 +1,5 @@
 # gunicorn -c workers/gthread.conf.py
-"""Threads that wait: a batch can never be larger than their number, and whom no thread has taken no queue knows of."""
+"""Threads that wait: a batch is never larger than their number, and the queue doesn't see requests that no thread has."""
 
 from typing import Any
 

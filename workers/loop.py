@@ -2,7 +2,7 @@
 
     submit(query) -> queue -> take_batch -> run(queries) -> each job's own future
 
-Everything runs on one event loop, so there are no locks on state. `now` tells the time, by default that event loop's own,
+Everything runs on one event loop, so no thread locks are needed. `now` tells the time, by default that event loop's own,
 and `async run(queries) -> answers` is the model: so the tests run it on a virtual clock with a model that is a formula.
 
 Unanswered
@@ -73,7 +73,7 @@ class ModelLoop:
     # --- what a handler calls -----------------------------------------------------------------------------------------
 
     async def submit(self, query: Any, *, size: float = 1, budget_s: float = math.inf) -> Answer:
-        """Return the model's answer within `budget_s` (never more than the loop's own), or raise one of the above.
+        """Return the model's answer within `budget_s` (never more than the loop's own), or raise an `Unanswered`.
 
         Cancel it when the client has left: its place in the queue is free at once.
         """
@@ -88,8 +88,9 @@ class ModelLoop:
         Each is a job of its own and shares batches with everybody's. All are admitted or none; when one fails or the
         client leaves, the others free their places and are not run any more.
         """
-        jobs = self._admit(queries, sizes, min(budget_s, self.budget_s))
-        timer = asyncio.get_running_loop().call_later(jobs[0].deadline - jobs[0].enqueued_at, expire, jobs)
+        budget_s = min(budget_s, self.budget_s)
+        jobs = self._admit(queries, sizes, budget_s)
+        timer = asyncio.get_running_loop().call_later(budget_s, expire, jobs)
         try:
             return [await job.future for job in jobs]
         except asyncio.CancelledError:
@@ -110,7 +111,7 @@ class ModelLoop:
         """
         lane, size = self.queue.singles, self.forecast.usual_size
         if refused := self._refusal(lane, 1, size, min(budget_s, self.budget_s)):
-            self.forecast.offer(lane, 1, size)
+            self.forecast.offer(lane, 1, size)  # offered load that `submit` will not see
         return refused
 
     def unready(self) -> str:
@@ -222,13 +223,13 @@ class ModelLoop:
         batch: list[Job] = []
         late: list[Job] = []
         size, n = 0.0, min(self.batch_size, len(queue))
-        latest = now + self.speed.predict_s(min(most, queue.size * n / len(queue)))
+        ends_at = now + self.speed.predict_s(min(most, queue.size * n / len(queue)))
         while queue and len(batch) < self.batch_size:
             job = queue.first()
-            if batch and size + job.size / 2 > most:
+            if batch and size + job.size / 2 > most:  # it goes in if at least half of it fits
                 break
             queue.take(job)
-            if job.deadline < latest:
+            if job.deadline < ends_at:
                 late.append(job)
             elif job.alive:
                 batch.append(job)
@@ -254,7 +255,7 @@ class ModelLoop:
         """Run the model on `batch` and answer every job of it, whatever the model throws."""
         call = self.copies.start(sum(job.size for job in batch))
         for job in batch:
-            self.running += not job.running
+            self.running += not job.running  # run again singly, it is counted already
             job.running = True
         error: BaseException | None = None
         try:

@@ -1,4 +1,4 @@
-"""Where inference runs: here on the event loop or in a thread; see `process.py` and `dirty.py` for the other two.
+"""Two of the four places where inference runs: the event loop and a thread. The others: `process.py` and `dirty.py`.
 
 `service.py` chooses.
 """
@@ -65,25 +65,26 @@ class Thread(Offload):
 
     async def start(self) -> str:
         threading.Thread(target=self._work, name="model", daemon=True).start()
-        self.model = await self._call(lambda: attempt_load(self.load))
+        self.model, exc = await self._call(lambda: attempt_load(self.load))
+        if exc is not None:
+            raise exc
         self.loaded.set()
         return self.model.description
 
     async def run(self, queries: list[Any]) -> list[Any]:
-        return await self._call(lambda: self.model(queries))
-
-    def stop(self) -> None:
-        self.todo.put(None)
-
-    async def _call(self, call: Callable[[], Any]) -> Any:
-        future = asyncio.get_running_loop().create_future()
-        self.todo.put((future, call))
-        result, exc = await future
-        if isinstance(exc, CannotLoad):
-            raise exc
+        answers, exc = await self._call(lambda: self.model(queries))
         if exc is not None:
             raise ModelFailed(in_words(exc)) from exc
-        return result
+        return answers
+
+    def stop(self) -> None:
+        self.todo.put(None)  # ends `_work`
+
+    def _call(self, call: Callable[[], Any]) -> asyncio.Future[Any]:
+        """Make the call in the thread: a pair of its result and what it raised."""
+        future = asyncio.get_running_loop().create_future()
+        self.todo.put((future, call))
+        return future
 
     def _work(self) -> None:
         while item := self.todo.get():
@@ -116,11 +117,11 @@ def attempt_load(load: Callable[[], Any]) -> Any:
     try:
         return load()
     except BaseException as exc:
-        raise CannotLoad(reason(exc)) from exc
+        raise CannotLoad(one_line(exc)) from exc
 
 
-def reason(exc: BaseException) -> str:
-    """An exception in one line."""
+def one_line(exc: BaseException) -> str:
+    """Its name and its message's first line."""
     try:
         lines = str(exc).strip().splitlines()
     except Exception:  # a class of one's own may do anything

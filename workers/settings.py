@@ -144,7 +144,7 @@ class Settings:
     API_KEY: str = secret()
     # 1: /metrics needs no API_KEY
     METRICS_OPEN: bool = switch(False)
-    # this server's names, with commas between, *.example.com for all below; empty: any, but loopback's own on loopback
+    # this server's names, with commas between, *.example.com for all below; empty: any, on loopback only its own names
     ALLOWED_HOSTS: str = knob("", "names with commas between", lambda value: "/" not in value)
     # web pages from elsewhere that may ask, such as https://example.com, with commas between
     CORS_ORIGINS: str = knob("", "origins with commas between, or *", are_origins)

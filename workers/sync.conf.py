@@ -1,6 +1,6 @@
 # gunicorn -c workers/sync.conf.py
-"""One request a worker: no batch, no queue of ours. Who waits, waits in the kernel's backlog, unseen: no 503, and on
-SIGTERM a reset. While all workers compute, /health waits too.
+"""One request a worker: no batch, no queue of ours. Others wait in the kernel's backlog, unseen: they get no 503, and a
+reset on SIGTERM. While all workers compute, /health waits too.
 
 The heartbeat comes between requests only. DEADLINE_S answers (504) long before `timeout` would kill the worker.
 """
