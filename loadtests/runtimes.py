@@ -7,7 +7,6 @@ likeliest words with score and sentence. They are asked in turn, so that a slowe
 """
 
 import contextlib
-import importlib.metadata
 import math
 import os
 import socket
@@ -267,20 +266,9 @@ def limits(seconds: float) -> dict[str, float]:
 
 def installed_mb(names: Sequence[str], alone: bool = False) -> float:
     """MB of all that pip installs for these packages, or of these alone, as their own lists of files say."""
-    from packaging.requirements import Requirement
+    from loadtests.packages import listed_mb, required
 
-    todo, seen = list(names), {}
-    while todo:
-        name = todo.pop().lower().replace("_", "-")
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            if name not in seen:
-                found = importlib.metadata.distribution(name)
-                seen[name] = sum(file.size or 0 for file in found.files or [])
-                needs = [] if alone else map(Requirement, found.requires or [])
-                todo += [
-                    each.name for each in needs if not each.marker or each.marker.evaluate({"extra": ""})
-                ]
-    return sum(seen.values()) / 1e6
+    return listed_mb(package for name, package in required(names).items() if not alone or name in names)
 
 
 # --- in the process ---------------------------------------------------------------------------------------------------

@@ -11,29 +11,10 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
+from loadtests.modes import ROOT
 from loadtests.peers.catalogue import CACHE, FOLDER, Peer
 
 INSTALL_S = 900
-# Runs in a peer's environment: MB of all that pip would install for these requirements, as their own lists of files say.
-SIZE = """
-import json, sys
-from importlib.metadata import PackageNotFoundError, distribution
-from packaging.requirements import Requirement
-todo, seen = [(Requirement(line), "") for line in json.loads(sys.argv[1])], {}
-while todo:
-    wanted, extra = todo.pop()
-    if wanted.marker and not wanted.marker.evaluate({"extra": extra}):
-        continue
-    try:
-        found = distribution(wanted.name)
-    except PackageNotFoundError:
-        continue
-    for extra in ["", *wanted.extras]:
-        if (key := (wanted.name.lower().replace("_", "-"), extra)) not in seen:
-            seen[key] = sum(file.size or 0 for file in found.files or []) if not extra else 0
-            todo += [(Requirement(line), extra) for line in found.requires or []]
-print(sum(seen.values()) / 1e6)
-"""
 
 
 class NotInstalled(Exception):
@@ -42,11 +23,7 @@ class NotInstalled(Exception):
 
 def requirements(peer: Peer) -> list[str]:
     """The lines of its file; of ours, those that serving needs."""
-    file = (
-        FOLDER / "requirements" / f"{peer.needs}.txt"
-        if peer.needs
-        else FOLDER.parent.parent / "requirements.txt"
-    )
+    file = FOLDER / "requirements" / f"{peer.needs}.txt" if peer.needs else ROOT / "requirements.txt"
     lines = (line.partition("#")[0].strip() for line in file.read_text().splitlines())
     return [line for line in lines if line and not line.startswith("-")]
 
@@ -94,8 +71,8 @@ def prepare(needs: str, lines: tuple[str, ...]) -> None:
 
 def installed_mb(peer: Peer) -> float:
     """MB on disk of its requirements and all that these require, shared or not, as pip on this machine resolved them."""
-    command = [str(peer.python), "-c", SIZE, json.dumps(requirements(peer))]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    command = [str(peer.python), "-m", "loadtests.packages", *requirements(peer)]
+    return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
 def lines_of_code(peer: Peer) -> int:

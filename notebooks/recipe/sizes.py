@@ -8,31 +8,25 @@ import shutil
 import subprocess
 import zlib
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from loadtests.packages import required
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def files(package: Distribution) -> list[Path]:
+    """What is on disk of it, with what Python has compiled."""
+    paths = [Path(str(package.locate_file(file))) for file in package.files or []]
+    return [path for path in paths if path.is_file()]
 
 
 def packages(names: Iterable[str] | None = None) -> dict[str, float]:
     """MB of each of these packages, and of what they require; of requirements.txt where none is named."""
     lines = names or (ROOT / "requirements.txt").read_text().splitlines()
-    todo, found = [Requirement(name) for line in lines if (name := line.partition("#")[0].strip())], {}
-    while todo:
-        wanted = todo.pop()
-        name = re.sub("[-_.]+", "-", wanted.name).lower()
-        if name in found or (wanted.marker and not wanted.marker.evaluate({"extra": ""})):
-            continue
-        try:
-            installed = distribution(name)
-        except PackageNotFoundError:
-            continue
-        paths = [Path(str(installed.locate_file(file))) for file in installed.files or []]
-        found[name] = sum(path.stat().st_size for path in paths if path.is_file()) / 1e6
-        todo += [Requirement(line) for line in installed.requires or []]
-    return found
+    found = required(name for line in lines if (name := line.partition("#")[0].strip()))
+    return {name: sum(path.stat().st_size for path in files(one)) / 1e6 for name, one in found.items()}
 
 
 def folder_mb(*names: str) -> float:
@@ -59,9 +53,7 @@ def compilers_mb() -> float | None:
 
 def packed_share(samples: int = 12, sample_bytes: int = 1_000_000) -> float:
     """How small torch's largest file gets in a wheel, as a share: from samples of it, deflated as wheels are."""
-    installed = distribution("torch")
-    paths = [Path(str(installed.locate_file(file))) for file in installed.files or []]
-    largest = max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_size)
+    largest = max(files(distribution("torch")), key=lambda path: path.stat().st_size)
     step, packed = largest.stat().st_size // samples, 0
     with largest.open("rb") as file:
         for i in range(samples):
