@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,10 +142,21 @@ def capacity(server: modes.Server, duration_s: float, **options: Any) -> float:
     return drive.throughput_per_s(df, 0.5)
 
 
-def simulate(cost: planner.CostLaw, **options: Any) -> pd.DataFrame:
-    """`planner.simulate` in a thread of its own: in this one, Jupyter's event loop is running."""
+def apart(work: Callable[[], Any], cores: set[int] | None = None) -> Any:
+    """What `work` gives in a thread of its own, on these cores: in this one, Jupyter's event loop is running."""
+
+    def run() -> Any:
+        if cores:
+            os.sched_setaffinity(0, cores)  # of this thread
+        return work()
+
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(planner.simulate, cost, **options).result()
+        return pool.submit(run).result()
+
+
+def simulate(cost: planner.CostLaw, **options: Any) -> pd.DataFrame:
+    """`planner.simulate`, apart."""
+    return apart(lambda: planner.simulate(cost, **options))
 
 
 # --- single requests --------------------------------------------------------------------------------------------------

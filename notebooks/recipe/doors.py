@@ -1,25 +1,22 @@
 """The same call over gRPC and over HTTP: how many a second, and what each costs either side. Clients: Triton's own, asyncio.
 
-visit(server, "gRPC", users=1, duration_s=1)["per_s"]
+visit(server, "gRPC", duration_s=1.0, cpu=1, model="minilm-mlm")["per_s"]
 """
 
 import asyncio
 import http.client
 import json
-import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import uvloop
+from lesson import apart
 
 from loadtests import bench_grpc
 from loadtests.modes import Server
 
 TEXT = bench_grpc.TEXT.decode()
-Visit = Callable[[float], Awaitable[int]]  # asks until a time, returns how often
 
 
 async def unary(kind: str, address: str, model: str, users: int, until: Callable[[], float]) -> int:
@@ -73,18 +70,6 @@ async def lines(kind: str, address: str, model: str, in_flight: int, until: Call
 WAYS = {"one a call": unary, "one stream": stream, "lists": lines}
 
 
-def on_core(cpu: int, work: Callable[[], Awaitable[Any]]) -> Any:
-    """What `work` gives, in a thread of its own on this core, and the processor seconds that it took."""
-
-    def run() -> Any:
-        os.sched_setaffinity(0, {cpu})  # of this thread
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(work())  # type: ignore[arg-type]
-
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(run).result()
-
-
 def visit(
     server: Server,
     kind: str,
@@ -117,9 +102,10 @@ def visit(
             "client_ms": 1000 * (time.process_time() - client_s) / done,
         }
 
-    return on_core(cpu, work)
+    return apart(lambda: uvloop.run(work()), {cpu})
 
 
 def bytes_of(server: Server, kind: str, cpu: int) -> float:
     """Bytes of a call of the instant model, both ways."""
-    return on_core(cpu, partial(bench_grpc.count_bytes, kind, bench_grpc.addresses(server)[kind]))
+    address = bench_grpc.addresses(server)[kind]
+    return apart(lambda: uvloop.run(bench_grpc.count_bytes(kind, address)), {cpu})

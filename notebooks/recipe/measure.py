@@ -1,10 +1,10 @@
 """A crowd of a few users who ask one thing again and again, and what /health takes meanwhile."""
 
 import asyncio
-import os
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
+
+from lesson import apart
 
 from loadtests.crowd import Crowd
 
@@ -23,10 +23,8 @@ def under_load(server, body, cores, *, users=4, duration_s=3.0, limit_s=1.0):
     """Answers a second and the median wait for /health in ms, from `limit_s` on; the clients are on `cores` only."""
     crowd = Crowd(server.url, [body], limit_s, "application/json")
 
-    def run():
-        os.sched_setaffinity(0, cores)  # this thread's
-        asyncio.run(crowd.run(duration_s, lambda: asyncio.create_task(crowd.insist(users, 0.02))))
+    def load():
+        return asyncio.create_task(crowd.insist(users, 0.02))
 
-    with ThreadPoolExecutor(1) as pool:  # in the calling thread Jupyter's own event loop is running
-        pool.submit(run).result()
+    apart(lambda: asyncio.run(crowd.run(duration_s, load)), cores)
     return (crowd.right + crowd.other) / crowd.seconds, statistics.median(crowd.health_s) * 1000
