@@ -24,10 +24,8 @@ from functools import partial
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
-import uvloop
-
 from loadtests import bench_grpc, drive
-from loadtests.crowd import Connection, Crowd, http
+from loadtests.crowd import Connection, Crowd, http, on_core
 from loadtests.modes import MODES, Mode, Server, free_port, start
 from loadtests.planner import markdown
 
@@ -82,10 +80,8 @@ async def ask(url: str, requests: list[bytes], duration_s: float, client: type[C
 
 def measure(server: Server, users: int, duration_s: float) -> float:
     """`ask` on a core of its own; returns when the server has done what was left."""
-    os.sched_setaffinity(0, {CLIENT_CPU})
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        requests = [http(server.url, text) for text in texts(users)]
-        rate = runner.run(ask(server.url, requests, duration_s))
+    requests = [http(server.url, text) for text in texts(users)]
+    rate = on_core(CLIENT_CPU, ask(server.url, requests, duration_s))
     server.wait_until_idle()
     return rate
 
@@ -212,10 +208,8 @@ def health_under_load(duration_s: float) -> list[dict[str, str]]:
 
 def crowd(server: Server, duration_s: float, load: Callable[[Crowd], Coroutine[Any, Any, None]]) -> Crowd:
     """What a crowd got that asked the server from the other core."""
-    os.sched_setaffinity(0, {CLIENT_CPU})
     crowd = Crowd(server.url, texts(32))
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(crowd.run(duration_s, lambda: asyncio.create_task(load(crowd))))
+    on_core(CLIENT_CPU, crowd.run(duration_s, lambda: asyncio.create_task(load(crowd))))
     server.wait_until_idle()
     return crowd
 

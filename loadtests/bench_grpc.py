@@ -4,7 +4,6 @@ Both ends are Python's: at 32 connections the clients' core may be the one that 
 """
 
 import asyncio
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -15,8 +14,8 @@ import grpc
 import numpy as np
 import tritonclient.grpc.aio
 import tritonclient.http.aio
-import uvloop
 
+from loadtests.crowd import on_core
 from loadtests.modes import Server
 
 MODEL = "loadtests.bench_apps:Instant"
@@ -83,13 +82,6 @@ async def count_bytes(kind: str, address: str) -> float:
     return counted / CALLS
 
 
-def on(cpu: int, work: Callable[[], Any]) -> Any:
-    """What `work` gives, on a core of its own."""
-    os.sched_setaffinity(0, {cpu})
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(work())
-
-
 def addresses(server: Server) -> dict[str, str]:
     """Where it speaks each protocol."""
     port = server.processes()[0].environ()["GRPC_PORT"]
@@ -102,7 +94,7 @@ def measures(server: Server, cpu: int) -> dict[str, Callable[[float], float]]:
         grpc.channel_ready_future(channel).result(timeout=30)
 
     def rate(kind: str, users: int, duration_s: float) -> float:
-        return on(cpu, lambda: ask(kind, addresses(server)[kind], users, duration_s))
+        return on_core(cpu, ask(kind, addresses(server)[kind], users, duration_s))
 
     return {f"{kind}, {users}": partial(rate, kind, users) for users in (1, 32) for kind in KINDS}
 
@@ -110,5 +102,5 @@ def measures(server: Server, cpu: int) -> dict[str, Callable[[float], float]]:
 def compared(rates: dict[str, list[float]], server: Server, cpu: int) -> dict[str, dict[str, float]]:
     """Milliseconds and bytes of a call, by protocol."""
     ms = {kind: 1000 / statistics.median(rates[f"{kind}, 1"]) for kind in KINDS}
-    n_bytes = {kind: on(cpu, partial(count_bytes, kind, addresses(server)[kind])) for kind in KINDS}
+    n_bytes = {kind: on_core(cpu, count_bytes(kind, addresses(server)[kind])) for kind in KINDS}
     return {"ms a call, connections: 1": ms, "bytes a call, both ways": n_bytes}

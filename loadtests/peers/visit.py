@@ -160,13 +160,13 @@ class Visit:
         """Requests a second of an instant model, from raw connections: Locust's client would be the slower side."""
         form = self.peer.asked
         for users in (1, 32):
-            with self.watch() as others, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            with self.watch() as others:
                 requests = [
                     http_bytes(self.server.url, form.body(text).decode(), form.path, form.media_type)
                     for text in bench.texts(users)
                 ]
                 seconds = OVERHEAD_S * self.scale
-                rate = runner.run(bench.ask(self.server.url, requests, seconds, Reconnecting))
+                rate = uvloop.run(bench.ask(self.server.url, requests, seconds, Reconnecting))
             self.note(f"instant {users}", others[0], per_s=rate, ms=1000 * users / rate if rate else math.inf)
 
 
