@@ -57,6 +57,12 @@ class Connection(asyncio.Protocol):
         self.then(int(head[9:12]))
 
 
+async def connect(url: str) -> Connection:
+    """A connection of its own."""
+    host, port = url.split("/")[2].split(":")
+    return (await asyncio.get_running_loop().create_connection(Connection, host, int(port)))[1]
+
+
 @dataclass
 class Crowd:
     """Clients of one server, who all send the same texts; what they got, a second, is counted from `limit_s` on."""
@@ -69,11 +75,6 @@ class Crowd:
     refused: int = 0
     other: int = 0
     health_s: list[float] = field(default_factory=list)
-
-    async def connect(self) -> Connection:
-        host, port = self.url.split("/")[2].split(":")
-        _, connection = await asyncio.get_running_loop().create_connection(Connection, host, int(port))
-        return connection
 
     def count(self, status: int, due_at: float) -> None:
         now = time.perf_counter()
@@ -96,7 +97,7 @@ class Crowd:
 
     async def check_health(self) -> None:
         """Forty times a second, on a schedule, one after the other."""
-        connection, due_at = await self.connect(), time.perf_counter()
+        connection, due_at = await connect(self.url), time.perf_counter()
         while True:
             answered = asyncio.Event()
             connection.ask(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", lambda status: answered.set())  # noqa: B023
@@ -107,11 +108,12 @@ class Crowd:
 
     async def arrive(self, rate_per_s: float) -> None:
         """Strangers come at random times, whether or not others have been answered."""
-        rng, idle, due_at = random.Random(0), [await self.connect() for _ in range(64)], time.perf_counter()
+        rng = random.Random(0)
+        idle, due_at = [await connect(self.url) for _ in range(64)], time.perf_counter()
         requests = [http(self.url, text, media_type=self.media_type) for text in self.texts]
 
         async def ask(due_at: float) -> None:
-            connection = idle.pop() if idle else await self.connect()
+            connection = idle.pop() if idle else await connect(self.url)
 
             def then(status: int) -> None:
                 self.count(status, due_at)
@@ -134,7 +136,7 @@ class Crowd:
         under_way: set[asyncio.Task[None]] = set()
 
         async def ask_anew(request: bytes) -> None:
-            ask(await self.connect(), request)
+            ask(await connect(self.url), request)
 
         def ask(connection: Connection, request: bytes) -> None:
             if connection.transport.is_closing():  # by the server, after its last reply
@@ -152,7 +154,7 @@ class Crowd:
 
         for i in range(users):
             text = self.texts[i % len(self.texts)]
-            ask(await self.connect(), http(self.url, text, media_type=self.media_type))
+            ask(await connect(self.url), http(self.url, text, media_type=self.media_type))
         await loop.create_future()
 
     @property

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
-from loadtests.crowd import Connection, http
+from loadtests.crowd import connect, http
 
 A_S, B_S = (float(os.environ.get(name, "0")) for name in ("NAP_A_S", "NAP_B_S"))
 
@@ -109,12 +109,6 @@ class Fleet:
             self.idle[url].append(connection)
 
         connection.ask(http(url, f'{{"inputs": {takes_s:.6f}}}', media_type="application/json"), then)
-
-
-async def connect(url):
-    """A connection of its own."""
-    host, port = url.split("/")[2].split(":")
-    return (await asyncio.get_running_loop().create_connection(Connection, host, int(port)))[1]
 
 
 async def come(fleets, arrivals_s, seconds, patience_s):
