@@ -141,34 +141,6 @@ def throughput_per_s(df: pd.DataFrame, skip_s: float = 0.0) -> float:
     return float((right & (done_s >= skip_s) & (done_s < end_s)).sum()) / (end_s - skip_s)
 
 
-def capacity(
-    url: str,
-    *,
-    duration_s: float = 4.0,
-    users: int = CAPACITY_USERS,
-    skip_s: float = 0.5,
-    locust: Generator | None = None,
-    **options: Any,
-) -> float:
-    """Right answers a second at saturation: many users in a closed loop, the first `skip_s` not counted."""
-    cpus = options.pop("cpus", None)
-    options = {"limit_s": 10.0, "timeout_s": 15.0} | options
-    with contextlib.nullcontext(locust) if locust else generator(cpus) as source:
-        df = source.run(url, "closed", users=users, duration_s=duration_s + skip_s, **options)
-    return throughput_per_s(df, skip_s)
-
-
-def knee_per_s(df: pd.DataFrame, limit_s: float = 2.0, steps: int = 8) -> float:
-    """From a ramp: the highest offered rate at which 95 % of the requests got a right answer in time."""
-    step_s = df.attrs["duration_s"] / steps
-    model = df[df["kind"] == "model"]
-    step = (model["due_s"] // step_s).astype(int)
-    share = good(model, limit_s).groupby(step).mean()
-    offered_per_s = model.groupby(step).size() / step_s
-    fine = share[(share >= 0.95).cummin()]
-    return float(offered_per_s.loc[fine.index].max()) if len(fine) else 0.0
-
-
 def recovery_s(df: pd.DataFrame, limit_s: float = 2.0, spike_s: float = 1.0, window_s: float = 0.5) -> float:
     """From a spike: seconds from its end until a window of arrivals fares as before it; inf: not within the run.
 

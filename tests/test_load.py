@@ -171,12 +171,6 @@ def test_percentiles_are_not_rounded() -> None:
     assert drive.summary(rows([1234.5] * 9, ["200"] * 9))["p99_ms"] == 1234.5
 
 
-def test_the_knee_is_the_last_step_before_the_first_that_fails() -> None:
-    outcomes = ["200"] * 60 + ["503"] * 10 + ["200"] * 10
-    assert drive.knee_per_s(rows([10.0] * 80, outcomes), steps=8) == 8.0
-    assert drive.knee_per_s(rows([10.0] * 80, ["503"] * 80), steps=8) == 0
-
-
 def test_recovery_counts_from_the_end_of_the_spike() -> None:
     df = rows([10.0] * 1000, ["200"] * 1000)  # the spike ends after 4 s
     df.loc[(df["due_s"] >= 3) & (df["due_s"] < 6), "outcome"] = "503"
