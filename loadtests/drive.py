@@ -1,6 +1,7 @@
 """Put load on a server and get every request as a row.
 
-df = drive.run(server.url, "open", rate_per_s=50, duration_s=10)
+with drive.generator() as locust:
+    df = locust.run(server.url, "open", rate_per_s=50, duration_s=10)
 drive.summary(df, limit_s=2.0)["p99_ms"]
 """
 
@@ -44,7 +45,17 @@ class Generator:
         texts: str = "short",
         **options: Any,
     ) -> pd.DataFrame:
-        """See `run`."""
+        """Run one of SCENARIOS against `url` and return a row for every request, none left out.
+
+        due_s, sent_s   seconds since the start at which it was due and was sent; a difference is the generator's fault
+        latency_ms      from when it was due
+        outcome         one of OUTCOMES; `wrong`: a 200 that answers something else; `lost`: no reply in `timeout_s`
+        kind            model or health
+        queue_ms, model_ms, batch_size, retry_after_s   what the server said, NaN where it didn't
+        attempt         0, or the number of the retry
+
+        `users` is for the closed loop, `rate_per_s` for the others; see locustfile.OPTIONS for more.
+        """
         if scenario not in SCENARIOS:
             raise ValueError(f"{scenario} is no scenario; choose from {', '.join(SCENARIOS)}")
         options |= {"duration_s": duration_s, "limit_s": limit_s, "seed": seed, "texts": texts}
@@ -82,22 +93,6 @@ def generator(cpus: set[int] | None = None) -> Iterator[Generator]:
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-
-
-def run(url: str, scenario: str, *, cpus: set[int] | None = None, **options: Any) -> pd.DataFrame:
-    """Run one of SCENARIOS against `url` and return a row for every request, none left out.
-
-    due_s, sent_s   seconds since the start at which it was due and was sent; a difference is the generator's fault
-    latency_ms      from when it was due
-    outcome         one of OUTCOMES; `wrong`: a 200 that answers something else; `lost`: no reply in `timeout_s`
-    kind            model or health
-    queue_ms, model_ms, batch_size, retry_after_s   what the server said, NaN where it didn't
-    attempt         0, or the number of the retry
-
-    `users` is for the closed loop, `rate_per_s` for the others; see `Generator.run`, and locustfile.OPTIONS for more.
-    """
-    with generator(cpus) as locust:
-        return locust.run(url, scenario, **options)
 
 
 def good(df: pd.DataFrame, limit_s: float) -> pd.Series:

@@ -3,7 +3,7 @@
     $ locust -f loadtests/locustfile.py
 
 or without it: `locust -f loadtests/locustfile.py --headless -t 10s -u 1 OpenLoop --rate-per-s 50`.
-`drive.run` runs the same classes and returns every request as a row.
+`drive.Generator` runs the same classes and returns every request as a row.
 """
 
 import itertools

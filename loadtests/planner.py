@@ -207,7 +207,7 @@ def simulate(
     waking_s: float = 0.0,
     refusal_s: float = 0.0,
 ) -> pd.DataFrame:
-    """Run the real ModelLoop on a virtual clock; same columns as `drive.run`.
+    """Run the real ModelLoop on a virtual clock; same columns as `drive.Generator.run`.
 
     Requests come by a Poisson process of `rate_per_s` for `duration_s`, or at `arrivals_s` where given. The model's core
     does the rest of the work, too: see Overhead. It does that at the model's next call.

@@ -58,8 +58,8 @@ def test_every_right_answer_counts_and_carries_what_the_server_said(locust: driv
 
 def test_another_model_is_asked_its_own_example(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL", "models.iris:Iris")
-    with start(MODES["batch"]) as server:
-        df = drive.run(server.url, "closed", users=4, duration_s=0.5, limit_s=30)
+    with start(MODES["batch"]) as server, drive.generator() as locust:
+        df = locust.run(server.url, "closed", users=4, duration_s=0.5, limit_s=30)
     assert set(df["outcome"]) == {"200"} and len(df) > 4
 
 
