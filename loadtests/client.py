@@ -100,15 +100,12 @@ class Asker(User):
         body, media_type = question.body, question.media_type
         if isinstance(question, texts.Text):
             body, media_type = self.form.body(question.text), self.form.media_type
-        headers = {"Content-Type": media_type}
-        if self.options.tell_limit:
-            headers["Prefer"] = f"wait={max(1, round(self.options.limit_s))}"
         return self._send(
             "model",
             "POST",
             self.form.path,
             body,
-            headers,
+            {"Content-Type": media_type},
             partial(self.is_right, question),
             due_s,
             leave_after_s,

@@ -30,7 +30,6 @@ OPTIONS: dict[str, tuple[Any, str]] = {
     "rate_per_s": (20.0, "arrivals a second (open loop)"),
     "limit_s": (2.0, "an answer after this is worth nothing to the client"),
     "timeout_s": (0.0, "the client hangs up this long after the request was due; 0: at twice its limit"),
-    "tell_limit": (0, "1: tell the server the limit, with Prefer: wait="),
     "texts": ("short", "short, mixed (a long one among ten) or long (200 tokens)"),
     "form": ("ours", "how the server wants to be asked: a name in forms.py"),
     "expected": ("", "file of answers that those to fill-mask must agree with, see expected.py"),
