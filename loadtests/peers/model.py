@@ -1,6 +1,6 @@
 """The model behind every peer, as `load()(texts)`: one answer for each text, in order. What it is, PEER_MODEL says.
 
-A folder: the stock fill-mask pipeline in PEER_DTYPE, on PEER_THREADS threads. `instant`: an answer at once. `tricks`: an
+A folder: the stock fill-mask pipeline in PEER_DTYPE, on one thread. `instant`: an answer at once. `tricks`: an
 answer after a while, but a text may ask for an error, a hang or the end of its process.
 """
 
@@ -30,7 +30,7 @@ def stock(folder: str) -> Predict:
     import torch
     from transformers import pipeline
 
-    torch.set_num_threads(int(os.environ.get("PEER_THREADS", "1")))
+    torch.set_num_threads(1)
     dtype = os.environ.get("PEER_DTYPE", "float32")
     pipe: Any = pipeline("fill-mask", model=folder, dtype=dtype, device="cpu", top_k=5)
 
