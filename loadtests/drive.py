@@ -100,20 +100,20 @@ def good(df: pd.DataFrame, limit_s: float) -> pd.Series:
     return (df["outcome"] == "200") & (df["latency_ms"] <= limit_s * 1000)
 
 
-def summary(df: pd.DataFrame, limit_s: float = 2.0, kind: str = "model") -> dict[str, Any]:
+def summary(df: pd.DataFrame, limit_s: float = 2.0) -> dict[str, Any]:
     """Rates, percentiles of all right answers (late ones too), a count for every outcome, the generator's lateness.
 
     Goodput is counted while the load lasts, from `limit_s` after its start (or half of it): in overload a queue that was
     empty at first, or is emptied afterwards, is no speed.
     """
-    df_kind = df[df["kind"] == kind]
+    model = df[df["kind"] == "model"]
     duration_s = df.attrs.get("duration_s") or float(df["due_s"].max())
-    answered = df_kind[df_kind["outcome"] == "200"]
-    first = df_kind[df_kind["attempt"] == 0] if "attempt" in df_kind else df_kind
+    answered = model[model["outcome"] == "200"]
+    first = model[model["attempt"] == 0]
     late_ms = (first["sent_s"] - first["due_s"]) * 1000
     p50, p95, p99 = answered["latency_ms"].quantile([0.5, 0.95, 0.99])
-    counts = df_kind["outcome"].value_counts()
-    in_time = df_kind[good(df_kind, limit_s)]
+    counts = model["outcome"].value_counts()
+    in_time = model[good(model, limit_s)]
     skip_s = min(limit_s, duration_s / 2)
     done_s = in_time["due_s"] + in_time["latency_ms"] / 1000
     return {
