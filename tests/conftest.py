@@ -70,22 +70,3 @@ def oracle() -> Any:
     import transformers
 
     return transformers.pipeline("fill-mask", model=str(MODEL), dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="session")
-def sick_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random model whose tokenizer knows one word more than its embedding: that word makes it raise."""
-    import torch
-    from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
-
-    folder = tmp_path_factory.mktemp("sick-model")
-    tokenizer = AutoTokenizer.from_pretrained(str(MODEL))
-    size = len(tokenizer)
-    tokenizer.add_tokens(["[POISON]"])
-    tokenizer.save_pretrained(str(folder))
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=size, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
-    )
-    BertForMaskedLM(config).save_pretrained(str(folder))
-    return folder

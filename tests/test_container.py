@@ -17,9 +17,7 @@ from workers.settings import Settings
 
 DEPLOY = ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
-CORE, *OTHERS = (
-    DEPLOY / "kubernetes" / f"{name}.yaml" for name in ("server", "autoscale", "prometheus", "ray")
-)
+CORE = DEPLOY / "kubernetes" / "server.yaml"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 NOT_OURS = {"OMP_NUM_THREADS"}  # read by torch's own libraries
 PATHS = {route.path for route in server.routes if isinstance(route, Route)}
