@@ -51,13 +51,6 @@ class TakesWhatComes(Broken):
         return self.replies.get(timeout=patience_s)[1]
 
 
-class ByThread(Broken):
-    """Its younger sister, with another balancer."""
-
-    def choose(self):
-        return hash(threading.current_thread()) % len(self.inputs)
-
-
 class Repaired:
     """One queue for all devices; each text carries the place where its own caller waits."""
 
