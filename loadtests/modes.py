@@ -126,6 +126,13 @@ class Server:
         raise RuntimeError(f"{self.mode.name} is still busy after {timeout_s:g} s:\n{self.log()[-2000:]}")
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Not when it has ended, whether or not its parent has asked how."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 def free_port() -> int:
     """A port that is free now."""
     with socket.socket() as probe:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import psutil
-
 from loadtests.modes import Server
 
 POISON = "[POISON] is [MASK]."  # the stand-in raises on it
@@ -104,13 +102,6 @@ def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
     return value
-
-
-def gone(process: psutil.Process) -> bool:
-    """Whether it has ended; it may still wait for whoever has to take note of it."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.status() == psutil.STATUS_ZOMBIE
-    return True
 
 
 class Crowd(ThreadPoolExecutor):

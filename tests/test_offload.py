@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 import uvloop
-from client import gone
 
+from loadtests.modes import is_alive
 from tests.moody import Model
 from workers import process
 from workers.jobs import ModelDied, ModelFailed
@@ -321,7 +321,7 @@ def test_what_a_model_has_forked_neither_hides_its_death_nor_outlives_it(idle: b
         else:
             with pytest.raises(ModelDied, match="exit code -9"):
                 await offload.run(["die"])
-        await eventually(lambda: gone(forked))
+        await eventually(lambda: not is_alive(forked))
         ((query, _),) = await offload.run(["a"])
         assert query == "a"
 

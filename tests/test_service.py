@@ -15,10 +15,10 @@ from unittest.mock import Mock
 import httpx2
 import psutil
 import pytest
-from client import dial, get, gone, hear, post, request, until
+from client import dial, get, hear, post, request, until
 
 import server
-from loadtests.modes import MODES, Server, start
+from loadtests.modes import MODES, Server, is_alive, start
 from workers import process
 from workers.jobs import STOPPING
 from workers.loop import ModelLoop
@@ -373,7 +373,7 @@ def ends(server: Server, *signals: int) -> int:
         os.killpg(server.process.pid, number)  # a terminal signals them all
         time.sleep(0.05)  # two at once may be one
     code = server.process.wait(60)
-    until(lambda: all(gone(process) for process in everybody))
+    until(lambda: not any(map(is_alive, everybody)))
     return code
 
 
@@ -483,7 +483,7 @@ def test_a_killed_server_leaves_no_model_behind_not_even_a_frozen_one() -> None:
         (model,) = server.processes()[1:]
         model.suspend()
         server.process.kill()
-        until(lambda: gone(model))
+        until(lambda: not is_alive(model))
 
 
 def test_what_a_model_has_forked_ends_with_the_server() -> None:

@@ -1,6 +1,5 @@
 """What happens when something goes wrong, told in words: a model of tricks, few clients, no speed measured."""
 
-import contextlib
 import json
 import signal
 import tempfile
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from loadtests.modes import Server
+from loadtests.modes import Server, is_alive
 from loadtests.peers.catalogue import Peer
 from loadtests.peers.visit import Reply, ask, running
 
@@ -39,13 +38,6 @@ def ended(server: Server, family: list[psutil.Process]) -> str:
     if first_s is None:
         return f"still there after {BACK_S:g} s"
     return f"the first process ends after {first_s:.1f} s, its others go on"
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """Not when it has ended, whether or not its parent has asked how."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    return False
 
 
 class Failures:
