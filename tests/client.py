@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import math
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -102,6 +103,11 @@ def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
     return value
+
+
+def workers(server: Server) -> list[int]:
+    """The ids of the processes that have said that they serve, in that order."""
+    return [int(pid) for pid in re.findall(r"Worker (\d+), one of", server.log())]
 
 
 class Crowd(ThreadPoolExecutor):

@@ -34,6 +34,7 @@ from client import (
     request,
     say,
     until,
+    workers,
 )
 from conftest import MODEL
 from promises import (
@@ -117,11 +118,6 @@ def spawning(mode: str) -> Iterator[Server]:
     its = {"OFFLOAD": "process", "DEADLINE_S": "20", "BODY_TIMEOUT_S": "60", "GRACE_S": "30", "HANG_S": "5"}
     with started(mode, BATCH_SIZE="1", **its) as server:
         yield server
-
-
-def workers(server: Server) -> list[int]:
-    """The ids of the processes that have said that they serve, in that order."""
-    return [int(pid) for pid in re.findall(r"Worker (\d+), one of", server.log())]
 
 
 # --- what is asked and answered ---------------------------------------------------------------------------------------

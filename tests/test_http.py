@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client import Crowd, dial, hear, metric, post, post_json, request, say, until
+from client import Crowd, dial, hear, metric, post, post_json, request, say, until, workers
 
 from loadtests.modes import MODES, Mode, Server, start
 from tests.stand_in import BROKEN
@@ -32,13 +32,8 @@ def mode(request: pytest.FixtureRequest) -> str:
 def server(mode: str) -> Iterator[Server]:
     """Four texts a call."""
     with start(MODES[mode], {**OBEDIENT, "BATCH_SIZE": "4", "MAX_BODY_BYTES": "300000"}) as server:
-        until(lambda: len(serving(server)) == (2 if mode == "sync-2" else 1))
+        until(lambda: len(workers(server)) == (2 if mode == "sync-2" else 1))
         yield server
-
-
-def serving(server: Server) -> list[int]:
-    """The ids of the processes that have said that they serve, in that order."""
-    return [int(pid) for pid in re.findall(r"Worker (\d+), one of", server.log())]
 
 
 def run_so_far(server: Server) -> float:
@@ -241,9 +236,9 @@ def test_a_replacement_that_cannot_load_ends_nobody_else_and_comes_once_it_can(t
     broken = tmp_path / "broken"
     mode = Mode("gthread 2x8", "gunicorn -c workers/gthread.conf.py --workers 2")
     with start(mode, {**OBEDIENT, BROKEN: str(broken)}) as server:
-        until(lambda: len(serving(server)) == 2)
+        until(lambda: len(workers(server)) == 2)
         broken.touch()
-        os.kill(serving(server)[0], signal.SIGKILL)
+        os.kill(workers(server)[0], signal.SIGKILL)
         until(
             lambda: (
                 server.log().count("cannot load MODEL=tests.stand_in:Obedient: OSError: Too many open files")
@@ -252,7 +247,7 @@ def test_a_replacement_that_cannot_load_ends_nobody_else_and_comes_once_it_can(t
         )
         assert post(server, "a text").status == 200
         broken.unlink()
-        until(lambda: len(serving(server)) == 3)
+        until(lambda: len(workers(server)) == 3)
         assert post(server, "a text").status == 200
 
 
