@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from loadtests.modes import Server
 
+PARIS = "Paris is the [MASK] of France."
 POISON = "[POISON] is [MASK]."  # the stand-in raises on it
 # a few hundred tokens: the slowest that is let in
 SLOW = "the [MASK] " + "of the old house on the hill " * 70

@@ -17,12 +17,11 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from client import SLOW, Crowd, Reply, below, dial, get, hear, metric, post, request, say, until
+from client import PARIS, SLOW, Crowd, Reply, below, dial, get, hear, metric, post, request, say, until
 
 from loadtests.modes import MODES, ROOT, Mode, Server, free_port, is_alive, start
 from tests.stand_in import BROKEN
 
-PARIS = "Paris is the [MASK] of France."
 CLUSTER = MODES["haproxy-2"]
 STAND_IN = {"MODEL": "tests.stand_in:FillMask"}
 haproxy = pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")

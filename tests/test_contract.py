@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 from client import (
+    PARIS,
     POISON,
     SLOW,
     Crowd,
@@ -52,7 +53,6 @@ from promises import (
 
 from loadtests.modes import MODES, Server, start
 
-PARIS = "Paris is the [MASK] of France."
 GATHERS = "a batch gathers all connections"
 WORKERS = {mode: 2 if mode in ("uvicorn-2", "sync-2", "dirty", "haproxy-2") else 1 for mode in TESTED}
 FAR = {  # these are tested with the slow ones, where they can run

@@ -11,14 +11,13 @@ from typing import Any
 
 import psutil
 import pytest
-from client import SLOW, Crowd, metric, post, until
+from client import PARIS, SLOW, Crowd, metric, post, until
 
 from loadtests.modes import MODES, ROOT, Mode, Server, start
 from workers import memory
 from workers.settings import Settings
 
 CONFIGS = [ROOT / "gunicorn.conf.py", *sorted((ROOT / "workers").glob("*.conf.py"))]
-PARIS = "Paris is the [MASK] of France."
 STAND_IN = {"MODEL": "tests.stand_in:FillMask"}  # it starts at once
 # WEB_CONCURRENCY is its --workers, too
 UVICORN_2 = Mode("uvicorn", "uvicorn server:app", {"WEB_CONCURRENCY": "2", **STAND_IN})

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from client import POISON, Crowd, post, until
+from client import PARIS, POISON, Crowd, post, until
 
 from deploy import grafana, picture
 from loadtests.modes import MODES, ROOT, free_port, start
@@ -34,7 +34,6 @@ RULES = [
 ]
 ALERTS = [rule for rule in RULES if "alert" in rule]
 FAKE_NVML = str(ROOT / "tests" / "fake_nvml")
-PARIS = "Paris is the [MASK] of France."
 promtool = pytest.mark.skipif(not shutil.which("promtool"), reason="prometheus is not installed")
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells")
 

@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from client import SLOW, Crowd, Reply, get, metric, post, post_json, request, say, until
+from client import PARIS, SLOW, Crowd, Reply, get, metric, post, post_json, request, say, until
 from conftest import MODEL
-from test_cluster import PARIS, statuses, steady
+from test_cluster import statuses, steady
 from test_contract import (  # noqa: F401
     is_own,
     numbered,
