@@ -42,10 +42,10 @@ class Reply:
         return self.json["error"]
 
 
-def dial(server: Server, timeout_s: float = 60) -> socket.socket:
+def dial(server: Server) -> socket.socket:
     """A connection."""
     url = urlsplit(server.url)
-    return socket.create_connection((url.hostname, url.port), timeout_s)
+    return socket.create_connection((url.hostname, url.port), 60)
 
 
 def hear(connection: socket.socket) -> Reply:
