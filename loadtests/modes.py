@@ -148,14 +148,18 @@ def start(
     cpus: set[int] | None = None,
     wait: bool = True,
     port: int = 0,
+    folder: Path = ROOT,
 ) -> Iterator[Server]:
-    """Start `mode` on a free port of the loopback interface with extra settings, on `cpus` only; stop it at the end."""
+    """Start `mode` on a free port of the loopback interface with extra settings, on `cpus` only; stop it at the end.
+
+    The app is that of `folder`.
+    """
     port = port or free_port()
     environ = {**os.environ, "PYTHONUNBUFFERED": "1", **BASE, **mode.env, **(env or {})}
     with tempfile.NamedTemporaryFile(prefix=f"{mode.name}-", suffix=".log") as log_file:
         process = subprocess.Popen(
             mode.argv(port),
-            cwd=ROOT,
+            cwd=folder,
             env=environ,
             stdout=log_file,
             stderr=subprocess.STDOUT,

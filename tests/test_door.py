@@ -5,10 +5,7 @@ import contextlib
 import http.client
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +20,7 @@ from client import dial, get, hear, metric, post, request, say, until
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Router
 
-from loadtests.modes import MODES, ROOT, Server, free_port, start
+from loadtests.modes import MODES, ROOT, Server, start
 from workers import contract
 from workers.clients import Clients
 from workers.envelope import HOLD_S, REFUSALS_PER_S, TICK_S, Envelope
@@ -75,25 +72,11 @@ PROTOCOL = '''
 def served(folder: Path, **env: str) -> Iterator[httpx2.Client]:
     """The server of `folder` with its `stand_in.Upper` as the model, and a client of it."""
     (folder / "stand_in.py").write_text(textwrap.dedent(STAND_IN))
-    port = free_port()
-    command = [sys.executable, "-m", "uvicorn", "server:app", "--port", str(port), "--log-level", "warning"]
-    environ = {**os.environ, "MODEL": "stand_in:Upper", **env}
     with (
-        subprocess.Popen(command, cwd=folder, env=environ) as process,
-        httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+        start(MODES["thread"], {"MODEL": "stand_in:Upper", **env}, folder=folder) as server,
+        httpx2.Client(base_url=server.url, timeout=60) as client,
     ):
-
-        def is_ready() -> bool:
-            assert process.poll() is None, "the server has ended"
-            with contextlib.suppress(httpx2.ConnectError):
-                return client.get("/ready").status_code == 200
-            return False
-
-        try:
-            until(is_ready)
-            yield client
-        finally:
-            process.kill()
+        yield client
 
 
 def copy_of_the_core(folder: Path) -> Path:
