@@ -33,7 +33,6 @@ from workers.settings import Settings
 
 LIMIT_S = 1.0
 TIMEOUT_S = 1.5  # then the client hangs up
-MOST_PER_S = 1500.0  # more than this the generator's core can't send on time
 HEALTH_PER_S = 40.0
 SPIKE_X = 6.0  # of half the capacity
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
@@ -103,7 +102,7 @@ class Comparison:
                 note("capacity", predicted_per_s=setting.capacity_per_s)
             for scenario in self.scenarios:
                 per_s = capacity if scenario.of == "own" else self.common_per_s
-                rate_per_s = max(1.0, min(scenario.load * per_s, MOST_PER_S))
+                rate_per_s = max(1.0, min(scenario.load * per_s, drive.MOST_PER_S))
                 server.wait_until_idle()
                 df = self.open_loop(server, scenario, rate_per_s, note, repeat)
                 if setting and scenario.name in report.PREDICTED_SCENARIOS:
@@ -333,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
         "limit_s": LIMIT_S,
         "timeout_s": TIMEOUT_S,
         "scale": scale,
-        "most_per_s": MOST_PER_S,
+        "most_per_s": drive.MOST_PER_S,
         "failed": [],
     }
     budget_s = 1.0 if options.quick else 4.0

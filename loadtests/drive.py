@@ -24,6 +24,7 @@ from loadtests.rows import OUTCOMES
 ROOT = Path(__file__).resolve().parent.parent
 SCENARIOS = ("closed", "open", "ramp", "spike", "mixed", "slow", "impatient", "retry")
 CAPACITY_USERS = 64
+MOST_PER_S = 1500.0  # more than this the generator's core can't send on time
 
 
 class Generator:

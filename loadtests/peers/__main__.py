@@ -24,11 +24,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from loadtests import drive, expected, machine
+from loadtests.bench import CLIENT_CPU, SERVER_CPU
 from loadtests.peers import report
 from loadtests.peers.catalogue import CACHE, MODEL, OURS, PEERS, Peer, embedding_model
 from loadtests.peers.environments import NotInstalled, installed_mb, lines_of_code, prepare, requirements
 from loadtests.peers.failures import Failures
-from loadtests.peers.visit import LIMIT_S, MOST_PER_S, TIMEOUT_S, USERS, Row, Visit, cores, running
+from loadtests.peers.visit import LIMIT_S, TIMEOUT_S, USERS, Row, Visit, running
 
 ROUNDS = {"float32": 3, "bfloat16": 2, "instant": 2, "embeddings": 2, "tricks": 1}
 # Seconds of a visit, start and end included, as seen on two cores of a Xeon.
@@ -188,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
         **machine.describe(),
         "limit_s": LIMIT_S,
         "timeout_s": TIMEOUT_S,
-        "most_per_s": MOST_PER_S,
+        "most_per_s": drive.MOST_PER_S,
         "scale": 0.25 if options.quick else 1.0,
         "size": {},
         "failures": {},
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = without(out, names, options.models, about) if options.add else []
     CACHE.mkdir(exist_ok=True)
     peers = install([PEERS[name] for name in names], about)
-    server_cpus, client_cpus = cores()
+    server_cpus, client_cpus = {SERVER_CPU}, {CLIENT_CPU}
     about["pinning"] = f"server on core {sorted(server_cpus)}, load generator on core {sorted(client_cpus)}"
     visits = list(order(peers, rounds))
     minutes = sum(VISIT_S[model] * (0.5 if options.quick else 1.0) for _, model, _ in visits) / 60

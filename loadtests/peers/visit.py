@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import http.client
 import math
-import os
 import random
 import socket
 import threading
@@ -27,7 +26,6 @@ from loadtests.peers.catalogue import Peer
 TEXT = "Paris is the [MASK] of France."
 # Overload: an answer after the first is worth nothing; after the second the client hangs up.
 LIMIT_S, TIMEOUT_S = 1.0, 1.5
-MOST_PER_S = 1500.0  # more than this the generator's core can't send on time
 START_S = 120.0
 RECOVERY_S = 10.0  # longer is told as "> 10"
 HEALTH_PER_S = 10.0
@@ -121,7 +119,7 @@ class Visit:
         prober = threading.Thread(target=lambda: recovery.append(self.recovery_s(seconds)))
         with self.watch() as others:
             prober.start()
-            rate_per_s = min(times * capacity, MOST_PER_S)
+            rate_per_s = min(times * capacity, drive.MOST_PER_S)
             options = {"rate_per_s": rate_per_s, "duration_s": seconds, "health_per_s": HEALTH_PER_S}
             df = self.load("open", limit_s=LIMIT_S, timeout_s=TIMEOUT_S, **options)
             prober.join()
@@ -277,9 +275,3 @@ def busy_s(cpus: set[int]) -> float:
     """Seconds that these cores were not idle: what a virtual machine's neighbours took is included."""
     times = psutil.cpu_times(percpu=True)
     return sum(sum(t[:8]) - t.idle - t.iowait for i, t in enumerate(times) if i in cpus)
-
-
-def cores() -> tuple[set[int], set[int]]:
-    """The server's core and the client's."""
-    have = sorted(os.sched_getaffinity(0))
-    return {have[0]}, {have[-1]}
