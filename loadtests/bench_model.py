@@ -1,6 +1,6 @@
 """The model part of `make bench`: each text task's stock pipeline against ours, without a server.
 
-    python -m loadtests.bench_model [--task fill-mask ...] [--repeats 7] [--device cpu|cuda]
+    python -m loadtests.bench_model [--task fill-mask ...] [--quick] [--device cpu|cuda]
     python -m loadtests.bench_model --memory 20000
 
 Prints texts per second as Markdown tables. Every case is timed in turn, several times over, so that a slower minute of
