@@ -435,11 +435,11 @@ def thinned(
 # --- planning ---------------------------------------------------------------------------------------------------------
 
 
-def keeps(fleet: Fleet, rate_per_s: float, loss: float, seed: int = 0) -> bool:
+def keeps(fleet: Fleet, rate_per_s: float, loss: float) -> bool:
     """Whether no more than a share `loss` of the requests gets no answer within the deadline."""
     requests = max(2e4, 30 / max(loss, 1e-4), min(20 * fleet.deadline_s * rate_per_s, 5e5))
     duration_s = max(requests / rate_per_s, 2 * fleet.deadline_s)
-    return simulate(fleet, rate_per_s=rate_per_s, duration_s=duration_s, seed=seed).summary()["loss"] <= loss
+    return simulate(fleet, rate_per_s=rate_per_s, duration_s=duration_s).summary()["loss"] <= loss
 
 
 def replicas_for(fleet: Fleet, rate_per_s: float, loss: float) -> int:

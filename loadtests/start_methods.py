@@ -143,19 +143,14 @@ def measure_afresh(
     return dict(json.loads(run.stdout))
 
 
-def compare(
-    methods: Iterable[str] = ("fork", "spawn", "forkserver"),
-    parents: Iterable[str] = tuple(PARENT),
-    patience_s: float = PATIENCE_S,
-) -> "pd.DataFrame":
+def compare() -> "pd.DataFrame":
     """Measure every combination with a child that loads the model, each from a fresh interpreter."""
     import pandas as pd
 
     rows = []
-    for method in methods:
-        for parent in parents:
-            found = measure_afresh(method, parent, patience_s=patience_s)
-            rows.append({"start method": method, "the parent has": parent} | found)
+    for method in ("fork", "spawn", "forkserver"):
+        for parent in PARENT:
+            rows.append({"start method": method, "the parent has": parent} | measure_afresh(method, parent))
     return pd.DataFrame(rows).reindex(columns=COLUMNS).round(1)
 
 
