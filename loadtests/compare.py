@@ -67,7 +67,6 @@ BESIDE_S = 18.0  # start, stop and drains of one visit
 class Comparison:
     """What is the same for every visit of a server, and the rows found so far."""
 
-    scenarios: list[Scenario]
     server_cpus: set[int]
     locust: drive.Generator
     foresight: "Foresight"
@@ -100,7 +99,7 @@ class Comparison:
                 cost = setting.cost
                 note("cost law", a_s=cost.a_s, b_s=cost.b_s, spread=cost.spread, **setting.overhead._asdict())
                 note("capacity", predicted_per_s=setting.capacity_per_s)
-            for scenario in self.scenarios:
+            for scenario in SCENARIOS:
                 per_s = capacity if scenario.of == "own" else self.common_per_s
                 rate_per_s = max(1.0, min(scenario.load * per_s, drive.MOST_PER_S))
                 server.wait_until_idle()
@@ -272,29 +271,20 @@ def cores(server_cores: int) -> tuple[set[int], set[int]]:
     return set(have[: max(1, min(server_cores, len(have) - 1))]), {have[-1]}
 
 
-def predicted_minutes(visits: int, scenarios: list[Scenario], scale: float) -> float:
+def predicted_minutes(visits: int, scale: float) -> float:
     """How long it will take."""
-    loads_s = WARM_UP_S + ALONE_S + CAPACITY_S + sum(scenario.seconds for scenario in scenarios)
+    loads_s = WARM_UP_S + ALONE_S + CAPACITY_S + sum(scenario.seconds for scenario in SCENARIOS)
     return (visits * (scale * loads_s + BESIDE_S) + 60) / 60
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the comparison; return how many visits failed."""
-    names = [scenario.name for scenario in SCENARIOS]
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="short runs, once: shows that it works, measures little"
     )
     parser.add_argument(
         "--modes", nargs="+", choices=MODES, default=list(MODES), metavar="MODE", help=", ".join(MODES)
-    )
-    parser.add_argument(
-        "--scenarios",
-        nargs="+",
-        choices=names,
-        default=names,
-        metavar="NAME",
-        help=", ".join(names).replace("%", "%%"),
     )
     parser.add_argument("--repeats", type=int, help="rounds; default 3, with --quick 1")
     parser.add_argument(
@@ -304,7 +294,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--server-cores", type=int, default=1, help="how many cores the server gets")
     parser.add_argument("--redraw", action="store_true", help="only make the table and pictures anew")
     options = parser.parse_args(argv)
-    partial = options.quick or options.repeats or (options.modes, options.scenarios) != (list(MODES), names)
+    partial = options.quick or options.repeats or options.modes != list(MODES)
     if partial and not options.out:
         parser.error("say --out, so that a part does not overwrite the whole")
     out = options.out or Path(__file__).parent / "results"
@@ -315,15 +305,12 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C does: leave no server behind
 
     scale = 0.2 if options.quick else 1.0
-    scenarios = [scenario for scenario in SCENARIOS if scenario.name in options.scenarios]
     visits = list(order(options.modes, options.repeats or (1 if options.quick else 3)))
     server_cpus, client_cpus = cores(options.server_cores)
     pinning = f"server on core {sorted(server_cpus)}, load generator on core {sorted(client_cpus)}"
     if server_cpus & client_cpus:
         pinning += ", the same: latencies include the generator's own work"
-    print(
-        f"{len(visits)} visits, about {predicted_minutes(len(visits), scenarios, scale):.0f} minutes; {pinning}"
-    )
+    print(f"{len(visits)} visits, about {predicted_minutes(len(visits), scale):.0f} minutes; {pinning}")
     settings = replace(Settings.read(), DEVICE=options.device, TORCH_THREADS=0 if len(server_cpus) > 1 else 1)
     about = machine.describe() | {
         "model": settings.model_name,
@@ -347,9 +334,7 @@ def main(argv: list[str] | None = None) -> int:
         foresight = Foresight(measure, settings, overheads, budget_s)
         common_per_s = foresight.setting(MODES["thread"]).capacity_per_s
         about |= {"common_per_s": round(common_per_s, 1)}
-        comparison = Comparison(
-            scenarios, server_cpus, locust, foresight, common_per_s, options.device, scale
-        )
+        comparison = Comparison(server_cpus, locust, foresight, common_per_s, options.device, scale)
         rows: list[tuple[Any, ...]] = []
         for name, repeat in (progress := tqdm(visits, unit="visit", file=sys.stderr)):
             progress.set_description(f"round {repeat + 1}: {name}")
