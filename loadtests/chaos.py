@@ -406,26 +406,23 @@ def possible() -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--seconds", type=float, default=float(os.environ.get("CHAOS_S", FULL_S)), help="in all"
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--deployments", nargs="+", choices=DEPLOYMENTS, help="by default all that can be had here"
     )
     parser.add_argument("--out", type=Path, help="where the report goes; that of a full storm is stored")
-    options = parser.parse_args()
+    options, seconds = parser.parse_args(), float(os.environ.get("CHAOS_S", FULL_S))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C does: leave no server behind
     names = options.deployments or list(possible())
     runs = []
     for name in names:
-        runs.append(asyncio.run(Storm(name, options.seconds / len(names), options.seed).weather()))
+        runs.append(asyncio.run(Storm(name, seconds / len(names), options.seed).weather()))
         print(f"{name}: {len(runs[-1].outcomes)} requests, {len(runs[-1].windows)} faults", file=sys.stderr)
         for defect in runs[-1].defects:
             print(f"  {defect}", file=sys.stderr)
-    text = report(runs, options.seconds, options.seed)
+    text = report(runs, seconds, options.seed)
     print(text)
-    is_full = not options.deployments and options.seconds >= FULL_S
+    is_full = not options.deployments and seconds >= FULL_S
     out = options.out or (REPORT if is_full else None)
     if out:
         out.write_text(text)
