@@ -163,9 +163,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--models", nargs="+", choices=ROUNDS, default=list(ROUNDS), metavar="MODEL", help=", ".join(ROUNDS)
     )
-    parser.add_argument(
-        "--rounds", type=int, help="of each model; default: 3 of float32, fewer of the others"
-    )
     parser.add_argument("--only", action="store_true", help="the chosen peers only, without this server")
     parser.add_argument(
         "--add", action="store_true", help="the chosen peers only, put among the results that are there"
@@ -173,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for the results; only a whole run has a default")
     parser.add_argument("--redraw", action="store_true", help="only make the tables and pictures anew")
     options = parser.parse_args(argv)
-    partial = options.quick or options.peers or options.rounds or set(options.models) != set(ROUNDS)
+    partial = options.quick or options.peers or set(options.models) != set(ROUNDS)
     if partial and not options.add and not options.out:
         options.out = CACHE / "results"  # a part must not overwrite the whole
     out = options.out or Path(__file__).parent.parent / "results"
@@ -184,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C does: leave no server behind
     chosen = list(options.peers or PEERS)
     names = chosen if options.only or options.add else list(dict.fromkeys([*chosen, *OURS_WITH_PEERS]))
-    rounds = {model: options.rounds or (1 if options.quick else ROUNDS[model]) for model in options.models}
+    rounds = {model: 1 if options.quick else ROUNDS[model] for model in options.models}
     about: dict[str, Any] = {
         **machine.describe(),
         "limit_s": LIMIT_S,
