@@ -12,17 +12,17 @@ from workers.loop import ModelLoop
 
 
 class FakeModel:
-    """Takes `a + b * n` seconds for n queries, then answers each; raises what a query is, when it is an exception."""
+    """Takes `b` seconds for each query, then answers each; raises what a query is, when it is an exception."""
 
-    def __init__(self, a: float = 0.0, b: float = 1.0) -> None:
-        self.a, self.b = a, b
+    def __init__(self, b: float = 1.0) -> None:
+        self.b = b
         self.calls: list[list[Any]] = []
         self.started: list[float] = []
 
     async def __call__(self, queries: list[Any]) -> list[Any]:
         self.calls.append(queries)
         self.started.append(now())
-        await asyncio.sleep(self.a + self.b * len(queries))
+        await asyncio.sleep(self.b * len(queries))
         for query in queries:
             if isinstance(query, BaseException):
                 raise query
