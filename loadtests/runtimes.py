@@ -333,6 +333,9 @@ class Running:
     def __init__(self, name: str, *arguments: Any, core: int | None = None, patience_s: float = 60.0) -> None:
         ours, theirs = socket.socketpair()
         self.pipe = Connection(ours.detach())
+        # Where torch.compile keeps what it has made, its precompiled headers under TMPDIR: each process starts with nothing.
+        self.scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        fresh = {"TORCHINDUCTOR_CACHE_DIR": f"{self.scratch.name}/compiled", "TMPDIR": self.scratch.name}
         began = time.perf_counter()
         code = f"from loadtests import runtimes; runtimes.child({theirs.fileno()}, {name!r}, *{arguments!r})"
         # The class of a folder's path is one that `repr` names and pathlib knows.
@@ -344,7 +347,7 @@ class Running:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code],
                 cwd=ROOT,
-                env=os.environ | quiet | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                env=os.environ | quiet | fresh | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
                 pass_fds=[theirs.fileno()],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -378,6 +381,7 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, 9)
         self.process.wait()
+        self.scratch.cleanup()
 
 
 def errand(name: str, *arguments: Any, core: int | None = None, patience_s: float = 120.0) -> Any:

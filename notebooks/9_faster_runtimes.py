@@ -504,8 +504,8 @@ tell(
 # ## When does compiling pay?
 #
 # `torch.compile` costs at each start, and saves a little in each call. It pays after as many texts as the start takes longer,
-# divided by what one text saves. Its compiler keeps on disk what it has made. So a later start on the same machine is quicker
-# than the first one, as it was in our stored run. In a fresh container it takes longer.
+# divided by what one text saves. Its compiler keeps on disk what it has made, so a later start on the same machine is quicker.
+# Here it begins with empty folders: this is a first start, as in a fresh container.
 
 # %%
 if "torch.compile" in running:
