@@ -377,16 +377,19 @@ with picture("What a batch of 32 gains differs by model", "times the texts/s of 
     ax.axvline(1, color=GREY, linestyle=":")
     bars(ax, [laws[name]["predicted"] for name in rows], range(len(rows)), None)
     dots(ax, [laws[name]["measured"] for name in rows], range(len(rows)), None)
-    guessed(ax, [guess_gain], [len(rows) - 1], None)
+    right = max(laws[rows[0]]["predicted"], laws[rows[0]]["measured"])  # of the lowest row's marks
+    for name, color in (("measured", BLUE), ("predicted", "black")):
+        ax.plot([right], [0], label=name, color=color, alpha=0)
+    guessed(ax, [guess_gain], [len(rows) - 0.4])  # above its row, where its name hides nothing
     ax.text(1.1, -0.55, "no gain", color=GREY, fontsize=12)
     ax.set_yticks(range(len(rows)), rows)
-    ax.set(ylim=(-0.8, len(rows) - 0.4), xlim=(0, None))
+    ax.set(ylim=(-0.8, len(rows)), xlim=(0, None))
 
 # %%
 least, most = (f(law["measured"] for law in laws.values()) for f in (min, max))
 furthest = max(laws, key=lambda name: abs(laws[name]["measured"] / laws[name]["predicted"] - 1))
 tell(
-    f"(The bar is the formula's, the dot is measured, the star is your guess.) The gains go from {least:.1f} to {most:.1f} times."
+    f"The gains go from {least:.1f} to {most:.1f} times."
     f" The language model: you said {guess_gain:.1f} times, the formula {laws['language']['predicted']:.1f}, measured"
     f" {laws['language']['measured']:.1f}. The formula is furthest off for *{furthest}*:"
     f" {laws[furthest]['predicted']:.1f} predicted, {laws[furthest]['measured']:.1f} measured."
