@@ -169,6 +169,9 @@ tell(
 # Why this matters: others judge a server by `/health`. A load balancer takes a server out of rotation that does not answer
 # in time. An orchestrator restarts it; Kubernetes waits for one second by default, and restarts after the third failure in
 # a row. So a busy server is taken for a dead one, at the worst moment: under load.
+#
+# "Blocking matters only above 1 s an inference," some say. But look at the longest wait beside the time of one call: a row of
+# short calls blocks as one long call does. [Lesson 5](5_saying_no.ipynb) puts that claim to the test, under overload.
 
 # %%
 claim(
@@ -177,13 +180,6 @@ claim(
     number=f"median wait while the model works: {busy_ms['inline']:.0f} ms inline, {busy_ms['thread']:.1f} ms with a"
     f" thread, {busy_ms['process']:.1f} ms with a process",
     verdict="fails, unless the model sits on the event loop",
-)
-claim(
-    "Blocking matters only above 1 s an inference",
-    who=f"the same, inline: calls of {long_ms:.0f} ms, one after the other",
-    number=f"/health waited up to {worst_ms['inline']:.0f} ms, {worst_ms['inline'] / long_ms:.0f} calls' time; up to"
-    f" {worst_ms['thread']:.0f} ms with a thread",
-    verdict="fails: a row of short calls blocks as long as one long call",
 )
 
 # %% [markdown]
