@@ -79,9 +79,9 @@ table(
 # ## Measured: what is S?
 #
 # The real server, one text a call. We tell it never to say no, so that its queue may grow (`QUEUE_TARGET_S=0` and a large
-# `MAX_QUEUE`; lesson 5 is about saying no). First we ask as hard as we can, and count: that is its capacity, and
-# $S$ is one second divided by it. The server's own counters say how much of $S$ is the model. The rest lies between two
-# calls: the answer is handed over, and the next text is taken.
+# `MAX_QUEUE`; lesson 5 is about saying no). First we ask as hard as we can, and count the answers a second: that is the
+# capacity. $S$ is one second divided by the capacity. The server's own counters say how much of $S$ is the model. The rest
+# lies between two calls: the answer is handed over, and the next text is taken.
 
 
 # %%
@@ -107,9 +107,9 @@ tell(
 )
 
 # %% [markdown]
-# Now people come at random moments, at some fraction of that. A machine has moods: at times the same work takes longer. So we
-# measure the capacity anew before each run, and take each call's own time from the server's answer. (It says in the header
-# `Server-Timing` how long a text waited, and how long its call took.)
+# Now people come at random moments, in each run at another share of the capacity. A machine has moods: at times the same work
+# takes longer. So we measure the capacity anew before each run, and take each call's own time from the server's answer. (It
+# says in the header `Server-Timing` how long a text waited, and how long its call took.)
 
 # %%
 import numpy as np
@@ -160,8 +160,8 @@ table(
 # %% [markdown]
 # The first and the last column should be the same. Where they differ, $S$ in the run is not the $S$ of the seconds before.
 # There are two causes. The machine itself is faster or slower than it was a moment ago. And a call after a pause does not
-# take as long as one right behind another. The two columns in the middle show both in the same run, so the machine's moods
-# can't hide it.
+# take as long as one right behind another. The fourth and the fifth column compare these two kinds of calls
+# within the same run, so the machine's moods can't hide the difference.
 
 # %%
 pause = np.nanmedian([fresh_ms / behind_ms for fresh_ms, behind_ms in mixed])
@@ -174,9 +174,9 @@ tell(
 # %% [markdown]
 # ## The wait
 #
-# How good can a run be? A queue near the cliff moves slowly, and a run of some seconds starts with an empty one. So before
-# we compare, we ask what runs *as short as ours* show when the formula is perfectly right. A queue is five lines of
-# Python:
+# How near can a run of some seconds come to the formula? Near the cliff a queue takes long to build up, and each run starts
+# with an empty one. So before we compare, we simulate runs *as short as ours*, in a world where the formula is exactly right.
+# A queue is five lines of Python:
 
 
 # %%
@@ -217,13 +217,13 @@ with picture(
     guessed(ax, 0.95, guess_wait)
 
 # %% [markdown]
-# Black and dashed are the two formulas. The grey area holds nine in ten of the simulated runs that are as short as ours and
-# whose calls are all alike. Near the wall much of it lies far below the black line: the queue needs minutes to become as long
+# Black and dashed are the two formulas. We simulated runs that are as short as ours, with calls all alike: nine in ten of them
+# lie in the grey area. Near the wall much of it lies far below the black line: the queue needs minutes to become as long
 # as the formula says, and a run of seconds ends before. A measured dot may lie there without contradicting anything.
 #
-# *Where the formula fails.* The machine's calls are not all alike, and its slow moments can last for many calls. So take each
-# run's own arrivals and own call times, and let the five lines from above play them. First with the calls in a random order,
-# then in their own order.
+# *Where the formula fails.* The machine's calls are not all alike, and its slow moments can last for many calls. So take
+# from each run when people really came and how long each call really took, and give both to the five lines from above. First
+# with the calls in a random order, then in their own order.
 
 # %%
 rng = np.random.default_rng(0)
@@ -266,7 +266,7 @@ tell(
 # %% [markdown]
 # Read the table from right to left. Each column knows less. The last simulated column knows all: who came when, and how long
 # each call took. It gives about what was measured, so nothing else happened in the queue. The column before it does not know
-# the order of the calls. M/D/1 does not know either that calls differ, that a run is short, and who came when.
+# the order of the calls. M/D/1 also leaves out that calls differ, that a run is short, and who came when.
 #
 # That is what a formula can do near the cliff. It tells you that there is a wall, and about where. It does not tell you
 # the height at which you will hit it.
@@ -385,8 +385,9 @@ guess_waiting = 1  # texts in the queue
 
 # %% [markdown]
 # **Prediction.** `/metrics` counts how many have waited (`model_queue_wait_seconds_count`) and how long in sum (`…_sum`).
-# In $t$ seconds $\lambda = \Delta\text{count}/t$ and $W = \Delta\text{sum}/\Delta\text{count}$. So
-# $\lambda W = \Delta\text{sum}/t$: the queue's mean length, though nobody has looked at it.
+# Say that these grow by $\Delta\text{count}$ and $\Delta\text{sum}$ in $t$ seconds. Then $\lambda = \Delta\text{count}/t$ and
+# $W = \Delta\text{sum}/\Delta\text{count}$. So $\lambda W = \Delta\text{sum}/t$: the queue's mean length, though nobody has
+# looked at it.
 
 # %%
 import threading
@@ -418,8 +419,9 @@ tell(f"λW = {little:.2f} waiting on average. {len(seen)} looks saw {looked:.2f}
 # times a second misses what happens between.) That is why the law is worth so much: two of $L$, $\lambda$ and $W$ give the
 # third, on any dashboard.
 #
-# M/D/1 is another matter. Its wait times $\lambda$ also says how many wait: $\frac{\rho^2}{2(1-\rho)}$. Here it is, step by
-# step, from what one knew before the run to what happened in it.
+# M/D/1 is another matter. Multiply its wait, in seconds, by $\lambda$, and it also says how many wait:
+# $\frac{\rho^2}{2(1-\rho)}$. The picture begins at the bottom, with what one knew before the run. Each bar above knows more of
+# what happened in it.
 
 # %%
 S, asked_s = df.attrs["S"], waits_of(df.sent_s, df.call_s)
@@ -495,8 +497,9 @@ tell(
 # It is the same server. The closed loop reports a steady time, and will do so until the end of days: a slow server simply
 # gets fewer questions. The open loop shows what strangers would see.
 #
-# *Where the prediction fails:* it takes the capacity of some seconds before. The line climbs by what comes too much,
-# $\rho - 1$. When the server is a few per cent slower than before, this small rest is many per cent larger.
+# *Where the prediction fails:* it takes the capacity of some seconds before. The line climbs by $\rho - 1$ seconds
+# a second: by what comes too much. That is a small number, so when the server is a few per cent slower than before, it grows
+# by many per cent.
 
 # %% [markdown]
 # ## Coordinated omission, with your own eyes
@@ -511,7 +514,7 @@ guess_after_s = 0.2  # seconds
 
 # %% [markdown]
 # **Prediction.** The lone user asks once during that second, and waits: *one* slow answer. Of the strangers all suffer who
-# come in that second, and those who come while the backlog melts: $\frac{\rho}{1-\rho}$ seconds more. That is one second at
+# come in that second or while the backlog melts. It melts for $\frac{\rho}{1-\rho}$ seconds more. That is one second at
 # $\rho = 0.5$.
 
 
