@@ -314,19 +314,6 @@ claim(
 # * **a [window](glossary.md)**: when there is one text, wait some milliseconds for others;
 # * **no window**: never idle while there is work. While the model runs, others arrive. They are the next batch.
 #
-# These lines of `workers/loop.py` decide. Without a window the batch closes at once, with whoever is there.
-
-# %%
-import inspect
-import textwrap
-
-from workers.loop import ModelLoop
-
-source = inspect.getsource(ModelLoop._gather)
-lines = source[source.index("            await queue.at_least(1)") : source.index("            waiting = ")]
-print(textwrap.dedent(lines))
-
-# %% [markdown]
 # **Guess.** The load is in the middle: 70 % of what the server can do one by one. How many milliseconds does a window of 10 ms
 # add to the median time?
 
@@ -482,24 +469,15 @@ def same_people(cost, key, **options):
     return pd.concat(runs).latency_ms
 
 
-def own_speed(key):
-    """How many times as long as the law says calls took in this run."""
-    df = measured[key]
-    return df.model_ms.sum() / 1000 / sum(law.seconds(n) for n in df.batch_size)
-
-
 plain = {key: same_people(law, key) for key in parts}
 taught = {key: same_people(slower(factor), key, overhead_s=0) + around_ms for key in parts}
-knowing = {key: same_people(slower(own_speed(key)), key, overhead_s=0) + around_ms for key in parts}
 table(
     [
         {
             "median, ms": f"{at} load, {name}",
             "simulated, bare model": f"{plain[name, at].median():.1f}",
             "simulated, taught by one run": f"{taught[name, at].median():.1f}",
-            "simulated, its own speed": f"{knowing[name, at].median():.1f}",
             "measured": f"{p50[name, at]:.1f}",
-            "p95 simulated, its own speed": f"{knowing[name, at].quantile(0.95):.1f}",
             "p95 measured": f"{p95[name, at]:.1f}",
         }
         for name, at in parts
@@ -507,20 +485,19 @@ table(
 )
 tell(
     f"Taught by low load without batches: calls {factor:.2f} times as long as the bare model's, and {around_ms:.1f} ms around"
-    f" them. In the six runs calls took {min(map(own_speed, parts)):.2f} to {max(map(own_speed, parts)):.2f} times as long."
+    " them."
 )
 
 # %% [markdown]
 # The first column is what you would say when you have only timed the model. The second has learnt from one run of the
-# server, and comes much closer to what was measured. The third also knows how fast the machine was in each run. What is still
-# missing after that is within a run: slow moments come in a row (lesson 3), but the simulation draws the time of each call by
-# itself. That shows first in the p95: the time that 95 of 100 answers stay below.
+# server, and comes much closer to what was measured.
 #
 # ## "Asynchronous batching costs 10 ms at p95"
 #
 # Batches without a window wait for nobody. Can they cost anything? Whoever shares a call waits until the whole call is done,
 # for the neighbour's $b$ too. But without batches the second of two waits for all of the first one's call. Compare the p95
-# above for “no batching” and “no window”. The simulation has no moods, so it shows what batching itself does.
+# above for “no batching” and “no window”: the time that 95 of 100 answers stay below. The simulation has no moods, so it shows
+# what batching itself does.
 
 # %%
 costs = {
@@ -549,9 +526,6 @@ claim(
 )
 
 # %% [markdown]
-# Where hardly anybody shares a call, batching changes hardly anything; what is left is the machine's noise. Where people queue,
-# a shared call gets all of them out sooner.
-#
 # ## A model for which waiting might pay
 #
 # If $a$ is huge and $b$ almost nothing, a larger batch costs hardly more. Then a short wait might repay itself. Take
@@ -709,28 +683,8 @@ with picture(title, f"texts/s in batches of {MOST}, times those one by one", "",
     ax.set_yticks(range(4), [f"{name}, {kind}" for name, kind in gains])
 
 # %%
-tokens = {
-    kind: lengths["stock"].query("kind == @kind and texts == 1").size_tokens.mean()
-    for kind in ("short", "long")
-}
-table(
-    [
-        {
-            "ms a token": f"{name}, {kind} texts ({tokens[kind]:.0f} tokens)",
-            "alone": f"{costs_ms[name][kind][1] / tokens[kind]:.2f}",
-            f"in a batch of {MOST}": f"{costs_ms[name][kind][MOST] / tokens[kind]:.2f}",
-        }
-        for name in ("stock", "fast")
-        for kind in ("short", "long")
-    ]
-)
-padded = max(tokens.values()) / (m * tokens["long"] + (1 - m) * tokens["short"])
-naive = laws["stock"].most_gained / padded
-scores_mb = MOST * tokens["long"] * 30_522 * 4 / 1e6
 tell(
-    f"{m:.0%} of the texts are long, so {p:.0%} of the batches should hold none. Stock, mixed: {foretold('stock'):.2f} predicted, {gains['stock', 'mixed']:.2f} measured. Counting padded tokens alone"
-    f" gives {laws['stock'].most_gained:.1f} / {padded:.1f} = {naive:.2f}. That takes a token to cost the same everywhere. The table says"
-    f" otherwise. A batch of {MOST} long texts also writes {scores_mb:.0f} MB of scores, for every word and every token."
+    f"{m:.0%} of the texts are long, so {p:.0%} of the batches should hold none. Stock, mixed: {foretold('stock'):.2f} predicted, {gains['stock', 'mixed']:.2f} measured."
 )
 
 # %% [markdown]
@@ -739,15 +693,6 @@ tell(
 #
 # *Where the prediction fails:* a batch of long texts takes seconds, so there are few of them in this measurement, and one slow
 # moment of the machine moves the dot.
-#
-# **The rule.**
-#
-# 1. Measure $a$ and $b$.
-# 2. If $(a+b)/b$ is close to one, don't batch.
-# 3. Else batch, without a window.
-# 4. If texts differ in length, check with your own mix, not with one sentence.
-#
-# `make plan` does all of it.
 
 # %%
 stop()
@@ -805,8 +750,11 @@ holds(gains["fast", "mixed"] > gains["stock", "mixed"], "sorting by length saves
 # %% [markdown]
 # ## Take away
 #
-# 1. A batch saves $a$, never $b$: measure both, and you know what it can give.
-# 2. Don't wait for a batch. The call that runs is the wait.
-# 3. One long text makes a padded batch long. Sort by length, or don't mix.
+# 1. Measure $a$ and $b$. A batch saves $a$, never $b$: if $(a+b)/b$ is close to one, don't batch.
+# 2. Else batch, without a window. The call that runs is the wait.
+# 3. One long text makes a padded batch long. If texts differ in length, check with your own mix, not with one sentence. Sort by
+#    length, or don't mix.
+#
+# `make plan` measures all of it for your model.
 #
 # Next: [Lesson 5, saying no](5_saying_no.ipynb).
