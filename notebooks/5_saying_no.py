@@ -383,18 +383,8 @@ claim(
 )
 
 # %% [markdown]
-# *Where the formula fails:* it is for the mean. Arrivals are random, and the server's speed is not the same in each
-# second. Count what really happened before the door began to refuse:
-
-# %%
-came = int((model["careful"].due_s < 1).sum())
-done = int((answered.due_s + answered.latency_ms / 1000 < 1).sum())
-tell(
-    f"In the first second {came} came and {done} were answered; {2 * mu:.0f} and {mu:.0f} would have been average. So the"
-    f" queue held {(came - done) / mu:.1f} s of work. The longest wait was {answered.latency_ms.max() / 1000:.1f} s."
-)
-
-# %% [markdown]
+# *Where the formula fails:* it is for the mean. Arrivals are random, so the queue of one run may become longer than that.
+#
 # ## What a no costs
 #
 # A no is not free. The server has to wake up, read the headers and write the reply. **Your guess:** for how many
@@ -451,11 +441,6 @@ tell(
 # *Where the formula fails:* a no gets cheaper in a crowd. One reason stands in the last column: the event loop wakes up
 # less often for each of them, because several wait when it looks. Where the cost falls faster than the wakings do, there
 # is another reason, which we have not measured.
-#
-# Beyond a thousand noes a second this server also lets each of them wait for its turn, up to 0.1 s: a client who asks
-# again at once must not eat the core.
-#
-# Past that, no server can help itself. Then something in front of it has to say no, or there have to be more of it.
 
 # %% [markdown]
 # ## Who says no must be awake
@@ -513,8 +498,6 @@ def strangers(server):
     return {"replies": replies, "health_s": waits_s, "waiting": max(waiting)}
 
 
-# `kept`: the same over connections that stay open. It comes first, because strangers leave a long line behind.
-kept = load(blocked, "open", **(twice | {"duration_s": quick(2, 6)}))
 met = {"careful": strangers(careful), "blocked": strangers(blocked)}
 
 # %%
@@ -555,18 +538,8 @@ tell(f"You guessed that {guess_refused:.0%} are refused.")
 # %% [markdown]
 # The last column is the proof. There is the queue that no rule of ours can see.
 #
-# *Where the formula fails:* it is for new connections. A connection that is open already need not be accepted, and the
-# loop reads all of these in one turn. The load generator keeps its connections open, as a proxy does. So the blocked
-# server does find a queue, and says no. But even then nobody hears anything while a call runs:
-
-# %%
-settled = kept[kept.due_s > kept.due_s.max() / 2]
-kept_health_ms = settled[settled.kind == "health"].latency_ms.median()
-tell(
-    f"Over connections that stay open {(settled[settled.kind == 'model'].outcome == '503').mean():.0%} of the requests are"
-    f" refused, and `/health` takes {kept_health_ms:.0f} ms, as long as {kept_health_ms * mu / 1000:.1f} calls. The careful"
-    f" server's takes {real['careful'][real['careful'].kind == 'health'].latency_ms.median():.0f} ms."
-)
+# *Where the formula fails:* it is for new connections. Over those that stay open, as a proxy keeps them, the blocked server
+# does find a queue and says no; but nobody hears it while a call runs.
 
 # %%
 claim(
