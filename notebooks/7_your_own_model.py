@@ -14,7 +14,7 @@
 # `quick(short, full)` is its first value in the quick form (`QUICK=1`), which only shows that the lesson runs, else the second.
 
 # %%
-from lesson import BLUE, CLIENT_CORES, GREY, ORANGE, RED, SKY, ask, bars, claim, counters
+from lesson import BLUE, CLIENT_CORES, GREY, ORANGE, PURPLE, RED, SKY, ask, bars, claim, counters
 from lesson import dots, guessed, holds, line, picture, quick, serve, serve_all, stop, table, tell, way
 
 import inspect
@@ -207,18 +207,24 @@ with picture("Almost all is the encoder, but for fill-mask's head", "% of the ca
         widths = [100 * sum(share[task][part] for part in name.split(", ")) for task in rows]
         ax.barh(rows, widths, left=left, color=color, height=0.5)
         left = [a + b for a, b in zip(left, widths)]
-    top = len(rows) - 0.45
+    top = len(rows) - 0.05
     for x, (name, color) in zip((0, 32, 51, 63, 82), shown.items()):
         ax.text(x, top, name, color=color, fontsize=12, weight="bold")
-    bars(ax, [100 * (1 - predicted_head["fill-mask"])], [len(rows) - 1], None)
+    foretold = 100 * (1 - predicted_head["fill-mask"])
+    bars(ax, [foretold], [len(rows) - 1], None)
     guessed(ax, [100 - guess_head], [len(rows) - 1], None)
-    ax.set(xlim=(0, 100), ylim=(-0.5, len(rows) - 0.1))
+    # The one above and the other below: they may be close.
+    ax.text(foretold, len(rows) - 0.5, "predicted", ha="center", va="center", fontsize=12)
+    ax.text(
+        100 - guess_head, len(rows) - 1.5, "your guess", color=PURPLE, ha="center", va="center", fontsize=12
+    )
+    ax.set(xlim=(0, 100), ylim=(-0.5, len(rows) + 0.3))
 
 # %%
 measured_head = share["fill-mask"]["head"]
 tell(
     f"The head of fill-mask: you said {guess_head} %, the formula says {predicted_head['fill-mask']:.0%}, measured"
-    f" {measured_head:.0%}. (In the picture, where the head begins: the star is yours, the bar is the formula's.) Padding itself"
+    f" {measured_head:.0%}. (The marks in the picture: where the head begins.) Padding itself"
     f" takes hardly any time, but {timed['fill-mask'][2]:.0%} of what the encoder computed was padding, and that time hides in “forward”."
 )
 
