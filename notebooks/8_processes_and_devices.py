@@ -299,16 +299,6 @@ with picture(
     guessed(ax, 30, guess_stuck)
 
 # %%
-table(
-    {
-        "the lock is held, %": f"{100 * found['share']:.0f}",
-        "forks": found["started"],
-        "made while it was held": found["held"],
-        "children that can't take it": found["stuck"],
-        "you guessed": f"{guess_stuck} of 100" if share == 0.3 else None,
-    }
-    for share, found in zip(shares, forked)
-)
 claim(
     "fork deadlocks with threads",
     who="children that need a lock which a thread of their parent holds for a share of the time",
@@ -321,9 +311,6 @@ claim(
 # %% [markdown]
 # This is why it passes every test. A lock that is held for a thousandth of the time stops one child in a thousand: at night,
 # in production, without a message. Python's own `logging` repairs its locks in the child. Those of others stay as they are.
-#
-# And CUDA? A GPU's driver has threads and memory of its own, and they don't come along either. Torch notices that, and raises
-# an error instead of hanging. You find that at the end, with the cells that need a GPU.
 #
 # ## Is forkserver the better spawn?
 #
@@ -402,7 +389,7 @@ way(
 )
 
 # %% [markdown]
-# We found three in it, and a fourth in a younger version of it. We take them one after the other.
+# We found three in it. We take them one after the other.
 #
 # ## Bug 1: a reply for somebody else
 #
@@ -512,48 +499,7 @@ way(
 )
 
 # %% [markdown]
-# ## Bug 2: `hash(current_thread())` as the balancer
-#
-# A younger version deals the texts by the caller's thread: `hash(threading.current_thread()) % devices`. Threads come to
-# different devices, it says, and each stays with its own. Eight threads call, four devices are there. How many of the four get
-# any work?
-
-# %%
-guess_used = 4  # devices
-
-# %% [markdown]
-# **Prediction.** If the hash were like a die with $n$ sides, eight threads would miss a device with a chance of
-# $(1-1/n)^8$. So $n\,(1-(1-1/n)^8)$ devices get work.
-
-# %%
-import math
-import threading
-
-threads = [threading.Thread() for _ in range(8)]
-step = math.gcd(*(id(thread) - id(threads[0]) for thread in threads))
-used = {n: len({hash(thread) % n for thread in threads}) for n in (2, 4, 8)}
-table(
-    {
-        "devices": n,
-        "predicted to get work": f"{n * (1 - (1 - 1 / n) ** 8):.1f}",
-        "get work": count,
-        "you guessed": f"{guess_used}" if n == 4 else None,
-    }
-    for n, count in used.items()
-)
-tell(
-    f"Python {sys.version_info.major}.{sys.version_info.minor}: the addresses of the eight threads differ by multiples of"
-    f" {step} bytes, and so their hashes by multiples of {step // 16}."
-)
-
-# %% [markdown]
-# *Where the formula fails:* this hash is no die. It is the object's address divided by 16. Python likes to put objects of one
-# kind at equal distances. If the hashes differ by multiples of 4, the rest of a division by 2 or by 4 is the same for all
-# threads. Then one device gets all the texts, and the others never get one. If they differ by odd numbers, it looks like
-# a die. Which of the two happens depends on the version of Python and on what else is in memory: nobody has promised either.
-# And nobody sees it, as all answers are right. They are only slow.
-#
-# ## Bug 3: a device dies and keeps its queue
+# ## Bug 2: a device dies and keeps its queue
 #
 # One text raises an exception. The thread of its device ends; that is what an exception does to a thread. There are two
 # devices. Of the next 20 texts, how many does the broken service answer?
@@ -565,8 +511,10 @@ guess_after_bad = 19  # of 20
 # **Prediction.** Dealt in turn, every second text falls into a queue that nobody empties: 10. Where the exception is
 # handed to its caller and the queue is shared: 20.
 
-
 # %%
+import threading
+
+
 def fails_or_naps(text):
     """A model that can't take one text."""
     if text[1] < 0:
@@ -597,7 +545,7 @@ tell(
 # %% [markdown]
 # ## One queue, or one for each device?
 #
-# Bug 4 is no bug of the code: it is its idea. It has a queue for each device and deals the texts **round robin**, in turn.
+# Bug 3 is no bug of the code: it is its idea. It has a queue for each device and deals the texts **round robin**, in turn.
 # Is that good enough? Two devices, each busy for four fifths of the time ([utilisation](glossary.md) 0.8). Texts come at random
 # moments. How long does a text wait on average, in units of the time of one text, with *round robin*, if one text in
 # ten takes ten times as long as the others?
@@ -621,6 +569,8 @@ guess_wait = 2.0  # times the mean time of a text
 # "least loaded", which sends each text to the device with the fewest, there is no simple formula.
 
 # %%
+import math
+
 from recipe import recipe_queues as queues
 
 S, RHO, DEVICES = 0.02, 0.8, 2
@@ -705,16 +655,6 @@ with picture(
     ax.set_ylim(0.4, 3.6)
 
 # %%
-table(
-    {
-        "texts": row["texts"],
-        "queues": row["policy"],
-        "formula, × S": "-" if math.isnan(row["formula"]) else f"{row['formula']:.1f}",
-        "simulated, these very texts, × S": f"{row['simulated']:.1f}",
-        "measured, × S": None if row["measured"] is None else f"{row['measured']:.1f}",
-    }
-    for row in waits
-)
 found = {(row["texts"], row["policy"]): row for row in waits}
 
 
@@ -808,17 +748,6 @@ with picture(
     guessed(ax, 100, 100 * guess_busy)
 
 # %%
-table(
-    {
-        "texts/s": rate,
-        "busy, predicted": f"{min(1, rate * (A + B)):.0%}",
-        "busy, measured": f"{busy:.0f}%",
-        "average / maximum batch, predicted": f"{max(1, rate * A / (1 - rate * B)) / MOST:.0%}",
-        "measured": f"{batch:.0f}%",
-        "of what it can do": f"{rate / most_per_s:.0%}",
-    }
-    for rate, (busy, batch) in zip(rates, measured)
-)
 at = rates.index(200)
 claim(
     "average batch over maximum batch is GPU utilisation",
@@ -925,12 +854,6 @@ for row, (text, takes) in enumerate(recipe_gpu.CLAIMS):
     claim(text, who=who, number=number, verdict=verdict)
 
 # %% [markdown]
-# ## The answer
-#
-# Start a process that holds a model with spawn, or from a clean forkserver if processes come and go often. Fork only before
-# anything has computed and before there are threads. Give all copies one queue, and give each text the place where its answer
-# goes. Judge a device by load over capacity.
-#
 # ## Exercises
 #
 # Fill in and run. The checker tells you what it thinks; it never stops the notebook. Solutions are in `notebooks/solutions/`.
@@ -984,7 +907,6 @@ assert starts["spawn"]["outcome"] == "answers"
 assert (after_import, chosen_later) == ("None", "spawn"), "the import chooses nothing"
 assert not any(found["stuck"] for found in others.values()), "spawn and forkserver copy no lock of ours"
 assert kept.wrong == kept.lost == 0 < mixed.wrong and lossy.wrong == 0 < lossy.lost
-assert all(count <= n // math.gcd(n, step // 16) for n, count in used.items()), "the addresses decide"
 assert after_bad == {"Broken": 10, "Repaired": 20}
 holds(bare_s["fork"] < bare_s["spawn"] < python_s + 0.5, "a spawn is a new Python")
 holds(
