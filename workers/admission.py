@@ -10,13 +10,13 @@ from workers.forecast import Forecast
 from workers.jobs import JobQueue, Lane, Refused
 from workers.speed import Speed
 
-# A queue that has not been empty for so many targets is a standing one, no burst; but a few requests are none, however
-# slow the model is.
+# PATIENCE: a queue that was not empty for this many targets is no burst any more.
+# FEW: a wait as long as this many requests like it take is always allowed, however slow the model is.
 PATIENCE, FEW = 2, 6
 
 
 class Admission:
-    """Says no while it is early. `max_queue`: jobs in each lane; `target_s`: 0 for none."""
+    """Decides early whether a request is let in. `max_queue`: jobs in each lane; `target_s`: 0 for none."""
 
     def __init__(
         self, queue: JobQueue, speed: Speed, batch_size: int, max_queue: int, budget_s: float, target_s: float
@@ -59,11 +59,15 @@ class Admission:
     def _limit_s(self, jobs: int) -> float:
         """How long `jobs` of one request may wait where there is always a queue.
 
-        The target, or so long that one batch can fill while another runs, or a few requests like it.
+        The longest of three: the target; FEW requests like this one; one and a half full batches, so that one can
+        fill while another runs.
         """
         return max(self.target_s, FEW * jobs * self.forecast.usual_s, 1.5 * self.forecast.full_s)
 
     def note_drained(self, now: float) -> None:
-        """The queue is empty: it was a burst, unless it is empty only because we have refused others of late."""
+        """The queue is empty, so it was a burst. But if we refused others a short time ago, that is why it is empty.
+
+        Twenty full batches: with a slow model the targets alone are too short a time to tell.
+        """
         if now - self.refused_at > PATIENCE * self.target_s + 20 * self.forecast.full_s:
             self.drained_at = now

@@ -9,7 +9,7 @@ from workers.speed import Speed
 
 Ready = Callable[[], Awaitable[Any]]
 
-# A call that takes so many times what was predicted, and so many seconds at least, may never return.
+# A call that takes longer than both, OVERDUE times what was predicted and OVERDUE_S, may never return.
 OVERDUE, OVERDUE_S = 5, 1.0
 
 
@@ -27,7 +27,7 @@ class Call(NamedTuple):
 
 
 class Copies:
-    """`now` tells the time; `on_lost` is called soon after a copy was lost."""
+    """`now` tells the time; `on_lost` is called soon after a copy began to wait, as one that was lost does."""
 
     def __init__(
         self, speed: Speed, hang_s: float, now: Callable[[], float], on_lost: Callable[[], None]
@@ -35,11 +35,11 @@ class Copies:
         self.speed, self.hang_s, self.now, self.on_lost = speed, hang_s, now, on_lost
         self.loaded = 0
         self.load_s = 0.0  # how long the model took to load, the last time
-        self.lost_at = 0.0  # when the last of them was lost
+        self.lost_at = 0.0  # when a copy last began to wait until it is ready
         self.calls: list[Call] = []  # the oldest first
 
     async def until(self, ready: Ready | None) -> None:
-        """Wait until the copy that asks is ready: meanwhile it is none of those that are loaded."""
+        """Wait until the copy that asks is ready. Until then it does not count as loaded."""
         if not ready:
             return
         self.loaded -= 1
@@ -53,7 +53,7 @@ class Copies:
     def start(self, size: float) -> Call:
         """Note a call of `size` that starts now; `end` it."""
         now, predicted_s = self.now(), self.speed.predict_s(size)
-        # Nothing measured yet: it may as well build its kernels.
+        # Until a call was measured nothing is predicted, and the first one builds kernels: it may take long.
         patience_s = max(OVERDUE_S, OVERDUE * predicted_s) if predicted_s else self.hang_s
         call = Call(now, size, now + predicted_s, now + patience_s)
         self.calls.append(call)

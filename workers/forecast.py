@@ -5,9 +5,9 @@ import math
 from workers.jobs import JobQueue, Lane
 from workers.speed import Speed
 
-# A job of more than so many usual ones counts as so many: a giant that is refused must not move the door.
+# A larger job counts as this many usual ones: one giant, even a refused one, must not change who else is let in.
 OUTSIZED = 20
-# A batch of so many times the fixed cost of a call is within a twentieth of the most that batching can give.
+# A call that takes this many times its fixed cost already gives 19/20 of what batching can give at most.
 PAYS = 20
 
 
@@ -34,9 +34,9 @@ class Forecast:
     def plan(self, now: float, copies: int) -> None:
         """Choose the largest batch that its own jobs can afford.
 
-        It may take half the budget: who just missed the batch before is still in time. It may take more when so much is
-        offered that it fills in the time that is left: size = rate * (budget - seconds(size)). But a batch that takes
-        more than an eighth of the budget must pay.
+        It may take half the budget: then a job that just missed the batch before is still in time. It may take more
+        if enough work comes to fill it in the rest of the budget: size = rate * (budget - seconds(size)). But beyond
+        an eighth of the budget it grows only as far as that pays, see PAYS.
         """
         if now < self.planned_at + 0.001:
             return  # what takes so little time can wait
@@ -78,7 +78,7 @@ class Forecast:
         """
         other = self.queue.lists if lane is self.queue.singles else self.queue.singles
         if other.jobs or other.rate:
-            # What is, and comes meanwhile, in the other lane goes in between, but never more than one for one.
+            # Jobs of the other lane go in between, those there and those still to come: at most one for each of ours.
             share = min(0.5, other.rate * self.full_s / (self.full_size or 1) / self.copies)
             others = min(ahead + 1, (len(other.jobs) + share * ahead) / (1 - share))
             ahead += others

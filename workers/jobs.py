@@ -20,7 +20,7 @@ class Unanswered(Exception):
 
 
 class Refused(Unanswered):
-    """Not admitted. `retry_after_s`: when the work now ahead will be done, at the measured speed."""
+    """Not admitted. `retry_after_s`: in how many whole seconds the work ahead should be done, at least 1."""
 
     def __init__(self, reason: str, retry_after_s: float = 0.0) -> None:
         super().__init__(reason)
@@ -93,7 +93,7 @@ class Job:
         if self.alive:
             error.index = self.index if error.index is None else error.index
             self.future.set_exception(error)
-            # Its client may leave in this very tick: asyncio complains of what nobody looked at.
+            # Its client may leave in this very tick. Then nobody reads the exception, and asyncio would complain.
             self.future.exception()
 
 
@@ -111,10 +111,10 @@ def fail_together(jobs: list[Job], ended: asyncio.Future[Answer]) -> None:
 
 
 class JobQueue:
-    """Gives jobs out from both lanes in turn, so that neither can keep the other out: each is sure of half the model.
+    """Two lanes that take turns. So neither can shut the other out: each can always have half of the model.
 
-    What one lane leaves the other gets. Within a lane nobody overtakes, so who comes later can delay an admitted list
-    by no more than the other lane's half. A job can be taken back in O(1) when its client has left.
+    If one lane is empty the other gets all. Within a lane nobody overtakes. So later requests take at most half of the
+    model from a list that is admitted. To remove a job whose client has left takes O(1).
     """
 
     def __init__(self) -> None:

@@ -51,7 +51,7 @@ class ModelLoop:
     window_s: float = 0.0
     max_queue: int = 256  # jobs in each lane
     budget_s: float = 10.0
-    target_s: float = 0.5  # of waiting, where there is always a queue; 0: none
+    target_s: float = 0.5  # the wait to aim at while the queue never empties; 0: none
     hang_s: float = math.inf
     metrics: Metrics = field(default_factory=Metrics)
     now: Callable[[], float] = lambda: asyncio.get_running_loop().time()
@@ -178,7 +178,7 @@ class ModelLoop:
     async def take_batch(self, ready: Ready | None = None) -> tuple[list[Job], str]:
         """Wait until a batch is due and the copy is ready; take it, and tell why it closed.
 
-        It may be empty: others took the work while this copy, which had died, loaded again.
+        The batch may be empty: if this copy had died, others took the work while it loaded again.
         """
         async with self._taking:
             closed_by = await self._gather()
@@ -186,10 +186,10 @@ class ModelLoop:
         return self._take(), closed_by
 
     async def _gather(self) -> str:
-        """Wait until a batch is due; tell why it closes. Its jobs stay in the queue: they may leave.
+        """Wait until a batch is due; tell why it closes. Its jobs stay in the queue: their clients may still leave.
 
-        Without a window the loop never idles while it holds work: a queue that filled while the model ran is the
-        batch. With one, there is a single deadline, counted from the first job's arrival.
+        Without a window the loop never waits while there is work: the batch is what came while the model ran. With a
+        window it waits until that is over, counted from the first job, or until a job would miss its deadline.
         """
         queue = self.queue
         while True:
@@ -216,7 +216,7 @@ class ModelLoop:
                 self._window = None
 
     def _take(self) -> list[Job]:
-        """Take the next batch; answer at once those who can't make it: they would make everyone else late."""
+        """Take the next batch. A job that can't be in time fails now: to run it would make the others late."""
         queue, now, most = self.queue, self.now(), self.forecast.affordable
         if not queue:
             return []  # another copy was faster
@@ -241,12 +241,12 @@ class ModelLoop:
         for job in late:
             if job not in batch:
                 job.fail(Late(TOO_SHORT))
-        # For the next one: who is in this one was admitted by the last plan.
+        # Plan for the jobs to come: those of this batch were admitted by the last plan.
         self.forecast.plan(now, self.copies.loaded)
         return batch
 
     def _worth_running(self, job: Job) -> bool:
-        """Answer at once who can't make it, unless nobody is behind: then only a run can correct a slow estimate."""
+        """Whether to run `job`. If it can't be in time it fails now, unless nobody waits: a run corrects the estimate."""
         if self.queue and job.deadline < self.now() + self.speed.predict_s(job.size):
             job.fail(Late(TOO_SHORT))
         return job.alive

@@ -7,10 +7,10 @@ from typing import Any
 
 Run = Callable[[list[Any]], Awaitable[Sequence[Any]]]
 
-CHANGED = 2.0  # a call that differs by more than this factor is an outlier; most of the last ones: a change
-LEAST_S = 1e-6  # a clock of whole milliseconds says 0, and no factor makes more of that
-RECENT = 7  # so up to 3 outliers in a row teach next to nothing, and 4 are a change
-# Each batch of the warm-up is measured that often, but no turn follows one that took so many seconds.
+CHANGED = 2.0  # a call that is off by more than this factor is an outlier
+LEAST_S = 1e-6  # a clock of whole milliseconds may say 0, and no later ratio could scale that up
+RECENT = 7  # if the median of so many calls is an outlier, the speed has changed: 4 of them do it, 3 don't
+# The warm-up measures each batch this often, but stops after a turn that took longer than this.
 WARM_UP_TURNS, WARM_UP_S = 3, 3.0
 
 
