@@ -1,7 +1,7 @@
 """The clients of the requests in progress: whose body stalls, who has left.
 
-One sweep looks after all of them: two timers and a task for each request would cost a quarter of what the server adds.
-Most have their answer before the second sweep, from which on a task listens for the client's leaving.
+One sweep looks after all of them. Two timers and a task for each request would cost a quarter of what the server adds.
+A request that is still there at its second sweep gets a task that notices when the client leaves. Most are answered before.
 """
 
 import asyncio
@@ -32,8 +32,8 @@ class Clients:
         self.most_bytes = settings.MAX_BODY_BYTES or TEXT_BYTES
         self.reading: dict[Handler, float] = {}  # until when
         self.waiting: dict[Handler, Receive] = {}
-        self.seen: set[Handler] = set()  # those of them that waited at the last sweep already
-        self.watching: dict[Handler, asyncio.Task[None]] = {}  # and those that did at the one before
+        self.seen: set[Handler] = set()  # those that already waited at the last sweep
+        self.watching: dict[Handler, asyncio.Task[None]] = {}  # the task that notices when the client leaves
 
     async def read(self, request: Request) -> bytes:
         """Return the whole body.
@@ -70,7 +70,7 @@ class Clients:
         return bytes(body)
 
     def expect(self, media: tuple[str, ...]) -> None:
-        """Take bodies as long as those of these media types are."""
+        """Set how long a body may be, now that the task's media types are known. Until then: as long as a text."""
         self.most_bytes = self.settings.MAX_BODY_BYTES or (MEDIA_BYTES if media else TEXT_BYTES)
 
     def check_length(self, length: int) -> None:

@@ -174,7 +174,7 @@ class Answered(Response):
         except ModelFailed as exc:
             exc.index = culprit(answers)
             raise
-        self.raw_headers = [  # Starlette's way there takes as long as a batch's share of the loop
+        self.raw_headers = [  # by hand: Starlette's way takes as long as the loop takes for a job of a batch
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(self.body)),
             (b"server-timing", timing(answers).encode()),
@@ -193,7 +193,7 @@ def timing(answers: list[Answer]) -> str:
 ENCODER = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=methodcaller("tolist")
 )
-# Of a float32 NumPy's array orjson says no more digits than make it: half of what its float64 would take.
+# orjson writes a NumPy float32 with only the digits that it has: half as many as the same number as a float64 would take.
 OPTIONS = (
     orjson.OPT_SERIALIZE_NUMPY
     | orjson.OPT_PASSTHROUGH_SUBCLASS
@@ -233,7 +233,7 @@ def error_body(status: int, sentence: str) -> dict[str, str]:
 
 
 def error_reply(scope: Scope, exc: Exception) -> JSONResponse:
-    """Every error's status, in the words of the protocol that is spoken."""
+    """The reply to an error: status, headers, and a sentence in the form of the protocol that was asked. Logs a 500."""
     headers: dict[str, str] = {}
     match exc:
         case HTTPException():

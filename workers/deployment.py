@@ -50,7 +50,7 @@ worker_connections = 1000 if _files == resource.RLIM_INFINITY else min(1000, _fi
 
 
 def on_starting(server: Any) -> None:
-    """In the master, before any worker: a folder where the workers' metrics meet; and no worker misses its end."""
+    """In the master, before any worker: make the folder of the workers' metrics; let no new worker miss a signal to stop."""
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="metrics-")
     if _settings.LOG_FORMAT == "json":
         speak_json()
@@ -70,8 +70,8 @@ def on_starting(server: Any) -> None:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
-    # Until it has handlers of its own a new worker has the master's. There SIGTERM would be lost, the worker serve on, and
-    # the master kill it after graceful_timeout: on a busy machine that is no rare moment.
+    # A new worker has the master's handlers until it sets its own. A SIGTERM in that moment, which is not rare on a busy
+    # machine, would be lost: the worker would serve on, and the master would kill it after graceful_timeout.
     os.register_at_fork(before=hold, after_in_parent=release, after_in_child=begin)
 
 
@@ -81,9 +81,9 @@ def on_exit(server: Any) -> None:
 
 
 def pre_fork(server: Any, worker: Any) -> None:
-    """In the master, before a new worker: one that can't load ends the start, but later on none ends the others."""
+    """In the master, before a new worker. One of the first that can't load ends the server; a later one must not."""
     if worker.age > server.cfg.workers:
-        # Gunicorn gives up at a worker that ends with one of these: no process can end with more than 255.
+        # Gunicorn ends when a worker ends with one of these codes. So make them codes that no process can end with.
         server.WORKER_BOOT_ERROR, server.APP_LOAD_ERROR = 256 + 3, 256 + 4
         time.sleep(1)  # nor take all of a core by one after the other
 

@@ -20,8 +20,9 @@ from workers.jobs import Refused
 from workers.metrics import Metrics
 
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
-# A client that asks again at once, whatever Retry-After says, keeps the core busy with refusals, and nothing is left for
-# the model. So beyond this many a second each refusal waits its turn, but no longer than a retry elsewhere may take.
+# Clients that ask again at once, whatever Retry-After says, would keep the core busy with refusals, and nothing would be
+# left for the model. So beyond REFUSALS_PER_S each refusal waits for its turn, but only up to HOLD_S: then the client can
+# still ask another server.
 REFUSALS_PER_S, HOLD_S = 1000, 0.1
 TICK_S = 0.02  # those who wait share one waking
 
@@ -59,12 +60,12 @@ class Envelope:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.router(scope, receive, send)
-        scope["app"] = self  # where the router finds it, its 404 is an exception
+        scope["app"] = self  # so that the router raises its 404, and we give it our form
         scope["fields"] = fields = dict(scope["headers"])  # Starlette's own look-ups walk through all of them
         scope["error"] = self.error_body(scope["path"])
         request_id = fields.get(b"x-request-id", b"")
         if not REQUEST_ID.fullmatch(request_id):
-            # No uuid4: it is a system call, which would hand the model our turn.
+            # Not uuid4: it makes a system call, and meanwhile the model's thread would take our turn.
             request_id = b"%032x" % random.getrandbits(128)
         scope["request_id"] = request_id
         request = Request(scope, receive)

@@ -92,7 +92,7 @@ class Thread(Offload):
 
 
 async def in_thread(call: Callable[[], Any]) -> Any:
-    """What it returns or raises, from a daemon thread: one of `asyncio.to_thread` would hold the interpreter at exit."""
+    """Make the call in a daemon thread; return or raise what it does. `asyncio.to_thread` would hold up the exit."""
     future = asyncio.get_running_loop().create_future()
     threading.Thread(target=answer_with, args=(future, call), daemon=True).start()
     result, exc = await future

@@ -1,11 +1,11 @@
-"""uvicorn's HTTP, but not for ever patient with half-sent headers, and a little where uvicorn itself resets connections.
+"""uvicorn's HTTP, with a limit on the time for headers, and without lost replies when a connection closes.
 
     gunicorn -c gunicorn.conf.py                             # has it
     uvicorn server:app --http workers.patient:Protocol       # asks for it
 
-uvicorn itself keeps a connection with half a request open as long as the client does, and any number of them from one. But
-when it closes one on which data is still coming in, the system resets it, and a reply on its way is lost: that of a refusal
-before the end of a long body, or, when the server stops, to who had just connected.
+uvicorn itself keeps a connection with half a request open as long as the client does, and any number of them for one client.
+And when it closes a connection while data is still coming in, the system resets it, and the reply on its way is lost. That
+happens to a refusal before the end of a long body. And when the server stops, to a client that has just connected.
 """
 
 import asyncio
@@ -37,10 +37,10 @@ class Discard(asyncio.Protocol):
 
 
 class Lingering:
-    """A transport that is closed in two steps where the client is still sending: the reply ends, then so does the reading.
+    """A transport that closes in two steps while the client is still sending: first it ends the reply, later the reading.
 
-    And a reply's head waits for its body: uvloop would send each by itself, and who is killed between the two leaves half of
-    a reply, which no balancer can ask for again.
+    It also sends a reply's head together with its body. uvloop would send them one by one. A server that is killed in
+    between would leave half of a reply, and then no balancer can ask another server.
     """
 
     def __init__(self, transport: asyncio.Transport, protocol: HttpToolsProtocol) -> None:
@@ -77,7 +77,7 @@ class Lingering:
 
 
 class Protocol(HttpToolsProtocol):
-    """Looks at its connection every HEADERS_TIMEOUT_S, which costs a request nothing: it ends between one and two of them."""
+    """Looks at its connection every HEADERS_TIMEOUT_S, so half a request ends after one to two of these: no timer a request."""
 
     open_by_client: ClassVar[Counter[str]] = Counter()
     host = ""
@@ -106,7 +106,7 @@ class Protocol(HttpToolsProtocol):
         self.next_look = self.loop.call_later(settings.HEADERS_TIMEOUT_S, self.look)
 
     def shutdown(self) -> None:
-        """Let who waits for no answer ask once more: the request may be on its way, and is told that the server stops."""
+        """If no answer is due wait MOMENT_S before closing: a request on its way is told that the server stops."""
         if self.stopping or (self.cycle and not self.cycle.response_complete):
             return super().shutdown()
         self.stopping = True

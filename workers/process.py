@@ -51,7 +51,7 @@ class Process(Offload):
         self.hang_s, self.metrics, self.cores = hang_s, metrics, cores
         self.loaded = asyncio.Event()
         self.busy = False
-        self.tries = 0  # replacements since one was last asked
+        self.tries = 0  # how many replacements were started since one last got queries
         self.process: subprocess.Popen[bytes]
         self.replacing: asyncio.Task[None] | None = None
         self.from_model: asyncio.StreamReader
@@ -60,6 +60,7 @@ class Process(Offload):
     async def start(self) -> str:
         began = time.monotonic()
         description = await self._spawn()
+        # For replacements: one that takes five times as long as this load counts as hung.
         self.load_limit_s = max(self.hang_s, 5 * (time.monotonic() - began))
         return description
 
@@ -139,7 +140,7 @@ class Process(Offload):
         from_model: asyncio.StreamReader,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        """In a thread: wait for its end. The socket's own end doesn't tell where a fork of it lives on."""
+        """In a thread: wait until the process ends. Its socket doesn't tell: that stays open while a fork of it lives."""
         process.wait()
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             loop.call_soon_threadsafe(self._ended, process, from_model)

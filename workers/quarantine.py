@@ -1,9 +1,9 @@
-"""Queries that models die of: the third time is the last, for a while.
+"""Queries that models die of: after the third time they are refused, for a while.
 
-Whatever was in a model's process when that died is suspect: what killed it, one of the queries or somebody else, can't be
-seen. A suspect runs alone from then on, so that nobody dies with it again. An answer acquits it. One that was in the process
-each of the three times that it died, without an answer in between, is refused until it's forgotten. So what is refused has died
-twice alone, in processes that had answered the task's examples; its neighbours of the first time had their chance to live.
+When a model's process dies nobody can see what killed it: one of its queries, or something else. So all queries that were
+in it are suspect. A suspect runs alone from then on, so that nobody dies with it again. An answer clears it. If its process
+dies three times in a row it is refused until it is forgotten. Two of these times it was alone, in a process that had
+answered the task's examples. Queries that were beside it the first time are answered when they are sent again.
 
 What is kept of a query is a digest, of MOST queries at most. Each web worker learns for itself.
 """
@@ -90,5 +90,5 @@ class Quarantine:
 
 
 def digest(content: Any) -> bytes:
-    """Tells queries apart, and what is in them to nobody."""
+    """Different for different queries; what is in them can't be read from it."""
     return hashlib.blake2b(pickled(content), digest_size=16).digest()

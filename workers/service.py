@@ -76,7 +76,7 @@ class Service:
         return self._task
 
     async def run(self) -> None:
-        """Load the model, then serve it until cancelled. A failure of either ends the process: never up but deaf."""
+        """Load the model, then serve it until cancelled. If either fails the process ends, so that it can be restarted."""
         try:
             await asyncio.gather(self.serve(), self.tick())
         except CannotLoad as exc:

@@ -56,7 +56,7 @@ class Streamed(Response):
                 body = b"".join(line.result() for line in lines if line in done)
                 async with asyncio.timeout(self.service.settings.BODY_TIMEOUT_S):
                     await send({"type": "http.response.body", "body": body, "more_body": True})
-                    # uvicorn waits only before it sends again: until the client has taken what is there.
+                    # uvicorn waits for a slow client only at the next send. So send once more, nothing.
                     await send({"type": "http.response.body", "body": b"", "more_body": True})
             await send({"type": "http.response.body", "body": b""})
         except TimeoutError:

@@ -63,7 +63,7 @@ class Bridge:
 
 
 class Exchange:
-    """One request and its reply: Gunicorn's side of them as ASGI wants to hear and say it."""
+    """One request and its reply: Gunicorn's WSGI on one side, ASGI on the other."""
 
     def __init__(self, environ: dict[str, Any]) -> None:
         self.request = Request(environ, populate_request=False)

@@ -98,7 +98,7 @@ async def models(request: Request) -> Response:
 
 
 def embedder(request: Request) -> Service:
-    """The service. Raises HTTPException 404 where the model gives a vector a token, which is known while it loads."""
+    """The service. Raises Refused while the model loads, HTTPException 404 if it gives a vector for each token."""
     service: Service = request.state.service
     if not embeds(service):
         raise HTTPException(404, "this model gives no vector a text; serve a sentence-transformers model")

@@ -109,7 +109,7 @@ class Encoder:
         return torch.cat(found) if len(found) > 1 else found[0]
 
     def _head(self, states: Tensor) -> Tensor:
-        """The whole model, over a base that knows its result."""
+        """Run the whole model, but with a base that returns these states instead of computing any."""
         pooler = getattr(self.base, "pooler", None)
         states = states[:, None] if self.per_text else states[None]
         known = BaseModelOutputWithPooling(states, pooler(states) if pooler else None)

@@ -85,7 +85,7 @@ async def run(service: Service, door: Door, servers: list[Any]) -> None:
 
 
 def ended(service: Service, running: asyncio.Task[None]) -> None:
-    """Never up but deaf."""
+    """End the process if `run` has failed: it must not stay up unable to answer over gRPC."""
     if not running.cancelled() and (error := running.exception()):
         log.error("gRPC has ended", exc_info=error)
         service.exit(1, "gRPC has ended; this is a bug")
