@@ -140,10 +140,10 @@ class Cluster:
             process = await self.start(
                 sys.executable,
                 *f"-m uvicorn server:app --workers 1 --port {port}".split(),
-                # Who is killed amid a reply has sent none of it.
+                # A replica that is killed amid a reply has sent none of it: HAProxy can ask another.
                 "--http",
                 "workers.patient:Protocol",
-                # HAProxy closes what is idle: did uvicorn, a request could be on its way there.
+                # Let HAProxy close idle connections. If uvicorn did, a request could already be on its way.
                 "--timeout-keep-alive",
                 "75",
             )

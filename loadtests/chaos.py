@@ -58,9 +58,11 @@ from loadtests.planner import markdown
 FULL_S = 200.0  # a shorter storm is not stored
 REPORT = ROOT / "loadtests" / "results" / "chaos.md"
 RATE_PER_S = 60.0  # requests
-# Of the rate before: that is the full one, on a shared machine; and for so many seconds it's measured again.
+# FULL: at this share of its rate before the server is as fast as before, since the machine is shared.
+# TRIES: how often that is measured, once a second.
 FULL, TRIES = 0.7, 15
-# Of a fault: how long it may have spoilt a request; and when one was sent just before it.
+# AFTER_S: a request that is sent so soon after a fault may still suffer from it.
+# JUST_S: a request that is sent so shortly before or after a fault counts as sent while it lasted.
 AFTER_S, JUST_S = 1.0, 0.1
 EXECUTOR = (os.cpu_count() or 1) + 4  # asyncio's threads for long texts: they stay
 COMPLAINTS = re.compile(r"never retrieved|Exception in callback|this is a bug|never awaited|Fatal Python")

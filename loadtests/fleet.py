@@ -33,8 +33,10 @@ MARGIN = 1.1  # of Speed, where the model's times are steady
 
 @dataclass(frozen=True)
 class Retries:
-    """What clients do about a no: `most` times more, about `pause_s` later, and all of them together in no more than
-    `budget` of the requests (each client's own budget, as it looks from the fleet)."""
+    """What clients do when they are refused: they ask up to `most` times more, each time about `pause_s` later.
+
+    `budget`: how many retries all clients together may make for each request.
+    """
 
     most: int = 0
     pause_s: float = 1.0

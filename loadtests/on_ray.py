@@ -83,7 +83,7 @@ class Cluster(Server):
         raise RuntimeError(f"{self.url} is not ready:\n{self.log()}")
 
     def wait_until_idle(self, timeout_s: float = 60.0, window_s: float = 0.25) -> None:
-        """Ray itself never is."""
+        """Wait `window_s`, no more: Ray's own processes are never idle."""
         time.sleep(window_s)
 
     def status(self) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def simulate(
     """Run the real ModelLoop on a virtual clock; same columns as `drive.Generator.run`.
 
     Requests come by a Poisson process of `rate_per_s` for `duration_s`, or at `arrivals_s` where given. The model's core
-    does the rest of the work, too: see Overhead. It does that at the model's next call.
+    also does the work around the model, see Overhead: it is added to the next call.
     """
     rng = random.Random(seed)
     arrivals_s = poisson(rng, rate_per_s, duration_s) if arrivals_s is None else arrivals_s

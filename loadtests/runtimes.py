@@ -338,7 +338,7 @@ class Running:
         fresh = {"TORCHINDUCTOR_CACHE_DIR": f"{self.scratch.name}/compiled", "TMPDIR": self.scratch.name}
         began = time.perf_counter()
         code = f"from loadtests import runtimes; runtimes.child({theirs.fileno()}, {name!r}, *{arguments!r})"
-        # The class of a folder's path is one that `repr` names and pathlib knows.
+        # Among the arguments is a path: its `repr` is PosixPath(...), a name of pathlib.
         code = f"from pathlib import *; {code}"
         if core is not None:
             code = f"import os; os.sched_setaffinity(0, {{{core}}}); {code}"
