@@ -211,11 +211,12 @@ def end_with_parent() -> None:
 
 async def is_ready(port: int) -> bool:
     """Whether a replica there says so."""
-    with contextlib.suppress(OSError):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        with contextlib.closing(writer):
-            writer.write(b"GET /ready HTTP/1.1\r\nHost: replica\r\nConnection: close\r\n\r\n")
-            return b" 200 " in await reader.readline()
+    with contextlib.suppress(OSError):  # TimeoutError is one
+        async with asyncio.timeout(1):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.closing(writer):
+                writer.write(b"GET /ready HTTP/1.1\r\nHost: replica\r\nConnection: close\r\n\r\n")
+                return b" 200 " in await reader.readline()
     return False
 
 

@@ -316,7 +316,7 @@ class Simulation:
         while jobs and len(batch) < self.most:
             job = jobs.popleft()
             if now - job[2] > latest_s + 1e-9 and (jobs or batch):  # too late, and others wait
-                if queue is not self.shared:
+                if queue is not self.shared and replica in self.balancer.all:
                     self.balancer.change(replica, -1)
                 self.say_no(job[0], self.fleet.retries.most)
             else:

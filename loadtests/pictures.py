@@ -23,23 +23,27 @@ class Name(NamedTuple):
 
 
 def write_names(axes: Axes, names: Iterable[Name], *, size: float = 12, width: int = 18) -> None:
-    """Write each to the right of its point, in lines of `width` characters; where two would overlap, the upper one moves up.
+    """Write each to the right of its point, in lines of `width` characters; where it would cover another or a point, it moves up.
 
     Call it last, when the data is drawn and the scales are set.
     """
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # only then are the limits known
     px = axes.figure.dpi / 72
-    taken: list[tuple[float, float, float]] = []  # left, right, top of those that are written
     placed: list[tuple[float, float, Name]] = []
+    taken: list[tuple[float, float, float, float]] = []  # bottom, top, left, right of points and of names that are written
     for name in names:
         x_px, y_px = axes.transData.transform((name.x, name.y)).tolist()
         placed.append((x_px, y_px, name))
+        taken.append((y_px - 4 * px, y_px + 4 * px, x_px - 4 * px, x_px + 4 * px))
     for x_px, y_px, name in sorted(placed, key=lambda one: one[1]):
         lines = textwrap.wrap(name.text, width)
-        half, right = len(lines) * size * 1.2 * px / 2, x_px + max(map(len, lines)) * size * 0.65 * px
-        below = [top for start, end, top in taken if start < right and x_px < end]
-        middle = max([y_px, axes.bbox.y0 + half, *(top + half for top in below)])  # and none on the axis
-        taken.append((x_px, right, middle + half))
+        half, left = len(lines) * size * 1.2 * px / 2, x_px + 5 * px
+        right = left + max(map(len, lines)) * size * 0.65 * px
+        middle = max(y_px, axes.bbox.y0 + half)  # none on the axis
+        for bottom, top, start, end in sorted(taken):
+            if start < right and left < end and bottom < middle + half and middle - half < top:
+                middle = top + half
+        taken.append((middle - half, middle + half, left, right))
         offset = (8, (middle - y_px) / px)
         axes.annotate(
             "\n".join(lines),

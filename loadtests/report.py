@@ -47,6 +47,13 @@ TABLES = {  # title: {column: (scenario, metric, digits)}
         "first answer s": ("start", "first_answer_s", 1),
     },
 }
+PICTURES = {  # title: {file: what it shows}
+    "Speed": {
+        "latency": "The 99th percentile of the latency against offered load",
+        "distribution": "The latencies at 80 % of each mode's capacity",
+    },
+    "Overload": {"overload": "Right answers in time at 2 and 10 times the capacity"},
+}
 
 
 class Results:
@@ -84,7 +91,6 @@ def write(out: Path) -> None:
         "latency": draw_latency,
         "overload": draw_overload,
         "distribution": draw_distribution,
-        "memory": draw_memory,
         "prediction": draw_prediction,
     }.items():
         figure = draw(results)
@@ -109,7 +115,8 @@ def table(results: Results) -> str:
             for column, (scenario, metric, digits) in columns.items():
                 cells[column] = cell(results, mode, scenario, metric, digits)
             rows.append(cells)
-        parts.append(f"## {title}\n\n{markdown(rows)}\n")
+        pictures = "\n".join(f"![{text}]({name}.png)" for name, text in PICTURES.get(title, {}).items())
+        parts.append(f"## {title}\n\n{markdown(rows)}\n" + (f"\n{pictures}\n" if pictures else ""))
     about = results.about
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return (
@@ -168,7 +175,7 @@ def prediction_table(results: Results) -> str:
         "\n## The planner\n\nIts prediction and its error: medians of the rounds (the error is the rounds' own, not that of the two "
         "medians beside it), and the error's least and greatest. In each round "
         "it times the bare model on the server's core beside the visit, and is told when the requests came.\n\n"
-        f"{markdown(rows)}\n"
+        f"{markdown(rows)}\n\n![The 99th percentile, predicted and measured](prediction.png)\n"
     )
 
 
@@ -281,24 +288,6 @@ def draw_distribution(results: Results) -> Figure | None:
     list_modes(axes, modes)
     axes.set(xscale="log", xlabel="ms; ○ median, thick: half, thin: 90 %, ◆ 99th percentile")
     plain_numbers(axes.xaxis)
-    return figure
-
-
-def draw_memory(results: Results) -> Figure:
-    """What a request a second costs in memory."""
-    figure, axes = frame("More for less: up and to the left", 7)
-    names = []
-    for mode in results.modes:
-        x, y = (results.get(mode, "capacity", metric) for metric in ("memory_mb", "per_s"))
-        color = BLUE if mode in KINDS["one process"] else GREY
-        axes.plot(x, y, "o", markersize=8, color=color)
-        names.append(Name(x, y, mode, color))
-    axes.set(
-        xlabel="memory of all processes, shared pages once (PSS), MB", ylabel="capacity, requests per second"
-    )
-    axes.set_xlim(0, 1.25 * axes.get_xlim()[1])
-    axes.set_ylim(bottom=0)
-    write_names(axes, names, size=10.5)
     return figure
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,17 @@ def test_the_machine_is_told_with_the_models_own_processes() -> None:
     used_s = samples(both)["process_cpu_seconds_total"]
     together.look_at_processes()
     assert samples(both)["process_cpu_seconds_total"] >= used_s, "a counter never falls"
+
+
+@needs_proc
+def test_to_look_while_no_more_files_can_be_opened_does_not_end_the_server() -> None:
+    looker = machine.Machine(Metrics(), list)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        looker.look_at_processes()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_blocked_event_loop_shows_in_its_lag() -> None:

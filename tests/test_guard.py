@@ -239,6 +239,22 @@ def test_one_client_has_so_many_connections_and_no_more(patient: Server) -> None
     until(lambda: is_free(patient))
 
 
+def test_who_asks_for_a_websocket_keeps_no_connection(patient: Server) -> None:
+    upgrade = b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1Ng==\r\n"
+    for _ in range(30):  # more than one client may have
+        with dial(patient) as connection:
+            connection.sendall(b"GET /ready HTTP/1.1\r\nHost: localhost\r\n" + upgrade + b"\r\n")
+            assert hear(connection).status == 200
+    until(lambda: is_free(patient))
+
+
+def test_half_a_request_behind_one_that_runs_does_not_end_it(patient: Server) -> None:
+    words = "word " * 3000 + "[MASK]"  # 0.9 s
+    with dial(patient) as connection:
+        connection.sendall(request("POST", "/", words.encode()) + b"POST / HT")
+        assert hear(connection).status == 200
+
+
 def test_a_reply_before_the_end_of_a_long_body_arrives_though_the_connection_is_closed(
     patient: Server,
 ) -> None:

@@ -197,7 +197,7 @@ def test_quick_comparison_of_two_modes_leaves_table_and_pictures(tmp_path: Any) 
     options = ["--quick", "--modes", "batch", "uvicorn-2", "--out", str(tmp_path)]
     assert compare.main(options) == 0
     names = {path.name for path in tmp_path.iterdir()}
-    pictures = {"latency.png", "overload.png", "distribution.png", "memory.png", "prediction.png"}
+    pictures = {"latency.png", "overload.png", "distribution.png", "prediction.png"}
     assert names == {"measurements.csv", "machine.json", "table.md"} | pictures
     measured = pd.read_csv(tmp_path / "measurements.csv")
     values = measured[measured["repeat"] == 0].set_index(["mode", "scenario", "metric"])["value"]

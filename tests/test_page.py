@@ -258,6 +258,7 @@ def test_it_is_one_file_that_may_run_its_own_script_only(server: Server) -> None
     assert reply.headers.get_content_type() == "text/html"
     assert "default-src 'none'; script-src 'sha256-" in reply.headers["Content-Security-Policy"]
     assert get(server, "/docs").body == reply.body
+    assert len(get(server, "/").headers.get_all("x-request-id")) == 1, "its own"
 
 
 def test_when_nobody_looks_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

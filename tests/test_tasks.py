@@ -25,6 +25,7 @@ from workers.settings import HERE, Settings
 from workers.tasks import CannotAnswer, Malformed, encoder, packed, pipeline
 from workers.tasks.packed import EndToEnd, PackedLinear
 from workers.tasks.pipeline import open_image
+from workers.tasks.text import SlowTokens
 
 TEXTS = [
     "the dog",
@@ -601,6 +602,11 @@ def test_a_text_of_too_many_windows_is_refused_before_it_keeps_the_model(
     task = tasks.make(Settings(MODEL=folder("bert", "MaskedLM"), TASK=name))
     with pytest.raises(CannotAnswer, match=r"windows of .* tokens; send one that takes at most 64"):
         task.check(inputs, parameters)
+
+
+def test_a_slow_tokenizer_cuts_no_windows_and_says_so() -> None:
+    with pytest.raises(CannotAnswer, match="a slow one"):
+        SlowTokens(None).windows(64, 512, 17, "a text")
 
 
 def test_a_pipeline_that_padding_would_change_answers_one_by_one(folder: Any) -> None:

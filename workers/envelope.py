@@ -90,7 +90,8 @@ class Envelope:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"].append((b"x-request-id", scope["request_id"]))
+                # A new list: a reply may be sent to many, and each has its own id.
+                message["headers"] = [*message["headers"], (b"x-request-id", scope["request_id"])]
                 if scope["method"] == "POST":
                     self.metrics.requests_with(message["status"]).inc()
             return send(message)

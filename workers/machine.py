@@ -78,7 +78,8 @@ class Machine:
     def look_at_processes(self) -> None:
         pids = [os.getpid(), *self.children()]
         self.memory.set(memory.resident_bytes(pids))
-        self.files.set(len(os.listdir("/proc/self/fd")))
+        with contextlib.suppress(OSError):  # to look takes one more, and all may be open
+            self.files.set(len(os.listdir("/proc/self/fd")))
         cpu_s = {pid: cpu_seconds(pid) for pid in pids}
         self.cpu.inc(sum(max(0.0, used - self.cpu_s.get(pid, 0.0)) for pid, used in cpu_s.items()))
         self.cpu_s = cpu_s

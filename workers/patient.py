@@ -87,6 +87,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(Lingering(transport, self))  # type: ignore[arg-type]
+        self.ws_protocol_class = None  # there are no WebSockets here, and that class would not tell when one has ended
         self.host = self.client[0] if self.client else ""
         self.open_by_client[self.host] += 1
         if 0 < settings.MAX_CONNECTIONS < self.open_by_client[self.host] and self.host:
@@ -96,9 +97,10 @@ class Protocol(HttpToolsProtocol):
     def look(self) -> None:
         """End the connection if it has waited since the last look for the end of the same headers, or of a body that
         nobody wants: its reply is sent."""
-        unwanted = self.cycle and self.cycle.response_complete and self.cycle.more_body
+        answered = not self.cycle or self.cycle.response_complete
+        unwanted = self.cycle and answered and self.cycle.more_body
         waits = unwanted or self.scope is None or "method" not in self.scope
-        if waits and self.looked_at is self.scope:
+        if waits and answered and self.looked_at is self.scope:
             if self.scope is not None and not unwanted:
                 self.transport.write(TOO_SLOW)
             return self.transport.close()

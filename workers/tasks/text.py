@@ -196,6 +196,9 @@ class SlowTokens(Tokens):
         types = found.get("token_type_ids")
         return Row(text, pair, found["input_ids"], types if types and any(types) else None)
 
+    def windows(self, most: int, length: int, stride: int, text: str, pair: str | None = None) -> list[Row]:
+        raise CannotAnswer("this model's tokenizer is a slow one, which can't cut a text into windows")
+
     def __len__(self) -> int:
         return len(self.tokenizer)
 

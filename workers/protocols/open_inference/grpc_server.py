@@ -49,11 +49,13 @@ async def serving(service: Service) -> AsyncIterator[None]:
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
     running = asyncio.create_task(run(service, door, servers), name="gRPC")
     running.add_done_callback(partial(ended, service))
-    yield
-    running.cancel()
-    door.stopping.set()
-    await service.loop.drain(max(0.0, service.settings.GRACE_S - 1))
-    await asyncio.gather(*(server.stop(SEND_S) for server in servers))
+    try:
+        yield
+    finally:
+        running.cancel()
+        door.stopping.set()
+        await service.loop.drain(max(0.0, service.settings.GRACE_S - 1))
+        await asyncio.gather(*(server.stop(SEND_S) for server in servers))
 
 
 async def run(service: Service, door: Door, servers: list[Any]) -> None:
