@@ -49,10 +49,10 @@ lint: $(VENV)/dev  ## style, types, who imports whom, spelling
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 notebooks: $(VENV)/lab  ## the lessons, in JupyterLab
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
-lessons: $(VENV)/dev  ## run the lessons, and store what they show
-	$(BIN)/python notebooks/run.py
+lessons: $(VENV)/dev  ## run the lessons, and store what they show; LESSON=1 for one
+	$(BIN)/python notebooks/run.py $(LESSON)
 
 $(VENV)/serve: requirements.txt
 	@echo "Installing what serving needs. PyTorch is large: this takes minutes."

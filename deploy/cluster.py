@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import ctypes
+import math
 import os
 import shutil
 import signal
@@ -46,6 +47,7 @@ class Cluster:
             "ADMIN_SOCKET": self.socket,
             # HAProxy's own metrics are for nobody, unless somebody says where.
             "METRICS_BIND": os.environ.get("METRICS_BIND", f"unix@{folder}/haproxy-metrics.sock"),
+            "BODY_TIMEOUT": f"{math.ceil(settings.BODY_TIMEOUT_S * 1000)}ms",
             "SERVER_TIMEOUT": f"{int(settings.DEADLINE_S) + 5}s",
             "PROMETHEUS_MULTIPROC_DIR": self.metrics,
             "WEB_CONCURRENCY": str(n),  # so many share the cores

@@ -245,7 +245,8 @@ claim(
 # gRPC fewer. With long texts the frame counts less and less. Whether fewer bytes are less time, the first
 # picture has shown.
 #
-# **So:** take gRPC if your callers have it already, or for streams. Don't take it for speed. Send several texts in a call.
+# **So:** take gRPC if your callers have it already, or if they need a stream. Don't take it for speed: here even the stream carries
+# fewer texts than separate HTTP calls. Send several texts in a call.
 
 # %% [markdown]
 # ## What an error may reveal
@@ -470,7 +471,7 @@ guess_saved = 50  # %
 
 # %% [markdown]
 # **Prediction.** It saves exactly what the first image has and the second hasn't. Add up: the installed packages of
-# `requirements.txt`, the model, the code, and Debian with Python. Then what a single stage would leave in: pip, its cache of
+# `requirements.txt` (torch in its CPU build, where that is installed), the model, the code, and Debian with Python. Then what a single stage would leave in: pip, its cache of
 # what it downloaded, and the compilers (`build-essential`). This lesson builds no image: it adds up files of this machine.
 
 # %%
@@ -521,7 +522,7 @@ claim(
     who="installed packages, model, code, pip, compilers of this machine, added up; pip's cache estimated from a sample; Debian's size from an own build",
     number=f"{image_mb:,.0f} instead of {single_mb:,.0f} MB, {saved:.0%} smaller; for 84 % the single stage would have to be"
     f" {wanted_mb:,.0f} MB",
-    verdict="fails here: what is big is needed at run time; to shrink it, leave torch out (lesson 9) or take its CPU build",
+    verdict="fails here: what is big is needed at run time; to shrink it, leave torch out (lesson 9)",
 )
 
 # %% [markdown]
@@ -684,7 +685,7 @@ guess_gap_s = 3.0
 
 # %% [markdown]
 # **Prediction.** Who was with the dead one is asked again: HAProxy sends a request to the other replica when a connection
-# breaks. The supervisor waits a second and starts a new one, which needs a cold start. Until then one replica does what it
+# breaks. The supervisor, which started the replicas (`deploy/cluster.py`), waits a second and starts a new one, which needs a cold start. Until then one replica does what it
 # can. The simulation is told when each text came and when the kill was.
 
 # %%
@@ -734,7 +735,7 @@ if HAPROXY:
     )
 
 # %% [markdown]
-# Nobody is lost, but some are refused, because one replica can't do the work of two. With a third one nobody would have been:
+# Nobody is lost, but some are refused, because one replica can't do the work of two. Two that are left could have done it:
 # keep **one to spare**. The refusals begin a little after the kill, because a short queue is allowed to fill first.
 #
 # ## How fast it grows
@@ -769,7 +770,9 @@ if HAPROXY:
 stop()
 
 # %% [markdown]
-# *Where the formula fails:* it spreads the refusals evenly, and strangers don't come evenly. Also, all replicas share one machine
+# *Where the formula fails:* it refuses from the first moment, but a short queue may fill first; then more are refused than it
+# says, until the wait is short again. It spreads them evenly, and strangers don't come evenly. And some are still refused just
+# after the replica is ready; why, we haven't measured. Also, all replicas share one machine
 # here, so the new one loads beside the old ones. How much that takes from them we haven't measured.
 #
 # An autoscaler does the same by itself. This is a stored run of Ray Serve, which isn't installed here
@@ -785,7 +788,7 @@ refusing = ray["503"][ray.index > step_s]
 calm_s = int(refusing[refusing > 0].index.max()) + 1 - step_s
 told_s = growing.ray_waits_s() + 1
 tell(
-    f"The second replica came after {more_s} s, and nobody was refused after {calm_s} s; predicted: {told_s} s."
+    f"The second replica came {more_s} s after that, and nobody was refused after {calm_s} s; predicted: {told_s} s."
     f" Refused meanwhile: {int(refusing.sum()):,}."
 )
 

@@ -117,6 +117,8 @@ tell(
 )
 
 # %% [markdown]
+# (These are all that were in time. The formula's answers are those after second 2, where the count of goodput begins.)
+#
 # **A bound that is too large is exactly as bad as none.** 256 texts at 50 a second are five seconds of waiting, and an
 # answer is worth nothing after two. The server works all the time. But after the first seconds every answer is too
 # late.
@@ -345,7 +347,8 @@ plt.show()
 # The patient server helps those who come in the first seconds, and then nobody. Its clients hang up after 4 s. That
 # frees their places, so its queue stays as long as their patience: it works to the end, and always too late.
 #
-# The careful one gives answers at its full speed all the time. Here is how long its clients wait:
+# The careful one gives answers at its full speed all the time. (The picture goes by the time of arrival: all of the first second
+# are let in, so most of the next are refused.) Here is how long its clients wait:
 
 # %%
 answered = model["careful"][model["careful"].outcome == "200"]
@@ -383,7 +386,8 @@ claim(
 )
 
 # %% [markdown]
-# *Where the formula fails:* it is for the mean. Arrivals are random, so the queue of one run may become longer than that.
+# *Where the formula fails:* it is for the mean. Arrivals are random, so the queue of one run may become longer than the line says, or
+# stay shorter.
 #
 # ## What a no costs
 #
@@ -538,8 +542,9 @@ tell(f"You guessed that {guess_refused:.0%} are refused.")
 # %% [markdown]
 # The last column is the proof. There is the queue that no rule of ours can see.
 #
-# *Where the formula fails:* it is for new connections. Over those that stay open, as a proxy keeps them, the blocked server
-# does find a queue and says no; but nobody hears it while a call runs.
+# The blocked server may answer more of them than the careful one, because it refuses nobody; but many of these answers come too
+# late. *Where the formula fails:* it is for new connections. Over connections that stay open the door would find a queue (not
+# measured here).
 
 # %%
 claim(
@@ -608,8 +613,8 @@ with picture("Who is refused asks again", "time, s", "requests per second", ylim
     steps(ax, storms[0][storms[0].attempt == 0].sent_s, edges, "new clients only", GREY)
 
 # %% [markdown]
-# The impatient turn one question into a burst of noes, and get nothing for it. Some of those who wait come back when
-# the overload is over. Then the server has time for them.
+# The impatient turn one question into a burst of noes, and gain next to nothing: as many are answered as the server can do
+# while they come. Some of those who wait come back when the overload is over. Then the server has time for them.
 #
 # `Retry-After` is computed from the work ahead and the measured speed, so it is true when it is given. But it only
 # *moves* an overload. And a crowd that was refused in one moment would come back in one moment: a good client adds a

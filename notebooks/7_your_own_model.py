@@ -691,6 +691,7 @@ holds(hasty[1] < threads[1] > processes[1], "/health waits for the lock, and les
 # * Your model needs a class with `__call__(inputs)`. Give it a `check` and an `example`, too: what is wrong gets a sentence, and
 #   what can't answer never gets ready.
 # * Time goes to the encoder, unless a head is as wide as a vocabulary. A reply costs by its numbers: tokens × width × 12 bytes.
-# * Python's share $s$ decides between threads and processes: $c$ threads give $c / (1 + (c-1)\,s)$ times one, $c$ processes $c$ times.
+# * Python's share $s$ decides between threads and processes: $c$ threads give $c / (1 + (c-1)\,s)$ times one, $c$ processes on
+#   $c$ free cores nearly $c$ times, the nearer the longer a call is.
 #
 # Next: [Lesson 8](8_processes_and_devices.ipynb), on what a process costs, and how one is started.

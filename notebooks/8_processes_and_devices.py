@@ -84,7 +84,7 @@ claim(
     "fork 0.12 s, forkserver 0.18, spawn 0.35",
     who="a child that needs nothing; the second process that the same parent starts",
     number=", ".join(f"{method} {bare[method]['the next process, s']:.2f} s" for method in METHODS)
-    + f"; `import torch` takes {torch_s:.1f} s more where the child has to do it itself",
+    + f"; `import torch` takes {torch_s:.1f} s in a Python of its own",
     verdict=f"{order_holds}; the figures say little, as the imports of a model cost far more than the start",
 )
 
@@ -173,7 +173,8 @@ table(
 # %% [markdown]
 # *Where the formula fails:* a fork is much quicker than the rest, but slower than the formula says. The bare fork had a small
 # parent. A parent with torch has larger tables to copy, and the child computes a product, too. Which of the two counts more
-# we haven't measured.
+# we haven't measured. And those that import torch are quicker than predicted: in the child the import took less than in the
+# Python that we timed. Why, we haven't measured either.
 #
 # The same rule holds for memory. What was imported before the fork belongs to both, until one of them writes to it. So a
 # forked child has little of its own. A spawned one has a torch of its own.
@@ -364,7 +365,8 @@ tell(
 #   nothing.
 # - The model becomes the helper's child. The server can no longer tell the kernel "end my model when I die", and it can't
 #   see how its model ended: that is known to the parent alone.
-# - The helper must stay clean for ever. One preloaded module that computes, and every model hangs (the row above).
+# - The helper must stay clean for ever. One preloaded module that computes, and every model hangs (the last row of the table
+#   under "Who has imported torch already?").
 #
 # Take a forkserver where processes come and go: a pool that is renewed after every hundred calls, many copies of a small
 # model. For one or two copies that live for weeks, a new Python is the simpler promise.
@@ -670,8 +672,10 @@ tell(
 )
 
 # %% [markdown]
+# A filled dot is measured, a hollow mark simulated, a bar the formula.
+#
 # With texts alike, round robin is not only good enough: it is the same as one queue. Whoever is next in turn is always the
-# one who is free first. (The formula is a little pessimistic there; it was made for long waits.) With uneven texts that
+# one who is free first. (Beside the simulation the formula is a little pessimistic there; it was made for long waits.) With uneven texts that
 # ends. Round robin makes the *arrivals* at a device more regular; it does nothing about the *texts*. A short text that is dealt
 # to the device with the long one waits, while the other device may be idle. One queue can't do that: nobody waits while a
 # device is free.
@@ -699,7 +703,7 @@ claim(
     number=f"{ratio('alike', 'round robin'):.1f} times as long with texts alike,"
     f" {ratio('uneven', 'round robin'):.1f} times where one in ten takes ten times as long; simulated with eight devices"
     f" {rows[-1]['round robin'] / rows[-1]['one shared queue']:.0f} times",
-    verdict="depends on the texts: the same as one queue if they are alike, and worse with every device if they are not",
+    verdict="depends on the texts: the same as one queue if they are alike, and further behind one queue with every device if they are not",
 )
 
 # %% [markdown]

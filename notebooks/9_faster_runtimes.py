@@ -109,6 +109,7 @@ tell(
 # * **ONNX Runtime**, **OpenVINO**: the model as a graph in a file, run by a program without PyTorch. *int8* rounds
 #   the weights to whole numbers of 8 bits. OpenVINO is too large to come with the lessons; it has a row after
 #   `pip install --no-deps --target .peers/openvino openvino==2026.4.1 openvino-telemetry` in the project's folder.
+#   *mask*: a graph whose head runs at the mask only; more of it below.
 # * **fast path**: what this server runs. It is PyTorch too.
 #
 # **Your guess:** one short text a call. How many times as fast as PyTorch is ONNX Runtime?
@@ -169,8 +170,11 @@ with picture(
 ) as ax:
     ax.set_xscale("log")
     line(ax, curve, [(a_s + b_s * n) / (b_s * n) for n in curve])
-    dots(ax, sizes, times("ONNX Runtime"), "ONNX Runtime", BLUE)
-    for name, color in (("OpenVINO", ORANGE), ("torch.compile", GREEN)):
+    for name, color in (
+        ("OpenVINO", ORANGE),
+        ("torch.compile", GREEN),
+        ("ONNX Runtime", BLUE),
+    ):  # the last on top
         if name in running:
             dots(ax, sizes, times(name), name, color)
     guessed(ax, [1], [guess_times])
@@ -430,7 +434,7 @@ guess_mb = 300  # MB
 
 # %% [markdown]
 # **Prediction.** A process takes what it has after its first short answer. A large batch comes on top. The
-# largest thing in it is the scores: 4 bytes for each word, for each token, padding included. In bfloat16 it is 2 bytes. A
+# largest thing in it is the scores: 4 bytes for each word, for each token, padding included. For PyTorch in bfloat16 it is 2 bytes. A
 # runtime that runs the head at the mask has no such thing.
 
 # %%
@@ -610,8 +614,8 @@ holds(all(not per_s[n, "short", 32] > 1.1 * limit(n) for n in running), "nobody 
 # ## Take away
 #
 # * Count first: operations of a text against what your core can do. That is all that any runtime can ever give you.
-# * Stop computing what nobody needs (padding, the head at every token), then make the numbers smaller, and only then
-#   change the runtime.
+# * In calls of many texts: stop computing what nobody needs (padding, the head at every token), then make the numbers smaller,
+#   and only then change the runtime. For single texts the runtime counts as much.
 # * A lean runtime starts sooner, installs smaller and helps small calls. Compare its answers before you trust it.
 #
 # Which of all this is for you? [Lesson 10](10_choosing_and_growing.ipynb)

@@ -22,7 +22,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "a body far too large gets its 413": dict.fromkeys(
         ("asgi", "gthread-1x8", "sync-2"), "or a reset, if it goes on sending"
     ),
-    "a stalled body gets 408, and 503 on SIGTERM": {},
+    "a stalled body gets 408, and 503 on SIGTERM": {"haproxy-2": "on SIGTERM a close"},
     "a poison text fails alone": {},
     "a client that leaves frees its place": {"sync-2": "it waits unseen in the kernel"},
     "a killed model process costs its own batch": {"dirty": "and all until it is back"},

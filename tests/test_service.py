@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -344,6 +345,8 @@ def test_a_model_that_fails_on_its_own_example_ends_the_start_with_one_sentence(
         assert server.process.wait(60) == 3
         assert f"cannot load MODEL=tests.moody:{model}: {sentence}" in server.log()
         assert "Traceback" not in server.log()
+        if (offload, model) == ("thread", "Fails"):
+            assert re.search(r"no weights for that \(moody\.py, line \d+\)", server.log())
 
 
 def test_answers_that_cannot_leave_their_process_end_the_start_with_one_sentence() -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
@@ -82,7 +83,11 @@ class Service:
         except CannotLoad as exc:
             # 3 tells Gunicorn that another worker could not be started either.
             code = 1 if self.started.is_set() else 3
-            self.exit(code, "the model cannot be loaded", f"cannot load MODEL={self.settings.MODEL}: {exc}")
+            self.exit(
+                code,
+                "the model cannot be loaded",
+                f"cannot load MODEL={self.settings.MODEL}: {exc}{where(exc)}",
+            )
         except Exception:
             log.exception("the model loop has ended")
             self.exit(1, "the model loop has ended; this is a bug")
@@ -254,6 +259,14 @@ class Service:
         if self.exit_code:
             logging.shutdown()
             os._exit(self.exit_code)  # every client has its answer, and a lifespan can't choose the exit code
+
+
+def where(exc: CannotLoad) -> str:
+    """The line of an own class's file at which loading it failed, where this process knows it."""
+    frames = traceback.extract_tb(exc.__cause__.__traceback__) if exc.__cause__ else []
+    ours = (os.path.dirname(__file__), os.path.dirname(os.__file__), "<")  # and Python's
+    own = [one for one in frames if not one.filename.startswith(ours) and "site-packages" not in one.filename]
+    return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
 
 
 def make_copies(settings: Settings, metrics: Metrics, task: tasks.Task) -> list[Offload]:

@@ -41,8 +41,9 @@ def alike(mean_s, number):
     return [mean_s] * number
 
 
-def uneven(mean_s, number, times=10, share=0.1, seed=0):
-    """Texts of which one in ten takes ten times as long as the others; the same mean."""
+def uneven(mean_s, number, times=10, share=0.1, seed=1):
+    """Texts of which one in ten takes ten times as long as the others; the same mean. Not the seed of `strangers`: then a
+    text would be long just where the gap before it is short."""
     rng, short_s = random.Random(seed), mean_s / (1 + share * (times - 1))
     return [short_s * (times if rng.random() < share else 1) for _ in range(number)]
 
