@@ -18,6 +18,7 @@ MODEL = ROOT / "models" / "minilm-mlm"
 SINGLE = {
     "test_admission",
     "test_loop",
+    "test_notebooks",
     "test_offload",
     "test_own",
     "test_planner",
