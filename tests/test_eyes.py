@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import math
 import os
 import re
@@ -226,7 +225,7 @@ def holes(url: str, asked: dict[str, str]) -> dict[str, Any]:
         try:
             found[name] = [float(one["value"][1]) for one in picture.ask(url, "query", query=expr)]
         except urllib.error.HTTPError as exc:
-            found[name] = json.load(exc)["error"]
+            found[name] = exc.read().decode()  # while it starts, no JSON
         except OSError as exc:
             found[name] = str(exc)  # it starts
     return {
