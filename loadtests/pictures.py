@@ -30,9 +30,8 @@ def write_names(axes: Axes, names: Iterable[Name], *, size: float = 12, width: i
     axes.figure.draw_without_rendering()  # type: ignore[union-attr]  # only then are the limits known
     px = axes.figure.dpi / 72
     placed: list[tuple[float, float, Name]] = []
-    taken: list[
-        tuple[float, float, float, float]
-    ] = []  # bottom, top, left, right of points and of names that are written
+    # Bottom, top, left and right of the points, and of the names that are written.
+    taken: list[tuple[float, float, float, float]] = []
     for name in names:
         x_px, y_px = axes.transData.transform((name.x, name.y)).tolist()
         placed.append((x_px, y_px, name))

@@ -53,6 +53,7 @@ PICTURES = {  # title: {file: what it shows}
         "distribution": "The latencies at 80 % of each mode's capacity",
     },
     "Overload": {"overload": "Right answers in time at 2 and 10 times the capacity"},
+    "The planner": {"prediction": "The 99th percentile, predicted and measured"},
 }
 
 
@@ -115,8 +116,7 @@ def table(results: Results) -> str:
             for column, (scenario, metric, digits) in columns.items():
                 cells[column] = cell(results, mode, scenario, metric, digits)
             rows.append(cells)
-        pictures = "\n".join(f"![{text}]({name}.png)" for name, text in PICTURES.get(title, {}).items())
-        parts.append(f"## {title}\n\n{markdown(rows)}\n" + (f"\n{pictures}\n" if pictures else ""))
+        parts.append(f"## {title}\n\n{markdown(rows)}\n{pictures(title)}")
     about = results.about
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return (
@@ -133,6 +133,11 @@ def table(results: Results) -> str:
         + f"{about['processor']}, {about['cores']} cores, {about['memory_gb']} GB, device {about['device']}, "
         f"{about['date']}; Python {about['python']}, {versions}.\n"
     )
+
+
+def pictures(title: str) -> str:
+    """Those that stand below this table."""
+    return "".join(f"\n![{text}]({name}.png)\n" for name, text in PICTURES.get(title, {}).items())
 
 
 def cell(results: Results, mode: str, scenario: str, metric: str, digits: int) -> str:
@@ -175,7 +180,7 @@ def prediction_table(results: Results) -> str:
         "\n## The planner\n\nIts prediction and its error: medians of the rounds (the error is the rounds' own, not that of the two "
         "medians beside it), and the error's least and greatest. In each round "
         "it times the bare model on the server's core beside the visit, and is told when the requests came.\n\n"
-        f"{markdown(rows)}\n\n![The 99th percentile, predicted and measured](prediction.png)\n"
+        f"{markdown(rows)}\n{pictures('The planner')}"
     )
 
 
@@ -220,7 +225,7 @@ def draw_latency(results: Results) -> Figure | None:
     limit_ms = results.about["limit_s"] * 1000
     panels: list[Axes] = list(figure.subplots(len(kinds), sharex=True, sharey=True, squeeze=False)[:, 0])
     for axes, (kind, modes) in zip(panels, kinds.items(), strict=True):
-        for mode in points.keys() - set(modes):
+        for mode in [mode for mode in points if mode not in modes]:
             axes.plot(*zip(*points[mode], strict=True), color=FAINT, linewidth=0.8)
         for mode, color in zip(modes, (BLUE, RED, GREEN, PURPLE)):
             axes.plot(*zip(*points[mode], strict=True), "o-", color=color, markersize=5)

@@ -67,9 +67,8 @@ def test_each_wrong_end_of_a_request_is_told() -> None:
 def test_each_wrong_end_of_a_grpc_call_is_told(how: Any) -> None:
     def told(*replies: Any, code: grpc.StatusCode = grpc.StatusCode.OK, ours: bool = True) -> str:
         async def serve(requests: Any, context: Any) -> AsyncIterator[Any]:
-            await anext(
-                requests
-            )  # a call that ends while the client still writes loses its status: grpc issue 36066
+            # A call that ends while the client still writes loses its status: grpc issue 36066.
+            await anext(requests)
             for reply in replies:
                 yield pb.ModelStreamInferResponse(infer_response=reply) if how is by_stream else reply
             if code is not grpc.StatusCode.OK:

@@ -58,10 +58,9 @@ def steady(server: Server, crowd: Crowd, text: str = PARIS, users: int = 16) -> 
                 while not over.is_set():
                     began = time.monotonic()
                     asked = request("POST", below(server, "/"), f"{user}. {text}".encode())
+                    # Half of them send the body by itself, as most clients do.
                     head = asked.index(b"\r\n\r\n") + 4 if user % 2 else len(asked)
-                    connection.sendall(
-                        asked[:head]
-                    )  # half of them send the body by itself, as most clients do
+                    connection.sendall(asked[:head])
                     connection.sendall(asked[head:])
                     reply = hear(connection)
                     reply.took_s = time.monotonic() - began
