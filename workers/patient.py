@@ -87,9 +87,8 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(Lingering(transport, self))  # type: ignore[arg-type]
-        self.ws_protocol_class = (
-            None  # there are no WebSockets here, and that class would not tell when one has ended
-        )
+        # There are no WebSockets here, and their protocol's class would not tell when a connection has ended.
+        self.ws_protocol_class = None
         self.host = self.client[0] if self.client else ""
         self.open_by_client[self.host] += 1
         if 0 < settings.MAX_CONNECTIONS < self.open_by_client[self.host] and self.host:
