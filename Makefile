@@ -22,8 +22,8 @@ test-slow: $(VENV)/dev  ## the lessons, small comparisons, every task in every m
 
 bench: $(VENV)/dev  ## what the server adds to its model
 	$(BIN)/python -m loadtests.bench
-	$(BIN)/python -m loadtests.bench_model
-	$(BIN)/python -m loadtests.bench_threads
+	$(BIN)/python -m loadtests.bench.model
+	$(BIN)/python -m loadtests.bench.threads
 
 chaos: $(VENV)/dev  ## a storm around the real server; CHAOS_S=3600 for an hour, SEED=1 for another one
 	$(BIN)/python -m loadtests.chaos $(if $(SEED),--seed $(SEED))
@@ -35,7 +35,7 @@ peers: $(VENV)/dev  ## this server and what you would pick instead; PEERS="litse
 	$(BIN)/python -m loadtests.peers $(if $(PEERS),--peers $(PEERS))
 
 plan: $(VENV)/dev  ## does batching pay here? FLEET="--rate 5000 --replica-ms 10+0.5n": how many replicas?
-	$(BIN)/python -m loadtests.$(if $(FLEET),fleet $(FLEET),planner $(PLAN))
+	$(BIN)/python -m loadtests.plan$(if $(FLEET),.fleet $(FLEET), $(PLAN))
 
 docs: $(VENV)/dev  ## the tables of docs/ anew, from the code
 	$(BIN)/python -m docs.generate

@@ -21,15 +21,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
-from workers import contract, stream
-from workers.envelope import Envelope
-from workers.guard import Guard, public, with_cors
 from workers.jobs import Refused
 from workers.metrics import Metrics
-from workers.request_log import logged
+from workers.observability.request_log import logged
+from workers.observability.tracing import traced
 from workers.service import Service
 from workers.settings import Settings
-from workers.traces import traced
+from workers.web import contract, stream
+from workers.web.access import Guard, public, with_cors
+from workers.web.middleware import Envelope
 
 settings = Settings.read()
 metrics = Metrics()
@@ -42,7 +42,7 @@ async def answer(request: Request) -> Response:
     asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
     queries = await service.check(asked.inputs, asked.parameters, len(body))
     if asked.is_list and (form := stream.wanted(request)):
-        return stream.Streamed(service, request, queries, form)
+        return stream.Streamed(service.loop, settings.BODY_TIMEOUT_S, request, queries, form)
     answers = await service.clients.wait(request, queries)
     values = [answer.value for answer in answers]
     return contract.Answered(answers, values if asked.is_list else values[0])

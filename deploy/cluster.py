@@ -25,8 +25,8 @@ from pathlib import Path
 
 from prometheus_client import multiprocess
 
-from workers.guard import is_loopback
 from workers.settings import Settings
+from workers.web.access import is_loopback
 
 ROOT = Path(__file__).resolve().parent.parent
 PLACES = 32  # in haproxy.cfg
@@ -144,7 +144,7 @@ class Cluster:
                 *f"-m uvicorn server:app --workers 1 --port {port}".split(),
                 # A replica that is killed amid a reply has sent none of it: HAProxy can ask another.
                 "--http",
-                "workers.patient:Protocol",
+                "workers.web.http_protocol:Protocol",
                 # Let HAProxy close idle connections. If uvicorn did, a request could already be on its way.
                 "--timeout-keep-alive",
                 "75",

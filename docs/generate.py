@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from tests import promises
+from tests.support import mode_matrix
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import HERE as ROOT
@@ -96,7 +96,7 @@ def floors() -> str:
     """The floors that import-linter holds, drawn."""
     linter = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     (layers,) = (contract["layers"] for contract in linter["contracts"] if "layers" in contract)
-    boxes = [" · ".join(map(shown, layer.split(" | "))) for layer in layers]
+    boxes = [" · ".join(map(shown, re.split(r" [|:] ", layer))) for layer in layers]
     boxes[0] = f"server.py · {boxes[0]}"
     width = max(map(len, boxes))
     floor = f"\n├─{'─' * width}─┤\n".join(f"│ {box:{width}} │" for box in boxes)
@@ -107,7 +107,7 @@ def shown(module: str) -> str:
     return f"{module}/" if (ROOT / "workers" / module).is_dir() else module
 
 
-TABLES = {"promises": promises.table, "settings": settings, "metrics": metrics, "floors": floors}
+TABLES = {"promises": mode_matrix.table, "settings": settings, "metrics": metrics, "floors": floors}
 
 if __name__ == "__main__":
     for path in PAGES:

@@ -20,7 +20,7 @@ from locust.exception import StopUser
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `locust -f` does not
 
-from loadtests.client import Asker
+from loadtests.load.locust_client import Asker
 
 # Locust rounds 147 ms to 150 and 3432 to 3400 by default; percentiles are compared here.
 locust.stats.bucket_response_time = round  # type: ignore[assignment]

@@ -52,14 +52,16 @@ MODES = {
         Mode("process", "uvicorn server:app", {"OFFLOAD": "process"}),
         Mode("instances-2", "uvicorn server:app", {"OFFLOAD": "process", "INSTANCES": "2"}),
         Mode("recommended", "gunicorn -c gunicorn.conf.py"),
-        Mode("sync-2", "gunicorn -c workers/sync.conf.py"),
-        Mode("gthread-1x8", "gunicorn -c workers/gthread.conf.py", {"BATCH_SIZE": "32"}),
+        Mode("sync-2", "gunicorn -c workers/gunicorn/sync.conf.py"),
+        Mode("gthread-1x8", "gunicorn -c workers/gunicorn/gthread.conf.py", {"BATCH_SIZE": "32"}),
         Mode(
-            "gthread-2x4", "gunicorn -c workers/gthread.conf.py --workers 2 --threads 4", {"BATCH_SIZE": "32"}
+            "gthread-2x4",
+            "gunicorn -c workers/gunicorn/gthread.conf.py --workers 2 --threads 4",
+            {"BATCH_SIZE": "32"},
         ),
-        Mode("uvicorn-2", "gunicorn -c workers/uvicorn.conf.py"),
-        Mode("asgi", "gunicorn -c workers/asgi.conf.py"),
-        Mode("dirty", "gunicorn -c workers/dirty.conf.py"),
+        Mode("uvicorn-2", "gunicorn -c workers/gunicorn/uvicorn.conf.py"),
+        Mode("asgi", "gunicorn -c workers/gunicorn/asgi.conf.py"),
+        Mode("dirty", "gunicorn -c workers/gunicorn/dirty.conf.py"),
         # One generator is thousands of clients.
         Mode("haproxy-2", "python -m deploy.cluster 2", {"CLIENT_CONNECTIONS": "4096"}),
     )
@@ -67,9 +69,9 @@ MODES = {
 
 
 def with_model(mode: Mode, name: str) -> Mode:
-    """The same mode with one of the models of bench_apps.py."""
+    """The same mode with one of the models of bench/apps.py."""
     checked = os.environ.get("MODEL", "")
-    return replace(mode, env={**mode.env, "MODEL": f"loadtests.bench_apps:{name}", "CHECKED_MODEL": checked})
+    return replace(mode, env={**mode.env, "MODEL": f"loadtests.bench.apps:{name}", "CHECKED_MODEL": checked})
 
 
 @dataclass

@@ -55,13 +55,13 @@ guess = 3.0  # times
 import time
 
 from loadtests.modes import free_port
-from recipe import doors
+from support import l10_grpc_and_http
 
-INSTANT, OURS = "loadtests.bench_apps:Instant", "minilm-mlm"
+INSTANT, OURS = "loadtests.bench.apps:Instant", "minilm-mlm"
 ours = serve(GRPC_PORT=free_port(), BATCH_SIZE=32)
 instant, failing = serve_all(
     {"MODEL": INSTANT, "GRPC_PORT": free_port(), "BATCH_SIZE": 32},
-    {"MODEL": "notebooks.recipe.fails:Fails", "OFFLOAD": "process"},
+    {"MODEL": "notebooks.support.l10_fails:Fails", "OFFLOAD": "process"},
     cores=SERVER_CORES,
 )
 servers = {INSTANT: instant, OURS: ours}
@@ -73,7 +73,7 @@ def visits(model, *kinds, rounds, **options):
     for _ in range(rounds):
         for kind in kinds:
             options |= {"model": model, "cpu": max(CLIENT_CORES), "duration_s": quick(0.3, 1.0)}
-            found[kind].append(doors.visit(servers[model], kind, **options))
+            found[kind].append(l10_grpc_and_http.visit(servers[model], kind, **options))
     return {kind: {key: statistics.median(v[key] for v in vs) for key in vs[0]} for kind, vs in found.items()}
 
 
@@ -202,7 +202,7 @@ guess_smaller = 40  # %
 # %%
 import orjson
 
-wire = {kind: doors.bytes_of(instant, kind, max(CLIENT_CORES)) for kind in ("HTTP", "gRPC")}
+wire = {kind: l10_grpc_and_http.bytes_of(instant, kind, max(CLIENT_CORES)) for kind in ("HTTP", "gRPC")}
 inside = len(TEXT) + len(ask(instant).body)  # the text and its answer themselves
 vector = np.random.default_rng(0).normal(0, 0.05, 384).astype(np.float32)
 as_json, as_bytes = len(orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY)), vector.nbytes
@@ -258,7 +258,7 @@ claim(
 import re
 from pathlib import Path
 
-print(*Path("recipe/recipe_debug.py").read_text().splitlines()[-5:], sep="\n")
+print(*Path("support/l10_debug.py").read_text().splitlines()[-5:], sep="\n")
 
 # %% [markdown]
 # **Guess:** how many files of the server's disk does its reply name?
@@ -271,7 +271,7 @@ guess_files = 2
 # them on the way to the handler, the pipeline and the model about ten more. Many share a file: say ten files.
 
 # %%
-debug = serve_recipe("recipe_debug")
+debug = serve_recipe("l10_debug")
 too_long = TEXT + " Or so they say." * 200
 revealed, refused = ask(debug, too_long), ask(failing, "raise an error")
 sentence = ask(ours, too_long)
@@ -350,7 +350,7 @@ guess_deaths = 8
 
 # %%
 from lesson import counters
-from workers.quarantine import DEATHS
+from workers.isolation.quarantine import DEATHS
 
 seen = []
 for _ in range(8):
@@ -389,16 +389,16 @@ stop()
 # [glossary](glossary.md).
 
 # %%
-from recipe import selector
+from support import l10_selector
 
-peers = selector.measured()
+peers = l10_selector.measured()
 table(
     peers.sort_values("short texts/s", ascending=False)
     .map(lambda value: f"{value:,.0f}" if value >= 20 else f"{value:.1f}")
     .reset_index(names="server")
 )
 tell(
-    f"A stored run: {selector.day()}. “mixed”: one text in ten is long. We ran it, and one of the servers is ours: keep that in mind."
+    f"A stored run: {l10_selector.day()}. “mixed”: one text in ten is long. We ran it, and one of the servers is ours: keep that in mind."
 )
 
 # %% [markdown]
@@ -414,7 +414,7 @@ guess_share = 30  # %
 # the weights. Count who is not beaten like that: only they can win.
 
 # %%
-unbeaten, wins = selector.unbeaten(peers), selector.wins(peers)
+unbeaten, wins = l10_selector.unbeaten(peers), l10_selector.wins(peers)
 winners = wins[wins > 0]
 tell(
     f"{len(unbeaten)} of {len(peers)} are not beaten in everything by one other: {', '.join(unbeaten)}. Winners for at least one of"
@@ -440,7 +440,7 @@ with picture("Most servers win for nobody", "first choice of so many people, %",
 # speed. Ask for the other two alone:
 
 # %%
-small = selector.choose(peers, {"memory, MB": 1, "start, s": 1})
+small = l10_selector.choose(peers, {"memory, MB": 1, "start, s": 1})
 table({"server": name, "score": f"{score:.2f}"} for name, score in small.head(4).items())
 tell(
     f"With memory and start alone the first is {small.index[0]}; “this server” is number {list(small.index).index('this server') + 1}."
@@ -452,7 +452,7 @@ tell(
 
 # %%
 limits = {"least": {"mixed texts/s": 20}, "most": {"memory, MB": 800, "start, s": 10}}
-mine = selector.choose(peers, weights={"mixed texts/s": 1, "memory, MB": 1}, **limits)
+mine = l10_selector.choose(peers, weights={"mixed texts/s": 1, "memory, MB": 1}, **limits)
 table({"server": name, "score": f"{score:.2f}"} for name, score in mine.items())
 
 # %% [markdown]
@@ -475,22 +475,22 @@ guess_saved = 50  # %
 # what it downloaded, and the compilers (`build-essential`). This lesson builds no image: it adds up files of this machine.
 
 # %%
-from recipe import sizes
+from support import l10_sizes
 
-packages = sizes.packages()
-compilers_mb = sizes.compilers_mb()
+packages = l10_sizes.packages()
+compilers_mb = l10_sizes.compilers_mb()
 DEBIAN_MB, BUILT_MB = 230, 1450  # of an image that we built with buildah, see docs/deployments.md
 layers = {
     "torch": packages["torch"],
     "transformers": packages["transformers"],
     "other packages": sum(packages.values()) - packages["torch"] - packages["transformers"],
     "Debian, Python": DEBIAN_MB,
-    "model": sizes.folder_mb("models/minilm-mlm"),
-    "code": sizes.folder_mb("server.py", "gunicorn.conf.py", "workers"),
+    "model": l10_sizes.folder_mb("models/minilm-mlm"),
+    "code": l10_sizes.folder_mb("server.py", "gunicorn.conf.py", "workers"),
 }
 left_out = {
-    "pip": sizes.packages(["pip"])["pip"],
-    "pip's cache": sizes.packed_share() * sum(packages.values()),
+    "pip": l10_sizes.packages(["pip"])["pip"],
+    "pip's cache": l10_sizes.packed_share() * sum(packages.values()),
     "compilers": compilers_mb or 0.0,
 }
 image_mb, single_mb = sum(layers.values()), sum(layers.values()) + sum(left_out.values())
@@ -540,7 +540,7 @@ guess_start_s = 8.0
 # other in a new process. Then the server itself is started and timed.
 
 # %%
-from recipe import cold_start
+from support import l10_cold_start
 
 
 def seconds_to_ready():
@@ -551,7 +551,7 @@ def seconds_to_ready():
     return took_s
 
 
-tries = [(cold_start.parts(SERVER_CORES), seconds_to_ready()) for _ in range(quick(1, 2))]
+tries = [(l10_cold_start.parts(SERVER_CORES), seconds_to_ready()) for _ in range(quick(1, 2))]
 parts = {name: statistics.median(one[name] for one, _ in tries) for name in tries[0][0]}
 start_s = statistics.median(ready_s for _, ready_s in tries)
 sum_s = sum(parts.values())
@@ -611,17 +611,18 @@ guess_two_per_s = 120
 
 # %% [markdown]
 # **Prediction.** One replica answers a text every 20 ms, so 50 a second. Two answer twice as many, and the balancer adds little.
-# `loadtests/fleet.py` simulates it, with each replica's queue and what it refuses.
+# `loadtests/plan/fleet.py` simulates it, with each replica's queue and what it refuses.
 
 # %%
 import shutil
 
-from loadtests import drive, fleet
-from loadtests.bench_apps import SLEEP_S
-from loadtests.planner import OVERHEAD_S, CostLaw
+from loadtests.load import generator
+from loadtests.plan import fleet
+from loadtests.bench.apps import SLEEP_S
+from loadtests.plan.planner import OVERHEAD_S, CostLaw
 
 HAPROXY = shutil.which("haproxy") is not None
-SLEEPER = quick("loadtests.bench_apps:Sleeps", "notebooks.recipe.sleeper:Sleeper")
+SLEEPER = quick("loadtests.bench.apps:Sleeps", "notebooks.support.l10_sleeper:Sleeper")
 law, limit_s = CostLaw(0.0, SLEEP_S), 1.0
 settings = {"MODEL": SLEEPER, "DEADLINE_S": limit_s}
 began = time.monotonic()
@@ -640,7 +641,7 @@ runs = {
     for n, server in replicas.items()
     for rate in rates
 }
-good = {key: drive.summary(df, limit_s)["goodput_per_s"] for key, df in runs.items()}
+good = {key: generator.summary(df, limit_s)["goodput_per_s"] for key, df in runs.items()}
 
 
 def foretold(n, rate):
@@ -689,14 +690,14 @@ guess_gap_s = 3.0
 # can. The simulation is told when each text came and when the kill was.
 
 # %%
-from recipe import growing
+from support import l10_growing
 
 lost, lost_s = None, quick(4, 16)
 if HAPROXY:
-    lost = growing.disturb(
+    lost = l10_growing.disturb(
         two,
         lambda: load(two, "open", rate_per_s=80, **options | {"duration_s": lost_s}),
-        lambda: growing.kill_a_replica(two),
+        lambda: l10_growing.kill_a_replica(two),
         after_answers=quick(60, 240),
     )
     dying = fleet.Fleet(
@@ -714,7 +715,7 @@ if HAPROXY:
 # %%
 def draw_refusals(title, event, seconds, predicted, name, guess_s):
     """Refusals a second; dotted: what happened, and when there was a replica more."""
-    no = growing.by_second(event.rows, "503")
+    no = l10_growing.by_second(event.rows, "503")
     top = 1.25 * max(*predicted, no.max(), 1)
     with picture(title, "time, s", "refused, a second", ylim=(-0.05 * top, top)) as ax:
         line(ax, np.arange(seconds) + 0.5, predicted, name, drawstyle="steps-mid")
@@ -752,10 +753,10 @@ guess_grow_s = 2.0
 # %%
 grown, grow_s = None, quick(3, 13)
 if HAPROXY:
-    grown = growing.disturb(
+    grown = l10_growing.disturb(
         two,
         lambda: load(two, "open", rate_per_s=130, **options | {"duration_s": grow_s}),
-        lambda: growing.add_a_replica(two),
+        lambda: l10_growing.add_a_replica(two),
         after_answers=quick(60, 200),
     )
     over = max(0.0, 130 - 2 * fleet.Fleet(law, overhead_s=OVERHEAD_S).capacity_per_s)
@@ -776,17 +777,17 @@ stop()
 # here, so the new one loads beside the old ones. How much that takes from them we haven't measured.
 #
 # An autoscaler does the same by itself. This is a stored run of Ray Serve, which isn't installed here
-# (`loadtests/ray_curve.py`). At second 12 the load grows from 20 to 200 texts a second. A replica does 50 a second. Ray's
-# settings (`deploy/serve.yaml`) say for how long it looks and waits before it starts one. Then comes a cold start, of this little
+# (`loadtests/ray/curve.py`). At second 12 the load grows from 20 to 200 texts a second. A replica does 50 a second. Ray's
+# settings (`deploy/ray/serve.yaml`) say for how long it looks and waits before it starts one. Then comes a cold start, of this little
 # model about a second. That is the prediction.
 
 # %%
-ray = growing.ray()
+ray = l10_growing.ray()
 step_s = int((ray.offered > 2 * ray.offered.iloc[0]).idxmax())
 more_s = int((ray.replicas > 1).idxmax()) - step_s
 refusing = ray["503"][ray.index > step_s]
 calm_s = int(refusing[refusing > 0].index.max()) + 1 - step_s
-told_s = growing.ray_waits_s() + 1
+told_s = l10_growing.ray_waits_s() + 1
 tell(
     f"The second replica came {more_s} s after that, and nobody was refused after {calm_s} s; predicted: {told_s} s."
     f" Refused meanwhile: {int(refusing.sum()):,}."

@@ -96,9 +96,9 @@ way(("clients", "door", "queue", "loop", "model"), title="The way of a request")
 # both. **Read it. How many mistakes do you find?**
 
 # %%
-from recipe import recipe_broken, recipe_fixed
+from support import l01_broken, l01_fixed
 
-for function in (recipe_broken.endpoint, recipe_broken.model_loop, recipe_broken.lifespan):
+for function in (l01_broken.endpoint, l01_broken.model_loop, l01_broken.lifespan):
     print(inspect.getsource(function))
 
 # %%
@@ -118,7 +118,7 @@ guess_mistakes = 2  # in these three functions
 
 # %%
 tell(f"Your count: {guess_mistakes}. Ours: 5.")
-broken = serve_recipe("recipe_broken")
+broken = serve_recipe("l01_broken")
 [found["token_str"] for found in ask(broken).json]
 
 # %% [markdown]
@@ -132,9 +132,9 @@ way(
     changed={"thread"},
     title="The recipe, and the recipe, repaired",
 )
-print(inspect.getsource(recipe_fixed.endpoint))
-print(inspect.getsource(recipe_fixed.lifespan))
-repaired = serve_recipe("recipe_fixed")
+print(inspect.getsource(l01_fixed.endpoint))
+print(inspect.getsource(l01_fixed.lifespan))
+repaired = serve_recipe("l01_fixed")
 
 # %% [markdown]
 # ## Bug 1: it no longer starts
@@ -245,7 +245,7 @@ guess_new_ms = 20  # the stranger with the new connection
 # the loop goes round. In that round the next call may stand before it. So it waits for less than two calls, $2\,S$.
 
 # %%
-from recipe.door import crowd_at
+from support.l01_crowd import crowd_at
 
 
 def port(server):
@@ -371,9 +371,9 @@ print(source[source.index("        try:") : source.index("        finally:")])
 # all the same. There are two mistakes in it.
 
 # %%
-from recipe import recipe_batching
+from support import l01_batching
 
-print(inspect.getsource(recipe_batching.serve_one_batch))
+print(inspect.getsource(l01_batching.serve_one_batch))
 
 # %% [markdown]
 # A full answer is a list of five words. Two clients ask, then three. **How many words does each get?**
@@ -390,7 +390,7 @@ async def words_for_each(texts):
     queue, replies = asyncio.Queue(), [asyncio.Queue() for _ in texts]
     for text, reply in zip(texts, replies):
         queue.put_nowait((text, reply))
-    await recipe_batching.serve_one_batch(queue, pipe)
+    await l01_batching.serve_one_batch(queue, pipe)
     found = [reply.get_nowait() if reply.qsize() else [] for reply in replies]
     return [len(answer) if isinstance(answer, list) else 1 for answer in found]
 

@@ -67,7 +67,7 @@ memory_mb = {place: server.memory_mb() for place, server in servers.items()}
 # load balancer does.
 
 # %%
-from loadtests import texts
+from loadtests.load import texts
 
 long_text = texts.corpus("long")[0].text
 long_ms = float(np.median([ask(servers["inline"], long_text).ms for _ in range(7)]))
@@ -142,7 +142,7 @@ table(
 # still outside. So `inline` loses its batches, too. Let us check that: the same burst, and two strangers.
 
 # %%
-from recipe.door import crowd_at
+from support.l01_crowd import crowd_at
 
 port = int(servers["inline"].url.rstrip("/").rsplit(":", 1)[1])
 door = crowd_at(port, long_text, burst, inside=False, after_s=0.03)
@@ -393,7 +393,7 @@ import queue
 import socket
 import subprocess
 
-from workers.process import Process, packed, unpacked
+from workers.isolation.process import Process, packed, unpacked
 
 eight = [TEXT] * 8
 there, loop = queue.SimpleQueue(), asyncio.get_running_loop()
@@ -447,7 +447,7 @@ from workers import tasks
 from workers.metrics import Metrics
 from workers.settings import Settings
 
-load_model = partial(tasks.load_alone, Settings(MODEL="loadtests.bench_apps:Instant"))
+load_model = partial(tasks.load_alone, Settings(MODEL="loadtests.bench.apps:Instant"))
 places = {
     "inline": offload.Inline(load_model),
     "thread": offload.Thread(load_model),

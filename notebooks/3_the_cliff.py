@@ -468,11 +468,11 @@ guess_last_s = 0.5  # seconds
 # ever. Open: each second brings half a second's work too much. So one who comes at $t$ waits $t/2$.
 
 # %%
-from loadtests import drive
+from loadtests.load import generator
 
 users = 10
 closed = load(server, "closed", users=users, duration_s=seconds, limit_s=60)
-mu = drive.throughput_per_s(closed)  # the capacity, measured anew
+mu = generator.throughput_per_s(closed)  # the capacity, measured anew
 opened = load(server, "open", rate_per_s=1.5 * mu, duration_s=seconds, limit_s=60)
 
 # %%
@@ -585,7 +585,7 @@ with picture("One user sees one slow answer", "time of arrival, s", "time to the
 # The star is your guess, the black line the prediction. The lone user's report says: p99 as always. It left out all the
 # questions that others would have asked during that second. The load test and the server were *coordinated*: while the
 # server stood, the test stood too. (The name is Gil Tene's, in the talk *How NOT to Measure Latency*, 2013.) The cure is in
-# `loadtests/drive.py`: a schedule made beforehand, and the time counted **from when a question was due**, not from when it
+# `loadtests/load/generator.py`: a schedule made beforehand, and the time counted **from when a question was due**, not from when it
 # was sent.
 
 # %%

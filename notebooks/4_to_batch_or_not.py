@@ -42,7 +42,7 @@ guess_gain = 5  # times
 # (`planner` is in `loadtests`.)
 
 # %%
-from loadtests import planner
+from loadtests.plan import planner
 from workers.settings import Settings
 
 MOST = quick(8, 32)  # texts in a call, where texts are long
@@ -543,7 +543,7 @@ claim(
 guess_saved_ms = 10  # ms
 
 # %%
-from loadtests.planner import CostLaw
+from loadtests.plan.planner import CostLaw
 
 giant = CostLaw(a_s=0.05, b_s=0.0002)
 rates, giant_windows = (10, 50, 200), (0, 10, 50)

@@ -25,7 +25,8 @@ import numpy as np
 import psutil
 
 import checks
-from loadtests import drive, planner
+from loadtests.load import generator
+from loadtests.plan import planner
 
 # %% [markdown]
 # ## Goodput
@@ -63,7 +64,7 @@ def overload(rho, **rules):
 
 
 def goodput(df):
-    return drive.summary(df, LIMIT_S)["goodput_per_s"]
+    return generator.summary(df, LIMIT_S)["goodput_per_s"]
 
 
 # %% [markdown]
@@ -89,7 +90,7 @@ guess_goodput = 25  # right answers within 2 s, per second, of 50 possible
 # %%
 bounds = quick([2, 99, 105, 256, 10**6], [1, 2, 5, 10, 25, 50, 80, 99, 105, 128, 256, 512, 10**6])
 runs = {n: overload(2, max_queue=n) for n in bounds}
-in_time_of = {n: int(drive.good(df, LIMIT_S).sum()) for n, df in runs.items()}
+in_time_of = {n: int(generator.good(df, LIMIT_S).sum()) for n, df in runs.items()}
 goodputs = {n: goodput(df) for n, df in runs.items()}
 
 # %%
@@ -261,7 +262,7 @@ after_burst = {
     name: overload(0, arrivals_s=bursts, **settings)
     for name, settings in {"bound of 25": {"max_queue": 25}, "queue target": rules["queue target"]}.items()
 }
-share = {name: float(drive.good(df, LIMIT_S).mean()) for name, df in after_burst.items()}
+share = {name: float(generator.good(df, LIMIT_S).mean()) for name, df in after_burst.items()}
 tell(
     f"Of a burst of 60, the bound of 25 lets {share['bound of 25']:.0%} be answered in time (predicted: {25 / 60:.0%} and"
     f" a little; you guessed {guess_share:.0%}). The queue target: {share['queue target']:.0%}."
@@ -276,7 +277,7 @@ tell(
 # ## Measured
 #
 # Now the real server, over HTTP, at twice its capacity. So that its speed is known, its model does not compute: it
-# sleeps for 20 ms a call (`Sleeps` in `loadtests/bench_apps.py`). Four servers:
+# sleeps for 20 ms a call (`Sleeps` in `loadtests/bench/apps.py`). Four servers:
 #
 # - *patient* takes everything, and has no deadline;
 # - *careful* is this project's default, but for a deadline of 2 s;
@@ -289,12 +290,12 @@ tell(
 guess_patient = 25  # right answers within 2 s, per second
 
 # %%
-SLEEPS = {"MODEL": "loadtests.bench_apps:Sleeps"}
+SLEEPS = {"MODEL": "loadtests.bench.apps:Sleeps"}
 patient, careful, blocked, stuck = serve_all(
     SLEEPS | {"MAX_QUEUE": 10**6, "DEADLINE_S": 600, "QUEUE_TARGET_S": 0},
     SLEEPS | {"DEADLINE_S": LIMIT_S},
     SLEEPS | {"DEADLINE_S": LIMIT_S, "OFFLOAD": "inline"},
-    {"MODEL": "loadtests.bench_apps:Stuck", "MAX_QUEUE": 1, "DEADLINE_S": 1000},
+    {"MODEL": "loadtests.bench.apps:Stuck", "MAX_QUEUE": 1, "DEADLINE_S": 1000},
     cores=SERVER_CORES,
 )
 mu = capacity(careful, quick(1.5, 4), users=8)
@@ -326,7 +327,7 @@ def steps(ax, times_s, edges, label, color):
 figure, axes = plt.subplots(2, 1, sharex=True, figsize=(6.4, 5.4))
 for ax, name in zip(axes, model):
     df, edges = model[name], np.arange(0, seconds + STEP_S, STEP_S)
-    good_ones = drive.good(df, LIMIT_S)
+    good_ones = generator.good(df, LIMIT_S)
     steps(ax, df.due_s, edges, "come", GREY)
     steps(ax, df.due_s[good_ones], edges, "in time", BLUE)
     if name == "careful":

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 import checks
-from loadtests import drive
+from loadtests.load import generator
 from loadtests.modes import MODES, Mode
 
 # %% [markdown]
@@ -54,10 +54,10 @@ way(
 # | `gthread` with 8 threads | one of the threads | 8 |
 # | `asgi`, Gunicorn's own, or uvicorn's worker | a coroutine ([glossary](glossary.md)): nearly free | `BATCH_SIZE` |
 #
-# `workers/sync.conf.py`, `gthread.conf.py`, `asgi.conf.py` and `uvicorn.conf.py` are the settings for these. Each holds
+# `workers/gunicorn/sync.conf.py`, `gthread.conf.py`, `asgi.conf.py` and `uvicorn.conf.py` are the settings for these. Each holds
 # only what differs from the others.
 #
-# (There is one more thing, `workers/dirty.conf.py`. Newer Gunicorns can keep *dirty* workers beside the web workers: a
+# (There is one more thing, `workers/gunicorn/dirty.conf.py`. Newer Gunicorns can keep *dirty* workers beside the web workers: a
 # pool of processes for work that takes long, each with a model, called over a socket. The name is borrowed from
 # Erlang's "dirty schedulers"; nothing about them is unclean. They are a beta. Their queue has no bound and makes no
 # batches. So this lesson leaves them out.)
@@ -85,7 +85,7 @@ tell(f"The kinds of workers that Gunicorn knows by name: {', '.join(SUPPORTED_WO
 
 # %%
 USERS, CALL_S = 32, 0.1
-SLEEPS = {"MODEL": "loadtests.bench_apps:Sleeps", "SLEEP_S": CALL_S, "BATCH_SIZE": USERS}
+SLEEPS = {"MODEL": "loadtests.bench.apps:Sleeps", "SLEEP_S": CALL_S, "BATCH_SIZE": USERS}
 can_wait = quick({}, {"sync": 1}) | {"gthread": 8, "asgi": USERS, "uvicorn": USERS}
 kinds = {
     name: serve(Mode(name, f"gunicorn -c workers/{name}.conf.py --workers 1"), wait=False, **SLEEPS)
@@ -99,7 +99,8 @@ runs = {
 }
 stop(*kinds.values())
 by_kind = {
-    name: (drive.throughput_per_s(df, quick(0.4, 0.8)), int(df.batch_size.max())) for name, df in runs.items()
+    name: (generator.throughput_per_s(df, quick(0.4, 0.8)), int(df.batch_size.max()))
+    for name, df in runs.items()
 }
 mean_batch = {name: df.batch_size.count() / (1 / df.batch_size).sum() for name, df in runs.items()}
 expected = {name: max(1, k / 2) / CALL_S for name, k in can_wait.items()}
@@ -192,7 +193,7 @@ tell(f"A waiting thread took {thread_mb * 1000:.0f} kB here. 1,000 of them: {thr
 import asyncio
 
 import uvloop
-from loadtests.crowd import Crowd
+from loadtests.load.raw_client import Crowd
 
 CROWD, WARM_S = 1000, quick(1.0, 2.0)
 
@@ -221,9 +222,9 @@ def wakings(server):
 patient = {"BATCH_SIZE": 64, "MAX_QUEUE": 4000, "QUEUE_TARGET_S": 0, "DEADLINE_S": 30}
 threads_1024 = Mode(
     "1,024 threads",
-    "gunicorn -c workers/gthread.conf.py --threads 1024 --worker-connections 4000",
+    "gunicorn -c workers/gunicorn/gthread.conf.py --threads 1024 --worker-connections 4000",
 )
-event_loop = Mode("an event loop", "gunicorn -c workers/uvicorn.conf.py --workers 1")
+event_loop = Mode("an event loop", "gunicorn -c workers/gunicorn/uvicorn.conf.py --workers 1")
 crowds = []
 for mode in (threads_1024, event_loop):
     began = time.perf_counter()
@@ -290,7 +291,7 @@ claim(
 
 # %% [markdown]
 # Threads that wait cost little memory. What costs is to wake them: look at the switches from thread to thread. A
-# request goes from a thread to the event loop, and its answer comes back the same way (`workers/wsgi.py`). Each switch
+# request goes from a thread to the event loop, and its answer comes back the same way (`workers/gunicorn/wsgi.py`). Each switch
 # is a wait, for the core or for Python's lock. The core itself has time to spare: see its column.
 #
 # *Where the formula fails:* a request is more than its thread. Its buffers, its text and its place in the queue take
@@ -389,7 +390,7 @@ def saturate(server):
     return {
         "MB": sum(sizes),
         "each": [f"{mb:.0f}" for mb in sizes if mb > 5],
-        "per_s": float(np.mean([drive.throughput_per_s(df, quick(0.2, 0.5)) for df in runs])),
+        "per_s": float(np.mean([generator.throughput_per_s(df, quick(0.2, 0.5)) for df in runs])),
     }
 
 
@@ -539,7 +540,7 @@ tell(
 #
 # Torch computes with several threads of its own, by default one for each core, in *each* process. They work in step:
 # after every operation all wait for the slowest. This server looks at the cores once a second, and takes only as many
-# threads as nobody else uses (`workers/threads.py`). Here we take that off, and call the model directly. Beside it
+# threads as nobody else uses (`workers/tasks/threads.py`). Here we take that off, and call the model directly. Beside it
 # there is nothing; then another program that keeps one core busy. **Your guess:** how many times as fast as one thread
 # are two, beside that program?
 
@@ -552,13 +553,13 @@ guess_beside = 1.0  # times as fast
 # fast as one.
 
 # %%
-from loadtests import bench_threads
+from loadtests.bench.overhead import threads
 
 scenes = {"nothing else": [], "one core busy": [1.0]}
 hows = {"1": "1 thread", str(cores): f"{cores} threads"}
 hows |= quick({}, {str(2 * cores): f"{2 * cores} threads", "ours": "as the server chooses"})
 by_scene, core_ms = {}, {}
-with bench_threads.answering() as rate:
+with threads.answering() as rate:
     (process,) = psutil.Process().children()[-1:]  # which calls the model
 
     def measure(how):
@@ -569,7 +570,7 @@ with bench_threads.answering() as rate:
         return per_s, took_s / (time.perf_counter() - began) / per_s * 1000
 
     for scene, neighbours in scenes.items():
-        with bench_threads.beside(neighbours):
+        with threads.beside(neighbours):
             turns = [{how: measure(how) for how in hows} for _ in range(quick(1, 3))]
         for how in hows:
             by_scene.setdefault(scene, {})[how] = float(np.median([turn[how][0] for turn in turns]))
@@ -639,7 +640,7 @@ guess_status = 200
 # started the worker, kills it after 2 to 4 s, in the middle of the call.
 
 # %%
-short = Mode("timeout-2", "gunicorn -c workers/uvicorn.conf.py --workers 1 --timeout 2")
+short = Mode("timeout-2", "gunicorn -c workers/gunicorn/uvicorn.conf.py --workers 1 --timeout 2")
 places = ("thread", "inline")
 slow = SLEEPS | {"SLEEP_S": 5, "BATCH_SIZE": 1}
 in_place = dict(zip(places, serve_all(*(slow | {"OFFLOAD": place} for place in places), mode=short)))
@@ -662,7 +663,7 @@ tell(f"You guessed {guess_status} for the second.")
 # The worker was healthy. It computed what it was asked for, and was shot in the middle. Its clients get nothing, and
 # the model has to be loaded again. It happens under load, when batches are large: so it happens again.
 #
-# The rule of `workers/deployment.py`: the timeout is longer than any healthy silence, and the model never sits on the
+# The rule of `workers/gunicorn/common.py`: the timeout is longer than any healthy silence, and the model never sits on the
 # loop.
 
 # %% [markdown]
@@ -680,7 +681,7 @@ guess_bare, guess_instant = 20_000, 10_000  # requests per second
 # microseconds. A core can't answer more than one second ÷ that.
 
 # %%
-from loadtests import bench, bench_apps
+from loadtests.bench.overhead import overhead, apps
 
 body = TEXT.encode()
 scope = {"type": "http", "method": "POST", "path": "/", "root_path": "", "query_string": b"", "headers": []}
@@ -697,7 +698,7 @@ async def call_it(times):
 
     began = time.perf_counter()
     for _ in range(times):
-        await bench_apps.bare(dict(scope), receive, send)
+        await apps.bare(dict(scope), receive, send)
     return (time.perf_counter() - began) / times
 
 
@@ -708,7 +709,7 @@ def requests_per_s(name, app, **env):
     """Of 32 connections that ask without a pause; the server on one core, they on another."""
 
     def work():
-        with bench.serving(name, 32, app, **env) as rate:
+        with overhead.serving(name, 32, app, **env) as rate:
             rate(0.3)
             return float(np.median([rate(quick(0.5, 1.5)) for _ in range(quick(1, 3))]))
 
@@ -716,9 +717,9 @@ def requests_per_s(name, app, **env):
         return pool.submit(work).result()
 
 
-instant = {"MODEL": "loadtests.bench_apps:Instant"}
+instant = {"MODEL": "loadtests.bench.apps:Instant"}
 rates = {
-    "bare Starlette": requests_per_s("bare", "loadtests.bench_apps:bare"),
+    "bare Starlette": requests_per_s("bare", "loadtests.bench.apps:bare"),
     "this server, batches of 32": requests_per_s("batch", "server:app", BATCH_SIZE="32", **instant),
     "this server, one by one": requests_per_s("single", "server:app", BATCH_SIZE="1", **instant),
 }

@@ -35,14 +35,14 @@ folder = tempfile.TemporaryDirectory()
 # ## From a module to a service
 #
 # Here is a module of our own, or rather the method of it that computes. It guesses in which language a text is written.
-# The rest of it, its sentences and its training are in `notebooks/recipe/recipe_own.py`. It learns thirty sentences.
+# The rest of it, its sentences and its training are in `notebooks/support/l07_language.py`. It learns thirty sentences.
 
 # %%
-from recipe import recipe_own
+from support import l07_language
 
-print(inspect.getsource(recipe_own.Net.forward))
+print(inspect.getsource(l07_language.Net.forward))
 torch.manual_seed(0)
-net = recipe_own.train(recipe_own.Net())
+net = l07_language.train(l07_language.Net())
 weights = str(Path(folder.name) / "language.pt")
 torch.save(net.state_dict(), weights)
 
@@ -51,7 +51,7 @@ torch.save(net.state_dict(), weights)
 # of answers, one for each. That is all that it must have. Here is the one of our class `Language`, in the same file:
 
 # %%
-print(inspect.getsource(recipe_own.Language.__call__))
+print(inspect.getsource(l07_language.Language.__call__))
 
 # %% [markdown]
 # Two more things are worth their lines:
@@ -63,7 +63,7 @@ print(inspect.getsource(recipe_own.Language.__call__))
 #   Ours takes a parameter, too: `rounds`, for an experiment below.
 
 # %%
-print(inspect.getsource(recipe_own.Language.check))
+print(inspect.getsource(l07_language.Language.check))
 
 # %% [markdown]
 # Only the last box of the way is yours. Queue, batches, deadlines, refusals and metrics are there already.
@@ -75,7 +75,7 @@ way(("clients", "server.py", "queue", "loop", "thread", "Language"), changed={"L
 # `MODEL=module:Class` names the class. `LANGUAGE_WEIGHTS` is our own setting: the class reads it.
 
 # %%
-own = {"MODEL": "notebooks.recipe.recipe_own:Language", "LANGUAGE_WEIGHTS": weights, "BATCH_SIZE": 32}
+own = {"MODEL": "notebooks.support.l07_language:Language", "LANGUAGE_WEIGHTS": weights, "BATCH_SIZE": 32}
 language = serve(**own)
 
 
@@ -101,7 +101,7 @@ table([{"sent": sent, "status": reply.status, "reply": reply.body} for sent, rep
 @torch.inference_mode()
 def furthest_apart(forget):
     """How far a short text's raw scores alone are from those beside a long one, at most."""
-    short, long = recipe_own.numbers(asked[0]), recipe_own.numbers(asked[1] * 8)
+    short, long = l07_language.numbers(asked[0]), l07_language.numbers(asked[1] * 8)
     both = pad_sequence([short, long], batch_first=True)
     if forget:  # the zeros become letters: blanks
         both = both.clamp(min=1)
@@ -109,7 +109,7 @@ def furthest_apart(forget):
 
 
 careful, careless = furthest_apart(forget=False), furthest_apart(forget=True)
-alone = net(recipe_own.numbers(asked[0])[None])[0].tolist()
+alone = net(l07_language.numbers(asked[0])[None])[0].tolist()
 tell(
     f"Alone the text has the raw scores {', '.join(f'{score:.1f}' for score in alone)}. Beside a long text they move by"
     f" {careful:.5f} at most; where the zeros count as letters, by {careless:.1f}."
@@ -125,15 +125,15 @@ tell(
 # folder. The heads' weights are random. So their answers mean nothing, but their form, their size and their time are real.
 
 # %%
-from loadtests.texts import corpus
-from recipe import parts
+from loadtests.load.texts import corpus
+from support import l07_parts
 
 SERVED = {
     "a vector a text": "feature-extraction",
     "a vector a token": "feature-extraction",
     **quick({}, {task: task for task in ("text-classification", "token-classification")}),
 }
-folders = {task: parts.make(folder.name, task) for task in parts.KINDS}
+folders = {task: l07_parts.make(folder.name, task) for task in l07_parts.KINDS}
 started = serve_all(
     *({"MODEL": folders[name], "TASK": task, "BATCH_SIZE": 32} for name, task in SERVED.items())
 )
@@ -187,19 +187,19 @@ head_cost = {
 }
 predicted_head = {task: cost / (cost + layers * 12 * h * h) for task, cost in head_cost.items()}
 sentences = [one.text for one in corpus("short")[:32]]
-timed = {task: parts.time_parts(folders[task], task, sentences, quick(1, 7)) for task in parts.KINDS}
+timed = {task: l07_parts.time_parts(folders[task], task, sentences, quick(1, 7)) for task in l07_parts.KINDS}
 ms = {task: found for task, (found, _, _) in timed.items()}
 total = {task: sum(found.values()) for task, found in ms.items()}
-share = {task: {part: found[part] / total[task] for part in parts.PARTS} for task, found in ms.items()}
+share = {task: {part: found[part] / total[task] for part in l07_parts.PARTS} for task, found in ms.items()}
 table(
     [
-        {"32 texts, ms": task, **{part: f"{found[part]:.2f}" for part in parts.PARTS}}
+        {"32 texts, ms": task, **{part: f"{found[part]:.2f}" for part in l07_parts.PARTS}}
         for task, found in ms.items()
     ]
 )
 
 # %%
-rows = list(parts.KINDS)[::-1]
+rows = list(l07_parts.KINDS)[::-1]
 with picture("Almost all is the encoder, but for fill-mask's head", "% of the call", "") as ax:
     left = [0.0] * len(rows)
     shown = {"tokenise, pad": GREY, "forward": SKY, "head": ORANGE, "answer": RED, "serialise": BLUE}
@@ -250,7 +250,7 @@ guess_kb = 100  # KB for a text of 256 tokens
 # %%
 import numpy as np
 
-from workers.contract import rendered
+from workers.web.contract import rendered
 
 vector = np.random.default_rng(0).normal(size=384).astype("float32")
 began = time.perf_counter()
@@ -410,19 +410,19 @@ tell(
 # product out of the encoder's layers, and what it costs for each token.
 
 # %%
-from recipe import measure
+from support import l07_measure
 
 product = torch.nn.Linear(h, 4 * h)
-letters = [recipe_own.numbers(text) for text in plain]
+letters = [l07_language.numbers(text) for text in plain]
 
 
 @torch.inference_mode()
 def prices_in(n):
     """Seconds a letter and a token, n texts in a call."""
     batches = [pad_sequence(letters[i : i + n], batch_first=True) for i in range(0, 32, n)]
-    letter_s = measure.seconds(lambda: [net(batch) for batch in batches]) / sum(map(len, letters))
+    letter_s = l07_measure.seconds(lambda: [net(batch) for batch in batches]) / sum(map(len, letters))
     tokens = torch.rand(11 * n, h)
-    return letter_s, measure.seconds(lambda: product(tokens), 99) / len(tokens)
+    return letter_s, l07_measure.seconds(lambda: product(tokens), 99) / len(tokens)
 
 
 prices = [(n, *prices_in(n)) for n in (1, 8, 32)]
@@ -482,8 +482,8 @@ guess_two_threads = 1.8  # times the answers of one copy
 # %%
 text = "The train leaves in the morning, and we will be there. " * 16
 with torch.inference_mode():
-    torch_s = measure.seconds(lambda: net(recipe_own.numbers(text)[None]))
-round_s = measure.seconds(lambda: recipe_own.numbers(text, 40)) / 40
+    torch_s = l07_measure.seconds(lambda: net(l07_language.numbers(text)[None]))
+round_s = l07_measure.seconds(lambda: l07_language.numbers(text, 40)) / 40
 
 
 def rounds_for(share):
@@ -512,7 +512,7 @@ def at(place, share):
     """Answers/s, ms for /health, and ms of a call of the model, where Python is this share of a call."""
     server, body = copies[place], json.dumps({"inputs": text, "rounds": rounds_for(share)})
     before = counters(server)
-    per_s, health_ms = measure.under_load(server, body, CLIENT_CORES, duration_s=quick(1.6, 5))
+    per_s, health_ms = l07_measure.under_load(server, body, CLIENT_CORES, duration_s=quick(1.6, 5))
     after = counters(server)
     calls_s, calls = (
         after[f"model_call_seconds_{of}"] - before[f"model_call_seconds_{of}"] for of in ("sum", "count")

@@ -46,7 +46,7 @@ import subprocess
 import sys
 import time
 
-from loadtests.start_methods import measure_afresh
+from notebooks.support.l08_start_methods import measure_afresh
 
 
 def seconds_of(code):
@@ -106,7 +106,7 @@ guess_preloaded_s = 0.5  # seconds
 from concurrent.futures import ThreadPoolExecutor
 
 patience_s = quick(3, 8)
-COMPUTES = "notebooks.recipe.recipe_computes"
+COMPUTES = "notebooks.support.l08_computes"
 kinds = {  # name: method, what the parent did, what is preloaded
     "fork, torch imported": ("fork", "imported torch", ()),
     "forkserver, torch preloaded": ("forkserver", "computed with torch", ("torch",)),
@@ -268,7 +268,7 @@ from loadtests.modes import ROOT
 
 def stuck(method, share, number):
     """Start processes while a thread holds a lock for this share of the time; who can't take it gives up after half a second."""
-    command = [sys.executable, "-m", "notebooks.recipe.recipe_locks", method, str(share), str(number)]
+    command = [sys.executable, "-m", "notebooks.support.l08_locks", method, str(share), str(number)]
     found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100, cwd=ROOT)
     return json.loads(found.stdout)
 
@@ -380,7 +380,7 @@ tell(
 # %%
 import inspect
 
-from recipe import recipe_devices as service
+from support import l08_devices as service
 
 for part in (service.Broken.work, service.Broken.choose, service.Broken.predict):
     print(inspect.getsource(part))
@@ -573,7 +573,7 @@ guess_wait = 2.0  # times the mean time of a text
 # %%
 import math
 
-from recipe import recipe_queues as queues
+from support import l08_queues as queues
 
 S, RHO, DEVICES = 0.02, 0.8, 2
 POLICIES = ("at random", "round robin", "least loaded", "one shared queue")
@@ -599,7 +599,7 @@ def formula(policy, kind):
 
 # %%
 patient = {"MAX_QUEUE": 100_000, "DEADLINE_S": 60, "QUEUE_TARGET_S": 0}
-nap = {"MODEL": "notebooks.recipe.recipe_queues:Nap"}
+nap = {"MODEL": "notebooks.support.l08_queues:Nap"}
 A, B, MOST = 0.008, 0.001, 32  # for later: a call with n texts takes A + B n seconds
 settings = [
     {**nap, **patient, "INSTANCES": DEVICES},
@@ -824,14 +824,14 @@ tell("Busy: " + ", ".join(f"{share:.0f} % with {k}" for k, share in zip(instance
 #
 # These six measurements need one: several streams, several instances, page-locked memory that is allocated once, a cache that
 # is cleared, the driver's utilisation beside the time that is really busy, CUDA after a fork. They stand in
-# `recipe/recipe_gpu.py`, a few lines each.
+# `support/l08_gpu.py`, a few lines each.
 
 # %%
 import torch
 
 HAS_GPU = torch.cuda.is_available()
 if HAS_GPU:
-    command = [sys.executable, "-m", "notebooks.recipe.recipe_gpu"]
+    command = [sys.executable, "-m", "notebooks.support.l08_gpu"]
     output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200, cwd=ROOT).stdout
     advice = json.loads(output.splitlines()[-1])
     table(advice)
@@ -842,9 +842,9 @@ else:
 
 
 # %%
-from recipe import recipe_gpu
+from support import l08_gpu
 
-for row, (text, takes) in enumerate(recipe_gpu.CLAIMS):
+for row, (text, takes) in enumerate(l08_gpu.CLAIMS):
     if HAS_GPU:
         what, first, second = advice[row].values()
         who, number, verdict = (
@@ -853,7 +853,7 @@ for row, (text, takes) in enumerate(recipe_gpu.CLAIMS):
             "see the number",
         )
     else:
-        who = "needs a GPU; `notebooks/recipe/recipe_gpu.py` measures it"
+        who = "needs a GPU; `notebooks/support/l08_gpu.py` measures it"
         number, verdict = f"none here; it takes {takes}", "untested here"
     claim(text, who=who, number=number, verdict=verdict)
 

@@ -20,7 +20,7 @@ from lesson import quick, table, tell, way
 import math
 
 import checks
-from loadtests import runtimes
+from support import l09_runtimes
 
 # %% [markdown]
 # The runtime is the last box on the way of a request. All else stays as it was. So this lesson needs no server: it asks the
@@ -59,7 +59,7 @@ def operations(n, m):
 
 
 core = min(SERVER_CORES)
-limits = runtimes.errand("limits", quick(0.4, 4.0), core=core)
+limits = l09_runtimes.errand("limits", quick(0.4, 4.0), core=core)
 tell(
     f"Ten tokens, the head at each: {operations(10, 10):,} operations by the formula, {limits['counted']:,} counted by"
     " torch."
@@ -70,8 +70,8 @@ tell(
 # read the weights, however small its batch is. So we also measure how many bytes a second come in.
 
 # %%
-short = runtimes.texts(32)
-tokens = runtimes.lengths(short)
+short = l09_runtimes.texts(32)
+tokens = l09_runtimes.lengths(short)
 mean = sum(tokens) / len(tokens)
 weights_mb = 4 * (L * (4 * h * h + 2 * h * i) + h * h + h * V) / 1e6  # the embeddings are only looked up
 table(
@@ -129,14 +129,16 @@ guess_times = 3  # times PyTorch's texts a second
 # %%
 names = quick(
     ["PyTorch", "ONNX Runtime", "ONNX Runtime, int8", "fast path"],
-    list(runtimes.RUNTIMES),
+    list(l09_runtimes.RUNTIMES),
 )
 sizes = [1, 8, 32]
 cells = [("short", size, quick(1, 5)) for size in sizes]
 cells += [("mixed", size, quick(1, 2)) for size in quick([8], sizes)]
-with runtimes.exported(quick(False, True)) as (folder, export_s):
-    running, missing = runtimes.start(names, folder, core=core, patience_s=150)  # a compiler takes its time
-per_s = runtimes.rates(running, cells)
+with l09_runtimes.exported(quick(False, True)) as (folder, export_s):
+    running, missing = l09_runtimes.start(
+        names, folder, core=core, patience_s=150
+    )  # a compiler takes its time
+per_s = l09_runtimes.rates(running, cells)
 tell(f"Not measured: {'; '.join(f'{name} ({why})' for name, why in missing.items()) or 'none'}.")
 
 
@@ -286,7 +288,7 @@ guess_less = 2  # times ONNX Runtime's texts a second
 # %%
 def work(texts, size, lean):
     """Operations for all texts, `size` a call: each call padded to its longest, or lean."""
-    n = runtimes.lengths(texts)
+    n = l09_runtimes.lengths(texts)
     if lean:
         return sum(operations(one, 1) for one in n)
     calls = [n[k : k + size] for k in range(0, len(n), size)]
@@ -294,7 +296,7 @@ def work(texts, size, lean):
 
 
 size = quick(8, 32)
-lines = {kind: runtimes.texts(32, kind) for kind in ("short", "mixed")}
+lines = {kind: l09_runtimes.texts(32, kind) for kind in ("short", "mixed")}
 predicted_less = {k: work(asked, size, False) / work(asked, size, True) for k, asked in lines.items()}
 measured_less = {k: per_s["fast path", k, size] / per_s["ONNX Runtime", k, size] for k in lines}
 table(
@@ -371,10 +373,10 @@ guess_gap = 0.1  # from 0 to 1
 # the distance of two logits by up to 1/16. A score moves at most a quarter as far as that distance: by 1/64.
 
 # %%
-asked = [runtimes.texts(60)[k : k + 4] for k in range(0, 60, 4)]
+asked = [l09_runtimes.texts(60)[k : k + 4] for k in range(0, 60, 4)]
 expected = running["PyTorch"].ask("answers", asked)
 answers = {name: process.ask("answers", asked) for name, process in running.items()}
-alike = {name: runtimes.agreement(found, expected) for name, found in answers.items()}
+alike = {name: l09_runtimes.agreement(found, expected) for name, found in answers.items()}
 table(
     [
         {
@@ -438,7 +440,7 @@ guess_mb = 300  # MB
 # runtime that runs the head at the mask has no such thing.
 
 # %%
-longest = max(runtimes.lengths(lines["mixed"]))
+longest = max(l09_runtimes.lengths(lines["mixed"]))
 held, peaks = {name: process.first for name, process in running.items()}, {}
 installed = {}
 for name, process in running.items():
@@ -472,7 +474,7 @@ if "ONNX Runtime" in running:
     )
     tell(
         f"On disk: of the {installed['ONNX Runtime']:.0f} MB that pip installs for ONNX Runtime and a tokenizer, ONNX Runtime"
-        f" itself is {runtimes.installed_mb(['onnxruntime'], alone=True):.0f}."
+        f" itself is {l09_runtimes.installed_mb(['onnxruntime'], alone=True):.0f}."
     )
 
 # %%

@@ -287,7 +287,7 @@ def exercise_4_2(smallest_batch: Any) -> None:
 def exercise_4_3(mean_wait_s: Any) -> None:
     from lesson import simulate
 
-    from loadtests.planner import CostLaw
+    from loadtests.plan.planner import CostLaw
 
     if mean_wait_s(20, 0.05) is None:
         raise NotYet("your turn: it returned None")

@@ -36,8 +36,10 @@ sys.path.insert(0, str(HERE.parent))  # the project, from which the lessons impo
 warnings.filterwarnings("ignore", message="IProgress")  # we show no progress bars
 os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
-from loadtests import drive, machine, modes, planner  # noqa: E402
-from loadtests.pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, name_lines, plain_numbers  # noqa: E402
+from loadtests import host, modes
+from loadtests.compare.pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, name_lines, plain_numbers  # noqa: E402
+from loadtests.load import generator
+from loadtests.plan import planner  # noqa: E402
 
 QUICK = os.environ.get("QUICK") == "1"
 TEXT = "Paris is the [MASK] of France."
@@ -83,8 +85,8 @@ def serve(
 
 
 def serve_recipe(name: str, **settings: Any) -> modes.Server:
-    """Start one of the programs in notebooks/recipe; return when it has answered once (it has no /ready to ask)."""
-    mode = modes.Mode(name, f"uvicorn notebooks.recipe.{name}:app")
+    """Start one of the programs in notebooks/support; return when it has answered once (it has no /ready to ask)."""
+    mode = modes.Mode(name, f"uvicorn notebooks.support.{name}:app")
     server = serve(mode, wait=False, OMP_NUM_THREADS=1, **settings)
     # It can't be asked to stop: it waits for its hung requests.
     _running[id(server)].callback(server.process.kill)
@@ -127,9 +129,9 @@ atexit.register(stop)
 
 
 def load(server: modes.Server, scenario: str, **options: Any) -> pd.DataFrame:
-    """Run a scenario of loadtests/drive.py on the clients' core; a row for every request."""
+    """Run a scenario of loadtests/load/generator.py on the clients' core; a row for every request."""
     if not hasattr(_generator, "locust"):
-        _generator.locust = _generator.enter_context(drive.generator(CLIENT_CORES))  # type: ignore[attr-defined]
+        _generator.locust = _generator.enter_context(generator.generator(CLIENT_CORES))  # type: ignore[attr-defined]
     return _generator.locust.run(server.url, scenario, **options)  # type: ignore[attr-defined]
 
 
@@ -139,7 +141,7 @@ def capacity(server: modes.Server, duration_s: float, **options: Any) -> float:
     df = load(
         server, "closed", users=users, duration_s=duration_s + 0.5, limit_s=10.0, timeout_s=20.0, **options
     )
-    return drive.throughput_per_s(df, 0.5)
+    return generator.throughput_per_s(df, 0.5)
 
 
 def apart(work: Callable[[], Any], cores: set[int] | None = None) -> Any:
@@ -340,7 +342,7 @@ def claim(text: str, *, who: str, number: str, verdict: str) -> None:
 
     A claim that can't be tested here has the verdict "untested here", and `number` says what it would take.
     """
-    on = f"{machine.processor()}, {len(CORES)} cores, {datetime.date.today()}"
+    on = f"{host.processor()}, {len(CORES)} cores, {datetime.date.today()}"
     entry = {"claim": text, "who": who, "number": number, "verdict": verdict, "on": on}
     lines = [f"> **“{text}”**", f"> {who}: {number}", f"> Verdict: **{verdict}**"]
     display(Markdown("  \n".join(lines)), metadata={"claim": entry})

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import Crowd
 from xdist.scheduler import LoadScopeScheduling
 
 from loadtests.modes import MODES, ROOT
-from workers.threads import usable_cores
+from tests.support.client import Crowd
+from workers.resources import usable_cores
 
 MODEL = ROOT / "models" / "minilm-mlm"
 # Their tests share nothing that takes long to make: each goes to whichever process is free.
@@ -20,7 +20,7 @@ SINGLE = {
     "test_loop",
     "test_notebooks",
     "test_offload",
-    "test_own",
+    "test_custom_class",
     "test_planner",
     "test_service",
     "test_tasks",

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtests.planner import Silent, VirtualClock
+from loadtests.plan.planner import Silent, VirtualClock
 from workers.jobs import Answer, Late, Refused
 from workers.loop import ModelLoop
-from workers.speed import Speed
+from workers.scheduling.cost_model import Speed
 
 
 class End(NamedTuple):

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import ENTITIES, make_model, make_tokenizer, save
 
+from tests.support.small_models import ENTITIES, make_model, make_tokenizer, save
 from workers import offload, tasks
-from workers.contract import rendered
 from workers.metrics import Metrics
 from workers.service import make_copies
 from workers.settings import HERE, Settings
 from workers.tasks import CannotAnswer
 from workers.tasks.pipeline import load_pipeline
+from workers.web.contract import rendered
 
 MODEL = Settings().MODEL
 CLOZE = [line.split("\t")[0] for line in (Path(MODEL) / "cloze60.tsv").read_text().splitlines()]
@@ -144,7 +144,7 @@ def test_torch_gets_the_threads_that_the_settings_say(monkeypatch: pytest.Monkey
     def stop(*_: Any) -> None:
         raise Stopped(torch.get_num_threads())
 
-    monkeypatch.setattr("workers.tasks.packed.pick_dtype", stop)
+    monkeypatch.setattr("workers.tasks.common.packed.pick_dtype", stop)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
@@ -166,7 +166,7 @@ def test_models_are_loaded_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(Stopped):
             load_pipeline(Settings(TORCH_THREADS=torch.get_num_threads()))
 
-    monkeypatch.setattr("workers.tasks.packed.pick_dtype", stop)
+    monkeypatch.setattr("workers.tasks.common.packed.pick_dtype", stop)
     with ThreadPoolExecutor(2) as threads:  # Transformers' loader isn't thread-safe
         for loaded in [threads.submit(load) for _ in range(2)]:
             loaded.result()

@@ -12,10 +12,10 @@ import grpc
 import pytest
 from tritonclient.grpc import service_pb2 as pb
 
-from loadtests.chaos import DEPLOYMENTS, Census, Run, Storm, Window, possible, report
-from loadtests.chaos_clients import KINDS, NOBODY, SLACK_S, Outcome, asked, good, kills
-from loadtests.chaos_faults import Fault, nothing
-from loadtests.chaos_grpc import MODEL, by_call, by_stream, over_grpc
+from loadtests.chaos.clients import KINDS, NOBODY, SLACK_S, Outcome, asked, good, kills
+from loadtests.chaos.faults import Fault, nothing
+from loadtests.chaos.grpc_clients import MODEL, by_call, by_stream, over_grpc
+from loadtests.chaos.run import DEPLOYMENTS, Census, Run, Storm, Window, possible, report
 
 CHANCE = random.Random(0)
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s"

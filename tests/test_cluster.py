@@ -17,13 +17,27 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
-from client import PARIS, SLOW, Crowd, Reply, below, dial, get, hear, metric, post, request, say, until
 
 from loadtests.modes import MODES, ROOT, Mode, Server, free_port, is_alive, start
-from tests.stand_in import BROKEN
+from tests.support.client import (
+    PARIS,
+    SLOW,
+    Crowd,
+    Reply,
+    below,
+    dial,
+    get,
+    hear,
+    metric,
+    post,
+    request,
+    say,
+    until,
+)
+from tests.support.fake_models import BROKEN
 
 CLUSTER = MODES["haproxy-2"]
-STAND_IN = {"MODEL": "tests.stand_in:FillMask"}
+STAND_IN = {"MODEL": "tests.support.fake_models:FillMask"}
 haproxy = pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")
 pytestmark = [pytest.mark.slow, haproxy]
 
@@ -121,7 +135,7 @@ def test_a_replica_more_and_one_fewer_cost_nobody_an_answer(cluster: Server, cro
 
 def test_a_replacement_that_cannot_load_comes_once_it_can(crowd: Crowd, tmp_path: "os.PathLike[str]") -> None:
     broken = ROOT.joinpath(tmp_path, "broken")
-    with start(CLUSTER, {"MODEL": "tests.stand_in:Obedient", BROKEN: str(broken)}) as server:
+    with start(CLUSTER, {"MODEL": "tests.support.fake_models:Obedient", BROKEN: str(broken)}) as server:
         until(lambda: len(ready(server)) == 2)
         broken.touch()
         os.kill(ready(server)[0], signal.SIGKILL)

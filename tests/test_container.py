@@ -71,10 +71,10 @@ def test_all_use_the_images_that_the_dockerfile_makes() -> None:
     assert IN_COMPOSE["image"] == CONTAINER["image"]
     build = IN_COMPOSE["build"]
     assert (DEPLOY / build["context"] / build["dockerfile"]).read_text() == DOCKERFILE
-    pinned = (DEPLOY / "requirements-ray.txt").read_text()
+    pinned = (DEPLOY / "ray" / "requirements.txt").read_text()
     assert f"ray[serve]=={cluster['rayVersion']}" in pinned
     assert cluster["authOptions"] == {"mode": "token"}, "Ray's dashboard runs whatever it is sent"
-    assert "import_path: deploy.ray_serve:app" in ray["spec"]["serveConfigV2"]
+    assert "import_path: deploy.ray.serve:app" in ray["spec"]["serveConfigV2"]
 
 
 def test_ports_and_paths_are_the_apps() -> None:
@@ -148,7 +148,7 @@ def test_haproxy_understands_its_configuration_as_compose_sets_it(monkeypatch: p
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="prometheus is not installed")
 def test_composes_prometheus_understands_its_configuration(tmp_path: Path) -> None:
-    shutil.copy(DEPLOY / "rules.yml", tmp_path)
+    shutil.copy(DEPLOY / "monitoring" / "rules.yml", tmp_path)
     (tmp_path / "prometheus.yml").write_text(COMPOSE["configs"]["prometheus"]["content"])
     ended = subprocess.run(
         ["promtool", "check", "config", str(tmp_path / "prometheus.yml")], capture_output=True

@@ -19,7 +19,10 @@ from typing import Any
 
 import psutil
 import pytest
-from client import (
+from conftest import MODEL
+
+from loadtests.modes import MODES, Server, start
+from tests.support.client import (
     PARIS,
     POISON,
     SLOW,
@@ -37,8 +40,7 @@ from client import (
     until,
     workers,
 )
-from conftest import MODEL
-from promises import (
+from tests.support.mode_matrix import (
     GUNICORNS_PAGE,
     ITS_REPLICAS,
     ITS_SHARE,
@@ -50,8 +52,6 @@ from promises import (
     exception,
     kept,
 )
-
-from loadtests.modes import MODES, Server, start
 
 GATHERS = "a batch gathers all connections"
 WORKERS = {mode: 2 if mode in ("uvicorn-2", "sync-2", "dirty", "haproxy-2") else 1 for mode in TESTED}
@@ -76,7 +76,7 @@ def mode(request: pytest.FixtureRequest) -> str:
 @contextlib.contextmanager
 def started(mode: str, **settings: str) -> Iterator[Server]:
     """A server in which every worker is ready. Its model is the stand-in, unless said otherwise."""
-    usual = {"MODEL": "tests.stand_in:FillMask", "MAX_BODY_BYTES": "16384"}
+    usual = {"MODEL": "tests.support.fake_models:FillMask", "MAX_BODY_BYTES": "16384"}
     with start(MODES[mode], usual | settings) as server:
         until(lambda: len(workers(server)) == WORKERS[mode])  # ready tells of one only
         yield server
@@ -577,7 +577,7 @@ def model_processes(server: Server) -> list[psutil.Process]:
     """The processes that hold a model: spawned, or below Gunicorn's arbiter of dirty workers."""
     if server.mode.name == "dirty":
         return [p for p in server.processes()[1:] if p.ppid() != server.process.pid]
-    return [p for p in server.processes() if "workers.process" in " ".join(p.cmdline())]
+    return [p for p in server.processes() if "workers.isolation.process" in " ".join(p.cmdline())]
 
 
 def test_stalled_body_does_not_hold_sigterm(spawning: Server, mode: str) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 
 import psutil
 import pytest
-from client import PARIS, SLOW, Crowd, metric, post, until
 
 from loadtests.modes import MODES, ROOT, Mode, Server, start
-from workers import memory
+from tests.support.client import PARIS, SLOW, Crowd, metric, post, until
+from workers import resources as memory
 from workers.settings import Settings
 
-CONFIGS = [ROOT / "gunicorn.conf.py", *sorted((ROOT / "workers").glob("*.conf.py"))]
-STAND_IN = {"MODEL": "tests.stand_in:FillMask"}  # it starts at once
+CONFIGS = [ROOT / "gunicorn.conf.py", *sorted((ROOT / "workers" / "gunicorn").glob("*.conf.py"))]
+STAND_IN = {"MODEL": "tests.support.fake_models:FillMask"}  # it starts at once
 # WEB_CONCURRENCY is its --workers, too
 UVICORN_2 = Mode("uvicorn", "uvicorn server:app", {"WEB_CONCURRENCY": "2", **STAND_IN})
 
@@ -53,12 +53,12 @@ def test_an_idle_connection_does_not_outlast_a_short_grace_time_either(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GRACE_S", "2")
-    assert read(ROOT / "workers" / "deployment.py")["keepalive"] < 2
+    assert read(ROOT / "workers" / "gunicorn" / "common.py")["keepalive"] < 2
 
 
 def test_ctrl_c_ends_a_gthread_worker_that_is_just_handing_a_request_over() -> None:
     """There the interrupted code holds the lock of its threads. It would hang until the master kills it."""
-    worker = object.__new__(read(ROOT / "workers" / "gthread.conf.py")["worker_class"])
+    worker = object.__new__(read(ROOT / "workers" / "gunicorn" / "gthread.conf.py")["worker_class"])
     worker.cfg, worker.tpool = SimpleNamespace(worker_int=lambda _: None), ThreadPoolExecutor(1)
     ended = Future[None]()
 
@@ -103,7 +103,7 @@ def test_a_shared_model_ends_with_its_killed_arbiter() -> None:
 
 def test_workers_share_the_cores_and_say_so(crowd: Crowd) -> None:
     cores = len(os.sched_getaffinity(0))
-    mode = Mode("gthread 2x4", "gunicorn -c workers/gthread.conf.py --workers 2 --threads 4")
+    mode = Mode("gthread 2x4", "gunicorn -c workers/gunicorn/gthread.conf.py --workers 2 --threads 4")
     with start(mode, STAND_IN) as server:
         until(lambda: server.log().count("one of 2: 1 copies of the model") == 2)
         assert f"{max(1, cores // 2)} threads each" in server.log()
@@ -161,8 +161,8 @@ def test_a_worker_that_is_told_to_stop_before_it_has_begun_stops(tmp_path: Path)
     starved = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from workers.deployment import *
-wsgi_app, worker_class = "server:app", "workers.patient.Worker"
+from workers.gunicorn.common import *
+wsgi_app, worker_class = "server:app", "workers.gunicorn.uvicorn_worker.Worker"
 def wait():
     while not os.path.exists({str(gate)!r}):
         time.sleep(0.01)
@@ -191,7 +191,7 @@ def test_instances_get_disjoint_cores() -> None:
     if len(cores) < 2:
         pytest.skip("one core")
     with start(MODES["instances-2"], STAND_IN) as server:
-        models = [p for p in server.processes() if "workers.process" in " ".join(p.cmdline())]
+        models = [p for p in server.processes() if "workers.isolation.process" in " ".join(p.cmdline())]
         first, second = (set(p.cpu_affinity()) for p in models)
         assert first
         assert second

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from embedding_models import MINILM, sentence_model, small_bert
-from small_models import FAMILIES, make_model, save
 
 from loadtests.modes import ROOT
+from tests.support.embedding_models import MINILM, sentence_model, small_bert
+from tests.support.small_models import FAMILIES, make_model, save
 from workers import tasks
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Malformed, Query

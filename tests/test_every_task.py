@@ -1,7 +1,7 @@
 """The contract, for any task, in every deployment mode: answers, lists, refusals.
 
 A mode knows no task. So every one is served in a process, to which queries and answers are sent (in a thread it is by
-test_clients.py), and in the other modes a text's label, a vector and a class of one's own.
+test_real_clients.py), and in the other modes a text's label, a vector and a class of one's own.
 """
 
 import contextlib
@@ -14,14 +14,14 @@ from typing import Any
 
 import jsonschema
 import pytest
-from client import Crowd, get, post_json
-from promises import TESTED
-from test_clients import MADE, alike
+from test_real_clients import MADE, alike
 
 from loadtests.modes import MODES, Server, start
+from tests.support.client import Crowd, get, post_json
+from tests.support.mode_matrix import TESTED
 from workers import tasks
-from workers.contract import rendered
 from workers.settings import Settings
+from workers.web.contract import rendered
 
 pytestmark = pytest.mark.slow
 MADE = {**MADE, "own class": lambda _: "models.iris:Iris"}

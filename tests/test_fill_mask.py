@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import SPACED, make_model, save
 from transformers import pipeline
 
+from tests.support.small_models import SPACED, make_model, save
 from workers import tasks
 from workers.settings import Settings
 from workers.tasks import fill_mask
-from workers.tasks.packed import PackedLinear
+from workers.tasks.common.packed import PackedLinear
 
 MODEL = str(Path(__file__).parents[1] / "models" / "minilm-mlm")
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from loadtests import drive, fleet, fleet_report, planner
-from loadtests.fleet import Autoscaler, Fleet, Retries, simulate
-from loadtests.planner import CostLaw
+from loadtests.load import generator
+from loadtests.plan import fleet, fleet_report, planner
+from loadtests.plan.fleet import Autoscaler, Fleet, Retries, simulate
+from loadtests.plan.planner import CostLaw
 
 TEN_MS = CostLaw(0.0, 0.01)
 # Without a door: whoever comes waits.
@@ -61,7 +62,7 @@ def test_a_replica_does_as_the_real_loop(batch_size: int, times: float) -> None:
     arrivals_s = real["due_s"].tolist()
     one = Fleet(law, 1, overhead_s=planner.OVERHEAD_S, failover=False, **options)
     found = simulate(one, arrivals_s=arrivals_s, duration_s=15).summary()
-    expected = drive.summary(real, 1.0)
+    expected = generator.summary(real, 1.0)
     assert found["goodput_per_s"] == pytest.approx(expected["goodput_per_s"], rel=0.05)
     assert found["p50_ms"] == pytest.approx(expected["p50_ms"], rel=0.1)
     assert found["refused"] == pytest.approx(expected["503"] + expected["504"], rel=0.1)

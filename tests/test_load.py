@@ -18,30 +18,32 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from client import until
 
-from loadtests import compare, drive, planner, texts
-from loadtests.crowd import Connection
+from loadtests.compare.run import run
+from loadtests.load import generator, texts
+from loadtests.load.raw_client import Connection
 from loadtests.modes import MODES, ROOT, Mode, Server, start
+from loadtests.plan import planner
+from tests.support.client import until
 
 
 @contextlib.contextmanager
 def fake(name: str) -> Iterator[str]:
     """The URL of one of fake_servers.py."""
     mode = Mode(
-        name, f"uvicorn tests.fake_servers:{name}_app --log-level error --timeout-graceful-shutdown 1"
+        name, f"uvicorn tests.support.fake_servers:{name}_app --log-level error --timeout-graceful-shutdown 1"
     )
     with start(mode) as server:
         yield server.url
 
 
 @pytest.fixture(scope="module")
-def locust() -> Iterator[drive.Generator]:
-    with drive.generator() as generator:
-        yield generator
+def locust() -> Iterator[generator.Generator]:
+    with generator.generator() as locust:
+        yield locust
 
 
-def test_every_right_answer_counts_and_carries_what_the_server_said(locust: drive.Generator) -> None:
+def test_every_right_answer_counts_and_carries_what_the_server_said(locust: generator.Generator) -> None:
     with fake("honest") as url:
         df = locust.run(url, "open", rate_per_s=40, duration_s=1, limit_s=30, texts="mixed", health_per_s=10)
     assert set(df["outcome"]) == {"200"}
@@ -53,17 +55,17 @@ def test_every_right_answer_counts_and_carries_what_the_server_said(locust: driv
         and (model["batch_size"] == 4).all()
     )
     assert df[df["kind"] == "health"]["model_ms"].isna().all()
-    assert drive.summary(df, limit_s=30)["good_share"] == 1
+    assert generator.summary(df, limit_s=30)["good_share"] == 1
 
 
 def test_another_model_is_asked_its_own_example(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL", "models.iris:Iris")
-    with start(MODES["batch"]) as server, drive.generator() as locust:
+    with start(MODES["batch"]) as server, generator.generator() as locust:
         df = locust.run(server.url, "closed", users=4, duration_s=0.5, limit_s=30)
     assert set(df["outcome"]) == {"200"} and len(df) > 4
 
 
-def test_an_answer_to_anothers_question_is_wrong(locust: drive.Generator) -> None:
+def test_an_answer_to_anothers_question_is_wrong(locust: generator.Generator) -> None:
     with fake("swaps") as url:
         df = locust.run(url, "closed", users=2, duration_s=0.5)
     assert (df["outcome"] == "wrong").sum() > 0
@@ -71,7 +73,7 @@ def test_an_answer_to_anothers_question_is_wrong(locust: drive.Generator) -> Non
     assert (df["outcome"] == "wrong").mean() > 0.5
 
 
-def test_an_answer_that_never_comes_or_ends_early_is_lost(locust: drive.Generator) -> None:
+def test_an_answer_that_never_comes_or_ends_early_is_lost(locust: generator.Generator) -> None:
     with fake("loses") as url:
         df = locust.run(url, "open", rate_per_s=30, duration_s=1, timeout_s=5, limit_s=5)
     n = len(df)
@@ -79,14 +81,14 @@ def test_an_answer_that_never_comes_or_ends_early_is_lost(locust: drive.Generato
     assert set(df["outcome"]) <= {"200", "lost"}
 
 
-def test_a_200_without_a_right_answer_is_wrong(locust: drive.Generator) -> None:
+def test_a_200_without_a_right_answer_is_wrong(locust: generator.Generator) -> None:
     with fake("lies") as url:
         df = locust.run(url, "open", rate_per_s=40, duration_s=1, limit_s=30)
     assert set(df["outcome"]) == {"wrong"}
-    assert drive.summary(df)["goodput_per_s"] == 0
+    assert generator.summary(df)["goodput_per_s"] == 0
 
 
-def test_statuses_are_told_apart(locust: drive.Generator) -> None:
+def test_statuses_are_told_apart(locust: generator.Generator) -> None:
     with fake("varied") as url:
         df = locust.run(url, "open", rate_per_s=40, duration_s=1, limit_s=30)
     counts = df["outcome"].value_counts()
@@ -94,7 +96,7 @@ def test_statuses_are_told_apart(locust: drive.Generator) -> None:
     assert abs(counts["other"] - counts["503"] - counts["504"]) <= 1
 
 
-def test_the_open_loop_keeps_its_schedule_against_a_stalled_server(locust: drive.Generator) -> None:
+def test_the_open_loop_keeps_its_schedule_against_a_stalled_server(locust: generator.Generator) -> None:
     options: dict[str, Any] = {"rate_per_s": 50, "duration_s": 1, "timeout_s": 5, "limit_s": 5, "seed": 3}
     with fake("honest") as url:
         fast = locust.run(url, "open", **options)
@@ -108,13 +110,13 @@ def test_the_open_loop_keeps_its_schedule_against_a_stalled_server(locust: drive
     assert (stalled["latency_ms"] >= 5000).all()
 
 
-def test_a_closed_loop_waits_for_a_stalled_server(locust: drive.Generator) -> None:
+def test_a_closed_loop_waits_for_a_stalled_server(locust: generator.Generator) -> None:
     with fake("stalls") as url:
         df = locust.run(url, "closed", users=3, duration_s=0.5, timeout_s=1)
     assert len(df) == 3
 
 
-def test_retries_come_as_retry_after_says_or_at_once(locust: drive.Generator) -> None:
+def test_retries_come_as_retry_after_says_or_at_once(locust: generator.Generator) -> None:
     options: dict[str, Any] = {"rate_per_s": 5, "duration_s": 1, "limit_s": 1, "timeout_s": 20, "seed": 1}
     with fake("refuses") as url:
         polite = locust.run(url, "retry", honour=1, attempts=2, **options)
@@ -122,12 +124,12 @@ def test_retries_come_as_retry_after_says_or_at_once(locust: drive.Generator) ->
     again = polite[polite["attempt"] == 1]
     assert set(polite["outcome"]) == {"503"} and (polite["retry_after_s"] == 1).all()
     assert len(again) and ((again["sent_s"] - again["due_s"]) >= 1).all()
-    assert drive.summary(rude)["offered_per_s"] == (rude["attempt"] == 0).sum()
+    assert generator.summary(rude)["offered_per_s"] == (rude["attempt"] == 0).sum()
     assert set(rude["attempt"]) == {0, 1, 2}
 
 
 def test_the_impatient_leave_and_the_others_get_no_answer_either_from_a_stalled_server(
-    locust: drive.Generator,
+    locust: generator.Generator,
 ) -> None:
     with fake("stalls") as url:
         df = locust.run(
@@ -136,7 +138,7 @@ def test_the_impatient_leave_and_the_others_get_no_answer_either_from_a_stalled_
     assert set(df["outcome"]) == {"left", "lost"}
 
 
-def test_an_unknown_option_or_scenario_is_named(locust: drive.Generator) -> None:
+def test_an_unknown_option_or_scenario_is_named(locust: generator.Generator) -> None:
     with pytest.raises(ValueError, match="choose from closed, open"):
         locust.run("http://127.0.0.1:9/", "stampede", duration_s=1)
     with pytest.raises(RuntimeError, match="load generator failed"):
@@ -157,26 +159,26 @@ def rows(latencies_ms: list[float], outcomes: list[str], duration_s: float = 10.
 
 def test_goodput_counts_right_answers_within_the_clients_limit() -> None:
     df = rows([100.0, 100.0, 3000.0, 100.0, 100.0] * 20, ["200", "503", "200", "wrong", "200"] * 20)
-    assert drive.summary(df, limit_s=2)["goodput_per_s"] == pytest.approx(4)
-    assert drive.summary(df, limit_s=4)["goodput_per_s"] == pytest.approx(6)
+    assert generator.summary(df, limit_s=2)["goodput_per_s"] == pytest.approx(4)
+    assert generator.summary(df, limit_s=4)["goodput_per_s"] == pytest.approx(6)
 
 
 def test_goodput_counts_neither_a_queue_that_was_empty_at_first_nor_one_that_is_emptied_afterwards() -> None:
     df = rows([1.0] * 20 + [900.0] * 80, ["200"] * 20 + ["503"] * 60 + ["200"] * 20, duration_s=5.0)
     in_time, seconds = 2, 4  # of the last 20
-    assert drive.summary(df, limit_s=1)["goodput_per_s"] == pytest.approx(in_time / seconds)
+    assert generator.summary(df, limit_s=1)["goodput_per_s"] == pytest.approx(in_time / seconds)
 
 
 def test_percentiles_are_not_rounded() -> None:
-    assert drive.summary(rows([1234.5] * 9, ["200"] * 9))["p99_ms"] == 1234.5
+    assert generator.summary(rows([1234.5] * 9, ["200"] * 9))["p99_ms"] == 1234.5
 
 
 def test_recovery_counts_from_the_end_of_the_spike() -> None:
     df = rows([10.0] * 1000, ["200"] * 1000)  # the spike ends after 4 s
     df.loc[(df["due_s"] >= 3) & (df["due_s"] < 6), "outcome"] = "503"
-    assert drive.recovery_s(df) == pytest.approx(2.0)
+    assert generator.recovery_s(df) == pytest.approx(2.0)
     df.loc[df["due_s"] >= 3, "outcome"] = "503"
-    assert drive.recovery_s(df) == math.inf
+    assert generator.recovery_s(df) == math.inf
 
 
 @pytest.mark.parametrize("kind", ["short", "long"])
@@ -195,7 +197,7 @@ def test_no_answer_fits_another_text(kind: str) -> None:
 @pytest.mark.slow
 def test_quick_comparison_of_two_modes_leaves_table_and_pictures(tmp_path: Any) -> None:
     options = ["--quick", "--modes", "batch", "uvicorn-2", "--out", str(tmp_path)]
-    assert compare.main(options) == 0
+    assert run.main(options) == 0
     names = {path.name for path in tmp_path.iterdir()}
     pictures = {"latency.png", "overload.png", "distribution.png", "prediction.png"}
     assert names == {"measurements.csv", "machine.json", "table.md"} | pictures
@@ -213,22 +215,20 @@ def test_quick_comparison_of_two_modes_leaves_table_and_pictures(tmp_path: Any) 
 
 def test_a_visit_that_fails_is_named_and_leaves_nothing_half(tmp_path: Any, monkeypatch: Any) -> None:
     setting = planner.Setting(planner.CostLaw(0.0, 0.01), overhead=planner.Overhead(0.001))
-    monkeypatch.setattr(compare.Foresight, "setting", lambda *_: setting)
-    monkeypatch.setattr(
-        compare.Comparison, "visit", lambda *_: (_ for _ in ()).throw(RuntimeError("it broke"))
-    )
+    monkeypatch.setattr(run.Foresight, "setting", lambda *_: setting)
+    monkeypatch.setattr(run.Comparison, "visit", lambda *_: (_ for _ in ()).throw(RuntimeError("it broke")))
     with pytest.raises(SystemExit, match="no mode could be measured"):
-        compare.main(["--quick", "--modes", "thread", "--out", str(tmp_path)])
+        run.main(["--quick", "--modes", "thread", "--out", str(tmp_path)])
     assert json.loads((tmp_path / "machine.json").read_text())["failed"] == ["thread, round 1"]
 
 
 def test_a_partial_comparison_does_not_overwrite_the_full_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        compare.main(["--modes", "thread"])
+        run.main(["--modes", "thread"])
     assert "--out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("program", ["compare", "planner", "bench", "bench_model"])
+@pytest.mark.parametrize("program", ["compare", "plan", "bench", "bench.model"])
 def test_each_program_explains_itself(program: str) -> None:
     said = subprocess.run(
         [sys.executable, "-m", f"loadtests.{program}", "--help"], cwd=ROOT, capture_output=True, text=True
@@ -281,11 +281,11 @@ def test_a_busy_server_is_waited_for_but_not_for_ever(monkeypatch: pytest.Monkey
 
 
 def test_an_interrupted_generator_leaves_no_process_behind() -> None:
-    with fake("stalls") as url, contextlib.suppress(KeyboardInterrupt), drive.generator() as generator:
+    with fake("stalls") as url, contextlib.suppress(KeyboardInterrupt), generator.generator() as locust:
         options = {"rate_per_s": 20, "duration_s": 60, "timeout_s": 60}
-        threading.Thread(target=suppressed, args=(generator.run, url, "open"), kwargs=options).start()
-        until(lambda: psutil.Process(generator.process.pid).children())
-        children = psutil.Process(generator.process.pid).children()
+        threading.Thread(target=suppressed, args=(locust.run, url, "open"), kwargs=options).start()
+        until(lambda: psutil.Process(locust.process.pid).children())
+        children = psutil.Process(locust.process.pid).children()
         began = time.monotonic()
         raise KeyboardInterrupt
     assert time.monotonic() - began < 30, "it did not wait for the load's own end, in 60 s"

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.virtual import FakeModel, now, on_virtual_clock, outcomes, serving, submit_all, waits_for
+from tests.support.virtual_clock import (
+    FakeModel,
+    now,
+    on_virtual_clock,
+    outcomes,
+    serving,
+    submit_all,
+    waits_for,
+)
 from workers.jobs import Answer, Late, ModelDied, ModelFailed, Refused
 from workers.loop import ModelLoop
 from workers.metrics import Metrics

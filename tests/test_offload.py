@@ -17,12 +17,12 @@ import pytest
 import uvloop
 
 from loadtests.modes import is_alive
-from tests.moody import Model
-from workers import process
+from tests.support.misbehaving_model import Model
+from workers.isolation import process
+from workers.isolation.process import Process, packed, pause_s, pickled
 from workers.jobs import ModelDied, ModelFailed
 from workers.metrics import Metrics
 from workers.offload import CannotLoad, Inline, Thread, attempt_load
-from workers.process import Process, packed, pause_s, pickled
 from workers.service import core_shares, make_copies
 from workers.settings import Settings
 

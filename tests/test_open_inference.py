@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import tritonclient.grpc.aio
 import tritonclient.http.aio
-from client import POISON, Crowd, Reply, get, metric, post, request, say, until
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -31,12 +30,17 @@ from tritonclient.grpc import service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from loadtests.modes import MODES, Server, free_port, start
+from tests.support.client import POISON, Crowd, Reply, get, metric, post, request, say, until
 from workers.protocols import open_inference
 from workers.protocols.open_inference import tensors
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Malformed
 
-FILL_MASK, ECHO, MOODY = "tests.stand_in:FillMask", "tests.stand_in:Obedient", "tests.moody:Model"
+FILL_MASK, ECHO, MOODY = (
+    "tests.support.fake_models:FillMask",
+    "tests.support.fake_models:Obedient",
+    "tests.support.misbehaving_model:Model",
+)
 TEXT, OTHER = "Paris is the [MASK] of France.", "the [MASK] of the old house"
 NOT_UTF8 = b"/\xff\xfe"
 

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client import get, post_json, request, say
 from conftest import MODEL
-from embedding_models import sentence_model, small_bert
 
 import workers
 from loadtests.modes import MODES, ROOT, Server, start
+from tests.support.client import get, post_json, request, say
+from tests.support.embedding_models import sentence_model, small_bert
 
-ECHO = "tests.stand_in:Obedient"  # it takes any JSON
+ECHO = "tests.support.fake_models:Obedient"  # it takes any JSON
 CONFIG = ROOT / "tests" / "schemathesis.toml"
 KEY = """
 [auth.openapi.header]

@@ -13,19 +13,19 @@ from typing import Any
 
 import axe_playwright_python
 import pytest
-from client import Crowd, Reply, get, post_json, until
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from loadtests import modes
 from loadtests.modes import MODES, Server, start
+from tests.support.client import Crowd, Reply, get, post_json, until
 from workers.metrics import Metrics
 from workers.protocols import page as of_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 in_browser = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt-get install chromium")
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
-FILL_MASK = {"MODEL": "tests.stand_in:FillMask", "BATCH_SIZE": "8"}
+FILL_MASK = {"MODEL": "tests.support.fake_models:FillMask", "BATCH_SIZE": "8"}
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
 @in_browser
 def test_a_refusal_is_shown_with_when_to_ask_again(browser: Browser, crowd: Crowd, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    with start(MODES["thread"], {"MODEL": "tests.stand_in:Obedient", "MAX_QUEUE": "1"}) as server:
+    with start(MODES["thread"], {"MODEL": "tests.support.fake_models:Obedient", "MAX_QUEUE": "1"}) as server:
         visit = Visit(browser, server)
         expect(visit.page.get_by_label("Text")).to_have_value("a text")
         waiting: list[Future[Reply]] = []
@@ -244,7 +244,7 @@ def test_it_survives_a_restart(browser: Browser, monkeypatch: pytest.MonkeyPatch
         visit = Visit(browser, server)
         expect(visit.page.get_by_label("Text")).to_have_value("a [MASK]")
     expect(visit.page.locator("#banner")).to_contain_text("does not answer")
-    with start(MODES["thread"], {"MODEL": "tests.stand_in:Obedient"}):
+    with start(MODES["thread"], {"MODEL": "tests.support.fake_models:Obedient"}):
         expect(visit.page.get_by_label("Text")).to_have_value("a text")  # what is served now
         expect(visit.page.locator("#banner")).to_be_hidden()
         visit.ask()

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from workers import contract
 from workers.settings import Settings
 from workers.tasks import Malformed, fill_mask
-from workers.tasks.text import a_number, checked
+from workers.tasks.common.text import a_number, checked
+from workers.web import contract
 
 IMAGES = ("image/",)
 

@@ -11,8 +11,8 @@ import pandas as pd
 import psutil
 import pytest
 
-from loadtests.expected import Expected
-from loadtests.forms import FORMS
+from loadtests.load.expected import Expected
+from loadtests.load.request_forms import FORMS
 from loadtests.peers import __main__ as peers
 from loadtests.peers import failures, report
 from loadtests.peers.catalogue import FOLDER, PEERS, Peer

@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from loadtests import drive, planner
+from loadtests.load import generator
 from loadtests.modes import MODES
-from loadtests.planner import CostLaw, Overhead, Setting
+from loadtests.plan import planner
+from loadtests.plan.planner import CostLaw, Overhead, Setting
 from workers import tasks
 from workers.settings import Settings
 
@@ -71,7 +72,7 @@ def test_in_overload_goodput_is_the_predicted_capacity(batch_size: int, instance
         duration_s=5,
         overhead_s=0.0005,
     )
-    assert drive.summary(df, limit_s=1.0)["goodput_per_s"] == pytest.approx(capacity, rel=0.03)
+    assert generator.summary(df, limit_s=1.0)["goodput_per_s"] == pytest.approx(capacity, rel=0.03)
     assert set(df["outcome"]) <= {"200", "503", "504"}
 
 
@@ -80,7 +81,7 @@ def test_who_comes_by_itself_wakes_the_server_and_a_refusal_has_its_price() -> N
     quiet = planner.simulate(law, arrivals_s=[1.0, 2.0, 2.001], waking_s=0.005, **still)
     assert quiet["latency_ms"].tolist() == pytest.approx([15, 15, 29])
     free, dear = (
-        drive.summary(planner.simulate(law, rate_per_s=1000, refusal_s=price_s, **still), 1.0)[
+        generator.summary(planner.simulate(law, rate_per_s=1000, refusal_s=price_s, **still), 1.0)[
             "goodput_per_s"
         ]
         for price_s in (0.0, 0.0003)

@@ -1,4 +1,4 @@
-"""The other doors, as bytes on the wire: OpenAI's embeddings, reranking. Real clients are in test_clients.py."""
+"""The other doors, as bytes on the wire: OpenAI's embeddings, reranking. Real clients are in test_real_clients.py."""
 
 import base64
 import signal
@@ -11,10 +11,10 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.http
-from client import metric, until
-from embedding_models import sentence_model, small_bert
 
 from loadtests.modes import MODES, Server, start
+from tests.support.client import metric, until
+from tests.support.embedding_models import sentence_model, small_bert
 
 TEXTS = ["A man is eating food.", "Zürich", "東京 is the capital of Japan."]
 LONG = "of the old house on the hill " * 100

@@ -4,12 +4,12 @@ import asyncio
 from typing import Any
 
 import pytest
-from virtual import FakeModel, now, on_virtual_clock, outcomes, serving, submit_all
 
-from workers import quarantine
+from tests.support.virtual_clock import FakeModel, now, on_virtual_clock, outcomes, serving, submit_all
+from workers.isolation import quarantine
+from workers.isolation.quarantine import FORGET_S, Quarantine, Quarantined
 from workers.jobs import ModelDied, ModelFailed
 from workers.metrics import Metrics
-from workers.quarantine import FORGET_S, Quarantine, Quarantined
 
 
 class Mortal(FakeModel):

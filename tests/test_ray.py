@@ -1,7 +1,7 @@
 """unshare -rnpf --kill-child --mount-proc sh -c 'ip link set lo up; exec python -m pytest -m slow -s tests/test_ray.py'
 
 Ray Serve: the contract's own tests, and what dies, restarts or comes under load, with counts. It needs
-deploy/requirements-ray.txt, and a network of its own: Ray listens on all addresses.
+deploy/ray/requirements.txt, and a network of its own: Ray listens on all addresses.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from client import PARIS, SLOW, Crowd, Reply, get, metric, post, post_json, request, say, until
 from conftest import MODEL
 from test_cluster import statuses, steady
 from test_contract import (  # noqa: F401
@@ -42,11 +41,12 @@ from test_contract import (  # noqa: F401
 )
 
 from loadtests.modes import ROOT, Server
-from loadtests.on_ray import Cluster, nodes, obstacle
+from loadtests.ray.cluster import Cluster, nodes, obstacle
+from tests.support.client import PARIS, SLOW, Crowd, Reply, get, metric, post, post_json, request, say, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(obstacle()), reason=obstacle())]
 
-STAND_IN = {"MODEL": "tests.stand_in:FillMask", "MAX_BODY_BYTES": "16384"}
+STAND_IN = {"MODEL": "tests.support.fake_models:FillMask", "MAX_BODY_BYTES": "16384"}
 # What the contract's tests ask of the servers of these names.
 APPS = {
     "real": {"MODEL": str(MODEL), "TORCH_THREADS": "1", "BODY_TIMEOUT_S": "1"},
@@ -75,7 +75,7 @@ def app(name: str, prefix: str, env: dict[str, str], **model: int) -> dict[str, 
     return {
         "name": name,
         "route_prefix": prefix,
-        "import_path": "deploy.ray_serve:app",
+        "import_path": "deploy.ray.serve:app",
         "runtime_env": {"env_vars": STAND_IN | env},
         "deployments": [{"name": "Model", **model}],
     }
@@ -142,7 +142,7 @@ def test_haproxys_own_errors_are_in_the_contracts_form(bare: tuple[Cluster, Repl
 def test_each_replicas_own_numbers_can_be_scraped(cluster: Cluster, crowd: Crowd) -> None:
     for reply in crowd.post(cluster, *[PARIS] * 50):
         assert reply.result().status == 200
-    told = cluster.call("python -m deploy.ray_targets")
+    told = cluster.call("python -m deploy.ray.targets")
     (group,) = (group for group in json.loads(told) if group["labels"]["application"] == "default")
     replicas = [replace(cluster, url=f"http://{target}/") for target in group["targets"]]
     assert group["labels"]["__metrics_path__"] == "/metrics"
@@ -154,8 +154,8 @@ def test_each_replicas_own_numbers_can_be_scraped(cluster: Cluster, crowd: Crowd
 
 @pytest.fixture(scope="module")
 def models(cluster: Cluster) -> dict[str, Server]:
-    """The servers of deploy/serve.yaml by name."""
-    cluster.call("serve run --non-blocking deploy/serve.yaml")
+    """The servers of deploy/ray/serve.yaml by name."""
+    cluster.call("serve run --non-blocking deploy/ray/serve.yaml")
     names = ("iris", "fill-mask-1", "fill-mask-2", "fill-mask")
     servers = {name: replace(cluster, url=f"{cluster.url}m/{name}/") for name in names}
     for server in servers.values():
@@ -188,7 +188,7 @@ def test_a_shadow_gets_copies_whose_answers_nobody_sees(
     models: dict[str, Server], cluster: Cluster, tmp_path: Path
 ) -> None:
     """It understands none of them."""
-    config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
+    config = yaml.safe_load((ROOT / "deploy" / "ray" / "serve.yaml").read_text())
     config["applications"][0]["args"] = {"shares": {"fill-mask-1": 1}, "shadow": "iris"}
     deploy(cluster, tmp_path, *config["applications"])
     refused = metric(models["iris"], 'model_requests_total{status="422"}')

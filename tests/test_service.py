@@ -16,11 +16,11 @@ from unittest.mock import Mock
 import httpx2
 import psutil
 import pytest
-from client import dial, get, hear, post, request, until
 
 import server
 from loadtests.modes import MODES, Server, is_alive, start
-from workers import process
+from tests.support.client import dial, get, hear, post, request, until
+from workers.isolation import process
 from workers.jobs import STOPPING
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
@@ -28,7 +28,7 @@ from workers.service import Service
 from workers.settings import Settings
 
 GATED = "test_service:Gated"
-MOODY = "tests.moody:Model"
+MOODY = "tests.support.misbehaving_model:Model"
 
 
 class Gated:
@@ -126,7 +126,7 @@ def test_liveness_answers_while_the_model_loads_and_readiness_does_not(gated: ty
 @pytest.mark.parametrize(
     ("name", "value", "warning"),
     [
-        ("workers.memory.limit_bytes", 10**6, "use fewer workers or INSTANCES"),
+        ("workers.resources.limit_bytes", 10**6, "use fewer workers or INSTANCES"),
         ("multiprocessing.parent_process", Mock(), "WEB_CONCURRENCY=n, not --workers n"),
     ],
 )
@@ -326,7 +326,9 @@ def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(
 @contextlib.contextmanager
 def serving(model: str = "Model", mode: str = "thread", **env: str) -> Iterator[Server]:
     """A server with the moody model, that is not waited for."""
-    with start(MODES[mode], {"MODEL": f"tests.moody:{model}", "GRACE_S": "2", **env}, wait=False) as server:
+    with start(
+        MODES[mode], {"MODEL": f"tests.support.misbehaving_model:{model}", "GRACE_S": "2", **env}, wait=False
+    ) as server:
         yield server
 
 
@@ -343,7 +345,7 @@ def test_a_model_that_fails_on_its_own_example_ends_the_start_with_one_sentence(
 ) -> None:
     with serving(model, OFFLOAD=offload) as server:
         assert server.process.wait(60) == 3
-        assert f"cannot load MODEL=tests.moody:{model}: {sentence}" in server.log()
+        assert f"cannot load MODEL=tests.support.misbehaving_model:{model}: {sentence}" in server.log()
         assert "Traceback" not in server.log()
         if (offload, model) == ("thread", "Fails"):
             assert re.search(r"no weights for that \(moody\.py, line \d+\)", server.log())
@@ -352,7 +354,10 @@ def test_a_model_that_fails_on_its_own_example_ends_the_start_with_one_sentence(
 def test_answers_that_cannot_leave_their_process_end_the_start_with_one_sentence() -> None:
     with serving("Secretive", OFFLOAD="process") as server:
         assert server.process.wait(60) == 3
-        assert "cannot load MODEL=tests.moody:Secretive: it fails on its own example: " in server.log()
+        assert (
+            "cannot load MODEL=tests.support.misbehaving_model:Secretive: it fails on its own example: "
+            in server.log()
+        )
         assert "Secretive.answer.<locals>.<lambda>" in server.log() and "Traceback" not in server.log()
 
 
@@ -471,7 +476,7 @@ def test_a_second_ctrl_c_waits_for_no_frozen_model_and_leaves_nothing(mode: str)
     with serving(mode=mode, OFFLOAD="process", GRACE_S="30") as server:
         server.wait_until_ready()
         assert post(server, "fork").status == 200  # its fork, too, is to end
-        model, _ = (p for p in server.processes() if "workers.process" in " ".join(p.cmdline()))
+        model, _ = (p for p in server.processes() if "workers.isolation.process" in " ".join(p.cmdline()))
         model.suspend()
         with dial(server) as connection:
             connection.sendall(request("POST", "/", b"a text"))

@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from client import dial, get, metric, request, until
 
 from loadtests.modes import MODES, Server, start
+from tests.support.client import dial, get, metric, request, until
 
 NDJSON = {"Accept": "application/x-ndjson"}
 
@@ -19,7 +19,7 @@ NDJSON = {"Accept": "application/x-ndjson"}
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     settings = {
-        "MODEL": "tests.stand_in:Obedient",
+        "MODEL": "tests.support.fake_models:Obedient",
         "MAX_QUEUE": "4",
         "BODY_TIMEOUT_S": "1",
         "DEADLINE_S": "60",
@@ -122,7 +122,7 @@ def test_without_asking_for_it_a_list_is_one_reply(server: Server) -> None:
 
 
 def test_behind_a_thread_all_lines_come_at_the_end() -> None:
-    with start(MODES["gthread-1x8"], {"MODEL": "tests.stand_in:Obedient"}) as server:
+    with start(MODES["gthread-1x8"], {"MODEL": "tests.support.fake_models:Obedient"}) as server:
         assert {index: line["answer"] for index, line in whole(server, ["a", "b"]).items()} == {
             0: "a",
             1: "b",

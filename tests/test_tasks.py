@@ -17,15 +17,15 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from small_models import ENTAILMENT, ENTITIES, make_model, make_tokenizer, save
 
+from tests.support.small_models import ENTAILMENT, ENTITIES, make_model, make_tokenizer, save
 from workers import tasks
-from workers.contract import rendered
 from workers.settings import HERE, Settings
 from workers.tasks import CannotAnswer, Malformed, encoder, packed, pipeline
-from workers.tasks.packed import EndToEnd, PackedLinear
+from workers.tasks.common.packed import EndToEnd, PackedLinear
+from workers.tasks.common.text import SlowTokens
 from workers.tasks.pipeline import open_image
-from workers.tasks.text import SlowTokens
+from workers.web.contract import rendered
 
 TEXTS = [
     "the dog",
@@ -468,7 +468,7 @@ def test_a_text_beyond_roberta_s_positions_is_refused_not_run(folder: Any) -> No
 def test_the_web_process_checks_without_torch_and_transformers_in_100_mb() -> None:
     program = """
 import os, sys
-from workers import memory, tasks
+from workers import resources as memory, tasks
 from workers.settings import Settings
 task = tasks.make(Settings())
 task.check("Paris is the [MASK] of France.", {"top_k": 3})

@@ -1,8 +1,2 @@
-# gunicorn -c workers/asgi.conf.py
-"""Gunicorn's native ASGI worker: as gunicorn.conf.py, with Gunicorn's own HTTP parser and no uvicorn."""
-
-from workers.deployment import *  # noqa: F403  what all modes share, each with its why
-
-wsgi_app = "server:app"
-worker_class = "asgi"
-workers = 1
+# Moved to workers/gunicorn/asgi.conf.py; this path goes with the next release.
+exec(open(__file__.replace("workers/", "workers/gunicorn/")).read())  # noqa: SIM115

@@ -20,8 +20,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from workers.admission import Admission
-from workers.copies import Copies, Ready, stuck
 from workers.jobs import (
     LOADING,
     STOPPING,
@@ -38,7 +36,9 @@ from workers.jobs import (
     fail_together,
 )
 from workers.metrics import Metrics
-from workers.speed import Run, Speed
+from workers.scheduling.admission import Admission
+from workers.scheduling.cost_model import Run, Speed
+from workers.scheduling.instances import Copies, Ready, stuck
 
 log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its own start-up lines
 

@@ -16,17 +16,18 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from workers import memory, tasks
-from workers.clients import SWEEP_S, Clients
-from workers.copies import stuck
+from workers import resources as memory
+from workers import tasks
+from workers.isolation.process import Process
+from workers.isolation.quarantine import Quarantine
 from workers.jobs import LOADING, ModelFailed, Refused
 from workers.loop import ModelLoop
-from workers.machine import Machine
 from workers.metrics import Metrics
+from workers.observability.process_metrics import Machine
 from workers.offload import CannotLoad, Inline, Offload, Thread, attempt_load, in_thread, in_words
-from workers.process import Process
-from workers.quarantine import Quarantine
+from workers.scheduling.instances import stuck
 from workers.settings import Settings
+from workers.web.inflight import SWEEP_S, Clients
 
 log = logging.getLogger("uvicorn.error")
 
@@ -273,7 +274,7 @@ def make_copies(settings: Settings, metrics: Metrics, task: tasks.Task) -> list[
     """Return the `INSTANCES` places where `OFFLOAD` says that inference runs."""
     instances = range(settings.INSTANCES)
     if settings.OFFLOAD == "dirty":
-        from workers.dirty import Dirty  # only there is Gunicorn needed
+        from workers.isolation.dirty import Dirty  # only there is Gunicorn needed
 
         return [Dirty(settings.HANG_S) for _ in instances]
     if settings.OFFLOAD == "process":

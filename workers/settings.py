@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.config import Config
 
-from workers.threads import usable_cores
+from workers.resources import usable_cores
 
 HERE = Path(__file__).resolve().parent.parent
 EMBEDDED = str(HERE / "models" / "minilm-mlm")
@@ -148,7 +148,7 @@ class Settings:
     ALLOWED_HOSTS: str = knob("", "names with commas between", lambda value: "/" not in value)
     # web pages from elsewhere that may ask, such as https://example.com, with commas between
     CORS_ORIGINS: str = knob("", "origins with commas between, or *", are_origins)
-    # headers that take longer close the connection; see patient.py, uvicorn itself waits for ever
+    # headers that take longer close the connection; see web/http_protocol.py, uvicorn itself waits for ever
     HEADERS_TIMEOUT_S: float = seconds(10.0)
     # of one client's address; 0: any number; behind a proxy all have the proxy's
     MAX_CONNECTIONS: int = at_least(0, 0)

@@ -1,8 +1,2 @@
-# gunicorn -c workers/uvicorn.conf.py
-"""Several uvicorn workers: each has its own model, queue and share of the cores; the kernel deals out connections."""
-
-from workers.deployment import *  # noqa: F403  what all modes share, each with its why
-
-wsgi_app = "server:app"
-worker_class = "workers.patient.Worker"  # uvicorn, with a bound on the time for headers
-workers = 2  # twice the memory; a batch can only gather what came to its own worker
+# Moved to workers/gunicorn/uvicorn.conf.py; this path goes with the next release.
+exec(open(__file__.replace("workers/", "workers/gunicorn/")).read())  # noqa: SIM115

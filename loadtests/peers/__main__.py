@@ -23,8 +23,9 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from loadtests import drive, expected, machine
-from loadtests.bench import CLIENT_CPU, SERVER_CPU
+from loadtests import host
+from loadtests.bench.overhead import CLIENT_CPU, SERVER_CPU
+from loadtests.load import expected, generator
 from loadtests.peers import report
 from loadtests.peers.catalogue import CACHE, MODEL, OURS, PEERS, Peer, embedding_model
 from loadtests.peers.environments import NotInstalled, installed_mb, lines_of_code, prepare, requirements
@@ -43,7 +44,7 @@ class Run:
 
     out: Path
     scale: float
-    locust: drive.Generator
+    locust: generator.Generator
     server_cpus: set[int]
     client_cpus: set[int]
     expected: dict[str, str]
@@ -183,10 +184,10 @@ def main(argv: list[str] | None = None) -> int:
     names = chosen if options.only or options.add else list(dict.fromkeys([*chosen, *OURS_WITH_PEERS]))
     rounds = {model: 1 if options.quick else ROUNDS[model] for model in options.models}
     about: dict[str, Any] = {
-        **machine.describe(),
+        **host.describe(),
         "limit_s": LIMIT_S,
         "timeout_s": TIMEOUT_S,
-        "most_per_s": drive.MOST_PER_S,
+        "most_per_s": generator.MOST_PER_S,
         "scale": 0.25 if options.quick else 1.0,
         "size": {},
         "failures": {},
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     had = os.sched_getaffinity(0)
     os.sched_setaffinity(0, client_cpus)
     answers = expected_answers({model for _, model, _ in visits})
-    with drive.generator(client_cpus) as locust:
+    with generator.generator(client_cpus) as locust:
         run = Run(out, about["scale"], locust, server_cpus, client_cpus, answers, about, rows)
         for peer, model, repeat in (progress := tqdm(visits, unit="visit", file=sys.stderr)):
             progress.set_description(f"round {repeat + 1}: {peer.name}, {model}")

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtests.forms import FORMS, Form
+from loadtests.load.request_forms import FORMS, Form
 from loadtests.modes import BASE, ROOT, Mode
 
 MODEL = ROOT / "models" / "minilm-mlm"
@@ -65,7 +65,7 @@ class Peer(Mode):
             env |= {"PEER_TIMEOUT_S": FAILURE_S, "HANG_S": FAILURE_S, "PEER_CALLS": str(calls)}
         if self.is_ours and kind in ("instant", "tricks"):
             env["MODEL"] = {
-                "instant": "loadtests.bench_apps:Instant",
+                "instant": "loadtests.bench.apps:Instant",
                 "tricks": "loadtests.peers.model:Tricks",
             }[kind]
         return env

@@ -12,12 +12,12 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from loadtests.machine import one_line
+from loadtests.compare.pictures import BLUE, GREEN, ORANGE, PURPLE, RED, Name, plain_numbers, write_names
+from loadtests.compare.report import frame
+from loadtests.host import one_line
 from loadtests.modes import ROOT
 from loadtests.peers.catalogue import FOLDER, OURS, PEERS
-from loadtests.pictures import BLUE, GREEN, ORANGE, PURPLE, RED, Name, plain_numbers, write_names
-from loadtests.planner import markdown
-from loadtests.report import frame
+from loadtests.plan.planner import markdown
 
 DISTURBED = 0.15  # cores that something else took; a measurement beside which it was more is dropped
 FASTEST, AUTO = f"{OURS}, batch 32", f"{OURS}, batch 32, auto"

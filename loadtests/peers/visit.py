@@ -17,9 +17,10 @@ import pandas as pd
 import psutil
 import uvloop
 
-from loadtests import bench, drive
-from loadtests.crowd import http as http_bytes
-from loadtests.forms import Form
+from loadtests.bench.overhead import overhead
+from loadtests.load import generator
+from loadtests.load.raw_client import http as http_bytes
+from loadtests.load.request_forms import Form
 from loadtests.modes import Server, start
 from loadtests.peers.catalogue import Peer
 
@@ -54,7 +55,7 @@ class Visit:
     model: str  # float32, bfloat16, instant or embeddings
     repeat: int
     server: Server
-    locust: drive.Generator
+    locust: generator.Generator
     cpus: set[int]  # the server's and the client's
     expected: str
     scale: float
@@ -107,7 +108,7 @@ class Visit:
             with self.watch() as others:
                 options = {"rate_per_s": max(1.0, share * capacity), "duration_s": LATENCY_S * self.scale}
                 df = self.load("open", limit_s=5.0, timeout_s=5.0, **options)
-            found = drive.summary(df, LIMIT_S)
+            found = generator.summary(df, LIMIT_S)
             names = ("offered_per_s", "goodput_per_s", "p50_ms", "p99_ms", "lateness_p99_ms")
             keep = {name: found[name] for name in names}
             self.note(f"at {share:.0%}", others[0], **keep, **counts(df))
@@ -119,15 +120,15 @@ class Visit:
         prober = threading.Thread(target=lambda: recovery.append(self.recovery_s(seconds)))
         with self.watch() as others:
             prober.start()
-            rate_per_s = min(times * capacity, drive.MOST_PER_S)
+            rate_per_s = min(times * capacity, generator.MOST_PER_S)
             options = {"rate_per_s": rate_per_s, "duration_s": seconds, "health_per_s": HEALTH_PER_S}
             df = self.load("open", limit_s=LIMIT_S, timeout_s=TIMEOUT_S, **options)
             prober.join()
-        found, health = drive.summary(df, LIMIT_S), df[df["kind"] == "health"]
-        in_time = drive.good(health, LIMIT_S)
+        found, health = generator.summary(df, LIMIT_S), df[df["kind"] == "health"]
+        in_time = generator.good(health, LIMIT_S)
         # At twice its load a queue without a bound answers in time until the second second: that is no speed.
         skip_s = min(2 * LIMIT_S, seconds / 2)
-        model = df[(df["kind"] == "model") & drive.good(df, LIMIT_S)]
+        model = df[(df["kind"] == "model") & generator.good(df, LIMIT_S)]
         done_s = model["due_s"] + model["latency_ms"] / 1000
         goodput_per_s = float(((done_s >= skip_s) & (done_s < seconds)).sum()) / (seconds - skip_s)
         self.note(
@@ -161,14 +162,14 @@ class Visit:
             with self.watch() as others:
                 requests = [
                     http_bytes(self.server.url, form.body(text).decode(), form.path, form.media_type)
-                    for text in bench.texts(users)
+                    for text in overhead.texts(users)
                 ]
                 seconds = OVERHEAD_S * self.scale
-                rate = uvloop.run(bench.ask(self.server.url, requests, seconds, Reconnecting))
+                rate = uvloop.run(overhead.ask(self.server.url, requests, seconds, Reconnecting))
             self.note(f"instant {users}", others[0], per_s=rate, ms=1000 * users / rate if rate else math.inf)
 
 
-class Reconnecting(bench.Client):
+class Reconnecting(overhead.Client):
     """Opens a new connection when the server closes one, as Gunicorn's sync workers do after each reply."""
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from workers import contract
+from workers.web import contract
 
 
 async def read_json(request: Request, known: tuple[str, ...]) -> tuple[dict[str, Any], int]:

@@ -13,10 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from workers import contract, tasks
+from workers import tasks
 from workers.protocols.openapi import asking, bodies
 from workers.service import Service
 from workers.settings import Settings
+from workers.web import contract
 
 
 def routes(settings: Settings) -> list[Route]:

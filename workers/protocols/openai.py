@@ -17,12 +17,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from workers.contract import Answered
 from workers.protocols import read_json, whole
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Malformed
+from workers.web.contract import Answered
 
 STARTED_AT = int(time.time())
 FIELDS = {"message": {"type": "string"}, "type": {"type": "string"}, "param": {}, "code": {}}

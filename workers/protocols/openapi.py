@@ -15,12 +15,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import workers
-from workers import contract, protocols, stream
+from workers import protocols
 from workers.jobs import ModelFailed
 from workers.service import Service
 from workers.settings import Settings
 from workers.tasks import Description
-from workers.tasks.text import find
+from workers.tasks.common.text import find
+from workers.web import contract, stream
 
 SAID = (
     "OFFLOAD",

@@ -18,11 +18,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from workers.guard import public
 from workers.metrics import Metrics
 from workers.protocols.openapi import STATUSES, operation
 from workers.service import Service
 from workers.settings import Settings
+from workers.web.access import public
 
 FORGET_S = 5.0  # after so long without a poll nobody looks
 

@@ -13,12 +13,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from workers.contract import Answered
 from workers.protocols import read_json, whole
 from workers.protocols.openapi import an_object, asking
 from workers.service import Service
 from workers.settings import Settings
 from workers.tasks import Malformed
+from workers.web.contract import Answered
 
 PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
 FOR_THE_TASK = ("truncate", "truncation_direction", "raw_scores")

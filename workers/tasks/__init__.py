@@ -2,7 +2,7 @@
 
     TASK=fill-mask          workers/tasks/fill_mask.py
     TASK=anything else      workers/tasks/pipeline.py: the stock pipeline of that name
-    MODEL=my_model:Iris     workers/tasks/own.py: your own class
+    MODEL=my_model:Iris     workers/tasks/custom.py: your own class
 
 A task knows neither HTTP nor where it runs: its errors are sentences for whoever asked.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from workers.settings import Settings
-from workers.threads import Threads
+from workers.tasks.threads import Threads
 
 # Transformers' own other names.
 ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Description, Query
-from workers.tasks.pipeline import load_model
-from workers.tasks.sentence import CUTTING, Recipe, SentenceModel, SentenceTask, is_ids
-from workers.tasks.text import (
+from workers.tasks.common.sentence import CUTTING, Recipe, SentenceModel, SentenceTask, is_ids
+from workers.tasks.common.text import (
     A_TEXT,
     TEXT,
     YES_OR_NO,
@@ -23,6 +22,7 @@ from workers.tasks.text import (
     ids_and_types,
     schemas,
 )
+from workers.tasks.pipeline import load_model
 
 if TYPE_CHECKING:
     from torch import Tensor

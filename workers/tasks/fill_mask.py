@@ -14,8 +14,7 @@ from typing import Any
 
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Description, Query
-from workers.tasks.pipeline import Stock, load_pipeline
-from workers.tasks.text import (
+from workers.tasks.common.text import (
     TEXT,
     Content,
     TextModel,
@@ -26,6 +25,7 @@ from workers.tasks.text import (
     schemas,
     some_words,
 )
+from workers.tasks.pipeline import Stock, load_pipeline
 
 log = logging.getLogger("uvicorn.error")
 

@@ -19,7 +19,7 @@ from typing import Any
 from workers import tasks
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Description, Malformed, Query
-from workers.tasks.text import (
+from workers.tasks.common.text import (
     A_TEXT,
     Content,
     Rule,
@@ -114,7 +114,7 @@ def place(settings: Settings, instance: int) -> tuple[str, Any]:
     import torch  # takes seconds: not at import, so that liveness answers meanwhile
     import transformers
 
-    from workers.tasks.packed import pick_dtype
+    from workers.tasks.common.packed import pick_dtype
 
     torch.set_num_threads(settings.threads_per_instance)
     transformers.utils.logging.disable_progress_bar()

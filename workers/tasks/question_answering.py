@@ -7,8 +7,7 @@ from typing import Any
 
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Description, Malformed, Query
-from workers.tasks.pipeline import load_model
-from workers.tasks.text import (
+from workers.tasks.common.text import (
     TEXT,
     YES_OR_NO,
     Content,
@@ -21,6 +20,7 @@ from workers.tasks.text import (
     checked,
     schemas,
 )
+from workers.tasks.pipeline import load_model
 
 
 class Task(TextTask):

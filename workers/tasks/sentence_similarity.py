@@ -4,9 +4,9 @@ from typing import Any
 
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Description, Malformed, Query
+from workers.tasks.common.sentence import CUTTING, Recipe, SentenceModel, SentenceTask
+from workers.tasks.common.text import A_TEXT, TEXT, Content, Row, a_text, an_object, checked, schemas
 from workers.tasks.pipeline import load_model
-from workers.tasks.sentence import CUTTING, Recipe, SentenceModel, SentenceTask
-from workers.tasks.text import A_TEXT, TEXT, Content, Row, a_text, an_object, checked, schemas
 
 FORM = '{"source_sentence": "a text", "sentences": ["another", ...]}'
 
@@ -65,7 +65,7 @@ class Similarity(SentenceModel):
     """Similarities, as NumPy's float32."""
 
     def answers(self, contents: list[Content]) -> list[Any]:
-        from workers.tasks.pooling import SIMILARITIES
+        from workers.tasks.common.pooling import SIMILARITIES
 
         alike = SIMILARITIES[self.task.sentence.get("similarity_fn_name") or "cosine"]
         groups = self.vectors(contents).split([len(content.rows) for content in contents])

@@ -4,8 +4,7 @@ from typing import Any
 
 from workers.settings import Settings
 from workers.tasks import Description, Malformed, Query
-from workers.tasks.pipeline import Stock, load_pipeline
-from workers.tasks.text import (
+from workers.tasks.common.text import (
     TEXT,
     Content,
     TextModel,
@@ -17,6 +16,7 @@ from workers.tasks.text import (
     one_of,
     schemas,
 )
+from workers.tasks.pipeline import Stock, load_pipeline
 
 
 class Task(TextTask):

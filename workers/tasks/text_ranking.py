@@ -7,9 +7,9 @@ from typing import Any
 
 from workers.settings import Settings
 from workers.tasks import Description, Malformed, Query
+from workers.tasks.common.sentence import CUTTING, SentenceTask, read_modules
+from workers.tasks.common.text import TEXT, YES_OR_NO, Content, TextModel, a_text, an_object, checked, schemas
 from workers.tasks.pipeline import load_model
-from workers.tasks.sentence import CUTTING, SentenceTask, read_modules
-from workers.tasks.text import TEXT, YES_OR_NO, Content, TextModel, a_text, an_object, checked, schemas
 
 
 class Task(SentenceTask):
@@ -60,7 +60,7 @@ class Ranker(TextModel):
     per_text = True
 
     def __init__(self, task: Task, loaded: Any) -> None:
-        from workers.tasks.pooling import activation  # needs torch
+        from workers.tasks.common.pooling import activation  # needs torch
 
         labels = loaded.model.config.num_labels
         if labels != 1:

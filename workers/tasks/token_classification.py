@@ -4,8 +4,7 @@ from typing import Any
 
 from workers.settings import Settings
 from workers.tasks import Description, Malformed, Query
-from workers.tasks.pipeline import Stock, load_pipeline
-from workers.tasks.text import (
+from workers.tasks.common.text import (
     TEXT,
     Content,
     Row,
@@ -18,6 +17,7 @@ from workers.tasks.text import (
     schemas,
     some_words,
 )
+from workers.tasks.pipeline import Stock, load_pipeline
 
 
 class Task(TextTask):

@@ -4,8 +4,7 @@ from typing import Any
 
 from workers.settings import Settings
 from workers.tasks import Description, Malformed, Query
-from workers.tasks.pipeline import Stock, load_pipeline
-from workers.tasks.text import (
+from workers.tasks.common.text import (
     A_TEXT,
     TEXT,
     YES_OR_NO,
@@ -17,6 +16,7 @@ from workers.tasks.text import (
     schemas,
     some_words,
 )
+from workers.tasks.pipeline import Stock, load_pipeline
 
 TEMPLATE = "This example is {}."
 

@@ -20,8 +20,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import workers
-from workers import contract
-from workers.guard import public
 from workers.jobs import Refused
 from workers.protocols.open_inference import tensors
 from workers.protocols.open_inference.tensors import ANSWER, VERSION, Tensor
@@ -29,6 +27,8 @@ from workers.protocols.openapi import STATUSES, an_object, asking, json_of, oper
 from workers.service import Service
 from workers.settings import Settings
 from workers.tasks import CannotAnswer, Malformed
+from workers.web import contract
+from workers.web.access import public
 
 HEADER = "inference-header-content-length"
 EXAMPLE = '{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a text"]}]}'

@@ -21,15 +21,15 @@ from starlette.exceptions import HTTPException
 from tritonclient.grpc import service_pb2 as pb
 
 import workers
-from workers import contract
-from workers.contract import CLIENT_GONE
-from workers.envelope import HOLD_S, REQUEST_ID
-from workers.guard import NO_KEY, Guard
 from workers.jobs import STOPPING, Refused
 from workers.protocols.open_inference import tensors, unknown
 from workers.protocols.open_inference.tensors import ANSWER, VERSION, Tensor
 from workers.service import Service
 from workers.tasks import CannotAnswer, Malformed
+from workers.web import contract
+from workers.web.access import NO_KEY, Guard
+from workers.web.contract import CLIENT_GONE
+from workers.web.middleware import HOLD_S, REQUEST_ID
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 CODES = {

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from starlette.exceptions import HTTPException
 
-from workers import contract
 from workers.jobs import Answer, ModelFailed
 from workers.service import Service
 from workers.tasks import CannotAnswer, Malformed
+from workers.web import contract
 
 VERSION, ANSWER = "1", "answer"
 NAMES = ("text", "json", "bytes", "numbers")

@@ -1,0 +1,4 @@
+from loadtests.bench.overhead import main
+
+if __name__ == "__main__":
+    main()

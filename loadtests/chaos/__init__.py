@@ -1,0 +1,1 @@
+"""Fault injection: the real server under random load while everything around it fails."""

@@ -1,0 +1,1 @@
+"""Every deployment mode through the same scenarios."""

@@ -1,0 +1,1 @@
+"""Load generators: Locust in its process, raw connections, request forms, rows."""

@@ -1,0 +1,4 @@
+from loadtests.plan.planner import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""A thread holds a lock for a share of the time; meanwhile processes are started. Which of them can take it?
+
+    $ python -m notebooks.support.l08_locks fork 0.3 200
+
+Prints how many were started while it was held, and how many could not take it: they would wait for ever.
+"""
+
+import json
+import multiprocessing
+import random
+import sys
+import threading
+import time
+
+LOCK = threading.Lock()
+PERIOD_S = 0.05
+PATIENCE_S = 0.5  # the thread that would let go of it isn't in the child: nothing will change
+ALIVE = 30  # at once, at most
+
+
+def hold(share, spent):
+    """Hold the lock for about this share of each period; note the seconds with it, and all."""
+    began = time.perf_counter()
+    while True:
+        with LOCK:
+            taken = time.perf_counter()
+            time.sleep(share * PERIOD_S)
+            spent["with it"] += time.perf_counter() - taken
+        time.sleep((1 - share) * PERIOD_S)
+        spent["all"] = time.perf_counter() - began
+
+
+def child():
+    """Take the lock, as every `queue.put` and every counter does with its own. Exit with 1 where that fails."""
+    sys.exit(0 if LOCK.acquire(timeout=PATIENCE_S) else 1)
+
+
+def start_many(method, share, number):
+    """How many of `number` processes were started while the lock was held, how many can't take it, how long it was held."""
+    context = multiprocessing.get_context(method)
+    spent = {"with it": 0.0, "all": 0.0}
+    threading.Thread(target=hold, args=(share, spent), daemon=True).start()
+    alive, codes, held = [], [], 0
+    for _ in range(number):
+        time.sleep(random.uniform(0, PERIOD_S))
+        held += LOCK.locked()
+        process = context.Process(target=child, daemon=True)
+        process.start()
+        alive.append(process)
+        while len(alive) >= ALIVE:
+            codes.append(end(alive.pop(0)))
+    share = spent["with it"] / spent["all"]
+    codes += map(end, alive)
+    return {"held": held, "stuck": codes.count(1), "started": len(codes), "share": share}
+
+
+def end(process):
+    """Its exit code; bounded."""
+    process.join(60)
+    process.kill()
+    return process.exitcode
+
+
+if __name__ == "__main__":
+    print(json.dumps(start_many(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))))

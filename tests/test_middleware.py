@@ -1,0 +1,300 @@
+"""The door: what a request meets before the model does. On stand-ins for the model, in a real server where it matters."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import math
+import shutil
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import httpx2
+import looptime
+import numpy as np
+import pytest
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Router
+
+from loadtests.modes import MODES, ROOT, Server, start
+from tests.support.client import dial, get, hear, metric, post, request, say, until
+from workers.jobs import ModelFailed
+from workers.loop import ModelLoop
+from workers.metrics import Metrics
+from workers.settings import Settings
+from workers.tasks import Query
+from workers.web import contract
+from workers.web.inflight import Clients
+from workers.web.middleware import HOLD_S, REFUSALS_PER_S, TICK_S, Envelope
+
+STAND_IN = """
+    class Upper:
+        example = "a text"
+
+        def __call__(self, inputs):
+            return [text.upper() for text in inputs]
+
+        def check(self, inputs, parameters):
+            if not isinstance(inputs, str):
+                raise ValueError("send a text")
+"""
+PROTOCOL = '''
+    """POST /shout/{how}: {"say": "a text"} -> {"said": "A TEXT!"}."""
+
+    import json
+
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+
+    def routes(settings):
+        return [Route("/shout/{how}", shout, methods=["POST"])]
+
+
+    def error_body(status, sentence):
+        return {"code": status, "message": sentence}
+
+
+    async def shout(request: Request) -> JSONResponse:
+        service = request.state.service
+        body = await service.clients.read(request)
+        queries = await service.check([json.loads(body)["say"]], {}, len(body))
+        (answer,) = await service.clients.wait(request, queries)
+        return JSONResponse({"said": answer.value + "!"})
+'''
+
+
+@contextlib.contextmanager
+def served(folder: Path, **env: str) -> Iterator[httpx2.Client]:
+    """The server of `folder` with its `stand_in.Upper` as the model, and a client of it."""
+    (folder / "stand_in.py").write_text(textwrap.dedent(STAND_IN))
+    with (
+        start(MODES["thread"], {"MODEL": "stand_in:Upper", **env}, folder=folder) as server,
+        httpx2.Client(base_url=server.url, timeout=60) as client,
+    ):
+        yield client
+
+
+def copy_of_the_core(folder: Path) -> Path:
+    """What whoever takes the app over copies: server.py and workers/, without the other protocols."""
+    shutil.copy(ROOT / "server.py", folder)
+    shutil.copytree(
+        ROOT / "workers", folder / "workers", ignore=shutil.ignore_patterns("protocols", "__pycache__")
+    )
+    return folder
+
+
+def test_the_core_serves_without_the_other_protocols(tmp_path: Path) -> None:
+    with served(copy_of_the_core(tmp_path)) as client:
+        assert client.post("/", content="a text").json() == "A TEXT"
+
+
+def test_a_file_in_protocols_is_a_protocol_whose_errors_are_in_its_own_words(tmp_path: Path) -> None:
+    folder = copy_of_the_core(tmp_path)
+    (folder / "workers" / "protocols").mkdir()
+    (folder / "workers" / "protocols" / "shout.py").write_text(textwrap.dedent(PROTOCOL))
+    with served(folder, MAX_BODY_BYTES="99") as client:
+        reply = client.post("/shout/loud", content=json.dumps({"say": "a text"}))
+        assert (reply.status_code, reply.json()) == (200, {"said": "A TEXT!"})
+        reply = client.post("/shout/loud", content='{"say": 1}')
+        assert (reply.status_code, reply.json()) == (422, {"code": 422, "message": "send a text"})
+        reply = client.post("/shout/loud", content="x" * 100)
+        assert reply.status_code == reply.json()["code"] == 413
+        assert client.get("/shout/loud").json()["code"] == 405
+        reply = client.post("/", content=b"\xff")
+        assert reply.status_code == 400 and reply.json().keys() == {"error"}
+        metrics = client.get("/metrics").text
+        assert 'model_requests_total{status="422"} 1.0' in metrics, "its requests count as the model's"
+
+
+# --- a server that is full --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One request runs until the file is there, one waits, and there is no room for a third."""
+    release = tmp_path_factory.mktemp("full") / "release"
+    settings = {
+        "MODEL": "tests.support.fake_models:Obedient",
+        "MAX_QUEUE": "1",
+        "DEADLINE_S": "3600",
+        "HANG_S": "3600",
+    }
+    with start(MODES["thread"], settings) as server, contextlib.ExitStack() as connections:
+        body = json.dumps({"inputs": {"until": str(release)}}).encode()
+        for gauge in ("model_running", "model_queue_depth"):
+            connections.enter_context(dial(server)).sendall(
+                request("POST", "/", body, Content_Type="application/json")
+            )
+            until(lambda gauge=gauge: metric(server, gauge) == 1)
+        yield server
+        release.touch()
+
+
+def test_a_refusal_comes_before_the_body_and_its_connection_goes_on(full: Server) -> None:
+    before = metric(full, 'model_requests_total{status="503"}')
+    with dial(full) as connection:
+        connection.sendall(request("POST", Content_Length="1000", X_Request_ID="mine"))
+        refused = hear(connection)
+        assert refused.status == 503 and refused.error
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert refused.headers["X-Request-ID"] == "mine"
+        connection.sendall(b"GET /health HTTP/1.1\r\n\r\n".ljust(1000) + request("GET", "/ready"))
+        assert hear(connection).json == {"status": "ready"}, "the body was read as the next request"
+    assert metric(full, 'model_requests_total{status="503"}') == before + 1
+
+
+def test_a_body_far_too_large_is_refused_without_a_reset(full: Server) -> None:
+    with dial(full) as connection:
+        connection.sendall(request("POST", body=b"x" * 10_000_000) + request("GET", "/ready"))
+        assert hear(connection).status in (413, 503)
+        with contextlib.suppress(ConnectionError, http.client.HTTPException):  # or it is closed
+            assert hear(connection).status == 200
+
+
+def test_a_header_of_megabytes_is_refused_before_it_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full server, too, where the one that says how long to wait is read first."""
+    looked: list[Any] = []
+    monkeypatch.setattr("workers.web.contract.client_budget_s", looked.append)
+    envelope, service, sent = Envelope(Router([]), Metrics()), Full(), []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("status"))
+
+    headers = [(b"prefer", b"wait" + b" " * 4_000_000)]
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": headers, "state": {"service": service}}
+    asyncio.run(envelope(scope, Mock(), send))
+    assert sent[0] == 431 and not looked
+
+
+def test_who_waits_to_be_asked_for_the_body_is_refused_unasked(full: Server) -> None:
+    with dial(full) as connection:
+        connection.sendall(request("POST", Content_Length="1000", Expect="100-continue"))
+        refused = hear(connection)
+        assert (refused.status, refused.headers["Connection"]) == (503, "close")
+        assert connection.recv(1) == b""
+
+
+def test_a_full_server_is_ready(full: Server) -> None:
+    assert post(full, "a text").status == 503
+    assert get(full, "/ready").status == 200
+
+
+def test_too_many_bytes_of_headers_are_refused_whatever_they_ask(full: Server) -> None:
+    assert say(full, request("GET", "/health", X_Long="x" * 66_000)).status == 431
+
+
+class Full:
+    """Stands for a service whose loop refuses everybody."""
+
+    def __init__(self) -> None:
+        self.loop = ModelLoop()
+        self.loop.stop_admitting()
+
+
+def test_a_storm_of_refusals_is_slowed_down_and_a_few_are_not_slowed_at_all() -> None:
+    envelope, service = Envelope(Router([]), Metrics()), Full()
+    waits_s: list[float] = []
+
+    async def refused() -> None:
+        async def send(message: Any) -> None:
+            assert message.get("status", 503) == 503
+
+        now = asyncio.get_running_loop().time
+        began = now()
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "state": {"service": service}}
+        await envelope(scope, Mock(), send)
+        waits_s.append(now() - began)
+
+    async def impatient() -> None:
+        for _ in range(20):
+            await refused()
+            await asyncio.sleep(0.02)
+
+    async def storm() -> None:
+        for _ in range(100):
+            await refused()
+            await asyncio.sleep(2 / REFUSALS_PER_S)
+        assert not any(waits_s)
+        await asyncio.gather(*(impatient() for _ in range(400)))
+
+    with asyncio.Runner(loop_factory=lambda: looptime.new_event_loop(start=0, end=100)) as runner:
+        runner.run(storm())
+    assert max(waits_s) == pytest.approx(HOLD_S, abs=1.01 * TICK_S)
+    assert sum(waits_s) / 8000 > 0.8 * HOLD_S
+
+
+# --- clients ----------------------------------------------------------------------------------------------------------
+
+
+def test_who_leaves_has_left_the_queue_after_two_sweeps() -> None:
+    async def scenario() -> None:
+        loop = ModelLoop(max_queue=300)
+        loop.copies.loaded = 1  # which takes nothing
+        clients, left = Clients(Settings(), loop), asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "fields": {}}
+        waiting = [
+            asyncio.create_task(clients.wait(Request(scope, receive), [Query("")])) for _ in range(300)
+        ]
+        await asyncio.sleep(0)
+        assert loop.depth == 300
+        left.set()
+        clients.sweep()
+        clients.sweep()
+        outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(outcome, ClientDisconnect) for outcome in outcomes)
+        assert not loop.live and not clients.watching
+
+    asyncio.run(scenario())
+
+
+def test_health_tells_the_models_name_and_no_path(tmp_path: Path) -> None:
+    assert Settings().model_name == "minilm-mlm"
+    with served(copy_of_the_core(tmp_path)) as client:
+        assert client.get("/health").json()["model"] == "stand_in:Upper"
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [0.1, 1e-7, 1e22, -0.0, 5e-324, 1.7976931348623157e308, 0, -1, 2**63, 2**80],
+        [float(x) for x in np.random.default_rng(0).standard_normal(1000).astype(np.float32)],
+        {"a": None, "b": [True, False], "ü": "€ \U0001f600 \u2028", 'quote"': "\\"},
+        {1: "an int", None: 0},
+        "nullify",
+        (Query("a named tuple", 2), (1, (2,))),
+        [],
+    ],
+)
+def test_an_answer_means_what_the_standard_library_would_have_written(value: Any) -> None:
+    assert json.loads(contract.rendered(value)) == json.loads(json.dumps(value))
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_an_array_reads_back_as_the_very_numbers_of_its_type(dtype: str) -> None:
+    array = np.random.default_rng(0).standard_normal((3, 4)).astype(dtype)
+    found = json.loads(contract.rendered({"vectors": array, "one": array[:, 1], "best": array[0, 0]}))
+    assert np.array_equal(np.array(found["vectors"], dtype), array)
+    assert np.array_equal(np.array(found["one"], dtype), array[:, 1])
+    assert np.dtype(dtype).type(found["best"]) == array[0, 0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [math.nan, [1.0, math.inf], np.array([1.0, math.nan]), {"a": object()}, "\ud800", {(1, 2): 3}, {1, 2}],
+)
+def test_what_json_cannot_say_is_the_models_failure(value: Any) -> None:
+    with pytest.raises(ModelFailed, match="can't be said in JSON"):
+        contract.rendered(value)

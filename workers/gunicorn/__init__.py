@@ -1,0 +1,1 @@
+"""How Gunicorn runs the app: one config a mode, and what they share."""

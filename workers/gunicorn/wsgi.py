@@ -1,0 +1,160 @@
+"""The same app for Gunicorn's sync and gthread workers: one event loop in the background, threads that wait for it.
+
+A worker's thread hands its request to the event loop, which runs the app as uvicorn would, and sleeps until the reply is
+whole. So the queue, the batches and the answers are those of `workers/loop.py`.
+"""
+
+import asyncio
+import atexit
+import errno
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Scope
+from werkzeug.wrappers import Request, Response
+
+import server
+from workers.web.contract import CLIENT_GONE, CLOSE
+
+STEP_BYTES = 65_536
+LEFT: Message = {"type": "http.disconnect"}
+
+
+class Bridge:
+    """A WSGI app that runs an ASGI app and its lifespan on one event loop. Make it in the worker's main thread."""
+
+    def __init__(
+        self, app: ASGIApp, lifespan: Callable[[Any], AbstractAsyncContextManager[dict[str, Any]]]
+    ) -> None:
+        self.app = app
+        self.loop = asyncio.new_event_loop()
+        # More than Gunicorn's threads, each of which may read a stalled body.
+        self.loop.set_default_executor(ThreadPoolExecutor(64))
+        threading.Thread(target=self.loop.run_forever, name="event loop", daemon=True).start()
+        self.lifespan = lifespan(app)
+        self.state = self.call(self.lifespan.__aenter__())
+        self.state["service"].stop_on_signals()  # which only the main thread may catch
+        atexit.register(lambda: self.call(self.lifespan.__aexit__(None, None, None)))
+
+    def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run it on the event loop; wait for what it returns."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        exchange = Exchange(environ)
+        self.call(exchange.run(self.app, self.state))
+        if exchange.reply.status_code == CLIENT_GONE:
+            raise ConnectionResetError(errno.ECONNRESET, "so Gunicorn closes without a word")
+        gunicorn = start_response.__self__
+        if exchange.is_unread() or exchange.reply.headers.get("Connection") == "close":
+            gunicorn.force_close()  # it ignores the header itself
+        body = exchange.reply(environ, start_response)
+        if gunicorn.should_close():
+            # Nothing more is read. Frees the thread that waits for the rest of a body, and Gunicorn, which would wait
+            # 2 s for the client to close its side, gthread all the while in the thread that accepts the others.
+            socket.socket.shutdown(exchange.connection, socket.SHUT_RD)
+        return body
+
+
+class Exchange:
+    """One request and its reply: Gunicorn's WSGI on one side, ASGI on the other."""
+
+    def __init__(self, environ: dict[str, Any]) -> None:
+        self.request = Request(environ, populate_request=False)
+        self.connection: socket.socket = environ["gunicorn.socket"]
+        self.chunked = "HTTP_TRANSFER_ENCODING" in environ
+        # Bytes of the body that are still to come, if it has a length.
+        self.missing = self.request.content_length or 0
+        self.is_read = False
+        self.parts: list[bytes] = []
+        self.reply = Response(self.parts)
+
+    async def run(self, app: ASGIApp, state: dict[str, Any]) -> None:
+        """Let `app` answer it."""
+        await app(self.scope(state), self.receive, self.send)
+
+    async def receive(self) -> Message:
+        """The next part of the body; that the client has left, as soon as it has."""
+        if self.is_read:
+            await self.left()
+            return LEFT
+        try:
+            # In steps, as the body may be longer than is allowed; from a thread, as the client may stall.
+            part = await asyncio.to_thread(self.request.environ["wsgi.input"].read, STEP_BYTES)
+        except OSError:  # NoMoreData, for one
+            return LEFT
+        except ParseException:
+            if has_left(self.connection):
+                return LEFT
+            raise HTTPException(
+                400, "the chunks of the body can't be read; send it with a length", CLOSE
+            ) from None
+        self.missing -= len(part)
+        ended = len(part) < STEP_BYTES
+        self.is_read = ended if self.chunked else self.missing == 0
+        if (ended and not self.is_read) or (self.is_read and has_left(self.connection)):
+            return LEFT
+        return {"type": "http.request", "body": part, "more_body": not self.is_read}
+
+    async def send(self, message: Message) -> None:
+        """Keep a part of the reply."""
+        if message["type"] == "http.response.start":
+            self.reply.status_code = message["status"]
+            self.reply.headers.clear()
+            for name, value in message["headers"]:
+                self.reply.headers.add(name.decode("latin-1"), value.decode("latin-1"))
+        else:
+            self.parts.append(message.get("body", b""))
+
+    def is_unread(self) -> bool:
+        """Whether there is more of the body than the app has read: it must not be taken for the next request."""
+        return (self.chunked or self.missing > 0) and not self.is_read
+
+    async def left(self) -> None:
+        """Return when the client has left."""
+        loop, readable = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self.connection, readable.set)
+        try:
+            await readable.wait()
+        finally:
+            loop.remove_reader(self.connection)
+        if not has_left(self.connection):
+            await loop.create_future()  # that is its next request already: it's there
+
+    def scope(self, state: dict[str, Any]) -> Scope:
+        """What ASGI says about a request."""
+        request = self.request
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": request.environ["SERVER_PROTOCOL"].removeprefix("HTTP/"),
+            "method": request.method,
+            "scheme": request.scheme,
+            "path": request.path,
+            "raw_path": request.environ["RAW_URI"].partition("?")[0].encode("latin-1"),
+            "root_path": "",
+            "query_string": request.query_string,
+            "headers": [(k.lower().encode("latin-1"), v.encode("latin-1")) for k, v in request.headers],
+            "client": (request.remote_addr, 0),
+            "server": address if isinstance(address := self.connection.getsockname(), tuple) else None,
+            "state": dict(state),
+        }
+
+
+def has_left(connection: socket.socket) -> bool:
+    """Whether the client has closed the connection, or its side of it. Looks below TLS, which knows no peeking."""
+    try:
+        return not socket.socket.recv(connection, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+app = Bridge(server.app, server.lifespan)

@@ -1,0 +1,77 @@
+"""OFFLOAD=dirty: inference in one of Gunicorn's "dirty" workers, which all web workers share. See dirty.conf.py."""
+
+import asyncio
+import os
+import pickle
+import signal
+from typing import Any
+
+from gunicorn.dirty import DirtyApp  # type: ignore[import-untyped]
+from gunicorn.dirty.client import DirtyClient, get_dirty_socket_path  # type: ignore[import-untyped]
+from gunicorn.dirty.errors import DirtyAppError, DirtyError  # type: ignore[import-untyped]
+
+from workers import tasks
+from workers.isolation.process import die_with, pickled
+from workers.jobs import ModelDied, ModelFailed
+from workers.offload import CannotLoad, Offload
+from workers.settings import Settings
+
+APP = "workers.isolation.dirty:DirtyModel"
+
+
+class DirtyModel(DirtyApp):  # type: ignore[misc]
+    """In the dirty worker: the model, loaded once, called from one thread."""
+
+    def init(self) -> None:
+        die_with(os.getppid())  # a killed arbiter's would live on, and hold the port
+        self.model = tasks.load_alone(Settings.read())
+
+    def describe(self) -> str:
+        return self.model.description
+
+    def answer(self, queries: bytes) -> bytes:
+        return pickled(self.model(pickle.loads(queries)))
+
+
+class Dirty(Offload):
+    """In a web worker: its way to the shared model, one call at a time."""
+
+    def __init__(self, hang_s: float) -> None:
+        self.hang_s = hang_s
+        self.loaded = asyncio.Event()
+        self.asking: asyncio.Task[str] | None = None
+
+    async def start(self) -> str:
+        try:
+            self.client = DirtyClient(get_dirty_socket_path(), timeout=self.hang_s)
+        except DirtyError as exc:
+            raise CannotLoad("OFFLOAD=dirty needs `gunicorn -c workers/gunicorn/dirty.conf.py`") from exc
+        return await self._ask()
+
+    async def run(self, queries: list[Any]) -> list[Any]:
+        try:
+            return pickle.loads(await self.client.execute_async(APP, "answer", pickled(queries)))
+        except DirtyAppError as exc:
+            raise ModelFailed(str(exc)) from exc
+        except DirtyError as exc:
+            if isinstance(exc.__cause__, FileNotFoundError):
+                # Its arbiter was replaced by one with another address, which only a new worker learns.
+                signal.raise_signal(signal.SIGTERM)
+            self.loaded.clear()
+            self.asking = asyncio.create_task(self._ask())
+            raise ModelDied(str(exc)) from exc
+
+    def stop(self) -> None:
+        if self.asking:
+            self.asking.cancel()
+
+    async def _ask(self) -> str:
+        """Ask what it is until it answers: it may still load; Gunicorn restarts one that can't."""
+        while True:
+            try:
+                description = await self.client.execute_async(APP, "describe")
+            except DirtyError:
+                await asyncio.sleep(0.2)
+            else:
+                self.loaded.set()
+                return description + ", shared"

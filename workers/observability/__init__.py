@@ -1,0 +1,1 @@
+"""Request log, traces, what the process takes of its machine."""

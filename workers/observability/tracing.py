@@ -1,0 +1,134 @@
+"""OpenTelemetry traces, where an `OTEL_*` variable asks for them (`pip install -r requirements-optional.txt`).
+
+    OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318 uvicorn server:app
+    OTEL_TRACES_EXPORTER=console uvicorn server:app
+
+A POST is a span, a child of its client's where it sends `traceparent`; its own children are its time in the queue and in the
+model. What was asked and answered is in none of them. OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER and
+the exporter's variables mean what they always mean.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from functools import partial
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from workers.jobs import slowest
+from workers.offload import in_thread
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+FLUSH_S = 1.0
+MOST_OF_A_PATH = 200  # of 64 KB
+PROTOCOLS = ("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+
+
+def traced(app: ASGIApp) -> ASGIApp:
+    """The app with a span for each request, where they are asked for; else the app itself."""
+    told = os.environ
+    exporter = told.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(told.get, ENDPOINTS)) else "none")
+    if exporter == "none" or told.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return app
+    if exporter not in ("otlp", "console"):
+        raise SystemExit(
+            f"OTEL_TRACES_EXPORTER={exporter!r} is not allowed: it must be otlp, console or none"
+        )
+    if "grpc" in map(told.get, PROTOCOLS):
+        raise SystemExit("OTEL_EXPORTER_OTLP_PROTOCOL='grpc' is not allowed: it must be http/protobuf")
+    try:
+        return Traces(app, provider(exporter))
+    except ImportError as exc:
+        raise SystemExit(
+            f"OTEL_* asks for traces, but {exc.name} is missing: pip install -r requirements-optional.txt"
+        ) from None
+
+
+def provider(exporter: str) -> Any:
+    """Where spans go, in batches, from a thread of their own."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
+
+    made = TracerProvider()
+    if exporter == "console":
+        made.add_span_processor(BatchSpanProcessor(ConsoleSpanExporter()))
+    else:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+        made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return made
+
+
+class Traces:
+    """Makes a span of every POST; `provider` is OpenTelemetry's TracerProvider."""
+
+    def __init__(self, app: ASGIApp, provider: Any) -> None:
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)  # its warnings quote the headers
+        self.app, self.otel, self.provider = app, trace, provider
+        self.tracer = provider.get_tracer("workers.observability.tracing")
+        self.extract = TraceContextTextMapPropagator().extract
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, partial(self.send_after_flush, send))
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return await self.app(scope, receive, send)
+        sent = {
+            name.decode(): value.decode("latin-1")
+            for name, value in scope["headers"]
+            if name in (b"traceparent", b"tracestate")
+        }
+        span = self.tracer.start_span("POST", self.extract(sent), kind=self.otel.SpanKind.SERVER)
+        scope["trace_id"] = f"{span.get_span_context().trace_id:032x}"
+        status, replied_at = 0, 0
+
+        async def listening(message: Message) -> None:
+            nonlocal status, replied_at
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            elif message.get("body"):
+                replied_at = time.time_ns()
+            await send(message)
+
+        try:
+            await self.app(scope, receive, listening)
+        finally:
+            if span.is_recording():  # it may not be in the sample
+                self.describe(span, scope, status, replied_at)
+            span.end()
+
+    async def send_after_flush(self, send: Send, message: Message) -> None:
+        """Let the last spans go out before the end: uvicorn ends with the signal that ended it, past every atexit."""
+        if message["type"] == "lifespan.shutdown.complete":
+            with contextlib.suppress(TimeoutError):  # nobody is there to take them
+                async with asyncio.timeout(FLUSH_S):
+                    await in_thread(self.provider.force_flush)
+        await send(message)
+
+    def describe(self, span: Any, scope: Scope, status: int, replied_at: int) -> None:
+        """Say of the span what is known once the request has ended: of several inputs, how the slowest fared."""
+        if ("POST", scope["path"]) in scope["app"].endpoints:  # else anybody could invent names
+            span.update_name(f"POST {scope['path']}")
+        span.set_attribute("http.request.method", "POST")
+        span.set_attribute("url.path", scope["path"][:MOST_OF_A_PATH])
+        span.set_attribute("http.response.status_code", status)
+        span.set_attribute("request.id", scope.get("request_id", b"").decode("latin-1"))
+        if status >= 500 or not status:
+            span.set_status(self.otel.StatusCode.ERROR)
+        if not (answers := scope.get("answers")):
+            return
+        answer = slowest(answers)
+        span.set_attribute("model.inputs", len(answers))
+        # The reply, or the last line of it, goes out as soon as that answer is there.
+        model_at = replied_at - int(answer.model_s * 1e9)
+        queued_at = model_at - int(answer.queue_s * 1e9)
+        within = self.otel.set_span_in_context(span)
+        self.tracer.start_span("queue", within, start_time=queued_at).end(model_at)
+        batch = {"model.batch_size": answer.batch_size, "model.batch_closed_by": answer.closed_by}
+        self.tracer.start_span("model", within, start_time=model_at, attributes=batch).end(replied_at)

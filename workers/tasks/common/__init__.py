@@ -1,0 +1,1 @@
+"""What several tasks share: texts and tokens, the encoder, pooling."""

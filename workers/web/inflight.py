@@ -1,0 +1,130 @@
+"""The clients of the requests in progress: whose body stalls, who has left.
+
+One sweep looks after all of them. Two timers and a task for each request would cost a quarter of what the server adds.
+A request that is still there at its second sweep gets a task that notices when the client leaves. Most are answered before.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
+
+from workers.jobs import STOPPING, Answer, Refused
+from workers.loop import ModelLoop
+from workers.settings import Settings
+from workers.tasks import Query
+from workers.web.contract import CLOSE, client_budget_s
+
+Handler = asyncio.Task[Any]
+TEXT_BYTES, MEDIA_BYTES = 2**20, 2**24
+SWEEP_S = 0.05  # whoever leaves has left the queue after two
+
+
+class Clients:
+    """Reads bodies and waits for answers on the clients' behalf. `sweep` it every SWEEP_S."""
+
+    def __init__(self, settings: Settings, loop: ModelLoop) -> None:
+        self.settings, self.loop = settings, loop
+        self.most_bytes = settings.MAX_BODY_BYTES or TEXT_BYTES
+        self.reading: dict[Handler, float] = {}  # until when
+        self.waiting: dict[Handler, Receive] = {}
+        self.seen: set[Handler] = set()  # those that already waited at the last sweep
+        self.watching: dict[Handler, asyncio.Task[None]] = {}  # the task that notices when the client leaves
+
+    async def read(self, request: Request) -> bytes:
+        """Return the whole body.
+
+        Raises HTTPException 413 as soon as it is known to be too large, 408 when it stalls; Refused once the server
+        stops; ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past every handler, where
+        Content-Length tells; uvicorn waits for a body for ever.)
+        """
+        declared = request.scope["fields"].get(b"content-length", b"0")
+        self.check_length(int(declared) if declared.isdigit() else 0)
+        handler = this_task()
+        self.reading[handler] = time.monotonic() + self.settings.BODY_TIMEOUT_S
+        body, more = bytearray(), True
+        try:
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+                self.check_length(len(body))
+        except asyncio.CancelledError:
+            if handler in self.reading:
+                raise  # somebody else's doing
+            handler.uncancel()
+            if self.loop.closing:
+                raise Refused(STOPPING) from None
+            raise HTTPException(408, "the body did not arrive in time; send it faster", CLOSE) from None
+        finally:
+            self.reading.pop(handler, None)
+        if not body and b"upgrade" in request.scope["fields"]:
+            # uvicorn takes what comes after such headers for another protocol.
+            raise HTTPException(400, "the body got lost: send no Upgrade header (curl --http1.1)", CLOSE)
+        return bytes(body)
+
+    def expect(self, media: tuple[str, ...]) -> None:
+        """Set how long a body may be, now that the task's media types are known. Until then: as long as a text."""
+        self.most_bytes = self.settings.MAX_BODY_BYTES or (MEDIA_BYTES if media else TEXT_BYTES)
+
+    def check_length(self, length: int) -> None:
+        """Raise HTTPException 413 where a body is too long."""
+        if length > self.most_bytes:
+            sentence = f"the body is too large; send at most {self.most_bytes} bytes"
+            raise HTTPException(413, sentence)
+
+    async def wait(self, request: Request, queries: Sequence[Query]) -> list[Answer]:
+        """Return the model's answer to each. Raises what the loop raises; ClientDisconnect when the client has left."""
+        handler = this_task()
+        self.waiting[handler] = request.receive
+        budget_s = client_budget_s(request)
+        try:
+            answers = await self.loop.submit_all(*zip(*queries), budget_s=budget_s)
+            request.scope["answers"] = answers  # for who tells of the request once it has ended
+            return answers
+        except asyncio.CancelledError:
+            if handler in self.waiting:
+                raise
+            handler.uncancel()
+            raise ClientDisconnect from None
+        finally:
+            self.waiting.pop(handler, None)
+            if watch := self.watching.pop(handler, None):
+                watch.cancel()
+
+    async def watch(self, handler: Handler, receive: Receive) -> None:
+        """End the waiting of `handler` when its client leaves: Starlette itself would let it run for nobody."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        cancel(self.waiting, [handler])
+
+    def sweep(self) -> None:
+        """End the reading of stalled bodies; watch whoever waited at the last sweep and still does."""
+        now = time.monotonic()
+        cancel(self.reading, [handler for handler, until in self.reading.items() if until < now])
+        for handler in (self.waiting.keys() & self.seen) - self.watching.keys():
+            self.watching[handler] = asyncio.create_task(self.watch(handler, self.waiting[handler]))
+        self.seen = set(self.waiting)
+
+    def stop_reading(self) -> None:
+        """Refuse those whose bodies are still on their way, once the loop is closing."""
+        cancel(self.reading, list(self.reading))
+
+
+def this_task() -> Handler:
+    task = asyncio.current_task()
+    assert task
+    return task
+
+
+def cancel(handlers: dict[Handler, Any], some: list[Handler]) -> None:
+    """Cancel `some`, which can tell by their absence from `handlers` that it was us."""
+    for handler in some:
+        del handlers[handler]
+        handler.cancel()

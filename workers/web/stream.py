@@ -1,0 +1,95 @@
+"""Answers as they come: a list of inputs with `Accept: application/x-ndjson` or `text/event-stream` gets a line for each.
+
+    {"index":1,"answer":…,"queue_ms":0.1,"model_ms":8.4,"batch":"size 4, closed by idle"}
+    {"index":0,"status":500,"error":"the model failed on input 0; …"}
+
+What is wrong with any input is a 4xx for all, before the first line. After it each input is on its own, as if it had been
+sent alone: its place in the queue, its refusal (503, with "retry_after_s"), its deadline (504), its failure (500); the others
+go on. Lines come in the order in which they are done. A client that leaves frees what still waits at once; one that stops
+reading, when it has taken nothing for BODY_TIMEOUT_S. Behind Gunicorn's sync and gthread workers all lines come at the end.
+"""
+
+import asyncio
+import json
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from workers.jobs import Unanswered
+from workers.loop import ModelLoop
+from workers.tasks import Query
+from workers.web.contract import client_budget_s, error_reply, rendered
+
+FORMS = {"application/x-ndjson": b"%s\n", "text/event-stream": b"data: %s\n\n"}
+
+
+def wanted(request: Request) -> str | None:
+    """In which form the client asks for its answers as they come; None where it doesn't."""
+    accepted = request.scope["fields"].get(b"accept", b"").decode("latin-1").lower()
+    return next((form for form in FORMS if form in accepted), None)
+
+
+class Streamed(Response):
+    """The answers to these queries, a line each."""
+
+    def __init__(
+        self, loop: ModelLoop, stall_s: float, request: Request, queries: list[Query], form: str
+    ) -> None:
+        self.loop, self.stall_s, self.queries, self.form = loop, stall_s, queries, form
+        self.budget_s = client_budget_s(request)
+        self.status_code, self.background = 200, None
+        self.raw_headers = [(b"content-type", form.encode()), (b"cache-control", b"no-store")]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        lines = [
+            asyncio.create_task(self.line(scope, index, query)) for index, query in enumerate(self.queries)
+        ]
+        gone = asyncio.create_task(leaving(receive))
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            waiting = set(lines)
+            while waiting:
+                done, _ = await asyncio.wait({*waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if gone in done:
+                    return
+                waiting -= done
+                body = b"".join(line.result() for line in lines if line in done)
+                async with asyncio.timeout(self.stall_s):
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                    # uvicorn waits for a slow client only at the next send. So send once more, nothing.
+                    await send({"type": "http.response.body", "body": b"", "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+        except TimeoutError:
+            pass  # it has stopped reading: without an end of the reply the server closes the connection
+        finally:
+            for task in (*lines, gone):
+                task.cancel()
+
+    async def line(self, scope: Scope, index: int, query: Query) -> bytes:
+        """What there is to say of one input."""
+        try:
+            answer = await self.loop.submit(query.content, size=query.size, budget_s=self.budget_s)
+            scope.setdefault("answers", []).append(answer)
+            batch = f"size {answer.batch_size}, closed by {answer.closed_by}"
+            times = {"queue_ms": round(answer.queue_s * 1000, 2), "model_ms": round(answer.model_s * 1000, 2)}
+            said = rendered({"index": index, "answer": answer.value, **times, "batch": batch})
+        except Unanswered as exc:
+            exc.index = index
+            said = rendered({"index": index} | failure(scope, exc))
+        return FORMS[self.form] % said
+
+
+def failure(scope: Scope, exc: Unanswered) -> dict[str, Any]:
+    """What the reply would say if the input had been alone."""
+    reply = error_reply(scope, exc)
+    retry = reply.headers.get("retry-after")
+    said = {"status": reply.status_code, **json.loads(bytes(reply.body))}
+    return said | ({"retry_after_s": int(retry)} if retry else {})
+
+
+async def leaving(receive: Receive) -> None:
+    """Return when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
