@@ -21,15 +21,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
-from workers.jobs import Refused
+from workers.errors import Rejected
 from workers.metrics import Metrics
 from workers.observability.request_log import logged
 from workers.observability.tracing import traced
 from workers.service import Service
 from workers.settings import Settings
 from workers.web import contract, stream
-from workers.web.access import Guard, public, with_cors
-from workers.web.middleware import Envelope
+from workers.web.access import AccessControl, public, with_cors
+from workers.web.middleware import RequestMiddleware
 
 settings = Settings.read()
 metrics = Metrics()
@@ -38,14 +38,14 @@ metrics = Metrics()
 async def answer(request: Request) -> Response:
     """POST /: the model's answer to one input, or to each of a list."""
     service: Service = request.state.service
-    body = await service.clients.read(request)
+    body = await service.in_flight.read(request)
     asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
     queries = await service.check(asked.inputs, asked.parameters, len(body))
     if asked.is_list and (form := stream.wanted(request)):
         return stream.Streamed(service.loop, settings.BODY_TIMEOUT_S, request, queries, form)
-    answers = await service.clients.wait(request, queries)
+    answers = await service.in_flight.wait(request, queries)
     values = [answer.value for answer in answers]
-    return contract.Answered(answers, values if asked.is_list else values[0])
+    return contract.AnswerResponse(answers, values if asked.is_list else values[0])
 
 
 @public
@@ -54,7 +54,7 @@ async def health(request: Request) -> Response:
     service: Service = request.state.service
     trouble = service.trouble()
     status = {
-        "status": "stuck" if trouble else "ok" if service.loop.copies.loaded else "loading",
+        "status": "stuck" if trouble else "ok" if service.loop.instances.loaded else "loading",
         "model": settings.model_name,
         "queue_depth": service.loop.depth,
         "running": service.loop.running,
@@ -67,11 +67,11 @@ async def health(request: Request) -> Response:
 
 @public
 async def ready(request: Request) -> Response:
-    """GET /ready: 200 while a copy of the model is loaded, whatever the load; 503 with the reason when there is none, or it is
+    """GET /ready: 200 while an instance of the model is loaded, whatever the load; 503 with the reason when there is none, or it is
     stuck or stopping."""
     service: Service = request.state.service
     if reason := service.unready():
-        raise Refused(reason)
+        raise Rejected(reason)
     return JSONResponse({"status": "ready"})
 
 
@@ -107,5 +107,7 @@ routes = [
     Route("/metrics", public(prometheus) if settings.METRICS_OPEN else prometheus),
     *(route for route, _ in protocols),
 ]
-envelope = Envelope(Router(routes, lifespan=lifespan), metrics, protocols, Guard(settings, routes))
-app = logged(traced(with_cors(envelope, settings)), settings)
+middleware = RequestMiddleware(
+    Router(routes, lifespan=lifespan), metrics, protocols, AccessControl(settings, routes)
+)
+app = logged(traced(with_cors(middleware, settings)), settings)

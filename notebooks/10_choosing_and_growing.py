@@ -731,7 +731,7 @@ if HAPROXY:
     unanswered = sum(n for outcome, n in outcomes.items() if outcome not in ("200", "503"))
     tell(
         f"Two again after **{lost.took_s:.1f} s**, predicted {load_s + 1:.1f} s, your guess {guess_gap_s:g} s (the dotted lines: from the"
-        f" kill until ready). Refused: {outcomes.get('503', 0)} of {len(lost.rows)}, simulated {told.failed}. Ended without any answer:"
+        f" kill until ready). Rejected: {outcomes.get('503', 0)} of {len(lost.rows)}, simulated {told.failed}. Ended without any answer:"
         f" {unanswered}."
     )
 
@@ -790,7 +790,7 @@ calm_s = int(refusing[refusing > 0].index.max()) + 1 - step_s
 told_s = l10_growing.ray_waits_s() + 1
 tell(
     f"The second replica came {more_s} s after that, and nobody was refused after {calm_s} s; predicted: {told_s} s."
-    f" Refused meanwhile: {int(refusing.sum()):,}."
+    f" Rejected meanwhile: {int(refusing.sum()):,}."
 )
 
 # %% [markdown]

@@ -415,7 +415,7 @@ stop(broken, repaired)
 # %% [markdown]
 # ## Load once: what a copy costs
 #
-# Why one model for everybody? A copy takes memory. Copies can live in threads of one process, or each in a process of its
+# Why one model for everybody? A copy takes memory. Instances can live in threads of one process, or each in a process of its
 # own. **How many MB does each further copy take?**
 #
 # *Memory* means the same in all lessons (`server.memory_mb()`): what all processes of the server hold. A page that several

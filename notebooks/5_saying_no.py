@@ -633,7 +633,7 @@ stop()
 # %%
 from dataclasses import replace
 
-from workers import offload, tasks
+from workers import errors, offload, tasks
 from workers.settings import Settings
 
 settings = replace(Settings(), TORCH_THREADS=1, BATCH_SIZE=8, FAST=False)
@@ -642,7 +642,7 @@ good = task.check(TEXT, {}).content
 try:
     task.check("no mask here", {})
     refused_with = ""
-except tasks.CannotAnswer as error:
+except errors.Unprocessable as error:
     refused_with = str(error)
 tell(f"The client gets a 422 at once: “{refused_with}”.")
 
@@ -662,7 +662,7 @@ guess_times = 2.0  # times as long
 # %%
 import functools
 
-from workers.jobs import ModelFailed
+from workers.errors import ModelFailed
 
 copy = offload.Thread(functools.partial(tasks.load_alone, settings))
 await copy.start()

@@ -553,7 +553,7 @@ guess_beside = 1.0  # times as fast
 # fast as one.
 
 # %%
-from loadtests.bench.overhead import threads
+from loadtests.bench import threads
 
 scenes = {"nothing else": [], "one core busy": [1.0]}
 hows = {"1": "1 thread", str(cores): f"{cores} threads"}
@@ -681,7 +681,7 @@ guess_bare, guess_instant = 20_000, 10_000  # requests per second
 # microseconds. A core can't answer more than one second ÷ that.
 
 # %%
-from loadtests.bench.overhead import overhead, apps
+from loadtests.bench import overhead, apps
 
 body = TEXT.encode()
 scope = {"type": "http", "method": "POST", "path": "/", "root_path": "", "query_string": b"", "headers": []}

@@ -468,7 +468,7 @@ way(
 guess_two_threads = 1.8  # times the answers of one copy
 
 # %% [markdown]
-# **Prediction.** A call takes $p$ seconds of Python and $m$ of torch; the share of Python is $s = p / (p + m)$. Copies that don't
+# **Prediction.** A call takes $p$ seconds of Python and $m$ of torch; the share of Python is $s = p / (p + m)$. Instances that don't
 # disturb each other answer $c$ times what one does. That is $c$ processes on $c$ cores. In threads the Python parts must take
 # turns, so there can't be more than $1/p$ answers a second:
 #
@@ -649,7 +649,7 @@ checks.exercise_7_2(Words)
 
 # %% [markdown]
 # **★★★** Python takes the `share` of a call's time. How many times the answers of one copy do `copies` of them give on `cores`
-# cores? `place` is "thread" (they fall into step) or "process". Copies that have no core of their own don't help.
+# cores? `place` is "thread" (they fall into step) or "process". Instances that have no core of their own don't help.
 
 
 # %%

@@ -36,9 +36,9 @@ sys.path.insert(0, str(HERE.parent))  # the project, from which the lessons impo
 warnings.filterwarnings("ignore", message="IProgress")  # we show no progress bars
 os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
-from loadtests import host, modes
+from loadtests import host, modes  # noqa: E402
 from loadtests.compare.pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, name_lines, plain_numbers  # noqa: E402
-from loadtests.load import generator
+from loadtests.load import generator  # noqa: E402
 from loadtests.plan import planner  # noqa: E402
 
 QUICK = os.environ.get("QUICK") == "1"

@@ -22,7 +22,7 @@ from loadtests.modes import MODES, ROOT, Mode, Server, start
 from tests.support.client import Reply, dial, get, hear, post, request, say, until
 from workers.settings import Settings
 from workers.web import http_protocol
-from workers.web.access import Guard
+from workers.web.access import AccessControl
 
 TEXT = "a [MASK]"
 KEYS = "first-key-0123, second-key-4567"
@@ -177,7 +177,7 @@ def test_allowed_names_and_pages(mode: str) -> None:
 
 
 def test_only_loopback_is_picky_by_default() -> None:
-    guard = Guard(Settings())
+    guard = AccessControl(Settings())
     for address, status in (("127.0.0.1", 403), ("::1", 403), ("::ffff:127.0.0.1", 403), ("10.0.0.1", None)):
         scope: dict[str, Any] = {"method": "POST", "path": "/", "server": (address, 8000)}
         refused = guard(scope | {"fields": {b"host": b"model.example"}})

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtests.plan.planner import Silent, VirtualClock
-from workers.jobs import Answer, Late, Refused
+from workers.errors import Late, Rejected
+from workers.jobs import Answer
 from workers.loop import ModelLoop
-from workers.scheduling.cost_model import Speed
+from workers.scheduling.cost_model import CostModel
 
 
 class End(NamedTuple):
@@ -46,7 +47,9 @@ class Law(NamedTuple):
         return batch_size / self.seconds(batch_size * self.mean)
 
 
-def simulate(law: Law, arrivals: list[tuple[float, list[int]]], copies: int = 1, **options: Any) -> list[End]:
+def simulate(
+    law: Law, arrivals: list[tuple[float, list[int]]], instances: int = 1, **options: Any
+) -> list[End]:
     """Run the real loop; each arrival is a time and the sizes of a request's queries."""
     ends: list[End] = []
 
@@ -62,7 +65,7 @@ def simulate(law: Law, arrivals: list[tuple[float, list[int]]], copies: int = 1,
                 answers = await loop.submit_all(sizes, sizes)
             outcome: Any = Answer
             wait_s = max(answer.queue_s for answer in answers)
-        except (Refused, Late) as error:
+        except (Rejected, Late) as error:
             outcome, wait_s = type(error), math.nan
         ends.append(End(at, loop.now(), len(sizes), outcome, wait_s))
 
@@ -70,8 +73,8 @@ def simulate(law: Law, arrivals: list[tuple[float, list[int]]], copies: int = 1,
         loop = ModelLoop(metrics=Silent(), **options)  # type: ignore[arg-type]
         size = int(law.mean)
         batches = [[(size, size)] * n for n in {1, loop.batch_size // 2 + 1, loop.batch_size}]
-        await loop.speed.warm_up(run, batches, loop.now)
-        consumers = [asyncio.create_task(loop.consume(run)) for _ in range(copies)]
+        await loop.cost_model.warm_up(run, batches, loop.now)
+        consumers = [asyncio.create_task(loop.consume(run)) for _ in range(instances)]
         began, requests = loop.now(), []
         for at, sizes in arrivals:
             await asyncio.sleep(began + at - loop.now())
@@ -104,7 +107,7 @@ def answered(ends: list[End], start: float, until: float) -> float:
 
 def late(ends: list[End]) -> float:
     """The share of the admitted that were told later that they were too late."""
-    return sum(e.outcome is Late for e in ends) / sum(e.outcome is not Refused for e in ends)
+    return sum(e.outcome is Late for e in ends) / sum(e.outcome is not Rejected for e in ends)
 
 
 def p99(ends: list[End]) -> float:
@@ -170,7 +173,7 @@ def test_with_batches_the_rate_is_nearly_that_of_the_best_fixed_size_and_the_adm
 
 # --- no standing queue ------------------------------------------------------------------------------------------------
 
-LAWS = [  # the law, the batch size, copies
+LAWS = [  # the law, the batch size, instances
     (Law(0, 0.007), 1, 1),
     (Law(0, 0.007), 1, 2),
     (Law(0, 0.1), 1, 1),
@@ -182,14 +185,14 @@ LAWS = [  # the law, the batch size, copies
 
 
 @pytest.mark.parametrize("load", [1.2, 3, 10])
-@pytest.mark.parametrize(("law", "batch_size", "copies"), LAWS, ids=str)
+@pytest.mark.parametrize(("law", "batch_size", "instances"), LAWS, ids=str)
 def test_under_lasting_overload_the_wait_stays_near_the_target_at_the_full_and_steady_rate(
-    law: Law, batch_size: int, copies: int, load: float
+    law: Law, batch_size: int, instances: int, load: float
 ) -> None:
-    target_s, capacity = 0.5, copies * law.rate(batch_size)
+    target_s, capacity = 0.5, instances * law.rate(batch_size)
     until = min(60, max(7, 20_000 / (load * capacity)))
     ends = simulate(
-        law, poisson(law, load * capacity, until), copies, batch_size=batch_size, target_s=target_s
+        law, poisson(law, load * capacity, until), instances, batch_size=batch_size, target_s=target_s
     )
     lasting = [end for end in ends if end.at >= 4]
     full_s = law.seconds(batch_size * law.mean)
@@ -202,19 +205,19 @@ def test_under_lasting_overload_the_wait_stays_near_the_target_at_the_full_and_s
     assert not late(ends)
 
 
-@pytest.mark.parametrize(("law", "batch_size", "copies"), [LAWS[0], LAWS[3], LAWS[5]], ids=str)
+@pytest.mark.parametrize(("law", "batch_size", "instances"), [LAWS[0], LAWS[3], LAWS[5]], ids=str)
 def test_a_burst_on_an_idle_server_is_admitted_whole_also_after_others(
-    law: Law, batch_size: int, copies: int
+    law: Law, batch_size: int, instances: int
 ) -> None:
     times = [0.0] * 200 + [30.0] * 200
-    ends = simulate(law, [(at, [1]) for at in times], copies, batch_size=batch_size)
+    ends = simulate(law, [(at, [1]) for at in times], instances, batch_size=batch_size)
     assert {end.outcome for end in ends} == {Answer}
 
 
-@pytest.mark.parametrize(("law", "batch_size", "copies"), LAWS, ids=str)
-def test_below_its_rate_a_server_refuses_hardly_anybody(law: Law, batch_size: int, copies: int) -> None:
-    rate = 0.8 * copies * law.rate(batch_size)
-    ends = simulate(law, poisson(law, rate, 5000 / rate), copies, batch_size=batch_size)
+@pytest.mark.parametrize(("law", "batch_size", "instances"), LAWS, ids=str)
+def test_below_its_rate_a_server_refuses_hardly_anybody(law: Law, batch_size: int, instances: int) -> None:
+    rate = 0.8 * instances * law.rate(batch_size)
+    ends = simulate(law, poisson(law, rate, 5000 / rate), instances, batch_size=batch_size)
     assert sum(end.outcome is Answer for end in ends) >= 0.99 * len(ends)
 
 
@@ -229,17 +232,17 @@ def test_without_a_target_the_queue_may_stand_as_long_as_the_deadline_allows() -
 
 @pytest.mark.parametrize("load_of_lists", [0.8, 5])
 @pytest.mark.parametrize(
-    ("law", "batch_size", "copies"),
+    ("law", "batch_size", "instances"),
     [(Law(0.004, 0.001), 32, 1), (Law(0, 0.007), 1, 1), (Law(0.004, 0.001), 32, 2)],
     ids=str,
 )
 def test_beside_a_stream_of_lists_a_single_request_waits_for_a_few_calls_and_the_lists_are_in_time(
-    law: Law, batch_size: int, copies: int, load_of_lists: float
+    law: Law, batch_size: int, instances: int, load_of_lists: float
 ) -> None:
-    capacity = copies * law.rate(batch_size)
+    capacity = instances * law.rate(batch_size)
     singles = poisson(law, 0.05 * capacity, 60, seed=1)
     lists = poisson(law, load_of_lists * capacity / 64, 60, jobs=64, seed=2)
-    ends = simulate(law, sorted(singles + lists), copies, batch_size=batch_size, budget_s=4)
+    ends = simulate(law, sorted(singles + lists), instances, batch_size=batch_size, budget_s=4)
     alone, together = [[end for end in ends if (end.jobs > 1) is many] for many in (False, True)]
     # Its share: what runs, one call that it shares with a list or lets pass, and its own turn in it.
     assert p99(alone) <= 3 * law.seconds(batch_size)
@@ -272,50 +275,52 @@ seconds = st.floats(1e-4, 1.0)
 def test_one_call_twenty_times_too_slow_moves_what_is_predicted_by_less_than_a_tenth(
     a: float, b: float, sizes: tuple[int, ...], seed: int
 ) -> None:
-    law, speed, rng = Law(a, b), Speed(), random.Random(seed)
+    law, cost_model, rng = Law(a, b), CostModel(), random.Random(seed)
     for size in sizes * 2 + tuple(rng.randint(1, max(sizes)) for _ in range(rng.randrange(20))):
-        speed.observe(size, law.seconds(size))
-    before = [speed.margin * speed.predict_s(size) for size in sizes]
+        cost_model.observe(size, law.seconds(size))
+    before = [cost_model.margin * cost_model.predict_s(size) for size in sizes]
     assert before == pytest.approx([1.1 * law.seconds(size) for size in sizes])
     outlier = rng.randint(1, max(sizes))
-    speed.observe(outlier, 20 * law.seconds(outlier))
-    assert [speed.margin * speed.predict_s(size) for size in sizes] == pytest.approx(before, rel=0.1)
+    cost_model.observe(outlier, 20 * law.seconds(outlier))
+    assert [cost_model.margin * cost_model.predict_s(size) for size in sizes] == pytest.approx(
+        before, rel=0.1
+    )
 
 
 @pytest.mark.parametrize("factor", [3, 1 / 3, 20, 1 / 20])
 def test_a_model_that_has_become_slower_or_faster_for_good_is_followed_within_four_calls(
     factor: float,
 ) -> None:
-    law, speed = Law(0.004, 0.001), Speed()
+    law, cost_model = Law(0.004, 0.001), CostModel()
     for size in (1, 8, 32) * 3:
-        speed.observe(size, law.seconds(size))
+        cost_model.observe(size, law.seconds(size))
     for size in (1, 10, 3, 32):
-        speed.observe(size, factor * law.seconds(size))
+        cost_model.observe(size, factor * law.seconds(size))
     for size in (1, 8, 32, 100):
-        assert speed.predict_s(size) == pytest.approx(factor * law.seconds(size), rel=0.05)
+        assert cost_model.predict_s(size) == pytest.approx(factor * law.seconds(size), rel=0.05)
 
 
 def test_calls_too_short_for_the_clock_do_not_keep_longer_ones_from_being_learnt() -> None:
-    speed = Speed()
+    cost_model = CostModel()
     for seconds in (0,) * 10 + (0.1,) * 20:
-        speed.observe(1, seconds)
-    assert speed.predict_s(1) == pytest.approx(0.1, rel=0.05)
+        cost_model.observe(1, seconds)
+    assert cost_model.predict_s(1) == pytest.approx(0.1, rel=0.05)
 
 
 def test_a_day_of_single_texts_does_not_forget_how_long_a_batch_takes() -> None:
-    law, speed = Law(0.004, 0.001), Speed()
+    law, cost_model = Law(0.004, 0.001), CostModel()
     for size in (1, 8, 32) + (1,) * 10_000:
-        speed.observe(size, law.seconds(size))
-    assert speed.predict_s(32) == pytest.approx(law.seconds(32))
+        cost_model.observe(size, law.seconds(size))
+    assert cost_model.predict_s(32) == pytest.approx(law.seconds(32))
 
 
 def test_noise_is_answered_by_a_margin() -> None:
-    law, speed, rng = Law(0.004, 0.001), Speed(), random.Random(0)
+    law, cost_model, rng = Law(0.004, 0.001), CostModel(), random.Random(0)
     for _ in range(500):
         size = rng.randint(1, 32)
-        speed.observe(size, law.seconds(size) * rng.lognormvariate(-0.125, 0.5))
-    assert speed.predict_s(16) == pytest.approx(law.seconds(16), rel=0.35)
-    assert 1.3 < speed.margin < 1.7
+        cost_model.observe(size, law.seconds(size) * rng.lognormvariate(-0.125, 0.5))
+    assert cost_model.predict_s(16) == pytest.approx(law.seconds(16), rel=0.35)
+    assert 1.3 < cost_model.margin < 1.7
 
 
 def test_a_server_that_warmed_up_on_a_busy_machine_admits_what_it_can_do() -> None:
@@ -327,9 +332,9 @@ def test_a_server_that_warmed_up_on_a_busy_machine_admits_what_it_can_do() -> No
             return sizes
 
         loop = ModelLoop(batch_size=32, metrics=Silent())  # type: ignore[arg-type]
-        await loop.speed.warm_up(run, [[(1, 1)] * n for n in (1, 8, 32)], loop.now)
+        await loop.cost_model.warm_up(run, [[(1, 1)] * n for n in (1, 8, 32)], loop.now)
         for n in (1, 8, 32):
-            assert loop.speed.predict_s(n) == pytest.approx(0.004 + 0.001 * n)
+            assert loop.cost_model.predict_s(n) == pytest.approx(0.004 + 0.001 * n)
         consumer = asyncio.create_task(loop.consume(run))
         await asyncio.sleep(0)
         await asyncio.gather(*(loop.submit(1) for _ in range(200)))

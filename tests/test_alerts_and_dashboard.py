@@ -62,7 +62,7 @@ def test_prometheus_own_linter_finds_nothing_in_the_metrics(monkeypatch: pytest.
     async def text() -> bytes:
         service = Service(Settings(), Metrics())
         service.metrics.batch(1, "full", 0.1, [0.1])
-        await service.machine.sleep(0)
+        await service.process_metrics.sleep(0)
         return service.metrics.text()
 
     check("check", "metrics", text=asyncio.run(text()))
@@ -74,8 +74,8 @@ def test_the_machine_is_told_with_the_models_own_processes() -> None:
     try:
         until(lambda: psutil.Process(child.pid).memory_info().rss > 50e6)
         alone, both = Metrics(), Metrics()
-        asyncio.run(machine.Machine(alone, list).sleep(0))
-        together = machine.Machine(both, lambda: [child.pid])
+        asyncio.run(machine.ProcessMetrics(alone, list).sleep(0))
+        together = machine.ProcessMetrics(both, lambda: [child.pid])
         asyncio.run(together.sleep(0))
         assert (
             samples(both)["process_resident_memory_bytes"]
@@ -86,30 +86,30 @@ def test_the_machine_is_told_with_the_models_own_processes() -> None:
         used_s = samples(both)["process_cpu_seconds_total"]
         its_own_s = sum(psutil.Process(child.pid).cpu_times()[:2])
         until(lambda: sum(psutil.Process(child.pid).cpu_times()[:2]) > its_own_s + 0.1)
-        together.look_at_processes()
+        together.poll_processes()
         assert samples(both)["process_cpu_seconds_total"] > used_s
     finally:
         child.kill()
         child.wait()
     used_s = samples(both)["process_cpu_seconds_total"]
-    together.look_at_processes()
+    together.poll_processes()
     assert samples(both)["process_cpu_seconds_total"] >= used_s, "a counter never falls"
 
 
 @needs_proc
 def test_to_look_while_no_more_files_can_be_opened_does_not_end_the_server() -> None:
-    looker = machine.Machine(Metrics(), list)
+    looker = machine.ProcessMetrics(Metrics(), list)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
-        looker.look_at_processes()
+        looker.poll_processes()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_blocked_event_loop_shows_in_its_lag() -> None:
     metrics = Metrics()
-    looker = machine.Machine(metrics, list)
+    looker = machine.ProcessMetrics(metrics, list)
 
     async def run() -> None:
         asyncio.get_running_loop().call_later(0.01, time.sleep, 0.3)
@@ -125,7 +125,7 @@ def test_every_gpu_is_told_and_one_that_cannot_tell_all_tells_the_rest(
     monkeypatch.syspath_prepend(FAKE_NVML)
     monkeypatch.delitem(sys.modules, "pynvml", raising=False)
     metrics = Metrics()
-    asyncio.run(machine.Machine(metrics, list).sleep(0))
+    asyncio.run(machine.ProcessMetrics(metrics, list).sleep(0))
     told = samples(metrics)
     assert told['gpu_busy_ratio{device="0"}'] == 0.4
     assert 'gpu_busy_ratio{device="1"}' not in told

@@ -13,10 +13,10 @@ import torch
 
 from tests.support.small_models import ENTITIES, make_model, make_tokenizer, save
 from workers import offload, tasks
+from workers.errors import Unprocessable
 from workers.metrics import Metrics
-from workers.service import make_copies
+from workers.service import make_instances
 from workers.settings import HERE, Settings
-from workers.tasks import CannotAnswer
 from workers.tasks.pipeline import load_pipeline
 from workers.web.contract import rendered
 
@@ -65,7 +65,7 @@ def test_single_and_batched_answers_are_those_of_the_plain_pipeline(
     asked = [task.check(*one).content for one in ASKED]
 
     async def everything() -> list[list[Any]]:
-        (model,) = make_copies(settings, Metrics(), task)
+        (model,) = make_instances(settings, Metrics(), task)
         await model.start()
         singly = [(await model.run([one]))[0] for one in asked]
         batched = [answer for i in range(0, len(asked), 8) for answer in await model.run(asked[i : i + 8])]
@@ -120,7 +120,7 @@ def test_a_pickled_model_is_not_loaded(tmp_path: Path) -> None:
 def test_what_the_model_cannot_answer_is_refused_with_a_sentence_that_says_what_to_send(
     text: str, parameters: dict[str, Any], problem: str
 ) -> None:
-    with pytest.raises(CannotAnswer, match=problem):
+    with pytest.raises(Unprocessable, match=problem):
         tasks.make(Settings(MAX_TOP_K=50_000)).check(text, parameters)
 
 

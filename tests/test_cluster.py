@@ -163,7 +163,7 @@ def test_it_ends_as_a_whole(cluster: Server, how: str) -> None:
 
 
 def test_overload_is_refused_honestly_and_starts_no_storm(crowd: Crowd) -> None:
-    """Each refusal that is tried again costs the replicas one more: few are, while most are refused anyway."""
+    """Each rejection that is tried again costs the replicas one more: few are, while most are refused anyway."""
     with start(CLUSTER, {**STAND_IN, "MAX_QUEUE": "2"}) as server:
         until(lambda: len(ready(server)) == 2)
         with steady(server, crowd, SLOW, users=48) as replies:

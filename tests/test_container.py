@@ -115,7 +115,7 @@ def test_settings_are_known_and_leave_the_time_to_answer_what_is_admitted(
     assert settings.GRACE_S >= settings.DEADLINE_S
     assert POD["terminationGracePeriodSeconds"] > pause_s + settings.GRACE_S
     assert settings.API_KEY and settings.METRICS_OPEN
-    # Cores are asked for as they are used: one a copy.
+    # Cores are asked for as they are used: one an instance.
     assert CONTAINER["resources"]["requests"]["cpu"] == str(settings.INSTANCES * settings.TORCH_THREADS)
     assert ENV["OMP_NUM_THREADS"] == ENV["TORCH_THREADS"]
 

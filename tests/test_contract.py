@@ -162,7 +162,7 @@ def test_answer_says_where_the_time_went(server: Server) -> None:
     timing = post(server, PARIS).headers["Server-Timing"]
     assert timing.startswith("queue;dur=")
     assert ", model;dur=" in timing
-    assert 'batch;desc="size 1, closed by full"' in timing
+    assert 'batch;desc="size 1, dispatched because full"' in timing
 
 
 def test_request_id_is_taken_over_or_made(server: Server) -> None:
@@ -370,7 +370,7 @@ def test_many_at_once_each_get_their_own_answer(sick: Server, crowd: Crowd, mode
 def batch(reply: Reply) -> tuple[int, str]:
     """The size of the batch that the answer comes from, and what closed it."""
     assert reply.status == 200
-    said = re.search(r'batch;desc="size (\d+), closed by (\w+)"', reply.headers["Server-Timing"])
+    said = re.search(r'batch;desc="size (\d+), dispatched because (\w+)"', reply.headers["Server-Timing"])
     assert said
     return int(said[1]), said[2]
 

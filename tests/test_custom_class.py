@@ -15,8 +15,8 @@ from loadtests.modes import MODES, ROOT, start
 from models.iris import FEATURES, Iris
 from tests.support.client import post_json
 from workers import tasks
+from workers.errors import Malformed, Unprocessable
 from workers.settings import Settings
-from workers.tasks import CannotAnswer, Malformed
 from workers.web.contract import rendered
 
 FLOWER = dict(zip(FEATURES, (5.1, 3.5, 1.4, 0.2)))
@@ -74,7 +74,7 @@ def test_its_check_refuses_with_its_own_sentence_and_prepares_what_it_gets(
 
     task = own(monkeypatch, __call__=echo, check=check, size=lambda self, inputs: inputs + 1)
     assert task.check(3, {"scale": 2}) == (6, 7)
-    with pytest.raises(CannotAnswer, match=r"^send a number of at least 0$"):
+    with pytest.raises(Unprocessable, match=r"^send a number of at least 0$"):
         task.check(-1, {})
 
 

@@ -105,7 +105,7 @@ def test_workers_share_the_cores_and_say_so(crowd: Crowd) -> None:
     cores = len(os.sched_getaffinity(0))
     mode = Mode("gthread 2x4", "gunicorn -c workers/gunicorn/gthread.conf.py --workers 2 --threads 4")
     with start(mode, STAND_IN) as server:
-        until(lambda: server.log().count("one of 2: 1 copies of the model") == 2)
+        until(lambda: server.log().count("one of 2: 1 instances of the model") == 2)
         assert f"{max(1, cores // 2)} threads each" in server.log()
         assert metrics_add_up(server, crowd)
 
@@ -181,7 +181,7 @@ os.register_at_fork(after_in_child=wait)
 def test_memory_that_will_not_fit_is_said_in_plain_words() -> None:
     assert memory.warning(workers=4, worker_bytes=3 * 10**9, limit=16 * 10**9) == ""
     assert memory.warning(workers=4, worker_bytes=5 * 10**9, limit=16 * 10**9) == (
-        "4 workers need 20.0 GB with their copies of the model, but there are 16.0 GB: use fewer workers or INSTANCES"
+        "4 workers need 20.0 GB with their instances of the model, but there are 16.0 GB: use fewer workers or INSTANCES"
     )
     assert 10**6 < memory.resident_bytes([os.getpid()]) < memory.limit_bytes()
 

@@ -14,8 +14,9 @@ from loadtests.modes import ROOT
 from tests.support.embedding_models import MINILM, sentence_model, small_bert
 from tests.support.small_models import FAMILIES, make_model, save
 from workers import tasks
+from workers.errors import Malformed, Unprocessable
 from workers.settings import Settings
-from workers.tasks import CannotAnswer, Malformed, Query
+from workers.tasks import Query
 
 TEXTS = [
     "A man is eating food.",
@@ -33,7 +34,7 @@ def served(model: str, task: str = "feature-extraction", **settings: Any) -> "Se
 
 
 class Served:
-    """A task and a loaded copy of its model."""
+    """A task and a loaded instance of its model."""
 
     def __init__(self, task: tasks.Task) -> None:
         self.task, self.model = task, task.load(0)
@@ -140,7 +141,7 @@ def test_dimensions_cut_the_vector_and_normalize_makes_its_length_1(pair: Any) -
 def test_a_long_text_is_refused_or_cut_where_asked_for(minilm: Served) -> None:
     from sentence_transformers import SentenceTransformer
 
-    with pytest.raises(CannotAnswer, match="702 tokens; send at most 256, or"):
+    with pytest.raises(Unprocessable, match="702 tokens; send at most 256, or"):
         minilm(LONG)
     oracle = SentenceTransformer(MINILM, device="cpu")
     assert_same(minilm(LONG, truncate=True)[0], oracle.encode(LONG))
@@ -157,7 +158,7 @@ def test_a_long_text_is_refused_or_cut_where_asked_for(minilm: Served) -> None:
         ({"truncation_direction": "up"}, Malformed, '"truncation_direction" must be left or right'),
         ({"dimensions": 0}, Malformed, '"dimensions" must be a whole number from 1 to 384'),
         ({"dimensions": 385}, Malformed, '"dimensions" must be a whole number from 1 to 384'),
-        ({"prompt_name": "?"}, CannotAnswer, 'the model knows the prompts "document", "query"'),
+        ({"prompt_name": "?"}, Unprocessable, 'the model knows the prompts "document", "query"'),
         ({"encoding_format": "base64"}, Malformed, "/v1/embeddings"),
         ({"top_k": 1}, Malformed, '"top_k" is not a known field'),
     ],
@@ -172,7 +173,7 @@ def test_a_parameter_that_makes_no_sense_is_refused_with_a_sentence(
 def test_token_ids_give_the_vector_of_their_text_and_foreign_ones_are_refused(minilm: Served) -> None:
     ids = minilm.task.check("a text", {}).content.rows[0].ids
     assert_same(minilm(ids)[0], minilm("a text")[0])
-    with pytest.raises(CannotAnswer, match="30522 is no token of this model"):
+    with pytest.raises(Unprocessable, match="30522 is no token of this model"):
         minilm([101, 30522, 102])
 
 
@@ -301,7 +302,7 @@ def test_the_longer_of_a_pair_is_cut_first_as_sentence_transformers_does(
 ) -> None:
     ours, oracle = reranker
     for query, text in ((TEXTS[0], LONG), (LONG, TEXTS[0]), (LONG, LONG), (LONG[:1500], LONG[:2000])):
-        with pytest.raises(CannotAnswer, match="send at most 512, or"):
+        with pytest.raises(Unprocessable, match="send at most 512, or"):
             ours({"query": query, "text": text})
         score = ours({"query": query, "text": text}, truncate=True)[0]
         assert_same(score, oracle.predict([(query, text)])[0])

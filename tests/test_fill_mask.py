@@ -106,7 +106,7 @@ def audit(plain: Any, ours: Ours, asked: list[Asked], batch: int = 32) -> None:
 
 
 def pair(folder: str) -> tuple[Any, Ours]:
-    """The plain pipeline and ours, each with its own copy of the model: ours changes its layers."""
+    """The plain pipeline and ours, each with its own instance of the model: ours changes its layers."""
     return pipeline("fill-mask", model=folder, dtype=torch.float32, device="cpu"), Ours(folder)
 
 

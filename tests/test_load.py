@@ -19,7 +19,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from loadtests.compare.run import run
+from loadtests.compare import run
 from loadtests.load import generator, texts
 from loadtests.load.raw_client import Connection
 from loadtests.modes import MODES, ROOT, Mode, Server, start
@@ -208,7 +208,7 @@ def test_quick_comparison_of_two_modes_leaves_table_and_pictures(tmp_path: Any) 
         assert sum(values[mode, scenario, "n_wrong"] for scenario in ("capacity", "own 80 %", "own 2 x")) == 0
     assert values["batch", "capacity", "predicted_per_s"] > 0
     assert values["batch", "own 80 %", "predicted_p99_ms"] > 0
-    assert values["batch", "start", "copies"] == 1 and values["uvicorn-2", "start", "copies"] == 2
+    assert values["batch", "start", "instances"] == 1 and values["uvicorn-2", "start", "instances"] == 2
     assert json.loads((tmp_path / "machine.json").read_text())["failed"] == []
     assert "/root" not in (tmp_path / "machine.json").read_text()
 

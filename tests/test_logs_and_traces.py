@@ -15,12 +15,12 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from loadtests.modes import MODES, start
 from tests.support.client import POISON, post, post_json, request, say
 from workers.jobs import Answer
-from workers.observability.request_log import REFUSALS_PER_S, Json, RequestLog, logged
+from workers.observability.request_log import REJECTIONS_PER_S, Json, RequestLog, logged
 from workers.observability.tracing import Traces, traced
 from workers.settings import Settings
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-ANSWERS = [Answer("a", 0.1, 0.2, 4, "idle"), Answer("b", 0.5, 0.25, 8, "full")]
+ANSWERS = [Answer("a", 0.1, 0.2, 4, "empty"), Answer("b", 0.5, 0.25, 8, "full")]
 
 
 class App:
@@ -117,7 +117,7 @@ def test_a_request_is_a_line_that_says_where_its_time_went(caplog: pytest.LogCap
         "queue_ms": 500.0,
         "model_ms": 250.0,
         "batch_size": 8,
-        "closed_by": "full",
+        "dispatched_because": "full",
     }
 
 
@@ -146,8 +146,8 @@ def test_a_storm_of_refusals_is_sampled_and_no_answer_is(
         app.status, now = 503, 101.0
         ask(log)
     told = [line(record) for record in caplog.records]
-    assert [one["status"] for one in told] == [503] * REFUSALS_PER_S + [200, 503]
-    assert [one["unlogged"] for one in told if "unlogged" in one] == [50 - REFUSALS_PER_S]
+    assert [one["status"] for one in told] == [503] * REJECTIONS_PER_S + [200, 503]
+    assert [one["unlogged"] for one in told if "unlogged" in one] == [50 - REJECTIONS_PER_S]
 
 
 def test_a_line_is_one_line_whatever_the_client_puts_into_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -185,7 +185,7 @@ def test_a_request_is_a_span_with_its_time_in_queue_and_model() -> None:
     root, queue, model = found["POST /"], found["queue"], found["model"]
     assert root.attributes["http.response.status_code"] == 200
     assert root.attributes["request.id"] == "an-id" and root.attributes["model.inputs"] == 2
-    assert model.attributes == {"model.batch_size": 8, "model.batch_closed_by": "full"}
+    assert model.attributes == {"model.batch_size": 8, "model.batch_dispatched_because": "full"}
     assert {span.parent.span_id for span in (queue, model)} == {root.context.span_id}
     assert queue.end_time == model.start_time
     assert (queue.end_time - queue.start_time, model.end_time - model.start_time) == (500e6, 250e6)

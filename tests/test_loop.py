@@ -16,7 +16,8 @@ from tests.support.virtual_clock import (
     submit_all,
     waits_for,
 )
-from workers.jobs import Answer, Late, ModelDied, ModelFailed, Refused
+from workers.errors import Late, ModelDied, ModelFailed, Rejected
+from workers.jobs import Answer
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
 
@@ -47,7 +48,7 @@ async def test_the_first_of_a_quiet_queue_runs_at_once_and_what_queued_meanwhile
         answers = await asyncio.gather(*first, *rest)
     assert model.calls == [["a"], ["b", "c", "d"]]
     assert model.started == [0, 1]  # no idling: the second call starts when the first ends
-    assert [answer.closed_by for answer in answers] == ["idle"] * 4
+    assert [answer.dispatched_because for answer in answers] == ["empty"] * 4
     assert [answer.queue_s for answer in answers] == [0, 0.5, 0.5, 0.5]
     assert [answer.model_s for answer in answers] == [1, 3, 3, 3]
 
@@ -58,7 +59,7 @@ async def test_a_batch_never_exceeds_its_size_and_closes_when_full() -> None:
     async with serving(model, batch_size=3) as loop:
         answers = await asyncio.gather(*submit_all(loop, *range(7)))
     assert [len(call) for call in model.calls] == [3, 3, 1]
-    assert [answer.closed_by for answer in answers] == ["full"] * 6 + ["idle"]
+    assert [answer.dispatched_because for answer in answers] == ["full"] * 6 + ["empty"]
 
 
 @on_virtual_clock
@@ -74,7 +75,7 @@ async def test_a_window_is_one_deadline_counted_from_the_first_arrival() -> None
         answers = await asyncio.gather(*tasks)
     assert model.calls == [["a", "b", "c"], ["late"]]
     assert model.started[0] == pytest.approx(1.0)
-    assert answers[0].closed_by == "window"
+    assert answers[0].dispatched_because == "window"
 
 
 @on_virtual_clock
@@ -83,7 +84,7 @@ async def test_a_window_closes_at_once_when_the_batch_is_full() -> None:
     async with serving(model, batch_size=2, window_s=50.0) as loop:
         answers = await asyncio.gather(*submit_all(loop, "a", "b"))
     assert model.started == [0]
-    assert answers[0].closed_by == "full"
+    assert answers[0].dispatched_because == "full"
 
 
 @on_virtual_clock
@@ -92,7 +93,7 @@ async def test_a_window_closes_early_enough_for_its_tightest_deadline() -> None:
     async with serving(model, batch_size=9, window_s=50.0) as loop:
         await loop.submit("teaches the loop that a call takes 1 s", budget_s=55)
         answer = await loop.submit("a", budget_s=10)
-    assert answer.closed_by == "deadline"
+    assert answer.dispatched_because == "deadline"
     assert answer.queue_s + answer.model_s <= 10
 
 
@@ -142,7 +143,7 @@ async def test_a_full_queue_refuses_without_calling_the_model() -> None:
         await asyncio.sleep(0.5)
         waiting = submit_all(loop, "a", "b")
         await asyncio.sleep(0)
-        with pytest.raises(Refused, match="full"):
+        with pytest.raises(Rejected, match="full"):
             await loop.submit("c")
         assert await outcomes(running + waiting) == ["answer to running", "answer to a", "answer to b"]
     assert ["c"] not in model.calls
@@ -154,7 +155,7 @@ async def test_a_job_that_would_be_too_late_is_refused_and_told_when_the_work_ah
         await loop.submit("teaches the loop that a call takes 1 s")
         tasks = submit_all(loop, *range(10))
         await asyncio.sleep(0.5)
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(Rejected) as refused:
             await loop.submit("no chance", budget_s=5)
         assert refused.value.retry_after_s == 10  # 9.5 s of work ahead
         await outcomes(tasks)
@@ -172,13 +173,13 @@ async def test_a_wrong_estimate_cannot_lock_an_idle_server_shut() -> None:
 
 @on_virtual_clock
 async def test_retry_after_is_at_least_a_second() -> None:
-    assert Refused("any reason").retry_after_s == 1
+    assert Rejected("any reason").retry_after_s == 1
 
 
 @on_virtual_clock
 async def test_before_the_model_is_loaded_jobs_are_refused() -> None:
     async with serving() as loop:
-        with pytest.raises(Refused, match="loading"):
+        with pytest.raises(Rejected, match="loading"):
             await loop.submit("a")
 
 
@@ -195,7 +196,7 @@ async def test_at_ten_times_its_rate_the_server_keeps_its_full_rate_and_nobody_w
         try:
             await loop.submit(i, budget_s=5)
             statuses.append((sent, 200))
-        except Refused:
+        except Rejected:
             statuses.append((sent, 503))
         except Late:
             statuses.append((sent, 504))
@@ -213,12 +214,14 @@ async def test_at_ten_times_its_rate_the_server_keeps_its_full_rate_and_nobody_w
 @on_virtual_clock
 async def test_the_work_ahead_is_shared_among_the_copies() -> None:
     async with serving(*[FakeModel()] * 4) as loop:
-        loop.speed.observe(1, 1)
+        loop.cost_model.observe(1, 1)
         tasks = submit_all(loop, *range(12))
         await asyncio.sleep(0.5)
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(Rejected) as refused:
             await loop.submit("no chance", budget_s=3)
-        assert refused.value.retry_after_s == 3  # 2.5 s: four copies, each with one running and two to come
+        assert (
+            refused.value.retry_after_s == 3
+        )  # 2.5 s: four instances, each with one running and two to come
         tasks += submit_all(loop, "in time", budget_s=4)
         assert set(await outcomes(tasks)) == {f"answer to {i}" for i in [*range(12), "in time"]}
 
@@ -234,7 +237,7 @@ async def test_a_call_overdue_beyond_reason_is_no_reason_to_wait_and_when_it_ret
             ends.append(submit_all(loop, i)[0])
             await asyncio.sleep(0.5)
         ended = await outcomes(ends)
-        assert ended.count(Late) <= 3 and ended.count(Refused) == 60 - ended.count(Late)
+        assert ended.count(Late) <= 3 and ended.count(Rejected) == 60 - ended.count(Late)
         assert loop.unready() == ""  # that is for the hang
         model.b = 0.1
         await asyncio.sleep(1)
@@ -244,7 +247,7 @@ async def test_a_call_overdue_beyond_reason_is_no_reason_to_wait_and_when_it_ret
 @on_virtual_clock
 async def test_while_one_copy_hangs_the_others_are_counted_with() -> None:
     async with serving(FakeModel(b=1000), FakeModel(b=0.1), budget_s=10) as loop:
-        loop.speed.observe(1, 0.1)
+        loop.cost_model.observe(1, 0.1)
         hanging, _ = submit_all(loop, "hangs", "b")
         await asyncio.sleep(5)
         assert await outcomes(submit_all(loop, *range(20))) == [f"answer to {i}" for i in range(20)]
@@ -254,23 +257,23 @@ async def test_while_one_copy_hangs_the_others_are_counted_with() -> None:
 @on_virtual_clock
 async def test_an_early_no_is_the_one_that_submit_gives_and_the_same_for_a_second() -> None:
     async with serving(FakeModel(b=0.3), budget_s=3) as loop:
-        assert loop.refusal() is None
-        loop.speed.observe(1, 0.3)
+        assert loop.rejection() is None
+        loop.cost_model.observe(1, 0.3)
         tasks = submit_all(loop, *range(9))
         await asyncio.sleep(0.05)
         seen = set()
         for _ in range(100):
             await asyncio.sleep(0.005)
-            if refused := loop.refusal():
+            if refused := loop.rejection():
                 seen.add((str(refused), refused.retry_after_s))
-                with pytest.raises(Refused, match=str(refused)):
+                with pytest.raises(Rejected, match=str(refused)):
                     await loop.submit("too many")
         assert 1 <= len(seen) <= 2
-        assert loop.refusal(budget_s=0.01) and not loop.unready()
+        assert loop.rejection(budget_s=0.01) and not loop.unready()
         await outcomes(tasks)
-        assert loop.refusal() is None
+        assert loop.rejection() is None
         loop.stop_admitting()
-        assert str(loop.refusal()) == loop.unready() == "the server is stopping; try another one"
+        assert str(loop.rejection()) == loop.unready() == "the server is stopping; try another one"
 
 
 # --- lists ------------------------------------------------------------------------------------------------------------
@@ -293,12 +296,12 @@ async def test_the_queries_of_a_list_are_answered_in_order_and_share_batches_wit
 async def test_a_list_is_admitted_whole_or_not_at_all() -> None:
     model = FakeModel()
     async with serving(model, max_queue=4) as loop:
-        loop.speed.observe(1, 1)
+        loop.cost_model.observe(1, 1)
         tasks = submit_all(loop, "running", "waits")
         await asyncio.sleep(0.5)
         # too many; 0.5 s of others' work and 4 of its own
         for queries, budget_s in (("abcde", 100), ("abc", 4)):
-            with pytest.raises(Refused):
+            with pytest.raises(Rejected):
                 await loop.submit_all(queries, [1] * len(queries), budget_s=budget_s)
         assert loop.depth == 1
         assert len(await loop.submit_all("abc", [1, 1, 1], budget_s=7)) == 3
@@ -452,12 +455,12 @@ async def test_one_bad_query_fails_alone_and_its_neighbours_get_answers() -> Non
 async def test_the_cause_of_a_failure_is_kept_for_the_log_and_its_time_teaches_nothing() -> None:
     model, poison = FakeModel(b=50), ValueError("no mask")
     async with serving(model) as loop:
-        loop.speed.observe(1, 1)
+        loop.cost_model.observe(1, 1)
         (task,) = submit_all(loop, poison)
         with pytest.raises(ModelFailed, match="no mask") as failed:
             await task
         assert failed.value.__cause__ is poison
-        assert loop.speed.predict_s(1) == 1 and loop.speed.margin == 1.1
+        assert loop.cost_model.predict_s(1) == 1 and loop.cost_model.margin == 1.1
 
 
 @pytest.mark.parametrize(
@@ -508,10 +511,10 @@ async def test_queries_that_killed_the_models_process_are_not_run_again() -> Non
 async def test_a_call_that_hangs_is_reported_and_new_jobs_are_refused() -> None:
     async with serving(FakeModel(b=500), hang_s=60, budget_s=10) as loop:
         assert await outcomes(submit_all(loop, "a")) == [Late]
-        assert loop.copies.stuck_s == 0
+        assert loop.instances.stuck_s == 0
         await asyncio.sleep(60)
-        assert loop.copies.stuck_s == pytest.approx(70)
-        with pytest.raises(Refused, match="not returned"):
+        assert loop.instances.stuck_s == pytest.approx(70)
+        with pytest.raises(Rejected, match="not returned"):
             await loop.submit("b")
 
 
@@ -525,11 +528,11 @@ async def test_a_copy_that_loads_again_is_no_call_of_the_model() -> None:
     loaded.clear()  # it dies while nobody asks anything of it
     task = submit_all(loop, "a")
     await asyncio.sleep(100)
-    assert loop.copies.stuck_s == 0 and not loop.running and loop.depth == 1
+    assert loop.instances.stuck_s == 0 and not loop.running and loop.depth == 1
     loaded.set()
     answer = await task[0]
     assert (answer.queue_s, answer.model_s) == (100, 1)
-    assert loop.speed.predict_s(1) == pytest.approx(1)
+    assert loop.cost_model.predict_s(1) == pytest.approx(1)
     consumer.cancel()
 
 
@@ -538,23 +541,23 @@ async def test_while_the_only_copy_loads_who_cannot_wait_is_told_when_it_will_be
     loaded, model = asyncio.Event(), FakeModel()
     loaded.set()
     loop = ModelLoop(budget_s=1000)
-    loop.copies.load_s = 6
+    loop.instances.load_s = 6
     consumer = asyncio.create_task(loop.consume(model, waits_for(loaded)))
     await asyncio.sleep(1)
     loaded.clear()
     tasks = submit_all(loop, "hurried", budget_s=5) + submit_all(loop, "patient", budget_s=20)
     await asyncio.sleep(1.5)
     assert loop.unready() == "the model is still loading"
-    with pytest.raises(Refused, match="loading") as refused:
+    with pytest.raises(Rejected, match="loading") as refused:
         await loop.submit("a newcomer")
     assert refused.value.retry_after_s == 5  # 4.5 s are left
     (hurried, _) = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    with pytest.raises(Refused, match="loading"):
+    with pytest.raises(Rejected, match="loading"):
         await hurried.pop()
     assert now() == 2.5
     await asyncio.sleep(4.5)
     loaded.set()
-    assert await outcomes(tasks) == [Refused, "answer to patient"]
+    assert await outcomes(tasks) == [Rejected, "answer to patient"]
     assert loop.unready() == ""
     consumer.cancel()
 
@@ -603,7 +606,7 @@ async def test_while_another_copy_is_left_nobody_is_refused_because_one_loads_ag
         raise ModelDied("it was killed")
 
     async with serving(FakeModel(b=3)) as loop:
-        loop.copies.load_s = 60
+        loop.instances.load_s = 60
         mortal = asyncio.create_task(loop.consume(dies, waits_for(loaded)))
         await asyncio.sleep(0)
         tasks = submit_all(loop, "a", "b", "waits", budget_s=10)
@@ -614,9 +617,9 @@ async def test_while_another_copy_is_left_nobody_is_refused_because_one_loads_ag
 @on_virtual_clock
 async def test_a_call_that_nobody_waits_for_any_more_still_has_to_end() -> None:
     async with serving(FakeModel(b=3)) as loop:
-        loop.speed.observe(1, 3)
+        loop.cost_model.observe(1, 3)
         assert await outcomes(submit_all(loop, "a", budget_s=0.5)) == [Late]
-        with pytest.raises(Refused):
+        with pytest.raises(Rejected):
             await loop.submit("b", budget_s=1)
         await asyncio.sleep(3)
         assert await outcomes(submit_all(loop, "c", budget_s=1)) == [Late], "idle: it is tried"
@@ -625,11 +628,11 @@ async def test_a_call_that_nobody_waits_for_any_more_still_has_to_end() -> None:
 @on_virtual_clock
 async def test_a_call_slower_than_foreseen_is_expected_to_take_as_much_longer_again() -> None:
     async with serving(FakeModel(b=4)) as loop:
-        loop.speed.observe(1, 3)
+        loop.cost_model.observe(1, 3)
         tasks = submit_all(loop, "a")
         await asyncio.sleep(3.5)
-        assert loop.copies.free_s() == [pytest.approx(0.5)]
-        with pytest.raises(Refused):
+        assert loop.instances.free_s() == [pytest.approx(0.5)]
+        with pytest.raises(Rejected):
             await loop.submit("b", budget_s=3.7)
         assert await outcomes(tasks + submit_all(loop, "c", budget_s=4)) == ["answer to a", Late]
 
@@ -645,11 +648,11 @@ async def test_the_first_call_of_all_may_take_its_time() -> None:
 @on_virtual_clock
 async def test_who_is_refused_at_the_door_counts_as_offered_load_too() -> None:
     async with serving(FakeModel(b=1), budget_s=5) as loop:
-        loop.speed.observe(1, 1)
+        loop.cost_model.observe(1, 1)
         tasks = submit_all(loop, "a", "b", "c")
         await asyncio.sleep(0.5)
         before = loop.queue.singles.offered
-        assert all(loop.refusal(3) for _ in range(10))
+        assert all(loop.rejection(3) for _ in range(10))
         offered = loop.queue.singles.offered - before
         assert offered == pytest.approx(10)
         await outcomes(tasks)
@@ -658,11 +661,11 @@ async def test_who_is_refused_at_the_door_counts_as_offered_load_too() -> None:
 @on_virtual_clock
 async def test_a_giant_does_not_make_everybody_look_like_one() -> None:
     async with serving(FakeModel()) as loop:
-        loop.speed.observe(1, 1)
+        loop.cost_model.observe(1, 1)
         await outcomes(submit_all(loop, "a"))
-        with pytest.raises(Refused):
+        with pytest.raises(Rejected):
             await asyncio.gather(loop.submit("b"), loop.submit("a giant", size=1e6))
-        assert loop.forecast.usual_size < 3
+        assert loop.estimate.usual_size < 3
 
 
 @on_virtual_clock
@@ -671,7 +674,7 @@ async def test_a_batch_is_no_larger_than_its_own_jobs_can_afford() -> None:
     model = FakeModel(b=1)
     async with serving(model, batch_size=32, budget_s=20, target_s=0) as loop:
         for n in (1, 8, 32):
-            loop.speed.observe(n, n)
+            loop.cost_model.observe(n, n)
         await outcomes(submit_all(loop, "plans"))
         answers = await outcomes(submit_all(loop, *range(16)))
     assert {len(call) for call in model.calls} <= set(range(1, 11)), "half of 20 s is 10 at 1 s each"
@@ -681,10 +684,10 @@ async def test_a_batch_is_no_larger_than_its_own_jobs_can_afford() -> None:
 @on_virtual_clock
 async def test_of_those_who_are_late_in_any_case_whoever_has_just_left_is_not_run() -> None:
     loop = ModelLoop(batch_size=2)
-    loop.copies.loaded = 1
+    loop.instances.loaded = 1
     leaver, other = submit_all(loop, "leaver", "other")
     await asyncio.sleep(0)
-    loop.speed.observe(1, 30)
+    loop.cost_model.observe(1, 30)
     leaver.cancel()
     batch, _ = await loop.take_batch()
     assert [job.query for job in batch] == ["other"]
@@ -701,7 +704,7 @@ async def test_stopping_refuses_new_jobs_and_finishes_what_was_admitted() -> Non
         await asyncio.sleep(0.5)
         draining = asyncio.create_task(loop.drain(grace_s=10))
         await asyncio.sleep(0)
-        with pytest.raises(Refused, match="stopping"):
+        with pytest.raises(Rejected, match="stopping"):
             await loop.submit("d")
         await draining
         assert await outcomes(tasks) == ["answer to a", "answer to b", "answer to c"]
@@ -714,7 +717,7 @@ async def test_after_the_grace_time_the_queued_and_the_running_are_refused_not_l
         tasks = submit_all(loop, "a", "b", "c")
         await asyncio.sleep(0)
         await loop.drain(grace_s=10)
-        assert await outcomes(tasks) == ["answer to a", Refused, Refused]
+        assert await outcomes(tasks) == ["answer to a", Rejected, Rejected]
         assert now() == pytest.approx(10)
 
 
@@ -724,7 +727,7 @@ async def test_stopping_closes_an_open_window_at_once() -> None:
         (task,) = submit_all(loop, "a")
         await asyncio.sleep(1)
         await loop.drain(grace_s=10)
-        assert (await task).closed_by == "draining"
+        assert (await task).dispatched_because == "draining"
         assert now() == pytest.approx(2)
 
 
@@ -749,12 +752,12 @@ arrivals = st.lists(
     batch_size=st.integers(1, 5),
     window_s=st.sampled_from([0.0, 0.3, 2.0]),
     max_queue=st.integers(1, 12),
-    copies=st.integers(1, 3),
+    instances=st.integers(1, 3),
     a=st.sampled_from([0.0, 0.2, 3.0]),
     b=st.sampled_from([0.01, 0.4]),
 )
 def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
-    arrivals: list[Any], batch_size: int, window_s: float, max_queue: int, copies: int, a: float, b: float
+    arrivals: list[Any], batch_size: int, window_s: float, max_queue: int, instances: int, a: float, b: float
 ) -> None:
     left: set[int] = set()
     in_vain: list[int] = []  # ran for somebody who had left
@@ -810,11 +813,11 @@ def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
         elif isinstance(end, ModelFailed):
             assert kind != "good"
         else:
-            assert isinstance(end, Late | Refused | asyncio.CancelledError)
+            assert isinstance(end, Late | Rejected | asyncio.CancelledError)
 
     async def everything() -> None:
         options = {"batch_size": batch_size, "window_s": window_s, "max_queue": max_queue}
-        async with serving(*[run] * copies, **options) as loop:
+        async with serving(*[run] * instances, **options) as loop:
             await asyncio.gather(*(client(loop, i, *arrival[:4]) for i, arrival in enumerate(arrivals)))
             await loop.drain(grace_s=100)
             assert (

@@ -21,14 +21,14 @@ from starlette.routing import Router
 
 from loadtests.modes import MODES, ROOT, Server, start
 from tests.support.client import dial, get, hear, metric, post, request, say, until
-from workers.jobs import ModelFailed
+from workers.errors import ModelFailed
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.settings import Settings
 from workers.tasks import Query
 from workers.web import contract
-from workers.web.inflight import Clients
-from workers.web.middleware import HOLD_S, REFUSALS_PER_S, TICK_S, Envelope
+from workers.web.inflight import InFlight
+from workers.web.middleware import HOLD_S, REJECTIONS_PER_S, TICK_S, RequestMiddleware
 
 STAND_IN = """
     class Upper:
@@ -61,9 +61,9 @@ PROTOCOL = '''
 
     async def shout(request: Request) -> JSONResponse:
         service = request.state.service
-        body = await service.clients.read(request)
+        body = await service.in_flight.read(request)
         queries = await service.check([json.loads(body)["say"]], {}, len(body))
-        (answer,) = await service.clients.wait(request, queries)
+        (answer,) = await service.in_flight.wait(request, queries)
         return JSONResponse({"said": answer.value + "!"})
 '''
 
@@ -80,7 +80,7 @@ def served(folder: Path, **env: str) -> Iterator[httpx2.Client]:
 
 
 def copy_of_the_core(folder: Path) -> Path:
-    """What whoever takes the app over copies: server.py and workers/, without the other protocols."""
+    """What whoever takes the app over instances: server.py and workers/, without the other protocols."""
     shutil.copy(ROOT / "server.py", folder)
     shutil.copytree(
         ROOT / "workers", folder / "workers", ignore=shutil.ignore_patterns("protocols", "__pycache__")
@@ -160,14 +160,14 @@ def test_a_header_of_megabytes_is_refused_before_it_is_looked_into(monkeypatch: 
     """On a full server, too, where the one that says how long to wait is read first."""
     looked: list[Any] = []
     monkeypatch.setattr("workers.web.contract.client_budget_s", looked.append)
-    envelope, service, sent = Envelope(Router([]), Metrics()), Full(), []
+    middleware, service, sent = RequestMiddleware(Router([]), Metrics()), Full(), []
 
     async def send(message: Any) -> None:
         sent.append(message.get("status"))
 
     headers = [(b"prefer", b"wait" + b" " * 4_000_000)]
     scope = {"type": "http", "method": "POST", "path": "/", "headers": headers, "state": {"service": service}}
-    asyncio.run(envelope(scope, Mock(), send))
+    asyncio.run(middleware(scope, Mock(), send))
     assert sent[0] == 431 and not looked
 
 
@@ -197,7 +197,7 @@ class Full:
 
 
 def test_a_storm_of_refusals_is_slowed_down_and_a_few_are_not_slowed_at_all() -> None:
-    envelope, service = Envelope(Router([]), Metrics()), Full()
+    middleware, service = RequestMiddleware(Router([]), Metrics()), Full()
     waits_s: list[float] = []
 
     async def refused() -> None:
@@ -207,7 +207,7 @@ def test_a_storm_of_refusals_is_slowed_down_and_a_few_are_not_slowed_at_all() ->
         now = asyncio.get_running_loop().time
         began = now()
         scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "state": {"service": service}}
-        await envelope(scope, Mock(), send)
+        await middleware(scope, Mock(), send)
         waits_s.append(now() - began)
 
     async def impatient() -> None:
@@ -218,7 +218,7 @@ def test_a_storm_of_refusals_is_slowed_down_and_a_few_are_not_slowed_at_all() ->
     async def storm() -> None:
         for _ in range(100):
             await refused()
-            await asyncio.sleep(2 / REFUSALS_PER_S)
+            await asyncio.sleep(2 / REJECTIONS_PER_S)
         assert not any(waits_s)
         await asyncio.gather(*(impatient() for _ in range(400)))
 
@@ -234,8 +234,8 @@ def test_a_storm_of_refusals_is_slowed_down_and_a_few_are_not_slowed_at_all() ->
 def test_who_leaves_has_left_the_queue_after_two_sweeps() -> None:
     async def scenario() -> None:
         loop = ModelLoop(max_queue=300)
-        loop.copies.loaded = 1  # which takes nothing
-        clients, left = Clients(Settings(), loop), asyncio.Event()
+        loop.instances.loaded = 1  # which takes nothing
+        clients, left = InFlight(Settings(), loop), asyncio.Event()
 
         async def receive() -> dict[str, str]:
             await left.wait()

@@ -18,12 +18,12 @@ import uvloop
 
 from loadtests.modes import is_alive
 from tests.support.misbehaving_model import Model
+from workers.errors import CannotLoad, ModelDied, ModelFailed
 from workers.isolation import process
 from workers.isolation.process import Process, packed, pause_s, pickled
-from workers.jobs import ModelDied, ModelFailed
 from workers.metrics import Metrics
-from workers.offload import CannotLoad, Inline, Thread, attempt_load
-from workers.service import core_shares, make_copies
+from workers.offload import Inline, Thread, attempt_load
+from workers.service import core_shares, make_instances
 from workers.settings import Settings
 
 
@@ -492,8 +492,8 @@ def test_a_process_keeps_to_the_cores_it_is_given() -> None:
 
 def test_a_pinned_process_takes_all_of_its_own_cores_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
-    copies = make_copies(Settings(OFFLOAD="process", INSTANCES=2), Metrics(), Model())  # type: ignore[arg-type]
-    hellos = [pickle.loads(copy.hello[8:]) for copy in copies if isinstance(copy, Process)]
+    instances = make_instances(Settings(OFFLOAD="process", INSTANCES=2), Metrics(), Model())  # type: ignore[arg-type]
+    hellos = [pickle.loads(instance.hello[8:]) for instance in instances if isinstance(instance, Process)]
     assert [cores for _, cores in hellos] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
     for load, cores in hellos:
         monkeypatch.setattr("os.sched_getaffinity", lambda pid, its=cores: its)

@@ -31,10 +31,10 @@ from tritonclient.utils import InferenceServerException
 
 from loadtests.modes import MODES, Server, free_port, start
 from tests.support.client import POISON, Crowd, Reply, get, metric, post, request, say, until
+from workers.errors import Malformed, Unprocessable
 from workers.protocols import open_inference
 from workers.protocols.open_inference import tensors
 from workers.settings import Settings
-from workers.tasks import CannotAnswer, Malformed
 
 FILL_MASK, ECHO, MOODY = (
     "tests.support.fake_models:FillMask",
@@ -326,7 +326,7 @@ def test_any_tensor_becomes_inputs_or_a_sentence(
         data = list(map(str, data))
     shape = [len(data)] if len(shape) == 1 else shape
     service: Any = SimpleNamespace(settings=Settings(), task=SimpleNamespace(media=("image/",)))
-    with contextlib.suppress(CannotAnswer, Malformed):
+    with contextlib.suppress(Unprocessable, Malformed):
         assert len(tensors.inputs(tensors.Tensor(name, datatype, shape, data), service)) <= 64
 
 

@@ -76,7 +76,7 @@ def test_an_example_works_at_one_click_and_nobody_else_is_asked(visit: Visit, se
     answer = visit.page.locator("#answer")
     expect(answer.get_by_role("row")).to_have_count(5)
     expect(answer.get_by_role("row").first).to_contain_text("thing")
-    expect(visit.page.locator("#rows tr")).to_contain_text("size 1, closed by")
+    expect(visit.page.locator("#rows tr")).to_contain_text("size 1, dispatched because")
     assert not visit.problems
     assert all(url.startswith((server.url, "data:")) for url in visit.asked)
 
@@ -264,10 +264,10 @@ def test_it_is_one_file_that_may_run_its_own_script_only(server: Server) -> None
 def test_when_nobody_looks_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = Metrics()
     watch = of_page.Watch(metrics)
-    metrics.batch(1, "idle", 0.1, [0.0])
+    metrics.batch(1, "empty", 0.1, [0.0])
     assert watch.look() == []
     metrics.batch(2, "full", 0.1, [0.0, 0.2])
-    assert watch.look() == [{"n": 1, "size": 2, "closed_by": "full", "model_s": 0.1, "wait_s": 0.2}]
+    assert watch.look() == [{"n": 1, "size": 2, "dispatched_because": "full", "model_s": 0.1, "wait_s": 0.2}]
     monkeypatch.setattr(of_page, "FORGET_S", -1)
     metrics.batch(3, "full", 0.1, [0.0])
-    assert metrics.onlooker is None
+    assert metrics.observer is None

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from workers.errors import Malformed
 from workers.settings import Settings
-from workers.tasks import Malformed, fill_mask
+from workers.tasks import fill_mask
 from workers.tasks.common.text import a_number, checked
 from workers.web import contract
 
@@ -25,11 +26,11 @@ def asking(**headers: str) -> Request:
     return Request({"type": "http", "headers": raw, "fields": dict(raw)})
 
 
-def read(body: bytes, media: tuple[str, ...] = (), **headers: str) -> contract.Asked:
+def read(body: bytes, media: tuple[str, ...] = (), **headers: str) -> contract.ParsedBody:
     return contract.parse(body, asking(**headers), media, max_inputs=4)
 
 
-def read_json(body: str | bytes) -> contract.Asked:
+def read_json(body: str | bytes) -> contract.ParsedBody:
     return read(body.encode() if isinstance(body, str) else body, Content_Type="application/json")
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from tests.support.virtual_clock import FakeModel, now, on_virtual_clock, outcomes, serving, submit_all
+from workers.errors import ModelDied, ModelFailed, Quarantined
 from workers.isolation import quarantine
-from workers.isolation.quarantine import FORGET_S, Quarantine, Quarantined
-from workers.jobs import ModelDied, ModelFailed
+from workers.isolation.quarantine import FORGET_S, Quarantine
 from workers.metrics import Metrics
 
 

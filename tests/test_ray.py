@@ -193,11 +193,11 @@ def test_a_shadow_gets_copies_whose_answers_nobody_sees(
     deploy(cluster, tmp_path, *config["applications"])
     refused = metric(models["iris"], 'model_requests_total{status="422"}')
 
-    def copies() -> float:
+    def instances() -> float:
         assert post(models["fill-mask"], PARIS).json[0]["token_str"] == "capital"
         return metric(models["iris"], 'model_requests_total{status="422"}') - refused
 
-    until(lambda: copies() > 20)
+    until(lambda: instances() > 20)
 
 
 # --- what comes and goes -------------------------------------------------------------------------------------------------

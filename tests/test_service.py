@@ -20,8 +20,8 @@ import pytest
 import server
 from loadtests.modes import MODES, Server, is_alive, start
 from tests.support.client import dial, get, hear, post, request, until
+from workers.errors import STOPPING
 from workers.isolation import process
-from workers.jobs import STOPPING
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.service import Service
@@ -201,8 +201,8 @@ def test_while_the_only_copy_loads_again_requests_are_refused_with_the_time_that
 ) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         await eventually(client, "/ready", 200)
-        assert 0 < service.loop.copies.load_s < 60
-        service.loop.copies.load_s = 59.5
+        assert 0 < service.loop.instances.load_s < 60
+        service.loop.instances.load_s = 59.5
         loads("wait")
         assert (await client.post("/", content="die")).status_code == 500
         for ask in (client.get("/ready"), client.post("/", content="a text")):
@@ -223,7 +223,9 @@ def test_an_input_that_ends_its_process_three_times_is_refused_before_the_queue_
             await eventually(client, "/ready", 200)
             assert (await client.post("/", content="leave")).status_code == 500
         await eventually(client, "/ready", 200)
-        processes = [copy.process.pid for copy in service.copies if isinstance(copy, process.Process)]
+        processes = [
+            instance.process.pid for instance in service.instances if isinstance(instance, process.Process)
+        ]
         for _ in range(10):
             refused = await client.post("/", content="leave")
             assert refused.status_code == 422
@@ -243,9 +245,9 @@ def test_a_server_whose_only_copy_died_idle_is_not_ready_until_another_is_loaded
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         await eventually(client, "/ready", 200)
         loads("wait")
-        (copy,) = service.copies
-        assert isinstance(copy, process.Process)
-        os.kill(copy.process.pid, signal.SIGKILL)
+        (instance,) = service.instances
+        assert isinstance(instance, process.Process)
+        os.kill(instance.process.pid, signal.SIGKILL)
         await eventually(client, "/ready", 503)
         loads("succeed")
         await eventually(client, "/ready", 200)
@@ -257,7 +259,7 @@ def test_a_copy_that_died_idle_takes_no_job_while_it_loads_again(loads: Callable
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         await eventually(client, "/ready", 200)
         loads("wait")
-        dead, alive = service.copies
+        dead, alive = service.instances
         assert isinstance(dead, process.Process) and isinstance(alive, process.Process)
         for _ in range(2):
             os.kill(dead.process.pid, signal.SIGKILL)
@@ -302,7 +304,7 @@ def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(
         await eventually(client, "/ready", 200)
         loads("fail")
         assert (await client.post("/", content="die")).status_code == 500
-        while not any(copy.trouble for copy in service.copies):
+        while not any(instance.trouble for instance in service.instances):
             assert (await client.post("/", content="a text")).status_code == 200
             await asyncio.sleep(0.01)
         ticks: list[None] = []
@@ -312,7 +314,7 @@ def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(
         ended, service.exit_code = service.exit_code, 0
         assert not ended
         loads("succeed")
-        while any(copy.trouble for copy in service.copies):
+        while any(instance.trouble for instance in service.instances):
             assert (await client.post("/", content="a text")).status_code == 200
             await asyncio.sleep(0.01)
         assert (await client.get("/health")).status_code == 200
@@ -385,7 +387,7 @@ def ends(server: Server, *signals: int) -> int:
     return code
 
 
-WAYS = {
+STRATEGIES = {
     "SIGTERM": [signal.SIGTERM],
     "SIGTERM three times": [signal.SIGTERM] * 3,
     "Ctrl-C": [signal.SIGINT],
@@ -403,7 +405,7 @@ def hangup() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("hangup")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", STRATEGIES)
 @pytest.mark.parametrize("offload", ["thread", "process"])
 @pytest.mark.parametrize("hangs", ["import", "load", "warm-up", "call"])
 def test_a_server_whose_model_hangs_ends_within_its_grace_time_and_so_do_its_processes(
@@ -416,7 +418,7 @@ def test_a_server_whose_model_hangs_ends_within_its_grace_time_and_so_do_its_pro
             connection = connections.enter_context(dial(server))
             connection.sendall(request("POST", "/", b"hang"))
             until(lambda: "hanging" in server.log())
-        code = ends(server, *WAYS[way])
+        code = ends(server, *STRATEGIES[way])
         assert code != -signal.SIGALRM or hangs == "call"
         assert "Traceback" not in server.log() or way == "Ctrl-C twice"  # uvicorn's own
         if hangs == "call" and way == "SIGTERM":
@@ -439,7 +441,7 @@ def test_so_it_does_under_gunicorn(hangs: str, offload: str, way: str) -> None:
             connection = stack.enter_context(dial(server))
             connection.sendall(request("POST", "/", b"hang"))
             until(lambda: "hanging" in server.log())
-        ends(server, *WAYS[way])
+        ends(server, *STRATEGIES[way])
         if hangs == "call":
             assert hear(connection).status == 503
 
@@ -506,9 +508,9 @@ def test_the_copies_of_the_model_end_with_the_service() -> None:
     async def run() -> None:
         async with Service(Settings(MODEL=MOODY, OFFLOAD="process"), Metrics()).running() as service:
             await service.started.wait()
-        (copy,) = service.copies
-        assert isinstance(copy, process.Process)
-        assert await asyncio.to_thread(copy.process.wait, 30) == -signal.SIGKILL
+        (instance,) = service.instances
+        assert isinstance(instance, process.Process)
+        assert await asyncio.to_thread(instance.process.wait, 30) == -signal.SIGKILL
 
     in_thread(run)
 
@@ -534,17 +536,17 @@ def test_nothing_is_kept_of_a_request_that_has_ended(gated: type[Gated]) -> None
         gated.loads.set()
         await eventually(client, "/ready", 200)
         waiting = asyncio.create_task(client.post("/", content="a text"))
-        while not service.clients.waiting:
+        while not service.in_flight.waiting:
             await asyncio.sleep(0)
-        service.clients.sweep()
-        service.clients.sweep()  # from the second on its client is watched
-        assert service.clients.watching
+        service.in_flight.sweep()
+        service.in_flight.sweep()  # from the second on its client is watched
+        assert service.in_flight.watching
         gated.calls.set()
         assert (await waiting).status_code == 200
-        clients, loop = service.clients, service.loop
-        service.clients.sweep()
+        clients, loop = service.in_flight, service.loop
+        service.in_flight.sweep()
         assert not (clients.reading or clients.waiting or clients.seen or clients.watching)
-        assert not (loop.live or loop.running or loop.queue or loop.queue.size or loop.copies.calls)
+        assert not (loop.live or loop.running or loop.queue or loop.queue.size or loop.instances.calls)
 
     with_app(scenario)
 

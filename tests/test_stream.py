@@ -52,7 +52,7 @@ def test_a_line_is_there_before_the_next_answer(server: Server, tmp_path: Path) 
         lines = reply.iter_lines()
         first = json.loads(next(lines))
         assert (first["index"], first["answer"]) == (0, "first")
-        assert first["batch"].startswith("size 1, closed by")
+        assert first["batch"].startswith("size 1, dispatched because")
         assert {"queue_ms", "model_ms"} < first.keys()
         gate.touch()
         assert [json.loads(line)["index"] for line in lines] == [1, 2]

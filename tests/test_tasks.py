@@ -20,8 +20,9 @@ from PIL import Image
 
 from tests.support.small_models import ENTAILMENT, ENTITIES, make_model, make_tokenizer, save
 from workers import tasks
+from workers.errors import Malformed, Unprocessable
 from workers.settings import HERE, Settings
-from workers.tasks import CannotAnswer, Malformed, encoder, packed, pipeline
+from workers.tasks import encoder, packed, pipeline
 from workers.tasks.common.packed import EndToEnd, PackedLinear
 from workers.tasks.common.text import SlowTokens
 from workers.tasks.pipeline import open_image
@@ -124,20 +125,20 @@ def plain(folder: str, task: str, asked: list[tuple[Any, dict[str, Any]]]) -> li
 
 
 FAST = "layers packed, texts end to end"
-WAYS = {
+STRATEGIES = {
     **dict.fromkeys(["bert", "distilbert", "roberta", "xlm-roberta", "mpnet", "electra"], FAST),
     **dict.fromkeys(["deberta-v2", "modernbert"], "layers packed"),
 }
 
 
 @pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")  # the pipeline's own words
-@pytest.mark.parametrize("family", WAYS)
+@pytest.mark.parametrize("family", STRATEGIES)
 @pytest.mark.parametrize("task", ["text-classification", "token-classification"])
 def test_a_task_answers_as_its_pipeline_does_for_each_family(folder: Any, task: str, family: str) -> None:
     head, config, asked = TASKS[task]
     where = folder(family, head, **config)
     made, model = load(where, task)
-    assert str(model.encoder.way) == WAYS[family]
+    assert str(model.encoder.way) == STRATEGIES[family]
     audit(made, model, asked, plain(where, task, asked))
 
 
@@ -256,12 +257,12 @@ def states_of(model: Any, rows: list[list[int]], types: list[list[int]] | None =
         ]
 
 
-@pytest.mark.parametrize("family", WAYS)
+@pytest.mark.parametrize("family", STRATEGIES)
 def test_states_are_those_of_the_plain_forward_at_the_positions_kept(family: str) -> None:
     model = make_model(family, "MaskedLM").base_model
     expected = states_of(model, PROBE)
     encode = encoder.Encoder(model, PROBE)
-    assert str(encode.way) == WAYS[family]
+    assert str(encode.way) == STRATEGIES[family]
     torch.testing.assert_close(encode(PROBE), torch.cat(expected), atol=1e-4, rtol=1e-4)
     for keep in ([[0], [], [3, 3, 1], [8, 0], [31]], [range(len(row))[::-1] for row in PROBE]):
         wanted = torch.cat([states[list(positions)] for states, positions in zip(expected, keep)])
@@ -392,7 +393,7 @@ CHECKS: list[tuple[str, Any, dict[str, Any], type, str]] = [
     ("text-classification", "a", {"top_k": True}, Malformed, '"top_k" must be a whole number'),
     ("text-classification", "a", {"function_to_apply": "x"}, Malformed, "softmax or sigmoid or none"),
     ("text-classification", "a", {"temperature": 1}, Malformed, '"temperature" is not a known field'),
-    ("text-classification", "a " * 600, {}, CannotAnswer, "has 602 tokens; send at most 512"),
+    ("text-classification", "a " * 600, {}, Unprocessable, "has 602 tokens; send at most 512"),
     ("token-classification", "a", {"aggregation_strategy": "most"}, Malformed, "none or simple or first"),
     ("token-classification", "a", {"stride": 5}, Malformed, '"stride" joins what overlaps'),
     ("token-classification", "a", {"ignore_labels": "O"}, Malformed, "a list of 0 to 100 words"),
@@ -411,7 +412,7 @@ CHECKS: list[tuple[str, Any, dict[str, Any], type, str]] = [
         "question-answering",
         {"question": "a " * 600, "context": "a"},
         {},
-        CannotAnswer,
+        Unprocessable,
         "leaves no room for the context",
     ),
 ]
@@ -542,7 +543,7 @@ def test_an_image_is_classified_as_by_its_pipeline_from_bytes_and_from_base64(ey
 )
 def test_a_pipeline_of_images_never_gets_a_path_or_an_address(eye: str, inputs: Any) -> None:
     task = tasks.make(Settings(MODEL=eye, TASK="image-classification"))
-    with pytest.raises((Malformed, CannotAnswer)):
+    with pytest.raises((Malformed, Unprocessable)):
         task.check(inputs, {})
 
 
@@ -551,7 +552,7 @@ def test_a_small_file_with_a_huge_image_is_refused(eye: str) -> None:
     file = io.BytesIO()
     Image.new("1", (9_000, 9_000)).save(file, "PNG")
     assert len(file.getvalue()) < 100_000
-    with pytest.raises(CannotAnswer, match="81000000 pixels; send at most"):
+    with pytest.raises(Unprocessable, match="81000000 pixels; send at most"):
         task.check(file.getvalue(), {})
 
 
@@ -559,13 +560,13 @@ def test_a_small_file_with_a_huge_image_is_refused(eye: str) -> None:
 def test_half_an_image_is_refused_not_run(eye: str, form: str) -> None:
     task = tasks.make(Settings(MODEL=eye, TASK="image-classification"))
     data = picture(form=form)
-    with pytest.raises(CannotAnswer, match="send a whole JPEG or PNG"):
+    with pytest.raises(Unprocessable, match="send a whole JPEG or PNG"):
         task.check(data[: len(data) // 2], {})
 
 
 def test_no_program_is_run_for_an_image(eye: str) -> None:
     task = tasks.make(Settings(MODEL=eye, TASK="image-classification"))
-    with pytest.raises(CannotAnswer, match="cannot be read"):
+    with pytest.raises(Unprocessable, match="cannot be read"):
         task.check(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n", {})
 
 
@@ -600,12 +601,12 @@ def test_a_text_of_too_many_windows_is_refused_before_it_keeps_the_model(
     folder: Any, name: str, inputs: Any, parameters: dict[str, Any]
 ) -> None:
     task = tasks.make(Settings(MODEL=folder("bert", "MaskedLM"), TASK=name))
-    with pytest.raises(CannotAnswer, match=r"windows of .* tokens; send one that takes at most 64"):
+    with pytest.raises(Unprocessable, match=r"windows of .* tokens; send one that takes at most 64"):
         task.check(inputs, parameters)
 
 
 def test_a_slow_tokenizer_cuts_no_windows_and_says_so() -> None:
-    with pytest.raises(CannotAnswer, match="a slow one"):
+    with pytest.raises(Unprocessable, match="a slow one"):
         SlowTokens(None).windows(64, 512, 17, "a text")
 
 

@@ -30,8 +30,8 @@ class Cores:
         monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)), raising=False)
         monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(set_num_threads=self.set_to.append))
 
-    def threads(self, most: int, copies: int = 1) -> Threads:
-        return Threads(most, copies, others_s=lambda: self.used_s, clock=lambda: self.now)
+    def threads(self, most: int, instances: int = 1) -> Threads:
+        return Threads(most, instances, others_s=lambda: self.used_s, clock=lambda: self.now)
 
     def pass_s(self, seconds: float, others: float, model: Threads) -> int:
         """Others use so many cores for so long, while the model is called every 10 ms; return its threads."""
@@ -91,8 +91,8 @@ def test_what_was_asked_for_is_kept_where_others_leave_more_free(monkeypatch: py
 
 def test_copies_in_one_process_share_the_cores_that_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Cores(monkeypatch, 4)
-    assert machine.pass_s(3, 1, machine.threads(2, copies=2)) == 1
-    assert machine.pass_s(3, 0, machine.threads(2, copies=2)) == 2
+    assert machine.pass_s(3, 1, machine.threads(2, instances=2)) == 1
+    assert machine.pass_s(3, 0, machine.threads(2, instances=2)) == 2
 
 
 def test_one_thread_never_asks_what_the_cores_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,35 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-TOO_SHORT = "the time left is shorter than the model takes; allow more time"
-STOPPING = "the server is stopping; try another one"
-LOADING = "the model is still loading"
-
-
-class Unanswered(Exception):
-    """Why there is no answer; `index` says to which of a request's queries, where there are several."""
-
-    index: int | None = None
-
-
-class Refused(Unanswered):
-    """Not admitted. `retry_after_s`: in how many whole seconds the work ahead should be done, at least 1."""
-
-    def __init__(self, reason: str, retry_after_s: float = 0.0) -> None:
-        super().__init__(reason)
-        self.retry_after_s = max(1, math.ceil(retry_after_s))
-
-
-class Late(Unanswered):
-    """The deadline came, or was certain to come, before the answer."""
-
-
-class ModelFailed(Unanswered):
-    """The model raised; the cause is chained."""
-
-
-class ModelDied(ModelFailed):
-    """The model's process died or hung with these queries in it; running them again might kill the next one."""
+from workers.errors import Late, Unanswered
 
 
 class Answer(NamedTuple):
@@ -46,7 +18,7 @@ class Answer(NamedTuple):
     queue_s: float
     model_s: float
     batch_size: int
-    closed_by: str
+    dispatched_because: str
 
 
 def slowest(answers: Sequence[Answer]) -> Answer:

@@ -5,11 +5,6 @@
 Everything runs on one event loop, so no thread locks are needed. `now` tells the time, by default that event loop's own,
 and `async run(queries) -> answers` is the model: so the tests run it on a virtual clock with a model that is a formula.
 
-Unanswered
- +- Refused       not admitted: stopping, loading, queue full, or it would be too late anyway   (503)
- +- Late          its deadline passed, or was certain to pass, before its answer                (504)
- +- ModelFailed   the model raised on this very query                                           (500)
-     +- ModelDied     the process that held it died or hung: not tried again                    (500)
 """
 
 import asyncio
@@ -20,25 +15,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from workers.jobs import (
-    LOADING,
-    STOPPING,
-    TOO_SHORT,
-    Answer,
-    Job,
-    JobQueue,
-    Lane,
-    Late,
-    ModelDied,
-    ModelFailed,
-    Refused,
-    expire,
-    fail_together,
-)
+from workers.errors import LOADING, STOPPING, TOO_SHORT, Late, ModelDied, ModelFailed, Rejected
+from workers.jobs import Answer, Job, JobQueue, Lane, expire, fail_together
 from workers.metrics import Metrics
 from workers.scheduling.admission import Admission
-from workers.scheduling.cost_model import Run, Speed
-from workers.scheduling.instances import Copies, Ready, stuck
+from workers.scheduling.cost_model import CostModel, Run
+from workers.scheduling.instances import Instances, Ready, stuck
 
 log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its own start-up lines
 
@@ -57,12 +39,12 @@ class ModelLoop:
     now: Callable[[], float] = lambda: asyncio.get_running_loop().time()
 
     def __post_init__(self) -> None:
-        self.queue, self.speed = JobQueue(), Speed()
-        self.copies = Copies(self.speed, self.hang_s, self.now, self._refuse_hopeless)
+        self.queue, self.cost_model = JobQueue(), CostModel()
+        self.instances = Instances(self.cost_model, self.hang_s, self.now, self._reject_hopeless)
         self.admission = Admission(
-            self.queue, self.speed, self.batch_size, self.max_queue, self.budget_s, self.target_s
+            self.queue, self.cost_model, self.batch_size, self.max_queue, self.budget_s, self.target_s
         )
-        self.forecast = self.admission.forecast
+        self.estimate = self.admission.estimate
         self.live: set[Job] = set()  # admitted and not yet answered
         self.running = 0  # those of them that the model works on
         self.closing = False
@@ -104,26 +86,26 @@ class ModelLoop:
             for job in jobs:
                 self._forget(job)
 
-    def refusal(self, budget_s: float = math.inf) -> Refused | None:
+    def rejection(self, budget_s: float = math.inf) -> Rejected | None:
         """Why one more query of the usual size would be refused now; None where it would not.
 
         Costs a few microseconds: ask before anything of a request is read. The reason stays the same for a second.
         """
-        lane, size = self.queue.singles, self.forecast.usual_size
-        if refused := self._refusal(lane, 1, size, min(budget_s, self.budget_s)):
-            self.forecast.offer(lane, 1, size)  # offered load that `submit` will not see
+        lane, size = self.queue.singles, self.estimate.usual_size
+        if refused := self._rejection(lane, 1, size, min(budget_s, self.budget_s)):
+            self.estimate.offer(lane, 1, size)  # offered load that `submit` will not see
         return refused
 
     def unready(self) -> str:
-        """Why no request at all can be answered; empty while a copy is loaded, not stuck, not stopping.
+        """Why no request at all can be answered; empty while an instance is loaded, not stuck, not stopping.
 
         It does not follow load: a balancer would take every replica out at once.
         """
         if self.closing:
             return STOPPING
-        if not self.copies.loaded:
+        if not self.instances.loaded:
             return LOADING
-        return stuck(stuck_s) if (stuck_s := self.copies.stuck_s) else ""
+        return stuck(stuck_s) if (stuck_s := self.instances.stuck_s) else ""
 
     @property
     def depth(self) -> int:
@@ -133,11 +115,11 @@ class ModelLoop:
     # --- admission ----------------------------------------------------------------------------------------------------
 
     def _admit(self, queries: Sequence[Any], sizes: Sequence[float], budget_s: float) -> list[Job]:
-        """Put jobs for all `queries` into the queue, or raise Refused."""
+        """Put jobs for all `queries` into the queue, or raise Rejected."""
         loop, now = asyncio.get_running_loop(), self.now()
         lane, size = self.queue.lists if len(queries) > 1 else self.queue.singles, sum(sizes)
-        self.forecast.offer(lane, len(queries), size)
-        if refused := self._refusal(lane, len(queries), size, budget_s):
+        self.estimate.offer(lane, len(queries), size)
+        if refused := self._rejection(lane, len(queries), size, budget_s):
             raise refused
         deadline = now + budget_s
         jobs = [
@@ -151,39 +133,39 @@ class ModelLoop:
                 job.future.add_done_callback(partial(fail_together, jobs))
         return jobs
 
-    def _refusal(self, lane: Lane, jobs: int, size: float, budget_s: float) -> Refused | None:
+    def _rejection(self, lane: Lane, jobs: int, size: float, budget_s: float) -> Rejected | None:
         """Why `jobs` of one request, `size` altogether, are not admitted now; None where they are."""
         if self.closing:
-            return Refused(STOPPING)
-        free_s = self.copies.free_s()
-        unfit = self.copies.unfit(free_s)
-        return unfit or self.admission.refusal(self.now(), free_s, lane, jobs, size, budget_s)
+            return Rejected(STOPPING)
+        free_s = self.instances.free_s()
+        unfit = self.instances.unfit(free_s)
+        return unfit or self.admission.rejection(self.now(), free_s, lane, jobs, size, budget_s)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     async def consume(self, run: Run, ready: Ready | None = None) -> None:
-        """Serve the queue with `run`, whenever its copy is `ready`, until cancelled. Start it once for every copy."""
-        self.copies.loaded += 1
+        """Serve the queue with `run`, whenever its instance is `ready`, until cancelled. Start it once for every instance."""
+        self.instances.loaded += 1
         try:
             while True:
-                # A copy that died loads again: meanwhile the work is the others'.
-                await self.copies.until(ready)
-                batch, closed_by = await self.take_batch(ready)
+                # An instance that died loads again: meanwhile the work is the others'.
+                await self.instances.until(ready)
+                batch, dispatched_because = await self.take_batch(ready)
                 if batch:
-                    await self._run(run, batch, closed_by)
+                    await self._run(run, batch, dispatched_because)
                 await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out for ever
         finally:
-            self.copies.loaded -= 1
+            self.instances.loaded -= 1
 
     async def take_batch(self, ready: Ready | None = None) -> tuple[list[Job], str]:
-        """Wait until a batch is due and the copy is ready; take it, and tell why it closed.
+        """Wait until a batch is due and the instance is ready; take it, and tell why it closed.
 
-        The batch may be empty: if this copy had died, others took the work while it loaded again.
+        The batch may be empty: if this instance had died, others took the work while it loaded again.
         """
         async with self._taking:
-            closed_by = await self._gather()
-        await self.copies.until(ready)
-        return self._take(), closed_by
+            dispatched_because = await self._gather()
+        await self.instances.until(ready)
+        return self._take(), dispatched_because
 
     async def _gather(self) -> str:
         """Wait until a batch is due; tell why it closes. Its jobs stay in the queue: their clients may still leave.
@@ -199,10 +181,10 @@ class ModelLoop:
             if self.closing:
                 return "draining"
             if not self.window_s:
-                return "idle"
+                return "empty"
             waiting = list(queue)
-            run_s = self.speed.predict_s(queue.size) * self.speed.margin
-            closes_at, closed_by = min(
+            run_s = self.cost_model.predict_s(queue.size) * self.cost_model.margin
+            closes_at, dispatched_because = min(
                 (min(job.enqueued_at for job in waiting) + self.window_s, "window"),
                 (min(job.deadline for job in waiting) - run_s, "deadline"),
             )
@@ -211,19 +193,19 @@ class ModelLoop:
                     await queue.at_least(len(queue) + 1)
             except TimeoutError:
                 if queue:
-                    return "draining" if self.closing else closed_by
+                    return "draining" if self.closing else dispatched_because
             finally:
                 self._window = None
 
     def _take(self) -> list[Job]:
         """Take the next batch. A job that can't be in time fails now: to run it would make the others late."""
-        queue, now, most = self.queue, self.now(), self.forecast.affordable
+        queue, now, most = self.queue, self.now(), self.estimate.affordable
         if not queue:
-            return []  # another copy was faster
+            return []  # another instance was faster
         batch: list[Job] = []
         late: list[Job] = []
         size, n = 0.0, min(self.batch_size, len(queue))
-        ends_at = now + self.speed.predict_s(min(most, queue.size * n / len(queue)))
+        ends_at = now + self.cost_model.predict_s(min(most, queue.size * n / len(queue)))
         while queue and len(batch) < self.batch_size:
             job = queue.first()
             if batch and size + job.size / 2 > most:  # it goes in if at least half of it fits
@@ -242,18 +224,18 @@ class ModelLoop:
             if job not in batch:
                 job.fail(Late(TOO_SHORT))
         # Plan for the jobs to come: those of this batch were admitted by the last plan.
-        self.forecast.plan(now, self.copies.loaded)
+        self.estimate.plan(now, self.instances.loaded)
         return batch
 
     def _worth_running(self, job: Job) -> bool:
         """Whether to run `job`. If it can't be in time it fails now, unless nobody waits: a run corrects the estimate."""
-        if self.queue and job.deadline < self.now() + self.speed.predict_s(job.size):
+        if self.queue and job.deadline < self.now() + self.cost_model.predict_s(job.size):
             job.fail(Late(TOO_SHORT))
         return job.alive
 
-    async def _run(self, run: Run, batch: list[Job], closed_by: str) -> None:
+    async def _run(self, run: Run, batch: list[Job], dispatched_because: str) -> None:
         """Run the model on `batch` and answer every job of it, whatever the model throws."""
-        call = self.copies.start(sum(job.size for job in batch))
+        call = self.instances.start(sum(job.size for job in batch))
         for job in batch:
             self.running += not job.running  # run again singly, it is counted already
             job.running = True
@@ -267,15 +249,15 @@ class ModelLoop:
         except BaseException as exc:  # also SystemExit and MemoryError: no query may end the loop
             error = exc
         finally:
-            self.copies.end(call)
+            self.instances.end(call)
         model_s = self.now() - call.started_at
         waits_s = [call.started_at - job.enqueued_at for job in batch]
-        self.metrics.batch(len(batch), closed_by, model_s, waits_s)
+        self.metrics.batch(len(batch), dispatched_because, model_s, waits_s)
         if error is None:
-            self.speed.observe(call.size, model_s)
+            self.cost_model.observe(call.size, model_s)
             for job, wait_s, value in zip(batch, waits_s, values, strict=True):
                 if job.alive:
-                    job.future.set_result(Answer(value, wait_s, model_s, len(batch), closed_by))
+                    job.future.set_result(Answer(value, wait_s, model_s, len(batch), dispatched_because))
         elif len(batch) > 1 and not isinstance(error, ModelDied):
             await self._run_singly(run, batch)
         else:
@@ -322,18 +304,18 @@ class ModelLoop:
                     self._drained.clear()
                     await self._drained.wait()
         except TimeoutError:
-            self.refuse_all("the server stopped before the model was free; try another one")
+            self.reject_all("the server stopped before the model was free; try another one")
 
-    def refuse_all(self, reason: str) -> None:
-        """Answer every job that is still waiting or running with `Refused`."""
+    def reject_all(self, reason: str) -> None:
+        """Answer every job that is still waiting or running with `Rejected`."""
         for job in self.live:
-            job.fail(Refused(reason))
+            job.fail(Rejected(reason))
 
-    def _refuse_hopeless(self) -> None:
-        """If no copy is left, refuse those who can't wait until one has loaded again."""
-        if self.copies.loaded:
+    def _reject_hopeless(self) -> None:
+        """If no instance is left, refuse those who can't wait until one has loaded again."""
+        if self.instances.loaded:
             return
-        load_s = self.copies.load_s
+        load_s = self.instances.load_s
         for job in self.queue:
             if job.deadline < self.now() + load_s:
-                job.fail(Refused(LOADING, load_s))
+                job.fail(Rejected(LOADING, load_s))

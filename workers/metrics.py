@@ -22,7 +22,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.gauges: list[tuple[Gauge, Callable[[], float]]] = []
         # Who wants to see each model call: called with what `batch` is.
-        self.onlooker: Callable[[int, str, float, list[float]], None] | None = None
+        self.observer: Callable[[int, str, float, list[float]], None] | None = None
         self.requests = Counter(
             "model_requests", "Requests to the model by HTTP status", ["status"], registry=registry
         )
@@ -39,13 +39,13 @@ class Metrics:
             "model_batch_size", "Queries in a model call", buckets=SIZES, registry=registry
         )
         self.batches = Counter(
-            "model_batches", "Model calls by why the batch closed", ["closed_by"], registry=registry
+            "model_batches", "Model calls by why the batch was dispatched", ["reason"], registry=registry
         )
         # A look-up of labels is half the cost of a count.
         self.requests_with = functools.cache(self.requests.labels)
         for status in (200, 500, 503, 504):
             self.requests_with(status)  # from zero on: PromQL takes no rate of what is not there yet
-        self.batches_closed_by = functools.cache(self.batches.labels)
+        self.batches_because = functools.cache(self.batches.labels)
         self.dropped = Counter("model_abandoned", "Jobs dropped: nobody waited for them", registry=registry)
         self.restarts = Counter("model_process_restarts", "Model processes replaced", registry=registry)
         self.quarantined = Counter(
@@ -62,15 +62,15 @@ class Metrics:
         for gauge, read in self.gauges:
             gauge.set(read())
 
-    def batch(self, size: int, closed_by: str, model_s: float, waits_s: list[float]) -> None:
+    def batch(self, size: int, dispatched_because: str, model_s: float, waits_s: list[float]) -> None:
         """Count one model call."""
-        self.batches_closed_by(closed_by).inc()
+        self.batches_because(dispatched_because).inc()
         self.batch_size.observe(size)
         self.call.observe(model_s)
         for wait_s in waits_s:
             self.queue_wait.observe(wait_s)
-        if self.onlooker:
-            self.onlooker(size, closed_by, model_s, waits_s)
+        if self.observer:
+            self.observer(size, dispatched_because, model_s, waits_s)
 
     def abandoned(self) -> None:
         """Count a job whose client left before the answer."""

@@ -10,17 +10,13 @@ import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from workers.jobs import ModelFailed
+from workers.errors import CannotLoad, ModelFailed
 
 Todo = tuple[asyncio.Future[Any], Callable[[], Any]]  # a call, and who waits for it
 
 
-class CannotLoad(RuntimeError):
-    """The model can't be loaded: the message says why, in one line."""
-
-
 class Offload(Protocol):
-    """One copy of the model, somewhere."""
+    """One instance of the model, somewhere."""
 
     loaded: asyncio.Event  # set while a model is loaded: cleared while a dead one is replaced
     trouble: str = ""  # why it could not be loaded again, after several tries; empty as a rule

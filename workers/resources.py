@@ -1,4 +1,4 @@
-"""How much memory the copies of the model take, and whether they all fit. Linux tells; elsewhere nothing is said."""
+"""How much memory the instances of the model take, and whether they all fit. Linux tells; elsewhere nothing is said."""
 
 import contextlib
 import gc
@@ -40,7 +40,7 @@ def warning(workers: int, worker_bytes: int, limit: int) -> str:
     if needed <= limit:
         return ""
     return (
-        f"{workers} workers need {needed / 1e9:.1f} GB with their copies of the model, but there are {limit / 1e9:.1f} GB: "
+        f"{workers} workers need {needed / 1e9:.1f} GB with their instances of the model, but there are {limit / 1e9:.1f} GB: "
         "use fewer workers or INSTANCES"
     )
 

@@ -18,16 +18,16 @@ from typing import Any
 
 from workers import resources as memory
 from workers import tasks
+from workers.errors import LOADING, CannotLoad, Malformed, ModelFailed, Rejected, Unprocessable
 from workers.isolation.process import Process
 from workers.isolation.quarantine import Quarantine
-from workers.jobs import LOADING, ModelFailed, Refused
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
-from workers.observability.process_metrics import Machine
-from workers.offload import CannotLoad, Inline, Offload, Thread, attempt_load, in_thread, in_words
+from workers.observability.process_metrics import ProcessMetrics
+from workers.offload import Inline, Offload, Thread, attempt_load, in_thread, in_words
 from workers.scheduling.instances import stuck
 from workers.settings import Settings
-from workers.web.inflight import SWEEP_S, Clients
+from workers.web.inflight import SWEEP_S, InFlight
 
 log = logging.getLogger("uvicorn.error")
 
@@ -51,30 +51,30 @@ class Service:
             metrics=metrics,
             now=time.monotonic,  # uvloop's own time has whole milliseconds only
         )
-        self.copies: list[Offload] = []
+        self.instances: list[Offload] = []
         self.descriptions: list[str] = []  # of each: what, how large, where
-        self.clients = Clients(settings, self.loop)
+        self.in_flight = InFlight(settings, self.loop)
         self.quarantine = Quarantine(metrics)
         self.exit_code, self.failure = 0, ""
-        self.started = asyncio.Event()  # every copy is loaded, or none will be
+        self.started = asyncio.Event()  # every instance is loaded, or none will be
         self.alarmed = False
         self._task: tasks.Task | None = None
         metrics.watch("model_queue_depth", "Jobs that wait for the model", lambda: self.loop.depth)
         metrics.watch("model_running", "Jobs that the model works on", lambda: self.loop.running)
-        metrics.watch("model_copies_loaded", "Copies of the model", lambda: self.loop.copies.loaded)
+        metrics.watch("model_instances_loaded", "Instances of the model", lambda: self.loop.instances.loaded)
         metrics.watch(
             "model_stuck_seconds",
             "How long a call has been running that may never end",
-            lambda: self.loop.copies.stuck_s,
+            lambda: self.loop.instances.stuck_s,
             "livemax",
         )
-        self.machine = Machine(metrics, self.model_pids)
+        self.process_metrics = ProcessMetrics(metrics, self.model_pids)
 
     @property
     def task(self) -> tasks.Task:
-        """What is served. Raises Refused while that is being made."""
+        """What is served. Raises Rejected while that is being made."""
         if self._task is None:
-            raise Refused(LOADING)
+            raise Rejected(LOADING)
         return self._task
 
     async def run(self) -> None:
@@ -94,37 +94,37 @@ class Service:
             self.exit(1, "the model loop has ended; this is a bug")
 
     async def serve(self) -> None:
-        """Load every copy of the model, then let each consume the one queue."""
+        """Load every instance of the model, then let each consume the one queue."""
         # Look for garbage every 10,000 objects, not every 700: neither what loading makes nor the requests in flight are
         # garbage, and looking would take a tenth of the loading.
         gc.set_threshold(10_000)
         began = time.monotonic()
         make = partial(tasks.make, self.settings)
         self._task = task = await in_thread(lambda: attempt_load(make))
-        self.clients.expect(task.media)
-        self.copies = make_copies(self.settings, self.metrics, task)
-        self.descriptions = await asyncio.gather(*(copy.start() for copy in self.copies))
+        self.in_flight.expect(task.media)
+        self.instances = make_instances(self.settings, self.metrics, task)
+        self.descriptions = await asyncio.gather(*(instance.start() for instance in self.instances))
         for description in self.descriptions:
             log.info("Serving %s", description)
-        self.loop.copies.load_s = time.monotonic() - began
+        self.loop.instances.load_s = time.monotonic() - began
         await self.warm_up(task)
         memory.keep_what_is_there()
         self.report()
         self.started.set()
-        runs = [(self.quarantine.around(copy.run), copy.loaded.wait) for copy in self.copies]
+        runs = [(self.quarantine.around(instance.run), instance.loaded.wait) for instance in self.instances]
         await asyncio.gather(*(self.loop.consume(*run) for run in runs))
 
     async def warm_up(self, task: tasks.Task) -> None:
-        """Time every copy on the examples, the way there and back included. Raises CannotLoad where one fails on them."""
+        """Time every instance on the examples, the way there and back included. Raises CannotLoad where one fails on them."""
         batches = await in_thread(lambda: tasks.warm_up_batches(task, self.settings.BATCH_SIZE))
         try:
-            for copy in self.copies:
-                await self.loop.speed.warm_up(copy.run, batches, self.loop.now)
+            for instance in self.instances:
+                await self.loop.cost_model.warm_up(instance.run, batches, self.loop.now)
         except ModelFailed as exc:
             raise CannotLoad(f"it fails on its own example: {exc}") from exc
 
     async def check(self, inputs: list[Any], parameters: dict[str, Any], n_bytes: int) -> list[tasks.Query]:
-        """The queries that ask this. Raises Malformed or CannotAnswer, which name the input where there are several.
+        """The queries that ask this. Raises Malformed or Unprocessable, which name the input where there are several.
 
         Long ones are checked in a thread: 16 KB of long words would hold the event loop for 40 ms.
         """
@@ -138,7 +138,7 @@ class Service:
             try:
                 queries.append(self.task.check(one, parameters))
                 self.quarantine.check(queries[-1].content)
-            except (tasks.Malformed, tasks.CannotAnswer) as exc:
+            except (Malformed, Unprocessable) as exc:
                 if len(inputs) == 1:
                     raise
                 raise type(exc)(f"input {number}: {exc}") from exc
@@ -149,18 +149,22 @@ class Service:
 
     def model_pids(self) -> list[int]:
         """The model's own processes."""
-        started = [copy for copy in self.copies if isinstance(copy, Process) and hasattr(copy, "process")]
-        return [copy.process.pid for copy in started]
+        started = [
+            instance
+            for instance in self.instances
+            if isinstance(instance, Process) and hasattr(instance, "process")
+        ]
+        return [instance.process.pid for instance in started]
 
     def report(self) -> None:
         """One line on what this worker takes of the machine, and a warning when all of them together take too much."""
         settings = self.settings
         mine = memory.resident_bytes([os.getpid(), *self.model_pids()])
         # With "dirty" the model is in Gunicorn's own pool, in none of these workers.
-        copies = 0 if settings.OFFLOAD == "dirty" else settings.INSTANCES
+        instances = 0 if settings.OFFLOAD == "dirty" else settings.INSTANCES
         log.info(
-            "Worker %d, one of %d: %d copies of the model, %d threads each, %d MB",
-            *(os.getpid(), settings.WEB_CONCURRENCY, copies, settings.threads_per_instance, mine / 1e6),
+            "Worker %d, one of %d: %d instances of the model, %d threads each, %d MB",
+            *(os.getpid(), settings.WEB_CONCURRENCY, instances, settings.threads_per_instance, mine / 1e6),
         )
         if warning := memory.warning(settings.WEB_CONCURRENCY, mine, memory.limit_bytes()):
             log.warning(warning)
@@ -177,37 +181,37 @@ class Service:
         """
         master = multiprocessing.parent_process()
         while not master or master.is_alive():
-            self.clients.sweep()
+            self.in_flight.sweep()
             self.metrics.sample()
-            if self.copies and all(copy.trouble for copy in self.copies):
-                raise CannotLoad(self.copies[0].trouble)
-            await self.machine.sleep(SWEEP_S)
+            if self.instances and all(instance.trouble for instance in self.instances):
+                raise CannotLoad(self.instances[0].trouble)
+            await self.process_metrics.sleep(SWEEP_S)
         signal.raise_signal(signal.SIGTERM)
 
     def exit(self, code: int, reason: str, details: str = "") -> None:
         """Stop as on SIGTERM, then exit with `code`. The `details` are for the log only."""
         self.exit_code, self.failure = code, reason
         log.critical(details or reason)
-        self.loop.refuse_all(reason)
+        self.loop.reject_all(reason)
         self.started.set()
         signal.raise_signal(signal.SIGTERM)
 
     def trouble(self) -> str:
         """Why this process should be restarted; empty while it should be left alone."""
-        if stuck_s := self.loop.copies.stuck_s:
+        if stuck_s := self.loop.instances.stuck_s:
             return f"{stuck(stuck_s)}; restart this server"
         return self.failure
 
     def unready(self) -> str:
-        """Why no request at all can be answered now; empty while a copy is loaded, not stuck, not stopping."""
+        """Why no request at all can be answered now; empty while an instance is loaded, not stuck, not stopping."""
         if reason := self.loop.unready():
             return reason
-        return "" if any(copy.loaded.is_set() for copy in self.copies) else LOADING
+        return "" if any(instance.loaded.is_set() for instance in self.instances) else LOADING
 
     def stop(self) -> None:
         """Refuse new work and finish what is admitted, within the grace time less a second to send the answers."""
         self.loop.stop_admitting()
-        self.clients.stop_reading()
+        self.in_flight.stop_reading()
         self.started.set()  # nobody needs to wait for it any more
         self.draining = asyncio.create_task(self.loop.drain(max(0.0, self.settings.GRACE_S - 1)))
 
@@ -239,10 +243,10 @@ class Service:
             previous(number, frame)
 
     def let_go(self) -> None:
-        """End the work and every copy of the model, now."""
+        """End the work and every instance of the model, now."""
         self.work.cancel()
-        for copy in self.copies:
-            copy.stop()
+        for instance in self.instances:
+            instance.stop()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Service"]:
@@ -270,7 +274,7 @@ def where(exc: CannotLoad) -> str:
     return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
 
 
-def make_copies(settings: Settings, metrics: Metrics, task: tasks.Task) -> list[Offload]:
+def make_instances(settings: Settings, metrics: Metrics, task: tasks.Task) -> list[Offload]:
     """Return the `INSTANCES` places where `OFFLOAD` says that inference runs."""
     instances = range(settings.INSTANCES)
     if settings.OFFLOAD == "dirty":
@@ -278,7 +282,7 @@ def make_copies(settings: Settings, metrics: Metrics, task: tasks.Task) -> list[
 
         return [Dirty(settings.HANG_S) for _ in instances]
     if settings.OFFLOAD == "process":
-        # A process with cores of its own shares them with no other copy.
+        # A process with cores of its own shares them with no other instance.
         alone = replace(settings, INSTANCES=1)
         return [
             Process(

@@ -70,7 +70,7 @@ def are_origins(names: str) -> bool:
     return all(one.strip() == "*" or "://" in one for one in names.split(",") if one.strip())
 
 
-OWN_CLASS = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")  # my_model:Iris
+CUSTOM_CLASS = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")  # my_model:Iris
 
 
 def is_model(name: str) -> bool:
@@ -114,9 +114,9 @@ class Settings:
 
     # process survives a crash or a hang; inline blocks the event loop, to compare; dirty: see dirty.conf.py
     OFFLOAD: str = one_of("thread", "inline", "process", "dirty")
-    # copies of the model on one queue
+    # instances of the model on one queue
     INSTANCES: int = at_least(1, 1)
-    # per copy; 0: cores / copies, fewer while others use the cores
+    # per instance; 0: cores / instances, fewer while others use the cores
     TORCH_THREADS: int = at_least(0, 0)
     # worker processes; uvicorn reads it too, Gunicorn's configs set it
     WEB_CONCURRENCY: int = at_least(1, 1)
@@ -191,9 +191,9 @@ class Settings:
         raise SystemExit(f"{knob.name}={shown} is not allowed: it must be {knob.metadata['allowed']}")
 
     @property
-    def is_own_class(self) -> bool:
+    def is_custom(self) -> bool:
         """Whether MODEL names a Python class."""
-        return bool(OWN_CLASS.fullmatch(self.MODEL)) and not os.path.isdir(self.MODEL)
+        return bool(CUSTOM_CLASS.fullmatch(self.MODEL)) and not os.path.isdir(self.MODEL)
 
     @property
     def model_name(self) -> str:
@@ -202,5 +202,5 @@ class Settings:
 
     @property
     def threads_per_instance(self) -> int:
-        """Torch threads of one copy: never more in total than there are cores, unless asked for."""
+        """Torch threads of one instance: never more in total than there are cores, unless asked for."""
         return self.TORCH_THREADS or max(1, usable_cores() // (self.INSTANCES * self.WEB_CONCURRENCY))

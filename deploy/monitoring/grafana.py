@@ -93,17 +93,17 @@ ROWS = {
         Panel(
             "Why batches closed",
             "short",
-            {"{{closed_by}}": f"sum by (closed_by) (increase(model_batches_total[{RATE}]))"},
-            "idle: all that had queued; full: BATCH_SIZE; retry: a batch failed, each alone; draining: it stops.",
+            {"{{reason}}": f"sum by (reason) (increase(model_batches_total[{RATE}]))"},
+            "empty: the queue had no more; full: BATCH_SIZE; retry: a batch failed, each alone; draining: it stops.",
             "heatmap",
         ),
     ],
     "Saturation": [
         Panel(
-            "How busy the copies are",
+            "How busy the instances are",
             "percentunit",
             {
-                "of their time": f"sum(rate(model_call_seconds_sum[{RATE}])) / sum(model_copies_loaded)",
+                "of their time": f"sum(rate(model_call_seconds_sum[{RATE}])) / sum(model_instances_loaded)",
                 "GPU {{device}}": "max by (device) (gpu_busy_ratio)",
             },
             "At 100 % more replicas, or larger batches, are all that helps.",
@@ -125,12 +125,12 @@ ROWS = {
             "The server with its model processes.",
         ),
     ],
-    "Copies and replicas": [
+    "Instances and replicas": [
         Panel(
-            "Copies of the model, and replicas",
+            "Instances of the model, and replicas",
             "short",
             {
-                "copies": "sum(model_copies_loaded)",
+                "instances": "sum(model_instances_loaded)",
                 "ready for HAProxy": 'sum(haproxy_backend_active_servers{proxy="replicas"})',
             },
             "One that dies is missing until it is replaced.",

@@ -1,4 +1,4 @@
-"""One name, several versions, each an application of its own: a share of the requests for each, copies for a shadow.
+"""One name, several versions, each an application of its own: a share of the requests for each, instances for a shadow.
 
 deploy/ray/serve.yaml says which. The shadow's answers nobody sees; its metrics tell how it fares.
 """
@@ -20,14 +20,14 @@ OURS = {"connection", "content-length", "date", "host", "server", "transfer-enco
 class Split:
     def __init__(self, shares: dict[str, float], shadow: str = "") -> None:
         self.shares, self.shadow = shares, shadow
-        self.copies: set[asyncio.Task[Response]] = set()
+        self.instances: set[asyncio.Task[Response]] = set()
 
     async def __call__(self, request: Request) -> Response:
         body = await request.body()
         (version,) = random.choices(list(self.shares), list(self.shares.values()))
         if self.shadow:
-            self.copies.add(copy := asyncio.create_task(self.ask(self.shadow, request, body)))
-            copy.add_done_callback(self.copies.discard)
+            self.instances.add(instance := asyncio.create_task(self.ask(self.shadow, request, body)))
+            instance.add_done_callback(self.instances.discard)
         return await self.ask(version, request, body)
 
     async def ask(self, version: str, request: Request, body: bytes) -> Response:

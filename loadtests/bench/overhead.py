@@ -24,7 +24,7 @@ from functools import partial
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
-from loadtests.bench.overhead import grpc_calls
+from loadtests.bench import grpc_calls
 from loadtests.load import generator
 from loadtests.load.raw_client import Connection, Crowd, http, on_core
 from loadtests.modes import MODES, Mode, Server, free_port, start

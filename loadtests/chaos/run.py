@@ -5,7 +5,7 @@
     python -m loadtests.chaos --deployments process --seed 7
 
 Requests and faults follow from the seed. Of each request it knows what may come back: an answer that belongs to its text
-alone, its own error, or a refusal, within its deadline. In the end nothing may have leaked, and the server does its full
+alone, its own error, or a rejection, within its deadline. In the end nothing may have leaked, and the server does its full
 rate again. Ends with 1 where anything was wrong; the report of a full storm goes to loadtests/results/chaos.md.
 """
 
@@ -32,6 +32,7 @@ from typing import Any
 
 import psutil
 
+from loadtests.chaos import clients, faults
 from loadtests.chaos.clients import (
     HUNG,
     KINDS,
@@ -49,7 +50,6 @@ from loadtests.chaos.clients import (
 )
 from loadtests.chaos.faults import FAULTS, Fault, Starved, Target
 from loadtests.chaos.grpc_clients import by_call, by_stream, over_grpc
-from loadtests.chaos.run import clients, faults
 from loadtests.host import processor
 from loadtests.modes import MODES, ROOT, Server, free_port, start
 from loadtests.plan.planner import markdown
@@ -374,7 +374,7 @@ def report(runs: list[Run], seconds: float, seed: int) -> str:
         "# Chaos",
         f"`CHAOS_S={seconds:g} python -m loadtests.chaos --seed {seed}`; {machine}.",
         "Each request must end once, rightly and within its deadline, whatever happens: an answer to its own text, its own "
-        "error, or a refusal. 500 is right for a poison text, and for others only while a model process dies or the model "
+        "error, or a rejection. 500 is right for a poison text, and for others only while a model process dies or the model "
         "raises on everybody. Nobody listened: a connection that was made while the server was restarted, or had no "
         "file descriptor left, and was never read from; over gRPC, which a fifth of the texts take, also a call that was not "
         "yet taken up when a worker stopped. Starved: the recommended deployment with a model process, where "

@@ -38,7 +38,7 @@ KINDS = {
 }
 PREDICTED_SCENARIOS = ("own 50 %", "own 80 %", "own 2 x", "own 10 x")
 TABLES = {  # title: {column: (scenario, metric, digits)}
-    "Speed": {
+    "CostModel": {
         "capacity /s": ("capacity", "per_s", 0),
         "p50 ms at 80 %": ("own 80 %", "p50_ms", 0),
         "p99 ms at 80 %": ("own 80 %", "q99_ms", 0),
@@ -59,7 +59,7 @@ TABLES = {  # title: {column: (scenario, metric, digits)}
     },
 }
 PICTURES = {  # title: {file: what it shows}
-    "Speed": {
+    "CostModel": {
         "latency": "The 99th percentile of the latency against offered load",
         "distribution": "The latencies at 80 % of each mode's capacity",
     },
@@ -122,7 +122,7 @@ def table(results: Results) -> str:
         rows = []
         for mode in results.modes:
             cells = {"mode": mode}
-            if title == "Speed":
+            if title == "CostModel":
                 cells["BATCH_SIZE"] = MODES[mode].env.get("BATCH_SIZE", BASE["BATCH_SIZE"])
             for column, (scenario, metric, digits) in columns.items():
                 cells[column] = cell(results, mode, scenario, metric, digits)
@@ -135,7 +135,7 @@ def table(results: Results) -> str:
         + "\n".join(parts)
         + f"\nMedians of {results.rounds} rounds, with the least and greatest where they differ; "
         f"{about['pinning']}. A client waits {about['limit_s']:g} s, hangs up after {about['timeout_s']:g} s, and counts a "
-        f"refusal as {about['limit_s']:g} s of waiting. Goodput: right answers within that time, a second, while the load "
+        f"rejection as {about['limit_s']:g} s of waiting. Goodput: right answers within that time, a second, while the load "
         "lasts. Recovery: none, where it is not within the run. Own loads are multiples of the mode's capacity, "
         f"common ones of {about['common_per_s']:g} requests a second. "
         f"No load is above {about['most_per_s']:g} a second, which is all that the generator sends on time: "

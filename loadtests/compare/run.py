@@ -28,7 +28,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from loadtests import host
-from loadtests.compare.run import report
+from loadtests.compare import report
 from loadtests.load import generator, texts
 from loadtests.modes import MODES, Mode, Server, start
 from loadtests.plan import planner
@@ -163,7 +163,7 @@ class Comparison:
             return df
         found = generator.summary(df, LIMIT_S)
         model = df[df["kind"] == "model"]
-        # For a client a refusal or a late answer is no better than the limit itself.
+        # For a client a rejection or a late answer is no better than the limit itself.
         felt_ms = model["latency_ms"].where(generator.good(model, LIMIT_S), LIMIT_S * 1000)
         note(
             scenario.name,

@@ -131,7 +131,7 @@ class Crowd:
             task.add_done_callback(under_way.discard)
 
     async def insist(self, users: int, pause_s: float) -> None:
-        """Users who ask again as soon as they have an answer, and `pause_s` after a refusal, whatever Retry-After says."""
+        """Users who ask again as soon as they have an answer, and `pause_s` after a rejection, whatever Retry-After says."""
         loop = asyncio.get_running_loop()
         under_way: set[asyncio.Task[None]] = set()
 

@@ -133,7 +133,7 @@ def stream(kind: str, rng: random.Random, settings: Settings | None = None) -> I
 @cache
 def example_of(settings: Settings) -> dict[str, Any] | None:
     """A body that the task takes; None for fill-mask, whose answers tell more. May take seconds, once."""
-    if settings.TASK == "fill-mask" and not settings.is_own_class:
+    if settings.TASK == "fill-mask" and not settings.is_custom:
         return None
     task = tasks.make(settings)
     example = task.describe().example

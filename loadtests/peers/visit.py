@@ -17,7 +17,7 @@ import pandas as pd
 import psutil
 import uvloop
 
-from loadtests.bench.overhead import overhead
+from loadtests.bench import overhead
 from loadtests.load import generator
 from loadtests.load.raw_client import http as http_bytes
 from loadtests.load.request_forms import Form

@@ -28,7 +28,7 @@ POLICIES = ("round robin", "two choices", "least connections", "shared queue")
 RESULTS = Path(__file__).parents[1] / "results"
 # More is never advised: a slice of seconds can't show what builds up over an hour.
 MOST_BUSY = 0.95
-MARGIN = 1.1  # of Speed, where the model's times are steady
+MARGIN = 1.1  # of CostModel, where the model's times are steady
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,12 @@ class Outcome:
 class Queue:
     """Who waits at a replica, or at all of them."""
 
-    __slots__ = ("copies", "drained_at", "jobs", "refused_at", "slow")
+    __slots__ = ("drained_at", "instances", "jobs", "refused_at", "slow")
 
     def __init__(self) -> None:
         # when it first came, attempts, when it came here
         self.jobs: deque[tuple[float, int, float]] = deque()
-        self.copies = 0
+        self.instances = 0
         self.drained_at = self.refused_at = -math.inf
         self.slow = 1.0  # how much longer calls take than the law says
 
@@ -143,7 +143,7 @@ class Replica:
         self.queue, self.batch, self.free_at, self.owed_s = queue, [], 0.0, 0.0  # type: ignore[var-annotated]
         self.load = 0  # admitted and not yet answered
         self.place = 0  # in its list of the balancer
-        queue.copies += 1
+        queue.instances += 1
 
 
 class Balancer:
@@ -271,14 +271,14 @@ class Simulation:
         replica = self.balancer.pick()
         queue, now, idle = replica.queue, self.now, not replica.batch
         if not idle or queue.jobs:
-            ahead = len(queue.jobs) // (self.most * queue.copies)
+            ahead = len(queue.jobs) // (self.most * queue.instances)
             wait_s = max(0.0, replica.free_at - now) * (queue is not self.shared)
             wait_s += ahead * self.full_s * queue.slow
             in_it = min(len(queue.jobs) + 1 - ahead * self.most, self.most) if queue is not self.shared else 1
             done_s = wait_s + self.calls_s[max(1, in_it)] * queue.slow
             stands = now - queue.drained_at > PATIENCE * self.fleet.target_s > 0
             if (
-                len(queue.jobs) >= self.fleet.max_queue * queue.copies
+                len(queue.jobs) >= self.fleet.max_queue * queue.instances
                 or done_s * MARGIN > self.fleet.deadline_s
                 or (stands and wait_s > self.limit_s)
             ):
@@ -369,7 +369,7 @@ class Simulation:
         """The balancer asks it no more; return who waits in its own queue."""
         self.balancer.remove(replica)
         self.outcome.replicas.append((self.now, len(self.balancer.all)))
-        replica.queue.copies -= 1
+        replica.queue.instances -= 1
         return [] if replica.queue is self.shared else list(replica.queue.jobs)
 
     def kill(self, how_many: int) -> None:

@@ -28,7 +28,8 @@ from loadtests.load import generator, texts
 from loadtests.load.rows import Row
 from loadtests.modes import MODES, Mode, Server, start, with_model
 from workers import tasks
-from workers.jobs import Answer, Late, Refused
+from workers.errors import Late, Rejected
+from workers.jobs import Answer
 from workers.loop import ModelLoop
 from workers.settings import Settings
 
@@ -230,7 +231,7 @@ def simulate(
         owed_s += overhead_s + waking_s
         try:
             answer, outcome = await loop.submit(None), "200"
-        except Refused as exc:
+        except Rejected as exc:
             outcome, retry_after_s = "503", float(exc.retry_after_s)
             owed_s += refusal_s - overhead_s - waking_s
         except Late:
@@ -251,7 +252,7 @@ def simulate(
         consumers = [asyncio.create_task(loop.consume(model)) for _ in range(instances)]
         await asyncio.sleep(0)
         for n in (1, batch_size) * 4:  # a server that has just started has been warmed up too
-            loop.speed.observe(n, cost.seconds(n) + overhead_s * n)
+            loop.cost_model.observe(n, cost.seconds(n) + overhead_s * n)
         clock = asyncio.get_running_loop()
         rows: list[Row] = []
         requests = []

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from workers import tasks
-from workers.jobs import Late, ModelFailed, Refused
+from workers.errors import Late, ModelFailed, Rejected
 from workers.loop import ModelLoop
 from workers.offload import Thread
 from workers.settings import Settings
@@ -20,8 +20,8 @@ async def endpoint(request):
     text = (await request.body()).decode()
     try:
         answer = await request.state.loop.submit(Content(text, {}, []))
-    except (Refused, Late, ModelFailed) as error:
-        status = {Refused: 503, Late: 504}.get(type(error), 500)
+    except (Rejected, Late, ModelFailed) as error:
+        status = {Rejected: 503, Late: 504}.get(type(error), 500)
         return JSONResponse({"error": type(error).__name__}, status)
     return JSONResponse(answer.value, headers={"batch-size": str(answer.batch_size)})
 

@@ -13,7 +13,7 @@ from typing import Any
 import uvloop
 from lesson import apart
 
-from loadtests.bench.overhead import grpc_calls
+from loadtests.bench import grpc_calls
 from loadtests.modes import Server
 
 TEXT = grpc_calls.TEXT.decode()

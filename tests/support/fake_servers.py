@@ -17,7 +17,7 @@ async def text_of(request: Request) -> str:
 
 
 async def honest(request: Request) -> Response:
-    timing = 'queue;dur=1.5, model;dur=2.5, batch;desc="size 4, closed by idle"'
+    timing = 'queue;dur=1.5, model;dur=2.5, batch;desc="size 4, dispatched because empty"'
     return JSONResponse(answer(await text_of(request)), headers={"Server-Timing": timing})
 
 

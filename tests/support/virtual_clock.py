@@ -68,7 +68,7 @@ def submit_all(loop: ModelLoop, *queries: Any, **options: Any) -> list[asyncio.T
 
 
 def waits_for(loaded: asyncio.Event) -> Callable[[], Awaitable[None]]:
-    """What tells the loop that a copy of the model is ready."""
+    """What tells the loop that an instance of the model is ready."""
 
     async def ready() -> None:
         await loaded.wait()

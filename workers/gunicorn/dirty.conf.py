@@ -14,6 +14,6 @@ worker_class = "workers.gunicorn.uvicorn_worker.Worker"  # uvicorn, with a bound
 workers = 2
 raw_env = ["OFFLOAD=dirty"]  # each keeps its own queue; calls meet in Gunicorn's, which is unbounded
 dirty_apps = ["workers.isolation.dirty:DirtyModel"]
-dirty_workers = 1  # copies of the model
+dirty_workers = 1  # instances of the model
 dirty_timeout = 60  # as HANG_S
 proc_name = f"dirty-{os.getpid()}"  # under one name, a second server kills the first one's model as an orphan

@@ -26,7 +26,7 @@ STEP_BYTES = 65_536
 LEFT: Message = {"type": "http.disconnect"}
 
 
-class Bridge:
+class WSGIAdapter:
     """A WSGI app that runs an ASGI app and its lifespan on one event loop. Make it in the worker's main thread."""
 
     def __init__(
@@ -47,7 +47,7 @@ class Bridge:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        exchange = Exchange(environ)
+        exchange = WSGIRequest(environ)
         self.call(exchange.run(self.app, self.state))
         if exchange.reply.status_code == CLIENT_GONE:
             raise ConnectionResetError(errno.ECONNRESET, "so Gunicorn closes without a word")
@@ -62,7 +62,7 @@ class Bridge:
         return body
 
 
-class Exchange:
+class WSGIRequest:
     """One request and its reply: Gunicorn's WSGI on one side, ASGI on the other."""
 
     def __init__(self, environ: dict[str, Any]) -> None:
@@ -157,4 +157,4 @@ def has_left(connection: socket.socket) -> bool:
         return True
 
 
-app = Bridge(server.app, server.lifespan)
+app = WSGIAdapter(server.app, server.lifespan)

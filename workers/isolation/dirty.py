@@ -11,9 +11,9 @@ from gunicorn.dirty.client import DirtyClient, get_dirty_socket_path  # type: ig
 from gunicorn.dirty.errors import DirtyAppError, DirtyError  # type: ignore[import-untyped]
 
 from workers import tasks
+from workers.errors import CannotLoad, ModelDied, ModelFailed
 from workers.isolation.process import die_with, pickled
-from workers.jobs import ModelDied, ModelFailed
-from workers.offload import CannotLoad, Offload
+from workers.offload import Offload
 from workers.settings import Settings
 
 APP = "workers.isolation.dirty:DirtyModel"

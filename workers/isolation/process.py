@@ -25,9 +25,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from workers.jobs import ModelDied, ModelFailed
+from workers.errors import CannotLoad, ModelDied, ModelFailed
 from workers.metrics import Metrics
-from workers.offload import CannotLoad, Offload, attempt_load, in_words
+from workers.offload import Offload, attempt_load, in_words
 from workers.resources import keep_what_is_there
 
 log = logging.getLogger("uvicorn.error")

@@ -15,21 +15,16 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from workers.errors import ModelDied, ModelFailed, Quarantined
 from workers.isolation.process import pickled
-from workers.jobs import ModelDied, ModelFailed
 from workers.metrics import Metrics
 from workers.scheduling.cost_model import Run
-from workers.tasks import CannotAnswer
 
 log = logging.getLogger("uvicorn.error")
 
 DEATHS = 3
 FORGET_S = 600.0  # after the last of them
 MOST = 1024
-
-
-class Quarantined(ModelFailed, CannotAnswer):
-    """Refused: the model's process has died of this query too often. No fault of the server's: 422."""
 
 
 class Quarantine:

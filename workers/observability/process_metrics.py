@@ -17,10 +17,10 @@ from prometheus_client import Counter, Gauge, Histogram
 from workers import resources as memory
 from workers.metrics import SECONDS, Metrics
 
-LOOK_S = 1.0
+POLL_S = 1.0
 
 
-class Machine:
+class ProcessMetrics:
     """Adds to `metrics` what a worker and its model processes, `children()`, take. Let it `sleep` again and again."""
 
     def __init__(self, metrics: Metrics, children: Callable[[], list[int]]) -> None:
@@ -51,7 +51,7 @@ class Machine:
 
             most = self.gauge("process_max_fds", "How many it may open", "liveall")
             most.set(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-            self.looks.append(self.look_at_processes)
+            self.looks.append(self.poll_processes)
         if devices := gpus():
             self.devices = devices
             self.gpu_busy = self.gauge(
@@ -59,7 +59,7 @@ class Machine:
             )
             self.gpu_memory = self.gauge("gpu_memory_used_bytes", "Memory in use", "livemax", ["device"])
             self.gpu_most = self.gauge("gpu_memory_bytes", "Memory that it has", "livemax", ["device"])
-            self.looks.append(self.look_at_gpus)
+            self.looks.append(self.poll_gpus)
 
     def gauge(self, name: str, what: str, mode: Any, labels: tuple[str, ...] | list[str] = ()) -> Gauge:
         return Gauge(name, what, labels, registry=self.registry, multiprocess_mode=mode)
@@ -68,14 +68,14 @@ class Machine:
         """Sleep, and note how much longer it took; once a second look at all the rest."""
         began = time.monotonic()
         if began >= self.look_at:
-            self.look_at = began + LOOK_S
+            self.look_at = began + POLL_S
             for look in self.looks:
                 look()
             began = time.monotonic()
         await asyncio.sleep(seconds)
         self.lag.observe(max(0.0, time.monotonic() - began - seconds))
 
-    def look_at_processes(self) -> None:
+    def poll_processes(self) -> None:
         pids = [os.getpid(), *self.children()]
         self.memory.set(memory.resident_bytes(pids))
         with contextlib.suppress(OSError):  # to look takes one more, and all may be open
@@ -84,7 +84,7 @@ class Machine:
         self.cpu.inc(sum(max(0.0, used - self.cpu_s.get(pid, 0.0)) for pid, used in cpu_s.items()))
         self.cpu_s = cpu_s
 
-    def look_at_gpus(self) -> None:
+    def poll_gpus(self) -> None:
         import pynvml  # type: ignore[import-untyped]
 
         for device, handle in enumerate(self.devices):

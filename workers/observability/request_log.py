@@ -1,9 +1,9 @@
 """LOG_FORMAT=json: one line a request, and all else that the server says, as JSON. Never what was asked or answered.
 
     {"time":"2026-11-26T00:00:00.000+00:00","level":"INFO","message":"request","id":"e60b…","method":"POST","path":"/",
-     "status":200,"ms":9.1,"inputs":1,"queue_ms":0.1,"model_ms":8.4,"batch_size":4,"closed_by":"idle"}
+     "status":200,"ms":9.1,"inputs":1,"queue_ms":0.1,"model_ms":8.4,"batch_size":4,"dispatched_because":"empty"}
 
-Probes and pages that go well have no line. Of refusals (503) the first REFUSALS_PER_S in each second have one; the next line
+Probes and pages that go well have no line. Of refusals (503) the first REJECTIONS_PER_S in each second have one; the next line
 after a gap says in "unlogged" how many have not.
 """
 
@@ -20,7 +20,7 @@ from workers.settings import Settings
 
 log = logging.getLogger("uvicorn.error")
 
-REFUSALS_PER_S = 10
+REJECTIONS_PER_S = 10
 MOST_OF_A_PATH = 200  # of 64 KB
 
 
@@ -77,7 +77,7 @@ class RequestLog:
         if (second := int(time.monotonic())) != self.second:
             self.second, self.refusals = second, 0
         self.refusals += 1
-        too_many = self.refusals > REFUSALS_PER_S
+        too_many = self.refusals > REJECTIONS_PER_S
         self.unlogged += too_many
         return too_many
 
@@ -100,7 +100,7 @@ def said(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
             "queue_ms": round(answer.queue_s * 1000, 2),
             "model_ms": round(answer.model_s * 1000, 2),
             "batch_size": answer.batch_size,
-            "closed_by": answer.closed_by,
+            "dispatched_because": answer.dispatched_because,
         }
     return fields
 

@@ -130,5 +130,8 @@ class Traces:
         queued_at = model_at - int(answer.queue_s * 1e9)
         within = self.otel.set_span_in_context(span)
         self.tracer.start_span("queue", within, start_time=queued_at).end(model_at)
-        batch = {"model.batch_size": answer.batch_size, "model.batch_closed_by": answer.closed_by}
+        batch = {
+            "model.batch_size": answer.batch_size,
+            "model.batch_dispatched_because": answer.dispatched_because,
+        }
         self.tracer.start_span("model", within, start_time=model_at, attributes=batch).end(replied_at)

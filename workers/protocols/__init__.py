@@ -16,11 +16,11 @@ from workers.web import contract
 async def read_json(request: Request, known: tuple[str, ...]) -> tuple[dict[str, Any], int]:
     """The JSON object that the body is, without what is null in it, and the body's length in bytes.
 
-    Raises HTTPException 400 or 415 with a sentence, also where a field is none of the known ones; what `Clients.read`
+    Raises HTTPException 400 or 415 with a sentence, also where a field is none of the known ones; what `InFlight.read`
     raises.
     """
-    body = await request.state.service.clients.read(request)
-    contract.refuse_encoded(request)
+    body = await request.state.service.in_flight.read(request)
+    contract.reject_encoded(request)
     wanted = f'an object with "{known[0]}"'
     try:
         content = contract.load_json(body.removeprefix(contract.BOM).decode(), wanted)

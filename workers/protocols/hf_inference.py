@@ -34,15 +34,15 @@ async def answer(request: Request) -> Response:
     """POST /hf-inference: the model's answer to one input, or to each of a list, in the hosted form."""
     service: Service = request.state.service
     settings = service.settings
-    task = "" if settings.is_own_class else tasks.ALIASES.get(settings.TASK, settings.TASK)
-    body = await service.clients.read(request)
+    task = "" if settings.is_custom else tasks.ALIASES.get(settings.TASK, settings.TASK)
+    body = await service.in_flight.read(request)
     asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
     parameters = {"top_k": settings.MAX_TOP_K} if task == "text-classification" else {}
     queries = await service.check(asked.inputs, parameters | asked.parameters, len(body))
-    answers = await service.clients.wait(request, queries)
+    answers = await service.in_flight.wait(request, queries)
     values = [hosted(task, answer.value) for answer in answers]
     is_list = asked.is_list or task == "text-classification"
-    return contract.Answered(answers, values if is_list else values[0])
+    return contract.AnswerResponse(answers, values if is_list else values[0])
 
 
 def hosted(task: str, value: Any) -> Any:

@@ -17,12 +17,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from workers.errors import Malformed, Unprocessable
 from workers.protocols import read_json, whole
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
 from workers.settings import Settings
-from workers.tasks import CannotAnswer, Malformed
-from workers.web.contract import Answered
+from workers.web.contract import AnswerResponse
 
 STARTED_AT = int(time.time())
 FIELDS = {"message": {"type": "string"}, "type": {"type": "string"}, "param": {}, "code": {}}
@@ -30,7 +30,7 @@ ERROR = an_object({"error": an_object(FIELDS, {})}, {})
 
 
 def routes(settings: Settings) -> list[Route]:
-    if settings.TASK != "feature-extraction" or settings.is_own_class:
+    if settings.TASK != "feature-extraction" or settings.is_custom:
         return []
     return [Route("/v1/embeddings", embeddings, methods=["POST"]), Route("/v1/models", models)]
 
@@ -77,9 +77,9 @@ async def embeddings(request: Request) -> Response:
     parameters = {"normalize": True} | {k: whole(content[k]) for k in ("dimensions",) if k in content}
     try:
         queries = await service.check(texts(content, service.settings.MAX_INPUTS), parameters, n_bytes)
-    except (CannotAnswer, Malformed) as exc:
+    except (Unprocessable, Malformed) as exc:
         raise Malformed(in_openais_words(str(exc))) from exc  # it has no 422
-    answers = await service.clients.wait(request, queries)
+    answers = await service.in_flight.wait(request, queries)
     data = [
         {"object": "embedding", "index": index, "embedding": encoded(answer.value, form)}
         for index, answer in enumerate(answers)
@@ -87,7 +87,7 @@ async def embeddings(request: Request) -> Response:
     n_tokens = sum(query.size for query in queries)
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
     reply = {"object": "list", "data": data, "model": service.settings.model_name, "usage": usage}
-    return Answered(answers, reply)
+    return AnswerResponse(answers, reply)
 
 
 async def models(request: Request) -> Response:
@@ -98,7 +98,7 @@ async def models(request: Request) -> Response:
 
 
 def embedder(request: Request) -> Service:
-    """The service. Raises Refused while the model loads, HTTPException 404 if it gives a vector for each token."""
+    """The service. Raises Rejected while the model loads, HTTPException 404 if it gives a vector for each token."""
     service: Service = request.state.service
     if not embeds(service):
         raise HTTPException(404, "this model gives no vector a text; serve a sentence-transformers model")

@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 import workers
 from workers import protocols
-from workers.jobs import ModelFailed
+from workers.errors import ModelFailed
 from workers.service import Service
 from workers.settings import Settings
 from workers.tasks import Description
@@ -67,7 +67,7 @@ async def info(request: Request) -> Response:
     limits = {name: getattr(settings, name) for name in ("MAX_INPUTS", "MAX_TOP_K", "MAX_MASKS")}
     content = {
         "version": workers.__version__,
-        "task": "own" if settings.is_own_class else settings.TASK,
+        "task": "own" if settings.is_custom else settings.TASK,
         "model": {"name": settings.model_name, "revision": revision(settings)},
         "dtype": dtype,
         "device": device,
@@ -76,7 +76,7 @@ async def info(request: Request) -> Response:
         "example": sayable(said.example),
         "media": list(task.media),
         "limits": {
-            "MAX_BODY_BYTES": service.clients.most_bytes,
+            "MAX_BODY_BYTES": service.in_flight.most_bytes,
             "MAX_TOKENS": getattr(task, "limit", settings.MAX_TOKENS),
             **limits,
             "DEADLINE_S": settings.DEADLINE_S,
@@ -87,14 +87,14 @@ async def info(request: Request) -> Response:
 
 
 def where(service: Service) -> tuple[str | None, str | None]:
-    """The dtype and the device that a loaded copy says it has; None where it says nothing, as one's own class."""
+    """The dtype and the device that a loaded instance says it has; None where it says nothing, as one's own class."""
     found = re.search(r"torch\.(\w+), (\w+(?::\d+)?)", " ".join(service.descriptions))
     return (found[1], found[2]) if found else (None, None)
 
 
 def revision(settings: Settings) -> str | None:
     """The commit of a model from the hub; None for a folder and for one's own class."""
-    if settings.is_own_class or os.path.isdir(settings.MODEL):
+    if settings.is_custom or os.path.isdir(settings.MODEL):
         return None
     found = re.search(r"/snapshots/(\w+)/", find(settings.MODEL, "config.json") or "")
     return found[1] if found else None
@@ -118,7 +118,7 @@ def document(service: Service) -> dict[str, Any]:
             "get": operation("Whether the process should be left alone", {200: "It should.", 503: "No."})
         },
         "/ready": {
-            "get": operation("Whether a copy of the model is loaded", {200: "One is.", 503: "None is."})
+            "get": operation("Whether an instance of the model is loaded", {200: "One is.", 503: "None is."})
         },
         "/metrics": {
             "get": operation("Prometheus' text format", {200: "All metrics.", **STATUSES}, "text/plain")

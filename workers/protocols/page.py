@@ -67,20 +67,20 @@ class Watch:
     """The last model calls, kept only while somebody looks."""
 
     def __init__(self, metrics: Metrics) -> None:
-        self.metrics, self.looked_at, self.count = metrics, 0.0, 0
+        self.metrics, self.polled_at, self.count = metrics, 0.0, 0
         self.batches: deque[dict[str, Any]] = deque(maxlen=48)
 
     def look(self) -> list[dict[str, Any]]:
         """The last model calls since somebody looks. Call it again within FORGET_S to see those in between."""
-        self.looked_at = time.monotonic()
-        if not self.metrics.onlooker:
+        self.polled_at = time.monotonic()
+        if not self.metrics.observer:
             self.batches.clear()
-            self.metrics.onlooker = self.see
+            self.metrics.observer = self.see
         return list(self.batches)
 
-    def see(self, size: int, closed_by: str, model_s: float, waits_s: list[float]) -> None:
-        if time.monotonic() - self.looked_at > FORGET_S:
-            self.metrics.onlooker = None
+    def see(self, size: int, dispatched_because: str, model_s: float, waits_s: list[float]) -> None:
+        if time.monotonic() - self.polled_at > FORGET_S:
+            self.metrics.observer = None
             return
         self.count += 1
         wait_s = round(max(waits_s), 4)
@@ -88,7 +88,7 @@ class Watch:
             {
                 "n": self.count,
                 "size": size,
-                "closed_by": closed_by,
+                "dispatched_because": dispatched_because,
                 "model_s": round(model_s, 4),
                 "wait_s": wait_s,
             }
@@ -113,7 +113,7 @@ async def live(request: Request) -> Response:
         "unready": service.unready(),
         "depth": loop.depth,
         "running": sum(job.running and job.alive for job in loop.live),
-        "running_s": round(loop.copies.longest_s, 4),
+        "running_s": round(loop.instances.longest_s, 4),
         "oldest_s": round(now - oldest, 4),
         "requests": counts,
         "queries": sum(int(s.value) for s in samples(metrics.batch_size, "_sum")),

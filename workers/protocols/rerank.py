@@ -13,12 +13,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from workers.errors import Malformed
 from workers.protocols import read_json, whole
 from workers.protocols.openapi import an_object, asking
 from workers.service import Service
 from workers.settings import Settings
-from workers.tasks import Malformed
-from workers.web.contract import Answered
+from workers.web.contract import AnswerResponse
 
 PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
 FOR_THE_TASK = ("truncate", "truncation_direction", "raw_scores")
@@ -26,7 +26,7 @@ KNOWN = ("query", "texts", "documents", "model", "top_n", "return_text", "return
 
 
 def routes(settings: Settings) -> list[Route]:
-    if settings.TASK != "text-ranking" or settings.is_own_class:
+    if settings.TASK != "text-ranking" or settings.is_custom:
         return []
     return [Route(path, rerank, methods=["POST"]) for path in PATHS]
 
@@ -61,13 +61,13 @@ async def rerank(request: Request) -> Response:
     parameters = {"truncate": "documents" in content} | {k: content[k] for k in FOR_THE_TASK if k in content}
     pairs = [{"query": content.get("query"), "text": text} for text in given]
     queries = await service.check(pairs, parameters, n_bytes)
-    answers = await service.clients.wait(request, queries)
+    answers = await service.in_flight.wait(request, queries)
     scores = [answer.value for answer in answers]
     best = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:top_n]
     with_text = bool(content.get("return_text") or content.get("return_documents"))
     if "texts" in content:
         ranks = [{"index": i, "score": scores[i]} | ({"text": given[i]} if with_text else {}) for i in best]
-        return Answered(answers, ranks)
+        return AnswerResponse(answers, ranks)
     results = [
         {"index": i, "relevance_score": scores[i]} | ({"document": {"text": given[i]}} if with_text else {})
         for i in best
@@ -75,7 +75,7 @@ async def rerank(request: Request) -> Response:
     n_tokens = sum(query.size for query in queries)
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
     reply = {"model": service.settings.model_name, "usage": usage, "results": results}
-    return Answered(answers, reply)
+    return AnswerResponse(answers, reply)
 
 
 def texts(content: dict[str, Any], most: int) -> list[str]:

@@ -14,7 +14,7 @@ RECENT = 7  # if the median of so many calls is an outlier, the speed has change
 WARM_UP_TURNS, WARM_UP_S = 3, 3.0
 
 
-class Speed:
+class CostModel:
     """A line through one typical call for each octave of size (1, 2 to 3, 4 to 7, ...).
 
     The octaves remember: a day of single texts does not forget how long a batch of 32 takes. Until anything was

@@ -3,7 +3,7 @@
 import math
 
 from workers.jobs import JobQueue, Lane
-from workers.scheduling.cost_model import Speed
+from workers.scheduling.cost_model import CostModel
 
 # A larger job counts as this many usual ones: one giant, even a refused one, must not change who else is let in.
 OUTSIZED = 20
@@ -11,14 +11,14 @@ OUTSIZED = 20
 PAYS = 20
 
 
-class Forecast:
-    """Looks ahead over `queue` at `speed`. `plan` before each batch; what it works out serves all requests until the next."""
+class WaitEstimate:
+    """Looks ahead over `queue` with `cost_model`. `plan` before each batch; what it works out serves all requests until the next."""
 
-    def __init__(self, queue: JobQueue, speed: Speed, batch_size: int, budget_s: float) -> None:
-        self.queue, self.speed = queue, speed
+    def __init__(self, queue: JobQueue, cost_model: CostModel, batch_size: int, budget_s: float) -> None:
+        self.queue, self.cost_model = queue, cost_model
         self.batch_size, self.budget_s = batch_size, budget_s
         self.planned_at = -math.inf
-        self.copies = 1
+        self.instances = 1
         self.usual_size = 0.0  # of a job
         self.affordable = math.inf  # the largest batch that its own jobs can afford, in size
         self.full_size = 0.0  # of the largest batch that will be taken
@@ -31,7 +31,7 @@ class Forecast:
         lane.offered += size
         self.usual_size += (size / jobs - self.usual_size) * (0.05 if self.usual_size else 1)
 
-    def plan(self, now: float, copies: int) -> None:
+    def plan(self, now: float, instances: int) -> None:
         """Choose the largest batch that its own jobs can afford.
 
         It may take half the budget: then a job that just missed the batch before is still in time. It may take more
@@ -42,22 +42,22 @@ class Forecast:
             return  # what takes so little time can wait
         for lane in (self.queue.singles, self.queue.lists):
             lane.measure(now - self.planned_at, min(1.0, self.budget_s))
-        self.planned_at, self.copies = now, copies
-        a, b, budget_s = self.speed.a, self.speed.b, self.budget_s / self.speed.margin
-        rate = (self.queue.singles.rate + self.queue.lists.rate) / copies
+        self.planned_at, self.instances = now, instances
+        a, b, budget_s = self.cost_model.a, self.cost_model.b, self.budget_s / self.cost_model.margin
+        rate = (self.queue.singles.rate + self.queue.lists.rate) / instances
         if b:
             most = max((budget_s / 2 - a) / b, rate * (budget_s - a) / (1 + rate * b))
             self.affordable = min(most, max((budget_s / 8 - a) / b, (PAYS - 1) * a / b))
             usual_size = self.usual_size or 1
             self.affordable = max(1, self.affordable // usual_size) * usual_size
         self.full_size = min(self.affordable, self.batch_size * self.usual_size)
-        self.full_s = self.speed.predict_s(max(self.full_size, self.usual_size))
+        self.full_s = self.cost_model.predict_s(max(self.full_size, self.usual_size))
         self.usual_s = self.full_s * self.usual_size / self.full_size if self.full_size else self.full_s
 
     def __call__(self, free_s: list[float], lane: Lane, jobs: int, size: float) -> tuple[float, float]:
         """In how many seconds the model would start on the first of `jobs` that came now, and be done with the last.
 
-        `free_s`: in how many seconds each copy of the model will be free, the first one first.
+        `free_s`: in how many seconds each instance of the model will be free, the first one first.
         """
         own = size / jobs
         wait_s, before = self._starts_in_s(free_s, lane, len(lane.jobs), lane.size, own)
@@ -67,7 +67,7 @@ class Forecast:
             last_s, before = self._starts_in_s(free_s, lane, *ahead, own)
         # Those who come until then make its batch longer.
         after = last_s * (self.queue.singles.rate + self.queue.lists.rate)
-        return wait_s, last_s + self.speed.predict_s(max(own, min(before + own + after, self.full_size)))
+        return wait_s, last_s + self.cost_model.predict_s(max(own, min(before + own + after, self.full_size)))
 
     def _starts_in_s(
         self, free_s: list[float], lane: Lane, ahead: float, size: float, own: float
@@ -79,7 +79,7 @@ class Forecast:
         other = self.queue.lists if lane is self.queue.singles else self.queue.singles
         if other.jobs or other.rate:
             # Jobs of the other lane go in between, those there and those still to come: at most one for each of ours.
-            share = min(0.5, other.rate * self.full_s / (self.full_size or 1) / self.copies)
+            share = min(0.5, other.rate * self.full_s / (self.full_size or 1) / self.instances)
             others = min(ahead + 1, (len(other.jobs) + share * ahead) / (1 - share))
             ahead += others
             size += others * (other.size / len(other.jobs) if other.jobs else self.usual_size)
@@ -87,5 +87,5 @@ class Forecast:
         if batches < 1:
             return free_s[0], size
         full = max(ahead / self.batch_size, size / self.affordable, batches)
-        batch_s = self.speed.predict_s(size / full)
+        batch_s = self.cost_model.predict_s(size / full)
         return free_s[batches % len(free_s)] + batches // len(free_s) * batch_s, size - batches * size / full

@@ -1,11 +1,11 @@
-"""The copies of the model: how many are loaded, when each will be free, and which may never be."""
+"""The instances of the model: how many are loaded, when each will be free, and which may never be."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from workers.jobs import LOADING, Refused
-from workers.scheduling.cost_model import Speed
+from workers.errors import LOADING, Rejected
+from workers.scheduling.cost_model import CostModel
 
 Ready = Callable[[], Awaitable[Any]]
 
@@ -18,7 +18,7 @@ def stuck(seconds: float) -> str:
 
 
 class Call(NamedTuple):
-    """A copy at work."""
+    """An instance at work."""
 
     started_at: float
     size: float
@@ -26,20 +26,20 @@ class Call(NamedTuple):
     overdue_at: float
 
 
-class Copies:
-    """`now` tells the time; `on_lost` is called soon after a copy began to wait, as one that was lost does."""
+class Instances:
+    """`now` tells the time; `on_lost` is called soon after an instance began to wait, as one that was lost does."""
 
     def __init__(
-        self, speed: Speed, hang_s: float, now: Callable[[], float], on_lost: Callable[[], None]
+        self, cost_model: CostModel, hang_s: float, now: Callable[[], float], on_lost: Callable[[], None]
     ) -> None:
-        self.speed, self.hang_s, self.now, self.on_lost = speed, hang_s, now, on_lost
+        self.cost_model, self.hang_s, self.now, self.on_lost = cost_model, hang_s, now, on_lost
         self.loaded = 0
         self.load_s = 0.0  # how long the model took to load, the last time
-        self.lost_at = 0.0  # when a copy last began to wait until it is ready
+        self.lost_at = 0.0  # when an instance last began to wait until it is ready
         self.calls: list[Call] = []  # the oldest first
 
     async def until(self, ready: Ready | None) -> None:
-        """Wait until the copy that asks is ready. Until then it does not count as loaded."""
+        """Wait until the instance that asks is ready. Until then it does not count as loaded."""
         if not ready:
             return
         self.loaded -= 1
@@ -52,7 +52,7 @@ class Copies:
 
     def start(self, size: float) -> Call:
         """Note a call of `size` that starts now; `end` it."""
-        now, predicted_s = self.now(), self.speed.predict_s(size)
+        now, predicted_s = self.now(), self.cost_model.predict_s(size)
         # Until a call was measured nothing is predicted, and the first one builds kernels: it may take long.
         patience_s = max(OVERDUE_S, OVERDUE * predicted_s) if predicted_s else self.hang_s
         call = Call(now, size, now + predicted_s, now + patience_s)
@@ -73,15 +73,15 @@ class Copies:
         return longest_s if (longest_s := self.longest_s) > self.hang_s else 0.0
 
     def free_s(self) -> list[float]:
-        """In how many seconds each copy will be free, the first one first, but for those that may never be.
+        """In how many seconds each instance will be free, the first one first, but for those that may never be.
 
         A call that takes longer than predicted is expected to take as much longer again.
         """
         now, idle = self.now(), [0.0] * (self.loaded - len(self.calls))
         return idle + sorted(abs(call.ends_at - now) for call in self.calls if now < call.overdue_at)
 
-    def unfit(self, free_s: list[float]) -> Refused | None:
-        """Why nothing can be run; None where one of the copies, which will be free in `free_s`, can."""
+    def unfit(self, free_s: list[float]) -> Rejected | None:
+        """Why nothing can be run; None where one of the instances, which will be free in `free_s`, can."""
         if not self.loaded:
-            return Refused(LOADING, self.lost_at + self.load_s - self.now())
-        return None if free_s else Refused(stuck(self.longest_s), self.longest_s)
+            return Rejected(LOADING, self.lost_at + self.load_s - self.now())
+        return None if free_s else Rejected(stuck(self.longest_s), self.longest_s)

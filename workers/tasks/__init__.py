@@ -13,19 +13,12 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+from workers.errors import Malformed
 from workers.settings import Settings
 from workers.tasks.threads import Threads
 
 # Transformers' own other names.
 ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
-
-
-class Malformed(ValueError):
-    """What was sent is not of the form that the task takes; the message says what to send."""
-
-
-class CannotAnswer(ValueError):
-    """What was sent is well-formed but the model can't answer it; the message says what to change."""
 
 
 class Query(NamedTuple):
@@ -36,7 +29,7 @@ class Query(NamedTuple):
 
 
 class Model(Protocol):
-    """A loaded copy of the model."""
+    """A loaded instance of the model."""
 
     description: str  # one line for the log: what, how large, where
 
@@ -63,10 +56,10 @@ class Task(Protocol):
     def __init__(self, settings: Settings) -> None: ...
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        """Return the query that asks this. Raises Malformed or CannotAnswer. Several threads may call it at once."""
+        """Return the query that asks this. Raises Malformed or Unprocessable. Several threads may call it at once."""
 
     def load(self, instance: int) -> Model:
-        """Load a copy of the model; instance i goes to `cuda:i` where there are several. Raises whatever it raises."""
+        """Load an instance of the model; instance i goes to `cuda:i` where there are several. Raises whatever it raises."""
 
     def examples(self) -> list[Query]:
         """Queries of different sizes, from small to large, to warm up with; none where it knows none."""
@@ -76,7 +69,7 @@ class Task(Protocol):
 
 def make(settings: Settings) -> Task:
     """Return the task that the settings name. Raises whatever reading its files raises."""
-    name = "own" if settings.is_own_class else file_of(ALIASES.get(settings.TASK, settings.TASK))
+    name = "own" if settings.is_custom else file_of(ALIASES.get(settings.TASK, settings.TASK))
     task: Callable[[Settings], Task] = importlib.import_module(f"{__name__}.{name or 'pipeline'}").Task
     return task(settings)
 
@@ -90,7 +83,7 @@ def file_of(task: str) -> str | None:
     return name if importlib.util.find_spec(path) and hasattr(importlib.import_module(path), "Task") else None
 
 
-class Considerate:
+class AdaptiveThreads:
     """A model that computes with as many of torch's threads as others leave cores for."""
 
     def __init__(self, model: Model, threads: Threads) -> None:
@@ -102,9 +95,9 @@ class Considerate:
 
 
 def load(task: Task, settings: Settings, instance: int = 0, *, beside: int = 0) -> Model:
-    """Load a copy of the model and warm it up: kernels are built, and one that can't answer its examples raises here.
+    """Load an instance of the model and warm it up: kernels are built, and one that can't answer its examples raises here.
 
-    `beside`: how many other copies in this process share its cores.
+    `beside`: how many other instances in this process share its cores.
     """
     model = task.load(instance)
     for batch in warm_up_batches(task, settings.BATCH_SIZE):
@@ -113,11 +106,11 @@ def load(task: Task, settings: Settings, instance: int = 0, *, beside: int = 0) 
             raise ValueError(f"it gives {len(answers)} answers to {len(batch)} inputs")
     if settings.TORCH_THREADS or "torch" not in sys.modules:
         return model
-    return Considerate(model, Threads(settings.threads_per_instance, 1 + beside))
+    return AdaptiveThreads(model, Threads(settings.threads_per_instance, 1 + beside))
 
 
 def load_alone(settings: Settings, instance: int = 0) -> Model:
-    """Make the task and load a copy: for a process of its own, where there is no task yet."""
+    """Make the task and load an instance: for a process of its own, where there is no task yet."""
     return load(make(settings), settings, instance)
 
 

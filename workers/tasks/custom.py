@@ -21,8 +21,9 @@ import sys
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
+from workers.errors import Unprocessable
 from workers.settings import MOST, Settings
-from workers.tasks import CannotAnswer, Description, Query, unknown_parameters
+from workers.tasks import Description, Query, unknown_parameters
 
 NO_LIST = (Mapping, Set, str, bytes)  # can be made a list, too, but not one of answers in their order
 
@@ -54,7 +55,7 @@ class Task:
             try:
                 content = check(inputs, parameters)
             except ValueError as exc:
-                raise CannotAnswer(str(exc)) from exc
+                raise Unprocessable(str(exc)) from exc
         else:
             unknown_parameters(parameters)
         content = inputs if content is None else content

@@ -6,8 +6,9 @@ other gives a vector a token, those of the stock pipeline: [1, tokens, hidden].
 
 from typing import TYPE_CHECKING, Any
 
+from workers.errors import Unprocessable
 from workers.settings import Settings
-from workers.tasks import CannotAnswer, Description, Query
+from workers.tasks import Description, Query
 from workers.tasks.common.sentence import CUTTING, Recipe, SentenceModel, SentenceTask, is_ids
 from workers.tasks.common.text import (
     A_TEXT,
@@ -59,11 +60,11 @@ class Task(SentenceTask):
         """Token ids, if they are this model's, special ones included: many of another tokenizer's are larger."""
         size = self.config.get("vocab_size") or len(self.tokens)
         if foreign := [token for token in ids if not 0 <= token < size]:
-            raise CannotAnswer(
+            raise Unprocessable(
                 f"{foreign[0]} is no token of this model; send texts, or its ids, below {size}"
             )
         if len(ids) > self.limit:
-            raise CannotAnswer(f"there are {len(ids)} tokens; send at most {self.limit}")
+            raise Unprocessable(f"there are {len(ids)} tokens; send at most {self.limit}")
         return Row("", None, ids)
 
     def load(self, instance: int) -> "FeatureExtraction":

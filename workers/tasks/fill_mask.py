@@ -12,8 +12,9 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
+from workers.errors import Unprocessable
 from workers.settings import Settings
-from workers.tasks import CannotAnswer, Description, Query
+from workers.tasks import Description, Query
 from workers.tasks.common.text import (
     TEXT,
     Content,
@@ -54,13 +55,13 @@ class Task(TextTask):
         row = self.row(a_text(inputs))
         masks = row.ids.count(self.mask_id)
         if not masks:
-            raise CannotAnswer(f"the text has no {self.mask}; put {self.mask} where the missing word is")
+            raise Unprocessable(f"the text has no {self.mask}; put {self.mask} where the missing word is")
         if masks > self.settings.MAX_MASKS:
-            raise CannotAnswer(f"the text has {masks} {self.mask}; send at most {self.settings.MAX_MASKS}")
+            raise Unprocessable(f"the text has {masks} {self.mask}; send at most {self.settings.MAX_MASKS}")
         if parameters.get("top_k", 1) > len(self.tokens):
-            raise CannotAnswer(f"top_k is {parameters['top_k']}; the model knows {len(self.tokens)} tokens")
+            raise Unprocessable(f"top_k is {parameters['top_k']}; the model knows {len(self.tokens)} tokens")
         if targets and all(len(self.tokens(word).ids) == self.around for word in parameters["targets"]):
-            raise CannotAnswer("the targets are no words to this model; send others")
+            raise Unprocessable("the targets are no words to this model; send others")
         return self.query(inputs, parameters, row)
 
     def load(self, instance: int) -> Any:

@@ -17,8 +17,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from workers import tasks
+from workers.errors import Malformed, Unprocessable
 from workers.settings import Settings
-from workers.tasks import CannotAnswer, Description, Malformed, Query
+from workers.tasks import Description, Query
 from workers.tasks.common.text import (
     A_TEXT,
     Content,
@@ -255,12 +256,12 @@ def open_image(data: bytes) -> Any:
 
 
 def check_image(data: bytes) -> None:
-    """Raise CannotAnswer where this is no image, or half of one, or one that would take gigabytes."""
+    """Raise Unprocessable where this is no image, or half of one, or one that would take gigabytes."""
     try:
         image = open_image(data)
         if (pixels := image.width * image.height) <= MAX_PIXELS:
             image.load()  # only this notices that the end is missing
             return
     except Exception:  # of a broken file Pillow raises anything
-        raise CannotAnswer("the image cannot be read; send a whole JPEG or PNG") from None
-    raise CannotAnswer(f"the image has {pixels} pixels; send at most {MAX_PIXELS}")
+        raise Unprocessable("the image cannot be read; send a whole JPEG or PNG") from None
+    raise Unprocessable(f"the image has {pixels} pixels; send at most {MAX_PIXELS}")

@@ -5,8 +5,9 @@ Transformers 5 dropped its pipeline. This answers as that of 4.57 did, from the 
 
 from typing import Any
 
+from workers.errors import Malformed, Unprocessable
 from workers.settings import Settings
-from workers.tasks import CannotAnswer, Description, Malformed, Query
+from workers.tasks import Description, Query
 from workers.tasks.common.text import (
     TEXT,
     YES_OR_NO,
@@ -47,10 +48,10 @@ class Task(TextTask):
         stride = parameters.get("doc_stride", min(length // 2, 128))
         try:
             windows = self.tokens.windows(self.settings.MAX_INPUTS, length, stride, question, context)
-        except CannotAnswer:
+        except Unprocessable:
             raise
         except ValueError:
-            raise CannotAnswer(f"the question leaves no room for the context in {length} tokens") from None
+            raise Unprocessable(f"the question leaves no room for the context in {length} tokens") from None
         return self.query(inputs, parameters, *windows)
 
     def load(self, instance: int) -> "QuestionAnswering":

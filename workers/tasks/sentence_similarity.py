@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from workers.errors import Malformed, Unprocessable
 from workers.settings import Settings
-from workers.tasks import CannotAnswer, Description, Malformed, Query
+from workers.tasks import Description, Query
 from workers.tasks.common.sentence import CUTTING, Recipe, SentenceModel, SentenceTask
 from workers.tasks.common.text import A_TEXT, TEXT, Content, Row, a_text, an_object, checked, schemas
 from workers.tasks.pipeline import load_model
@@ -39,8 +40,8 @@ class Task(SentenceTask):
         text = self.prompt(parameters) + a_text(text, name)
         try:
             return self.cut(parameters, text)
-        except CannotAnswer as exc:
-            raise CannotAnswer(f"{name}: {exc}") from exc
+        except Unprocessable as exc:
+            raise Unprocessable(f"{name}: {exc}") from exc
 
     def load(self, instance: int) -> "Similarity":
         return Similarity(self, load_model(self.settings, instance, "AutoModel"), self.recipe)

@@ -5,8 +5,9 @@
 
 from typing import Any
 
+from workers.errors import Malformed
 from workers.settings import Settings
-from workers.tasks import Description, Malformed, Query
+from workers.tasks import Description, Query
 from workers.tasks.common.sentence import CUTTING, SentenceTask, read_modules
 from workers.tasks.common.text import TEXT, YES_OR_NO, Content, TextModel, a_text, an_object, checked, schemas
 from workers.tasks.pipeline import load_model

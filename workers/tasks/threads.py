@@ -42,7 +42,7 @@ def others_s() -> float:
 
 
 class Threads:
-    """Keeps torch at between 1 and `most` threads; `copies` models in this process share what cores are free.
+    """Keeps torch at between 1 and `most` threads; `instances` models in this process share what cores are free.
 
     Make it and call it in the model's own thread: torch keeps the number for each calling thread. Does nothing with
     `most=1`, or where the system doesn't say how busy its cores are.
@@ -51,11 +51,11 @@ class Threads:
     def __init__(
         self,
         most: int,
-        copies: int = 1,
+        instances: int = 1,
         others_s: Callable[[], float] = others_s,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.most, self.copies, self.others_s, self.clock = most, copies, others_s, clock
+        self.most, self.instances, self.others_s, self.clock = most, instances, others_s, clock
         self.threads = most
         self.due = math.inf
         if most > 1:
@@ -76,7 +76,7 @@ class Threads:
         used_s = self.others_s()
         free = len(os.sched_getaffinity(0)) - (used_s - self.used_s) / (now - self.since)
         self.used_s, self.since = used_s, now
-        threads = min(self.most, max(1, math.floor(free / self.copies + SHARED)))
+        threads = min(self.most, max(1, math.floor(free / self.instances + SHARED)))
         if threads != self.threads:
             import torch
 

@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from workers.errors import Malformed
 from workers.settings import Settings
-from workers.tasks import Description, Malformed, Query
+from workers.tasks import Description, Query
 from workers.tasks.common.text import (
     A_TEXT,
     TEXT,

@@ -33,7 +33,7 @@ def public(endpoint: Endpoint) -> Endpoint:
     return endpoint
 
 
-class Guard:
+class AccessControl:
     """Says of a request why it isn't let in, if it isn't."""
 
     def __init__(self, settings: Settings, routes: Iterable[BaseRoute] = ()) -> None:

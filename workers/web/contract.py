@@ -15,8 +15,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from workers.jobs import Answer, Late, ModelFailed, Refused, slowest
-from workers.tasks import CannotAnswer, Malformed
+from workers.errors import Late, Malformed, ModelFailed, Rejected, Unprocessable
+from workers.jobs import Answer, slowest
 
 log = logging.getLogger("uvicorn.error")
 
@@ -38,7 +38,7 @@ DEEPEST = 500
 BOM = b"\xef\xbb\xbf"  # some editors put it before UTF-8
 
 
-class Asked(NamedTuple):
+class ParsedBody(NamedTuple):
     """What a body asks: inputs, each a query of its own, and the parameters that they share."""
 
     inputs: list[Any]
@@ -46,7 +46,7 @@ class Asked(NamedTuple):
     is_list: bool = False  # a list gets a list, also of one
 
 
-def parse(body: bytes, request: Request, media: tuple[str, ...], max_inputs: int) -> Asked:
+def parse(body: bytes, request: Request, media: tuple[str, ...], max_inputs: int) -> ParsedBody:
     """Return what the body asks. Raises HTTPException 400 or 415 with a sentence that says what to send.
 
     `media`: what the task takes as raw bytes, such as "image/".
@@ -54,11 +54,11 @@ def parse(body: bytes, request: Request, media: tuple[str, ...], max_inputs: int
     fields = request.scope["fields"]
     content_type = fields.get(b"content-type", b"").decode("latin-1")
     media_type = content_type.partition(";")[0].strip().lower()
-    refuse_encoded(request)
+    reject_encoded(request)
     if not body:
         raise HTTPException(400, "the body is empty; send what the model should answer")
     if media and (media_type in UNSAID or media_type.startswith(media)):
-        return Asked([body], {})
+        return ParsedBody([body], {})
     if media_type not in (*UNSAID, "text/plain", "application/json"):
         known = " or ".join(
             ["text/plain", "application/json", *(kind + "*" * kind.endswith("/") for kind in media)]
@@ -74,10 +74,10 @@ def parse(body: bytes, request: Request, media: tuple[str, ...], max_inputs: int
         return parse_json(text, max_inputs)
     if not text.strip():
         raise HTTPException(400, "the text is empty; send one")
-    return Asked([text], {})
+    return ParsedBody([text], {})
 
 
-def refuse_encoded(request: Request) -> None:
+def reject_encoded(request: Request) -> None:
     """Raise HTTPException 415 where the body is compressed."""
     if request.scope["fields"].get(b"content-encoding", b"identity").lower() != b"identity":
         raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
@@ -112,7 +112,7 @@ def is_deeper(content: Any, most: int) -> bool:
     return bool(level)
 
 
-def parse_json(text: str, max_inputs: int) -> Asked:
+def parse_json(text: str, max_inputs: int) -> ParsedBody:
     """Read the Hugging Face inference convention: {"inputs": ..., "parameters": {...}}; a list is several inputs.
 
     Its clients send some tasks' parameters beside the inputs: any other field is one.
@@ -128,10 +128,10 @@ def parse_json(text: str, max_inputs: int) -> Asked:
         raise HTTPException(422, f'"{twice[0]}" is there twice; send it beside "inputs" or in "parameters"')
     parameters = {name: value for name, value in (content | parameters).items() if value is not None}
     if not isinstance(inputs, list):
-        return Asked([inputs], parameters)
+        return ParsedBody([inputs], parameters)
     if not 1 <= len(inputs) <= max_inputs:
         raise HTTPException(400, f"there are {len(inputs)} inputs; send 1 to {max_inputs} at once")
-    return Asked(inputs, parameters, is_list=True)
+    return ParsedBody(inputs, parameters, is_list=True)
 
 
 def finite(number: str) -> float:
@@ -164,7 +164,7 @@ def client_budget_s(request: Request) -> float:
     return float(wait[2]) if wait else math.inf
 
 
-class Answered(Response):
+class AnswerResponse(Response):
     """What is said of the answers, as JSON, and where the time of the slowest of them went."""
 
     def __init__(self, answers: list[Answer], content: Any) -> None:
@@ -186,7 +186,7 @@ def timing(answers: list[Answer]) -> str:
     answer = slowest(answers)
     return (
         f"queue;dur={answer.queue_s * 1000:.2f}, model;dur={answer.model_s * 1000:.2f}, "
-        f'batch;desc="size {answer.batch_size}, closed by {answer.closed_by}"'
+        f'batch;desc="size {answer.batch_size}, dispatched because {answer.dispatched_because}"'
     )
 
 
@@ -244,9 +244,9 @@ def error_reply(scope: Scope, exc: Exception) -> JSONResponse:
                 headers["Allow"] = ", ".join(sorted(allowed)) or headers["Allow"]
         case Malformed():
             status, sentence = 400, str(exc)
-        case CannotAnswer():
+        case Unprocessable():
             status, sentence = 422, str(exc)
-        case Refused():
+        case Rejected():
             status, sentence = 503, str(exc)
             headers["Retry-After"] = str(exc.retry_after_s)
         case Late():

@@ -5,7 +5,7 @@
 
 uvicorn itself keeps a connection with half a request open as long as the client does, and any number of them for one client.
 And when it closes a connection while data is still coming in, the system resets it, and the reply on its way is lost. That
-happens to a refusal before the end of a long body. And when the server stops, to a client that has just connected.
+happens to a rejection before the end of a long body. And when the server stops, to a client that has just connected.
 """
 
 import asyncio
@@ -79,7 +79,7 @@ class Protocol(HttpToolsProtocol):
 
     open_by_client: ClassVar[Counter[str]] = Counter()
     host = ""
-    looked_at: Any = None
+    polled_at: Any = None
     next_look: asyncio.TimerHandle | None = None
     stopping = False
 
@@ -99,11 +99,11 @@ class Protocol(HttpToolsProtocol):
         answered = not self.cycle or self.cycle.response_complete
         unwanted = self.cycle and answered and self.cycle.more_body
         waits = unwanted or self.scope is None or "method" not in self.scope
-        if waits and answered and self.looked_at is self.scope:
+        if waits and answered and self.polled_at is self.scope:
             if self.scope is not None and not unwanted:
                 self.transport.write(TOO_SLOW)
             return self.transport.close()
-        self.looked_at = self.scope
+        self.polled_at = self.scope
         self.next_look = self.loop.call_later(settings.HEADERS_TIMEOUT_S, self.look)
 
     def shutdown(self) -> None:

@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
-from workers.jobs import STOPPING, Answer, Refused
+from workers.errors import STOPPING, Rejected
+from workers.jobs import Answer
 from workers.loop import ModelLoop
 from workers.settings import Settings
 from workers.tasks import Query
@@ -24,7 +25,7 @@ TEXT_BYTES, MEDIA_BYTES = 2**20, 2**24
 SWEEP_S = 0.05  # whoever leaves has left the queue after two
 
 
-class Clients:
+class InFlight:
     """Reads bodies and waits for answers on the clients' behalf. `sweep` it every SWEEP_S."""
 
     def __init__(self, settings: Settings, loop: ModelLoop) -> None:
@@ -38,7 +39,7 @@ class Clients:
     async def read(self, request: Request) -> bytes:
         """Return the whole body.
 
-        Raises HTTPException 413 as soon as it is known to be too large, 408 when it stalls; Refused once the server
+        Raises HTTPException 413 as soon as it is known to be too large, 408 when it stalls; Rejected once the server
         stops; ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past every handler, where
         Content-Length tells; uvicorn waits for a body for ever.)
         """
@@ -60,7 +61,7 @@ class Clients:
                 raise  # somebody else's doing
             handler.uncancel()
             if self.loop.closing:
-                raise Refused(STOPPING) from None
+                raise Rejected(STOPPING) from None
             raise HTTPException(408, "the body did not arrive in time; send it faster", CLOSE) from None
         finally:
             self.reading.pop(handler, None)

@@ -15,22 +15,22 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from workers.jobs import Refused
+from workers.errors import Rejected
 from workers.metrics import Metrics
 from workers.web import contract
 
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
 # Clients that ask again at once, whatever Retry-After says, would keep the core busy with refusals, and nothing would be
-# left for the model. So beyond REFUSALS_PER_S each refusal waits for its turn, but only up to HOLD_S: then the client can
+# left for the model. So beyond REJECTIONS_PER_S each rejection waits for its turn, but only up to HOLD_S: then the client can
 # still ask another server.
-REFUSALS_PER_S, HOLD_S = 1000, 0.1
+REJECTIONS_PER_S, HOLD_S = 1000, 0.1
 TICK_S = 0.02  # those who wait share one waking
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 Headers = tuple[tuple[bytes, bytes], ...]
 
 
-class Envelope:
+class RequestMiddleware:
     """Gives every request an id, refuses those that the model has no room for, and turns every error into a reply.
 
     `protocols`: the routes beside `POST /`, and how their errors read. `guard`: why a request isn't let in, if it isn't.
@@ -78,7 +78,7 @@ class Envelope:
             return await self.reply(request, send, contract.error_reply(scope, not_let_in))
         if scope["method"] == "POST":
             budget_s = contract.client_budget_s(request)
-            if refused := scope["state"]["service"].loop.refusal(budget_s):
+            if refused := scope["state"]["service"].loop.rejection(budget_s):
                 return await self.refuse(refused, scope, send)
         await self.reply(request, send)
 
@@ -106,16 +106,16 @@ class Envelope:
                 raise  # half of a reply: the server closes the connection
             await contract.error_reply(scope, exc)(scope, receive, send_with_id)
 
-    async def refuse(self, refused: Refused, scope: Scope, send: Send) -> None:
+    async def refuse(self, refused: Rejected, scope: Scope, send: Send) -> None:
         """Reply without having read the body: under overload most of the work is this.
 
         The server reads the body and throws it away, unless the client waits for a "100 Continue" before it sends one.
         """
         now = asyncio.get_running_loop().time()
-        self.next_refusal_at = max(now, min(self.next_refusal_at + 1 / REFUSALS_PER_S, now + HOLD_S))
+        self.next_refusal_at = max(now, min(self.next_refusal_at + 1 / REJECTIONS_PER_S, now + HOLD_S))
         if self.next_refusal_at > now + 0.001:
             await self.turn(self.next_refusal_at).wait()
-        body, headers = refusal(scope["error"], str(refused), refused.retry_after_s)
+        body, headers = rejection(scope["error"], str(refused), refused.retry_after_s)
         if b"expect" in scope["fields"]:
             headers = (*headers, (b"connection", b"close"))  # its body may come or not
         self.metrics.requests_with(503).inc()
@@ -138,8 +138,8 @@ class Envelope:
 
 
 @functools.lru_cache(maxsize=64)
-def refusal(error: contract.ErrorBody, sentence: str, retry_after_s: int) -> tuple[bytes, Headers]:
-    """Body and headers of a refusal, made once for each reason."""
+def rejection(error: contract.ErrorBody, sentence: str, retry_after_s: int) -> tuple[bytes, Headers]:
+    """Body and headers of a rejection, made once for each reason."""
     body = json.dumps(error(503, sentence)).encode()
     length, retry_after = b"%d" % len(body), b"%d" % retry_after_s
     headers = (

@@ -1,10 +1,10 @@
 """Answers as they come: a list of inputs with `Accept: application/x-ndjson` or `text/event-stream` gets a line for each.
 
-    {"index":1,"answer":…,"queue_ms":0.1,"model_ms":8.4,"batch":"size 4, closed by idle"}
+    {"index":1,"answer":…,"queue_ms":0.1,"model_ms":8.4,"batch":"size 4, dispatched because empty"}
     {"index":0,"status":500,"error":"the model failed on input 0; …"}
 
 What is wrong with any input is a 4xx for all, before the first line. After it each input is on its own, as if it had been
-sent alone: its place in the queue, its refusal (503, with "retry_after_s"), its deadline (504), its failure (500); the others
+sent alone: its place in the queue, its rejection (503, with "retry_after_s"), its deadline (504), its failure (500); the others
 go on. Lines come in the order in which they are done. A client that leaves frees what still waits at once; one that stops
 reading, when it has taken nothing for BODY_TIMEOUT_S. Behind Gunicorn's sync and gthread workers all lines come at the end.
 """
@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from workers.jobs import Unanswered
+from workers.errors import Unanswered
 from workers.loop import ModelLoop
 from workers.tasks import Query
 from workers.web.contract import client_budget_s, error_reply, rendered
@@ -72,7 +72,7 @@ class Streamed(Response):
         try:
             answer = await self.loop.submit(query.content, size=query.size, budget_s=self.budget_s)
             scope.setdefault("answers", []).append(answer)
-            batch = f"size {answer.batch_size}, closed by {answer.closed_by}"
+            batch = f"size {answer.batch_size}, dispatched because {answer.dispatched_because}"
             times = {"queue_ms": round(answer.queue_s * 1000, 2), "model_ms": round(answer.model_s * 1000, 2)}
             said = rendered({"index": index, "answer": answer.value, **times, "batch": batch})
         except Unanswered as exc:

@@ -20,13 +20,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import workers
-from workers.jobs import Refused
+from workers.errors import Malformed, Rejected, Unprocessable
 from workers.protocols.open_inference import tensors
 from workers.protocols.open_inference.tensors import ANSWER, VERSION, Tensor
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
 from workers.settings import Settings
-from workers.tasks import CannotAnswer, Malformed
 from workers.web import contract
 from workers.web.access import public
 
@@ -105,9 +104,9 @@ def operations(service: Service) -> dict[str, Any]:
     told = {
         "/v2": "This server",
         "/v2/health/live": "Whether the process should be left alone",
-        "/v2/health/ready": "Whether a copy of the model is loaded",
+        "/v2/health/ready": "Whether an instance of the model is loaded",
         path: "The model's tensors",
-        path + "/ready": "Whether a copy of the model is loaded",
+        path + "/ready": "Whether an instance of the model is loaded",
     }
     gets = {path: {"get": operation(what, {200: "It.", **STATUSES})} for path, what in told.items()}
     return gets | {path + "/infer": {"post": asked}}
@@ -139,16 +138,16 @@ async def live(request: Request) -> Response:
     """GET /v2/health/live: 200 while the process should be left alone, as /health."""
     service: Service = request.state.service
     if trouble := service.trouble():
-        raise Refused(trouble)
+        raise Rejected(trouble)
     return JSONResponse({"live": True})
 
 
 @public
 async def ready(request: Request) -> Response:
-    """GET /v2/health/ready and /v2/models/NAME/ready: 200 while a copy of the model is loaded, as /ready."""
+    """GET /v2/health/ready and /v2/models/NAME/ready: 200 while an instance of the model is loaded, as /ready."""
     service: Service = request.state.service
     if reason := service.unready():
-        raise Refused(reason)
+        raise Rejected(reason)
     return JSONResponse({"name": service.settings.model_name, "ready": True})
 
 
@@ -176,8 +175,8 @@ def unknown(settings: Settings) -> str:
 async def infer(request: Request) -> Response:
     """POST /v2/models/NAME/infer: the model's answer to each element of the tensor."""
     service: Service = request.state.service
-    body = await service.clients.read(request)
-    contract.refuse_encoded(request)
+    body = await service.in_flight.read(request)
+    contract.reject_encoded(request)
     head, rest = parts(body, request)
     try:
         content = contract.load_json(head.decode(), EXAMPLE)
@@ -188,12 +187,12 @@ async def infer(request: Request) -> Response:
     in_binary = binary_output(asked, sent)
     inputs = tensors.inputs(the_input(asked, rest), service)
     queries = await service.check(inputs, tensors.parameters(sent), len(body))
-    answers = await service.clients.wait(request, queries)
+    answers = await service.in_flight.wait(request, queries)
     said = tensors.said(answers, service)
     output: dict[str, Any] = {"name": ANSWER, "datatype": said.datatype, "shape": said.shape}
     output |= {"parameters": {"binary_data_size": len(said.raw)}} if in_binary else {"data": said.data}
     content = {"model_name": service.settings.model_name, "model_version": VERSION, "outputs": [output]}
-    reply = contract.Answered(answers, content | ({"id": asked["id"]} if "id" in asked else {}))
+    reply = contract.AnswerResponse(answers, content | ({"id": asked["id"]} if "id" in asked else {}))
     return with_raw(reply, said.raw) if in_binary else reply
 
 
@@ -244,14 +243,14 @@ def the_input(asked: dict[str, Any], rest: bytes) -> Tensor:
     if size is not None and type(size) is not int:
         raise Malformed('"binary_data_size" must be a whole number')
     if (size or 0) != len(rest):
-        raise CannotAnswer(f"{len(rest)} bytes follow the JSON; it says {size or 0}")
+        raise Unprocessable(f"{len(rest)} bytes follow the JSON; it says {size or 0}")
     if data is not None and tensor["datatype"] == "BYTES":
         for _ in shape[1 : tensors.DIMENSIONS]:  # nested as the shape is
             data = (
                 [one for row in data for one in row] if all(isinstance(row, list) for row in data) else data
             )
         if not all(isinstance(one, str) for one in data):
-            raise CannotAnswer('"data" of BYTES must be texts')
+            raise Unprocessable('"data" of BYTES must be texts')
     return Tensor(tensor["name"], tensor["datatype"], list(map(int, shape)), rest if data is None else data)
 
 
@@ -269,14 +268,14 @@ def binary_output(asked: dict[str, Any], sent: dict[str, Any]) -> bool:
     for output in outputs:
         found = checked(output, "output")
         if found["name"] != ANSWER:
-            raise CannotAnswer(f'there is no output {found["name"][:100]!r}; ask for "{ANSWER}"')
+            raise Unprocessable(f'there is no output {found["name"][:100]!r}; ask for "{ANSWER}"')
         wanted = parameters_of(found, "binary_data").get("binary_data", wanted)
     if type(wanted) is not bool and wanted is not None:
         raise Malformed('"binary_data" and "binary_data_output" must be true or false')
     return bool(wanted)
 
 
-def with_raw(reply: contract.Answered, raw: bytes) -> contract.Answered:
+def with_raw(reply: contract.AnswerResponse, raw: bytes) -> contract.AnswerResponse:
     """The reply, and the tensor after its JSON."""
     length = len(reply.body)
     reply.body = bytes(reply.body) + raw

@@ -21,13 +21,12 @@ from starlette.exceptions import HTTPException
 from tritonclient.grpc import service_pb2 as pb
 
 import workers
-from workers.jobs import STOPPING, Refused
+from workers.errors import STOPPING, Malformed, Rejected, Unprocessable
 from workers.protocols.open_inference import tensors, unknown
 from workers.protocols.open_inference.tensors import ANSWER, VERSION, Tensor
 from workers.service import Service
-from workers.tasks import CannotAnswer, Malformed
 from workers.web import contract
-from workers.web.access import NO_KEY, Guard
+from workers.web.access import NO_KEY, AccessControl
 from workers.web.contract import CLIENT_GONE
 from workers.web.middleware import HOLD_S, REQUEST_ID
 
@@ -37,7 +36,7 @@ CODES = {
     404: grpc.StatusCode.NOT_FOUND,
     500: grpc.StatusCode.INTERNAL,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}  # of 503 see `Door.failure`; any other is INVALID_ARGUMENT
+}  # of 503 see `InferenceServicer.failure`; any other is INVALID_ARGUMENT
 SEND_S = 0.5  # to send the last answers when the server stops
 CONTENTS = {  # where a tensor's elements are, of those that are not in raw_input_contents
     "BYTES": "bytes_contents",
@@ -77,7 +76,7 @@ class Failure(NamedTuple):
         return (("grpc-status-details-bin", said.SerializeToString()),)
 
 
-class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """The protocol's methods, and who may ask for them.
 
     They read their messages themselves, as bytes: in time, and what can't be read is an error in our words.
@@ -85,7 +84,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def __init__(self, service: Service) -> None:
         self.service, self.settings, self.loop = service, service.settings, service.loop
-        self.guard, self.count = Guard(service.settings), service.metrics.requests_with
+        self.guard, self.count = AccessControl(service.settings), service.metrics.requests_with
         self.open: Counter[str] = Counter()
         most = service.settings.MAX_QUEUE
         self.most = {"ModelInfer": 2 * most, "ModelStreamInfer": most}
@@ -135,7 +134,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self.open[name] += 1
         try:
             if self.open[name] > self.most.get(name, math.inf):
-                raise Refused("there are too many calls at once; ask again later")
+                raise Rejected("there are too many calls at once; ask again later")
             reply = await answer(context)
             if name == "ModelInfer":
                 self.count(200).inc()
@@ -192,12 +191,12 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         task.cancelled() or task.exception()  # asyncio complains of what nobody looked at
 
     async def read(self, context: Context, kind: type[Any]) -> Any:
-        """The one message of a call. Raises HTTPException and Malformed with a sentence; Refused once the server stops."""
+        """The one message of a call. Raises HTTPException and Malformed with a sentence; Rejected once the server stops."""
         try:
             raw = await self.operate(context.read(), self.settings.BODY_TIMEOUT_S, self.stopped)
         except TimeoutError:
             if self.stopping.is_set():
-                raise Refused(STOPPING) from None
+                raise Rejected(STOPPING) from None
             raise HTTPException(408, "the message did not arrive in time; send it faster") from None
         if raw is grpc.aio.EOF:
             raise Malformed("there is no message; send one")
@@ -239,7 +238,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def infer(self, context: Context) -> Any:
         """ModelInfer: refused before it is read where the model has no room."""
-        if refused := self.loop.refusal(left_s(context)):
+        if refused := self.loop.rejection(left_s(context)):
             raise refused
         return await self.answered(await self.read(context, pb.ModelInferRequest), context)
 
@@ -252,7 +251,7 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             for name, p in request.parameters.items()
         }
         if any(output.name != ANSWER for output in request.outputs):
-            raise CannotAnswer(f'there is but one output; ask for "{ANSWER}"')
+            raise Unprocessable(f'there is but one output; ask for "{ANSWER}"')
         inputs = tensors.inputs(the_input(request), service)
         queries = await service.check(inputs, tensors.parameters(sent), request.ByteSize())
         answers = await self.loop.submit_all(*zip(*queries), budget_s=left_s(context))
@@ -305,14 +304,14 @@ class Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if stalled.done():
             raise HTTPException(408, "the answers were not taken in time; read them faster")
         if self.stopping.is_set():
-            raise Refused(STOPPING)
+            raise Rejected(STOPPING)
 
     async def replied(self, raw: bytes, context: Context) -> Any:
         """What a stream says of one of its requests."""
         request = pb.ModelInferRequest()
         try:
             request = self.parsed(raw, pb.ModelInferRequest)
-            if refused := self.loop.refusal(left_s(context)):
+            if refused := self.loop.rejection(left_s(context)):
                 raise refused
             reply = await self.answered(request, context)
             self.count(200).inc()
@@ -356,6 +355,6 @@ def the_input(request: Any) -> Tensor:
     data: Any = request.raw_input_contents[0] if request.raw_input_contents else None
     if data is None:
         if tensor.datatype not in CONTENTS:
-            raise CannotAnswer(f"{tensor.datatype[:20]} must be in raw_input_contents, or is not known")
+            raise Unprocessable(f"{tensor.datatype[:20]} must be in raw_input_contents, or is not known")
         data = list(getattr(tensor.contents, CONTENTS[tensor.datatype]))
     return Tensor(tensor.name, tensor.datatype, list(tensor.shape), data)

@@ -28,8 +28,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from workers.jobs import Refused
-from workers.protocols.open_inference.grpc_calls import SEND_S, SERVICE, Context, Door
+from workers.errors import Rejected
+from workers.protocols.open_inference.grpc_calls import SEND_S, SERVICE, Context, InferenceServicer
 from workers.service import Service
 
 log = logging.getLogger("uvicorn.error")
@@ -43,7 +43,7 @@ IDLE_S = 300  # a connection without a call
 @contextlib.asynccontextmanager
 async def serving(service: Service) -> AsyncIterator[None]:
     """Answer gRPC calls as long as the context lasts; then end those that are there with an answer."""
-    door = Door(service)
+    door = InferenceServicer(service)
     servers: list[Any] = []
     # It would print a traceback for each message of a stranger that it can't read; what fails in our calls, we log.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
@@ -58,7 +58,7 @@ async def serving(service: Service) -> AsyncIterator[None]:
         await asyncio.gather(*(server.stop(SEND_S) for server in servers))
 
 
-async def run(service: Service, door: Door, servers: list[Any]) -> None:
+async def run(service: Service, door: InferenceServicer, servers: list[Any]) -> None:
     """Listen until cancelled. `servers` are those that still have calls.
 
     grpc's server ends for good at a call whose path is no UTF-8, and anybody can send one: then there is a new one. The calls
@@ -101,7 +101,7 @@ async def retire(server: Any, servers: list[Any], within_s: float) -> None:
 
 def is_known(service: Service) -> bool:
     """Whether there is a task."""
-    with contextlib.suppress(Refused):
+    with contextlib.suppress(Rejected):
         return bool(service.task)
     return False
 
@@ -117,13 +117,13 @@ def has_successor() -> bool:
     return os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn")
 
 
-def made(service: Service, door: Door) -> Any:
+def made(service: Service, door: InferenceServicer) -> Any:
     """A gRPC server with all services, bounded in all that a client could have too much of."""
     settings, most = service.settings, 4 * service.settings.MAX_QUEUE
     options = {
         # Each worker listens, and the kernel shares the connections out; else a port that is taken is an error.
         "grpc.so_reuseport": int(settings.WEB_CONCURRENCY > 1 or has_successor()),
-        "grpc.max_receive_message_length": service.clients.most_bytes,
+        "grpc.max_receive_message_length": service.in_flight.most_bytes,
         "grpc.max_metadata_size": HEADERS_BYTES,
         "grpc.absolute_max_metadata_size": HEADERS_BYTES,
         "grpc.max_concurrent_streams": most,  # of one connection; more wait at the client

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from starlette.exceptions import HTTPException
 
-from workers.jobs import Answer, ModelFailed
+from workers.errors import Malformed, ModelFailed, Unprocessable
+from workers.jobs import Answer
 from workers.service import Service
-from workers.tasks import CannotAnswer, Malformed
 from workers.web import contract
 
 VERSION, ANSWER = "1", "answer"
@@ -52,19 +52,19 @@ class Said(NamedTuple):
 
 
 def inputs(tensor: Tensor, service: Service) -> list[Any]:
-    """What the task is asked. Raises Malformed and CannotAnswer with a sentence."""
+    """What the task is asked. Raises Malformed and Unprocessable with a sentence."""
     name, most = tensor.name, service.settings.MAX_INPUTS
     if len(tensor.shape) > DIMENSIONS:
         raise Malformed(f"there are {len(tensor.shape)} dimensions; send at most {DIMENSIONS}")
     if name not in NAMES:
         raise Malformed(f"there is no input {name[:100]!r}; send {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     if (tensor.datatype == "BYTES") == (name == "numbers"):
-        raise CannotAnswer(f'"{name}" is no tensor of {tensor.datatype[:20]}; see GET /v2/models/NAME')
+        raise Unprocessable(f'"{name}" is no tensor of {tensor.datatype[:20]}; see GET /v2/models/NAME')
     if name == "bytes" and not service.task.media:
-        raise CannotAnswer('this model takes no bytes; send "text" or "json"')
+        raise Unprocessable('this model takes no bytes; send "text" or "json"')
     found = rows(tensor) if name == "numbers" else elements(tensor, most)
     if not 1 <= len(found) <= most:
-        raise CannotAnswer(f"there are {len(found)} inputs; send 1 to {most} at once")
+        raise Unprocessable(f"there are {len(found)} inputs; send 1 to {most} at once")
     return found
 
 
@@ -72,7 +72,7 @@ def elements(tensor: Tensor, most: int) -> list[Any]:
     """Those of a BYTES tensor, of any shape."""
     given = split(tensor.data, most) if isinstance(tensor.data, bytes) else tensor.data
     if len(given) != math.prod(tensor.shape):
-        raise CannotAnswer(f"there are {len(given)} elements; the shape says {math.prod(tensor.shape)}")
+        raise Unprocessable(f"there are {len(given)} elements; the shape says {math.prod(tensor.shape)}")
     if tensor.name == "bytes":
         return [one if isinstance(one, bytes) else one.encode() for one in given]
     return [element(one, number, tensor.name) for number, one in enumerate(given)]
@@ -86,7 +86,7 @@ def element(one: str | bytes, number: int, name: str) -> Any:
     try:
         return text if name == "text" else contract.load_json(text, 'JSON, such as "a text"')
     except HTTPException as exc:  # that of the request is well-formed
-        raise CannotAnswer(f"element {number}: {exc.detail}") from None
+        raise Unprocessable(f"element {number}: {exc.detail}") from None
 
 
 def split(raw: bytes, most: int) -> list[bytes]:
@@ -108,7 +108,7 @@ def rows(tensor: Tensor) -> list[Any]:
     """Those of a tensor of numbers, by its first dimension."""
     numpys = NUMPYS.get(tensor.datatype)
     if numpys is None:
-        raise CannotAnswer(f"{tensor.datatype[:20]} is not taken; send {', '.join(('BYTES', *NUMPYS))}")
+        raise Unprocessable(f"{tensor.datatype[:20]} is not taken; send {', '.join(('BYTES', *NUMPYS))}")
     try:
         if isinstance(tensor.data, bytes):
             array = np.frombuffer(tensor.data, numpys)
@@ -120,15 +120,15 @@ def rows(tensor: Tensor) -> list[Any]:
             if found.size and not (found.dtype.kind in KINDS[array.dtype.kind] and small):
                 raise ValueError
     except (ValueError, OverflowError, TypeError):
-        raise CannotAnswer(
+        raise Unprocessable(
             f"the data are no {tensor.datatype}, or not of one shape; send both alike"
         ) from None
     if not array.size:  # [2147483647, 0] would be as many empty lists
-        raise CannotAnswer("there are no numbers; send some")
+        raise Unprocessable("there are no numbers; send some")
     if array.size != math.prod(tensor.shape) or not tensor.shape:
-        raise CannotAnswer(f"there are {array.size} numbers; the shape says {tensor.shape[:10]}")
+        raise Unprocessable(f"there are {array.size} numbers; the shape says {tensor.shape[:10]}")
     if not np.isfinite(array).all():
-        raise CannotAnswer("a number is not finite; send finite ones")
+        raise Unprocessable("a number is not finite; send finite ones")
     return array.reshape(tensor.shape).tolist()
 
 

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from workers.tasks.common.packed import EndToEnd, NotBuiltSo, PackedLinear, Rows, packable
+from workers.errors import UnsupportedArchitecture
+from workers.tasks.common.packed import EndToEnd, PackedLinear, Rows, packable
 
 log = logging.getLogger("uvicorn.error")
 
@@ -32,7 +33,7 @@ log = logging.getLogger("uvicorn.error")
 Pass = Callable[..., Tensor]
 
 
-class Way(NamedTuple):
+class Strategy(NamedTuple):
     """How a batch is computed."""
 
     packed: bool = False  # by packed Linears
@@ -46,13 +47,13 @@ class Way(NamedTuple):
 
 
 # The fastest first. The last is the stock forward, which the others are compared with.
-*WAYS, STOCK = (
-    Way(packed=True, end_to_end=True),
-    Way(packed=True),
-    Way(),
-    Way(packed=True, whole=True),
-    Way(whole=True),
-    Way(whole=True, alone=True),
+*STRATEGIES, STOCK = (
+    Strategy(packed=True, end_to_end=True),
+    Strategy(packed=True),
+    Strategy(),
+    Strategy(packed=True, whole=True),
+    Strategy(whole=True),
+    Strategy(whole=True, alone=True),
 )
 
 
@@ -82,7 +83,7 @@ class Encoder:
         self.pad = model.config.pad_token_id or 0
         self.takes_types = "token_type_ids" in inspect.signature(self.base.forward).parameters
         self.largest_pass = self.pass_tokens
-        self.way = self._choose(probe, probe_types, WAYS if fast else ())
+        self.way = self._choose(probe, probe_types, STRATEGIES if fast else ())
         if isinstance(self.forward, EndToEnd):
             self.forward.compile(self.pass_tokens)
 
@@ -180,7 +181,7 @@ class Encoder:
         width = states.shape[1]
         return states.flatten(0, 1)[self.tensor([n * width + i for n, row in enumerate(keep) for i in row])]
 
-    def _choose(self, probe: Rows, types: Rows | None, ways: Sequence[Way]) -> Way:
+    def _choose(self, probe: Rows, types: Rows | None, ways: Sequence[Strategy]) -> Strategy:
         """Take the fastest way that gives the stock forward's results on the probe."""
         linears = packable(self.model)
         self._take(STOCK, linears)
@@ -197,7 +198,7 @@ class Encoder:
                 if gap <= tolerance:
                     break
                 problems.append(f"{way}: off by {gap:.2g}")
-            except NotBuiltSo:
+            except UnsupportedArchitecture:
                 continue
             except Exception as error:  # whatever a foreign model raises, another way serves it
                 problems.append(f"{way}: {error!r:.80}")
@@ -208,7 +209,7 @@ class Encoder:
             log.warning("%s is served by its own forward, %s; tried: %s", name, way, tried)
         return way
 
-    def _take(self, way: Way, linears: list[tuple[nn.Module, str, nn.Linear]]) -> None:
+    def _take(self, way: Strategy, linears: list[tuple[nn.Module, str, nn.Linear]]) -> None:
         """Make the model ready for it."""
         for parent, name, linear in linears:
             if way.packed != isinstance(getattr(parent, name), PackedLinear):

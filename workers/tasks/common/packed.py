@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workers.errors import UnsupportedArchitecture
+
 Rows = Sequence[Sequence[int]]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,10 +68,6 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, "add")
 
 
-class NotBuiltSo(Exception):
-    """The model isn't built like BERT."""
-
-
 # Where the layers are and what is in one: query, key, value, out, its norm, up, down, its norm.
 LAYOUTS = {
     "encoder.layer.0.attention.self": (
@@ -110,7 +108,7 @@ class Group(NamedTuple):
 class EndToEnd:
     """The forward pass of BERT, and of the models built like it, over texts laid end to end.
 
-    Raises NotBuiltSo for any other. Its Linears must be packed.
+    Raises UnsupportedArchitecture for any other. Its Linears must be packed.
     """
 
     def __init__(self, base: Any) -> None:
@@ -118,7 +116,7 @@ class EndToEnd:
         layout = next((name for name in LAYOUTS if name in modules), None)
         activation = getattr(base.config, "hidden_act", None) or getattr(base.config, "activation", None)
         if layout is None or activation not in ACTIVATIONS:
-            raise NotBuiltSo
+            raise UnsupportedArchitecture
         layers = modules[layout.partition(".0")[0]]
         self.layers = [[layer.get_submodule(name) for name in LAYOUTS[layout].split()] for layer in layers]
         self.heads, self.activation = base.config.num_attention_heads, ACTIVATIONS[activation]

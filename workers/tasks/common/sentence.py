@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from workers.errors import Unprocessable
 from workers.settings import Settings
-from workers.tasks import CannotAnswer
 from workers.tasks.common.text import (
     YES_OR_NO,
     Content,
@@ -88,7 +88,7 @@ class SentenceTask(TextTask):
         name = parameters.get("prompt_name", self.sentence.get("default_prompt_name"))
         if name and name not in self.prompts:
             known = ", ".join(f'"{known}"' for known in sorted(self.prompts))
-            raise CannotAnswer(f"the model knows the prompts {known}; send the name of one")
+            raise Unprocessable(f"the model knows the prompts {known}; send the name of one")
         return self.prompts.get(name) or ""
 
     def cut(self, parameters: dict[str, Any], text: str, pair: str | None = None) -> Row:
@@ -98,13 +98,13 @@ class SentenceTask(TextTask):
             return row
         if not parameters.get("truncate"):
             sentence = f"the text has {len(row.ids)} tokens; send at most {self.limit}"
-            raise CannotAnswer(f'{sentence}, or "truncate": true')
+            raise Unprocessable(f'{sentence}, or "truncate": true')
         return self.longest_first(parameters.get("truncation_direction", "right"), text, pair)
 
     def longest_first(self, direction: str, text: str, pair: str | None) -> Row:
         """What the truncation of that name leaves of a text or a pair: the longer is cut first."""
         if isinstance(self.tokens, SlowTokens):
-            raise CannotAnswer(f"the text has more than {self.limit} tokens; send a shorter one")
+            raise Unprocessable(f"the text has more than {self.limit} tokens; send a shorter one")
         backend: Any = self.tokens.backend  # its stubs know less than it does
         texts = [text] if pair is None else [text, pair]
         parts = backend.encode_batch(texts, add_special_tokens=False)
@@ -124,7 +124,7 @@ class SentenceTask(TextTask):
 
 
 class SentenceModel(TextModel):
-    """A loaded copy of a model of sentence-transformers: texts to vectors."""
+    """A loaded instance of a model of sentence-transformers: texts to vectors."""
 
     task: SentenceTask
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from workers.errors import Malformed, Unprocessable
 from workers.settings import Settings
-from workers.tasks import CannotAnswer, Malformed, Query, unknown_parameters
+from workers.tasks import Query, unknown_parameters
 
 log = logging.getLogger("uvicorn.error")
 
@@ -150,7 +151,7 @@ class Tokens:
     def windows(self, most: int, length: int, stride: int, text: str, pair: str | None = None) -> list[Row]:
         """The text, or the second of a pair, in windows of at most `length` tokens that overlap by `stride`.
 
-        The same windows as `tokenizers` makes. Raises ValueError where there is no room for them, CannotAnswer where they
+        The same windows as `tokenizers` makes. Raises ValueError where there is no room for them, Unprocessable where they
         would be more than `most`: one text would keep the model for minutes.
         """
         whole = self(text, pair)
@@ -162,7 +163,7 @@ class Tokens:
             raise ValueError(f"{length} tokens leave no room for a stride of {stride}")
         starts, rows = range(start, max(start + 1, stop - stride), room - stride), []
         if len(starts) > most:
-            raise CannotAnswer(
+            raise Unprocessable(
                 f"the text takes {len(starts)} windows of {length} tokens; send one that takes at most {most}"
             )
         for first in starts:
@@ -197,7 +198,7 @@ class SlowTokens(Tokens):
         return Row(text, pair, found["input_ids"], types if types and any(types) else None)
 
     def windows(self, most: int, length: int, stride: int, text: str, pair: str | None = None) -> list[Row]:
-        raise CannotAnswer("this model's tokenizer is a slow one, which can't cut a text into windows")
+        raise Unprocessable("this model's tokenizer is a slow one, which can't cut a text into windows")
 
     def __len__(self) -> int:
         return len(self.tokenizer)
@@ -245,11 +246,11 @@ class TextTask:
         """Its tokens, if the model can take so many."""
         row = self.tokens(text, pair)
         if len(row.ids) > self.limit:
-            raise CannotAnswer(f"the text has {len(row.ids)} tokens; send at most {self.limit}")
+            raise Unprocessable(f"the text has {len(row.ids)} tokens; send at most {self.limit}")
         return row
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        """Return the query that asks this. Raises Malformed or CannotAnswer."""
+        """Return the query that asks this. Raises Malformed or Unprocessable."""
         raise NotImplementedError
 
     def examples(self) -> list[Query]:
@@ -260,7 +261,7 @@ class TextTask:
         """Queries for examples: the first, and those of the others that the model can take."""
         queries = [self.check(first, parameters)]
         for inputs in others:
-            with contextlib.suppress(CannotAnswer):
+            with contextlib.suppress(Unprocessable):
                 queries.append(self.check(inputs, parameters))
         return queries
 
@@ -270,7 +271,7 @@ class TextTask:
 
 
 class TextModel:
-    """A loaded copy of a text task's model: its stock pipeline, with the forward pass of the shared encoder.
+    """A loaded instance of a text task's model: its stock pipeline, with the forward pass of the shared encoder.
 
     `per_text`: whether the model's head says something of a text, not of each token.
     """
