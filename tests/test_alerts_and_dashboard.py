@@ -20,7 +20,7 @@ import psutil
 import pytest
 import yaml
 
-from deploy import grafana, picture
+from deploy.monitoring import draw_dashboard, grafana
 from loadtests.modes import MODES, ROOT, free_port, start
 from tests.support.client import PARIS, POISON, Crowd, post, until
 from workers.metrics import Metrics
@@ -227,7 +227,7 @@ def holes(url: str, asked: dict[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, expr in asked.items():
         try:
-            found[name] = [float(one["value"][1]) for one in picture.ask(url, "query", query=expr)]
+            found[name] = [float(one["value"][1]) for one in draw_dashboard.ask(url, "query", query=expr)]
         except urllib.error.HTTPError as exc:
             found[name] = exc.read().decode()  # while it starts, no JSON
         except OSError as exc:
@@ -271,6 +271,6 @@ def test_a_real_prometheus_finds_a_number_for_every_expression(
             over.set()
         for asker in askers:
             asker.result()
-        monkeypatch.setattr(picture, "PICTURE", tmp_path / "dashboard.png")
-        picture.main(url, "1m")
-        assert picture.PICTURE.stat().st_size > 20_000
+        monkeypatch.setattr(draw_dashboard, "PICTURE", tmp_path / "dashboard.png")
+        draw_dashboard.main(url, "1m")
+        assert draw_dashboard.PICTURE.stat().st_size > 20_000

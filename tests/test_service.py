@@ -350,7 +350,7 @@ def test_a_model_that_fails_on_its_own_example_ends_the_start_with_one_sentence(
         assert f"cannot load MODEL=tests.support.misbehaving_model:{model}: {sentence}" in server.log()
         assert "Traceback" not in server.log()
         if (offload, model) == ("thread", "Fails"):
-            assert re.search(r"no weights for that \(moody\.py, line \d+\)", server.log())
+            assert re.search(r"no weights for that \(misbehaving_model\.py, line \d+\)", server.log())
 
 
 def test_answers_that_cannot_leave_their_process_end_the_start_with_one_sentence() -> None:

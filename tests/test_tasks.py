@@ -22,7 +22,8 @@ from tests.support.small_models import ENTAILMENT, ENTITIES, make_model, make_to
 from workers import tasks
 from workers.errors import Malformed, Unprocessable
 from workers.settings import HERE, Settings
-from workers.tasks import encoder, packed, pipeline
+from workers.tasks import pipeline
+from workers.tasks.common import encoder, packed
 from workers.tasks.common.packed import EndToEnd, PackedLinear
 from workers.tasks.common.text import SlowTokens
 from workers.tasks.pipeline import open_image
@@ -641,10 +642,10 @@ def test_a_misspelt_task_is_told_what_was_meant_and_what_there_is(name: str) -> 
         tasks.make(Settings(TASK=name))
     known = str(caught.value).partition("known are ")[2].partition(";")[0].split(", ")
     assert {"feature-extraction", "image-classification", "text-ranking"} <= set(known)
-    assert not {"own", "pipeline", "text", "encoder"} & set(known)
+    assert not {"custom", "pipeline", "text", "encoder"} & set(known)
 
 
-@pytest.mark.parametrize("name", ["own", "pipeline", "encoder"])
+@pytest.mark.parametrize("name", ["custom", "pipeline", "encoder"])
 def test_a_file_beside_the_tasks_is_none(name: str) -> None:
     with pytest.raises(ValueError, match=f"TASK={name} is not known"):
         tasks.make(Settings(TASK=name))

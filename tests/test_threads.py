@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from workers.resources import usable_cores
 from workers.tasks import threads
-from workers.tasks.threads import WINDOW_S, Threads, busy_s, others_s, usable_cores
+from workers.tasks.threads import WINDOW_S, Threads, busy_s, others_s
 
 STAT = """\
 cpu  1700 60 430 9900 44 7 50 70 30 0

@@ -67,7 +67,7 @@ async def info(request: Request) -> Response:
     limits = {name: getattr(settings, name) for name in ("MAX_INPUTS", "MAX_TOP_K", "MAX_MASKS")}
     content = {
         "version": workers.__version__,
-        "task": "own" if settings.is_custom else settings.TASK,
+        "task": "custom" if settings.is_custom else settings.TASK,
         "model": {"name": settings.model_name, "revision": revision(settings)},
         "dtype": dtype,
         "device": device,

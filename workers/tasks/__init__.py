@@ -69,7 +69,7 @@ class Task(Protocol):
 
 def make(settings: Settings) -> Task:
     """Return the task that the settings name. Raises whatever reading its files raises."""
-    name = "own" if settings.is_custom else file_of(ALIASES.get(settings.TASK, settings.TASK))
+    name = "custom" if settings.is_custom else file_of(ALIASES.get(settings.TASK, settings.TASK))
     task: Callable[[Settings], Task] = importlib.import_module(f"{__name__}.{name or 'pipeline'}").Task
     return task(settings)
 
@@ -77,7 +77,7 @@ def make(settings: Settings) -> Task:
 def file_of(task: str) -> str | None:
     """The module in this folder that is the task of this name; None where there is none."""
     name = task.replace("-", "_")
-    if "_" in task or task in ("own", "pipeline") or not name.isidentifier():
+    if "_" in task or task in ("custom", "pipeline") or not name.isidentifier():
         return None
     path = f"{__name__}.{name}"
     return name if importlib.util.find_spec(path) and hasattr(importlib.import_module(path), "Task") else None
