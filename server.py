@@ -27,7 +27,7 @@ from workers.observability.request_log import logged
 from workers.observability.tracing import traced
 from workers.service import Service
 from workers.settings import Settings
-from workers.web import contract, stream
+from workers.web import parsing, replies, stream
 from workers.web.access import AccessControl, public, with_cors
 from workers.web.middleware import RequestMiddleware
 
@@ -39,13 +39,13 @@ async def answer(request: Request) -> Response:
     """POST /: the model's answer to one input, or to each of a list."""
     service: Service = request.state.service
     body = await service.in_flight.read(request)
-    asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
+    asked = parsing.parse(body, request, service.task.media, settings.MAX_INPUTS)
     queries = await service.check(asked.inputs, asked.parameters, len(body))
     if asked.is_list and (form := stream.wanted(request)):
         return stream.Streamed(service.loop, settings.BODY_TIMEOUT_S, request, queries, form)
     answers = await service.in_flight.wait(request, queries)
     values = [answer.value for answer in answers]
-    return contract.AnswerResponse(answers, values if asked.is_list else values[0])
+    return replies.AnswerResponse(answers, values if asked.is_list else values[0])
 
 
 @public
@@ -89,11 +89,11 @@ async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
         yield {"service": service}
 
 
-def protocol_routes() -> Iterator[tuple[Route, contract.ErrorBody]]:
+def protocol_routes() -> Iterator[tuple[Route, replies.ErrorBody]]:
     """The routes of every protocol, and how errors read there."""
     for protocol in protocol_modules:
         for route in protocol.routes(settings):
-            yield route, getattr(protocol, "error_body", contract.error_body)
+            yield route, getattr(protocol, "error_body", replies.error_body)
 
 
 # Each file there is one; the folder may be deleted.

@@ -250,7 +250,7 @@ guess_kb = 100  # KB for a text of 256 tokens
 # %%
 import numpy as np
 
-from workers.web.contract import rendered
+from workers.web.replies import rendered
 
 vector = np.random.default_rng(0).normal(size=384).astype("float32")
 began = time.perf_counter()

@@ -18,7 +18,7 @@ from workers.metrics import Metrics
 from workers.service import make_instances
 from workers.settings import HERE, Settings
 from workers.tasks.pipeline import load_pipeline
-from workers.web.contract import rendered
+from workers.web.replies import rendered
 
 MODEL = Settings().MODEL
 CLOZE = [line.split("\t")[0] for line in (Path(MODEL) / "cloze60.tsv").read_text().splitlines()]

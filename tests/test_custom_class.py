@@ -17,7 +17,7 @@ from tests.support.client import post_json
 from workers import tasks
 from workers.errors import Malformed, Unprocessable
 from workers.settings import Settings
-from workers.web.contract import rendered
+from workers.web.replies import rendered
 
 FLOWER = dict(zip(FEATURES, (5.1, 3.5, 1.4, 0.2)))
 

@@ -21,7 +21,7 @@ from tests.support.client import Crowd, get, post_json
 from tests.support.mode_matrix import TESTED
 from workers import tasks
 from workers.settings import Settings
-from workers.web.contract import rendered
+from workers.web.replies import rendered
 
 pytestmark = pytest.mark.slow
 MADE = {**MADE, "own class": lambda _: "models.iris:Iris"}

@@ -26,7 +26,7 @@ from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.settings import Settings
 from workers.tasks import Query
-from workers.web import contract
+from workers.web import replies
 from workers.web.inflight import InFlight
 from workers.web.middleware import HOLD_S, REJECTIONS_PER_S, TICK_S, RequestMiddleware
 
@@ -159,7 +159,7 @@ def test_a_body_far_too_large_is_refused_without_a_reset(full: Server) -> None:
 def test_a_header_of_megabytes_is_refused_before_it_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a full server, too, where the one that says how long to wait is read first."""
     looked: list[Any] = []
-    monkeypatch.setattr("workers.web.contract.client_budget_s", looked.append)
+    monkeypatch.setattr("workers.web.parsing.client_budget_s", looked.append)
     middleware, service, sent = RequestMiddleware(Router([]), Metrics()), Full(), []
 
     async def send(message: Any) -> None:
@@ -279,13 +279,13 @@ def test_health_tells_the_models_name_and_no_path(tmp_path: Path) -> None:
     ],
 )
 def test_an_answer_means_what_the_standard_library_would_have_written(value: Any) -> None:
-    assert json.loads(contract.rendered(value)) == json.loads(json.dumps(value))
+    assert json.loads(replies.rendered(value)) == json.loads(json.dumps(value))
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_an_array_reads_back_as_the_very_numbers_of_its_type(dtype: str) -> None:
     array = np.random.default_rng(0).standard_normal((3, 4)).astype(dtype)
-    found = json.loads(contract.rendered({"vectors": array, "one": array[:, 1], "best": array[0, 0]}))
+    found = json.loads(replies.rendered({"vectors": array, "one": array[:, 1], "best": array[0, 0]}))
     assert np.array_equal(np.array(found["vectors"], dtype), array)
     assert np.array_equal(np.array(found["one"], dtype), array[:, 1])
     assert np.dtype(dtype).type(found["best"]) == array[0, 0]
@@ -297,4 +297,4 @@ def test_an_array_reads_back_as_the_very_numbers_of_its_type(dtype: str) -> None
 )
 def test_what_json_cannot_say_is_the_models_failure(value: Any) -> None:
     with pytest.raises(ModelFailed, match="can't be said in JSON"):
-        contract.rendered(value)
+        replies.rendered(value)

@@ -15,7 +15,7 @@ from workers.errors import Malformed
 from workers.settings import Settings
 from workers.tasks import fill_mask
 from workers.tasks.common.text import a_number, checked
-from workers.web import contract
+from workers.web import parsing
 
 IMAGES = ("image/",)
 
@@ -26,11 +26,11 @@ def asking(**headers: str) -> Request:
     return Request({"type": "http", "headers": raw, "fields": dict(raw)})
 
 
-def read(body: bytes, media: tuple[str, ...] = (), **headers: str) -> contract.ParsedBody:
-    return contract.parse(body, asking(**headers), media, max_inputs=4)
+def read(body: bytes, media: tuple[str, ...] = (), **headers: str) -> parsing.ParsedBody:
+    return parsing.parse(body, asking(**headers), media, max_inputs=4)
 
 
-def read_json(body: str | bytes) -> contract.ParsedBody:
+def read_json(body: str | bytes) -> parsing.ParsedBody:
     return read(body.encode() if isinstance(body, str) else body, Content_Type="application/json")
 
 
@@ -239,21 +239,21 @@ def test_a_task_that_takes_images_gets_their_bytes_and_others_read_of_them() -> 
 )
 def test_prefer_is_read_as_its_rfc_has_it_or_ignored(prefer: str, wait_s: float) -> None:
     raw = [(b"prefer", prefer.encode())]
-    assert contract.client_budget_s(Request({"type": "http", "headers": raw, "fields": dict(raw)})) == wait_s
+    assert parsing.client_budget_s(Request({"type": "http", "headers": raw, "fields": dict(raw)})) == wait_s
 
 
 def test_prefer_may_come_in_several_headers() -> None:
     raw = [(b"prefer", b"wait=5"), (b"prefer", b"respond-async")]
-    assert contract.client_budget_s(Request({"type": "http", "headers": raw, "fields": dict(raw)})) == 5
+    assert parsing.client_budget_s(Request({"type": "http", "headers": raw, "fields": dict(raw)})) == 5
 
 
 @pytest.mark.parametrize("piece", ['"', '\\"', '"\\', ",", "wait", "; ", ";a", ";a=", " "])
 def test_no_header_takes_long_to_read(piece: str) -> None:
     """A pattern that goes back and forth would take minutes."""
-    long = piece * (contract.MAX_HEADER_BYTES // len(piece))
+    long = piece * (parsing.MAX_HEADER_BYTES // len(piece))
     began = time.process_time()
-    contract.client_budget_s(asking(Prefer=long))
-    contract.charset_of("text/plain" + long)
+    parsing.client_budget_s(asking(Prefer=long))
+    parsing.charset_of("text/plain" + long)
     assert time.process_time() - began < 5
 
 

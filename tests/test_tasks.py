@@ -27,7 +27,7 @@ from workers.tasks.common import encoder, packed
 from workers.tasks.common.packed import EndToEnd, PackedLinear
 from workers.tasks.common.text import SlowTokens
 from workers.tasks.pipeline import open_image
-from workers.web.contract import rendered
+from workers.web.replies import rendered
 
 TEXTS = [
     "the dog",

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from workers.settings import EMBEDDED
-from workers.web.contract import rendered
+from workers.web.replies import rendered
 
 PARTS = ("tokenise", "pad", "forward", "head", "answer", "serialise")
 KINDS = {  # a task, and the class of Transformers that has its head

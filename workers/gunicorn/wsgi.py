@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Scope
 from werkzeug.wrappers import Request, Response
 
 import server
-from workers.web.contract import CLIENT_GONE, CLOSE
+from workers.web.replies import CLIENT_GONE, CLOSE
 
 STEP_BYTES = 65_536
 LEFT: Message = {"type": "http.disconnect"}

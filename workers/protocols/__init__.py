@@ -10,7 +10,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from workers.web import contract
+from workers.web import parsing
 
 
 async def read_json(request: Request, known: tuple[str, ...]) -> tuple[dict[str, Any], int]:
@@ -20,10 +20,10 @@ async def read_json(request: Request, known: tuple[str, ...]) -> tuple[dict[str,
     raises.
     """
     body = await request.state.service.in_flight.read(request)
-    contract.reject_encoded(request)
+    parsing.reject_encoded(request)
     wanted = f'an object with "{known[0]}"'
     try:
-        content = contract.load_json(body.removeprefix(contract.BOM).decode(), wanted)
+        content = parsing.load_json(body.removeprefix(parsing.BOM).decode(), wanted)
     except UnicodeDecodeError as exc:
         raise HTTPException(400, f"byte {exc.start} of the body is not UTF-8; send UTF-8") from None
     if not isinstance(content, dict):

@@ -17,7 +17,7 @@ from workers import tasks
 from workers.protocols.openapi import asking, bodies
 from workers.service import Service
 from workers.settings import Settings
-from workers.web import contract
+from workers.web import parsing, replies
 
 
 def routes(settings: Settings) -> list[Route]:
@@ -36,13 +36,13 @@ async def answer(request: Request) -> Response:
     settings = service.settings
     task = "" if settings.is_custom else tasks.ALIASES.get(settings.TASK, settings.TASK)
     body = await service.in_flight.read(request)
-    asked = contract.parse(body, request, service.task.media, settings.MAX_INPUTS)
+    asked = parsing.parse(body, request, service.task.media, settings.MAX_INPUTS)
     parameters = {"top_k": settings.MAX_TOP_K} if task == "text-classification" else {}
     queries = await service.check(asked.inputs, parameters | asked.parameters, len(body))
     answers = await service.in_flight.wait(request, queries)
     values = [hosted(task, answer.value) for answer in answers]
     is_list = asked.is_list or task == "text-classification"
-    return contract.AnswerResponse(answers, values if is_list else values[0])
+    return replies.AnswerResponse(answers, values if is_list else values[0])
 
 
 def hosted(task: str, value: Any) -> Any:

@@ -22,7 +22,7 @@ from workers.protocols import read_json, whole
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
 from workers.settings import Settings
-from workers.web.contract import AnswerResponse
+from workers.web.replies import AnswerResponse
 
 STARTED_AT = int(time.time())
 FIELDS = {"message": {"type": "string"}, "type": {"type": "string"}, "param": {}, "code": {}}

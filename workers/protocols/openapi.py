@@ -21,7 +21,7 @@ from workers.service import Service
 from workers.settings import Settings
 from workers.tasks import Description
 from workers.tasks.common.text import find
-from workers.web import contract, stream
+from workers.web import replies, stream
 
 SAID = (
     "OFFLOAD",
@@ -83,7 +83,7 @@ async def info(request: Request) -> Response:
         },
         "settings": {name: getattr(settings, name) for name in SAID},
     }
-    return Response(contract.rendered(content), media_type="application/json")
+    return Response(replies.rendered(content), media_type="application/json")
 
 
 def where(service: Service) -> tuple[str | None, str | None]:
@@ -103,7 +103,7 @@ def revision(settings: Settings) -> str | None:
 def sayable(example: dict[str, Any]) -> Any:
     """The example, None where JSON can't say it."""
     try:
-        contract.rendered(example)
+        replies.rendered(example)
     except ModelFailed:
         return None
     return example

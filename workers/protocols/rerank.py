@@ -18,7 +18,7 @@ from workers.protocols import read_json, whole
 from workers.protocols.openapi import an_object, asking
 from workers.service import Service
 from workers.settings import Settings
-from workers.web.contract import AnswerResponse
+from workers.web.replies import AnswerResponse
 
 PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
 FOR_THE_TASK = ("truncate", "truncation_direction", "raw_scores")

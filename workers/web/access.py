@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Scope
 
 from workers.settings import Settings
-from workers.web.contract import CLOSE
+from workers.web.replies import CLOSE
 
 Endpoint = Callable[..., Any]
 CHALLENGE = {"WWW-Authenticate": 'Bearer realm="model"', **CLOSE}  # its body may still come

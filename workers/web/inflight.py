@@ -18,7 +18,8 @@ from workers.jobs import Answer
 from workers.loop import ModelLoop
 from workers.settings import Settings
 from workers.tasks import Query
-from workers.web.contract import CLOSE, client_budget_s
+from workers.web.parsing import client_budget_s
+from workers.web.replies import CLOSE
 
 Handler = asyncio.Task[Any]
 TEXT_BYTES, MEDIA_BYTES = 2**20, 2**24

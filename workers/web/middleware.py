@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import chain
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
@@ -17,7 +18,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from workers.errors import Rejected
 from workers.metrics import Metrics
-from workers.web import contract
+from workers.web import parsing, replies
 
 REQUEST_ID = re.compile(rb"[\w.-]{1,128}")
 # Clients that ask again at once, whatever Retry-After says, would keep the core busy with refusals, and nothing would be
@@ -41,7 +42,7 @@ class RequestMiddleware:
         self,
         router: Router,
         metrics: Metrics,
-        protocols: Sequence[tuple[Route, contract.ErrorBody]] = (),
+        protocols: Sequence[tuple[Route, replies.ErrorBody]] = (),
         guard: Callable[[Scope], Exception | None] = lambda scope: None,
     ) -> None:
         self.router, self.metrics, self.protocols, self.guard = router, metrics, protocols, guard
@@ -70,14 +71,15 @@ class RequestMiddleware:
         scope["request_id"] = request_id
         request = Request(scope, receive)
         # First: what looks into a header takes 0.2 s a megabyte.
-        if sum(map(len, chain.from_iterable(scope["headers"]))) > contract.MAX_HEADER_BYTES:
-            sentence = f"send at most {contract.MAX_HEADER_BYTES} bytes of headers"
-            too_long = JSONResponse(scope["error"](431, sentence), 431, contract.CLOSE)
-            return await self.reply(request, send, too_long)
+        if sum(map(len, chain.from_iterable(scope["headers"]))) > parsing.MAX_HEADER_BYTES:
+            sentence = f"send at most {parsing.MAX_HEADER_BYTES} bytes of headers"
+            return await self.reply(
+                request, send, self.error_reply(scope, HTTPException(431, sentence, replies.CLOSE))
+            )
         if not_let_in := self.guard(scope):
-            return await self.reply(request, send, contract.error_reply(scope, not_let_in))
+            return await self.reply(request, send, self.error_reply(scope, not_let_in))
         if scope["method"] == "POST":
-            budget_s = contract.client_budget_s(request)
+            budget_s = parsing.client_budget_s(request)
             if refused := scope["state"]["service"].loop.rejection(budget_s):
                 return await self.refuse(refused, scope, send)
         await self.reply(request, send)
@@ -104,7 +106,15 @@ class RequestMiddleware:
         except Exception as exc:
             if started:
                 raise  # half of a reply: the server closes the connection
-            await contract.error_reply(scope, exc)(scope, receive, send_with_id)
+            await self.error_reply(scope, exc)(scope, receive, send_with_id)
+
+    def error_reply(self, scope: Scope, exc: Exception) -> JSONResponse:
+        """Return the reply to `exc` in the form of the protocol that was asked."""
+        failure = replies.explain(exc, scope["request_id"].decode())
+        if failure.status == 405:  # Starlette names the methods of one of the path's routes
+            allowed = ", ".join(sorted(method for method, path in self.endpoints if path == scope["path"]))
+            failure = failure._replace(headers={"Allow": allowed} if allowed else failure.headers)
+        return replies.error_reply(failure, scope["error"])
 
     async def refuse(self, refused: Rejected, scope: Scope, send: Send) -> None:
         """Reply without having read the body: under overload most of the work is this.
@@ -131,14 +141,14 @@ class RequestMiddleware:
             asyncio.get_running_loop().call_at(tick * TICK_S, lambda: self.turns.pop(tick).set())
         return self.turns[tick]
 
-    def _error_body(self, path: str) -> contract.ErrorBody:
+    def _error_body(self, path: str) -> replies.ErrorBody:
         """How errors read under this path."""
         matching = (error for route, error in self.protocols if route.path_regex.match(path))
-        return next(matching, contract.error_body)
+        return next(matching, replies.error_body)
 
 
 @functools.lru_cache(maxsize=64)
-def rejection(error: contract.ErrorBody, sentence: str, retry_after_s: int) -> tuple[bytes, Headers]:
+def rejection(error: replies.ErrorBody, sentence: str, retry_after_s: int) -> tuple[bytes, Headers]:
     """Body and headers of a rejection, made once for each reason."""
     body = json.dumps(error(503, sentence)).encode()
     length, retry_after = b"%d" % len(body), b"%d" % retry_after_s

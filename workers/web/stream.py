@@ -10,8 +10,6 @@ reading, when it has taken nothing for BODY_TIMEOUT_S. Behind Gunicorn's sync an
 """
 
 import asyncio
-import json
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,7 +18,8 @@ from starlette.types import Receive, Scope, Send
 from workers.errors import Unanswered
 from workers.loop import ModelLoop
 from workers.tasks import Query
-from workers.web.contract import client_budget_s, error_reply, rendered
+from workers.web.parsing import client_budget_s
+from workers.web.replies import explain, rendered
 
 FORMS = {"application/x-ndjson": b"%s\n", "text/event-stream": b"data: %s\n\n"}
 
@@ -77,16 +76,10 @@ class Streamed(Response):
             said = rendered({"index": index, "answer": answer.value, **times, "batch": batch})
         except Unanswered as exc:
             exc.index = index
-            said = rendered({"index": index} | failure(scope, exc))
+            failure = explain(exc, scope["request_id"].decode())
+            retry = {"retry_after_s": failure.retry_after_s} if failure.retry_after_s else {}
+            said = rendered({"index": index, "status": failure.status, "error": failure.sentence, **retry})
         return FORMS[self.form] % said
-
-
-def failure(scope: Scope, exc: Unanswered) -> dict[str, Any]:
-    """What the reply would say if the input had been alone."""
-    reply = error_reply(scope, exc)
-    retry = reply.headers.get("retry-after")
-    said = {"status": reply.status_code, **json.loads(bytes(reply.body))}
-    return said | ({"retry_after_s": int(retry)} if retry else {})
 
 
 async def leaving(receive: Receive) -> None:

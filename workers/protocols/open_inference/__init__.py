@@ -26,7 +26,7 @@ from workers.protocols.open_inference.tensors import ANSWER, VERSION, Tensor
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
 from workers.settings import Settings
-from workers.web import contract
+from workers.web import parsing, replies
 from workers.web.access import public
 
 HEADER = "inference-header-content-length"
@@ -176,10 +176,10 @@ async def infer(request: Request) -> Response:
     """POST /v2/models/NAME/infer: the model's answer to each element of the tensor."""
     service: Service = request.state.service
     body = await service.in_flight.read(request)
-    contract.reject_encoded(request)
+    parsing.reject_encoded(request)
     head, rest = parts(body, request)
     try:
-        content = contract.load_json(head.decode(), EXAMPLE)
+        content = parsing.load_json(head.decode(), EXAMPLE)
     except UnicodeDecodeError as exc:
         raise HTTPException(400, f"byte {exc.start} of the JSON is not UTF-8; send UTF-8") from None
     asked = checked(content, "request")
@@ -192,7 +192,7 @@ async def infer(request: Request) -> Response:
     output: dict[str, Any] = {"name": ANSWER, "datatype": said.datatype, "shape": said.shape}
     output |= {"parameters": {"binary_data_size": len(said.raw)}} if in_binary else {"data": said.data}
     content = {"model_name": service.settings.model_name, "model_version": VERSION, "outputs": [output]}
-    reply = contract.AnswerResponse(answers, content | ({"id": asked["id"]} if "id" in asked else {}))
+    reply = replies.AnswerResponse(answers, content | ({"id": asked["id"]} if "id" in asked else {}))
     return with_raw(reply, said.raw) if in_binary else reply
 
 
@@ -275,7 +275,7 @@ def binary_output(asked: dict[str, Any], sent: dict[str, Any]) -> bool:
     return bool(wanted)
 
 
-def with_raw(reply: contract.AnswerResponse, raw: bytes) -> contract.AnswerResponse:
+def with_raw(reply: replies.AnswerResponse, raw: bytes) -> replies.AnswerResponse:
     """The reply, and the tensor after its JSON."""
     length = len(reply.body)
     reply.body = bytes(reply.body) + raw

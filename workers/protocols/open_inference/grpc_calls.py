@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import math
 import random
 from collections import Counter
@@ -13,8 +12,8 @@ from typing import Any, NamedTuple
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
+from google.rpc import status_pb2
 from google.rpc.error_details_pb2 import RetryInfo
-from google.rpc.status_pb2 import Status
 from starlette.exceptions import HTTPException
 
 # The protocol's messages, as its clients have them: two sets of the same names in one process would collide.
@@ -25,10 +24,10 @@ from workers.errors import STOPPING, Malformed, Rejected, Unprocessable
 from workers.protocols.open_inference import tensors, unknown
 from workers.protocols.open_inference.tensors import ANSWER, VERSION, Tensor
 from workers.service import Service
-from workers.web import contract
+from workers.web import replies
 from workers.web.access import NO_KEY, AccessControl
-from workers.web.contract import CLIENT_GONE
 from workers.web.middleware import HOLD_S, REQUEST_ID
+from workers.web.replies import CLIENT_GONE, explain
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
 CODES = {
@@ -60,8 +59,8 @@ Continuation = Callable[[Any], Awaitable[grpc.RpcMethodHandler]]
 Future = asyncio.Future[Any]
 
 
-class Failure(NamedTuple):
-    """An error, as gRPC says it."""
+class Status(NamedTuple):
+    """A failure, as gRPC says it."""
 
     code: grpc.StatusCode
     sentence: str
@@ -71,9 +70,9 @@ class Failure(NamedTuple):
         """When to ask again, as clients' libraries read it."""
         if not self.retry_after_s:
             return ()
-        said = Status(code=self.code.value[0], message=self.sentence)
-        said.details.add().Pack(RetryInfo(retry_delay=Duration(seconds=self.retry_after_s)))
-        return (("grpc-status-details-bin", said.SerializeToString()),)
+        status = status_pb2.Status(code=self.code.value[0], message=self.sentence)
+        status.details.add().Pack(RetryInfo(retry_delay=Duration(seconds=self.retry_after_s)))
+        return (("grpc-status-details-bin", status.SerializeToString()),)
 
 
 class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -155,18 +154,16 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         finally:
             self.open[name] -= 1
 
-    def failure(self, exc: Exception, request_id: str, is_counted: bool) -> Failure:
+    def failure(self, exc: Exception, request_id: str, is_counted: bool) -> Status:
         """What is said of an error."""
-        scope = {"request_id": request_id.encode(), "error": lambda status, sentence: sentence}
-        reply = contract.error_reply(scope, exc)
+        failure = explain(exc, request_id)
         if is_counted:
-            self.count(reply.status_code).inc()
-        code = CODES.get(reply.status_code, grpc.StatusCode.INVALID_ARGUMENT)
-        if reply.status_code == 503:
+            self.count(failure.status).inc()
+        code = CODES.get(failure.status, grpc.StatusCode.INVALID_ARGUMENT)
+        if failure.status == 503:
             nobody_can = self.service.unready()
             code = grpc.StatusCode.UNAVAILABLE if nobody_can else grpc.StatusCode.RESOURCE_EXHAUSTED
-        sentence = json.loads(bytes(reply.body))
-        return Failure(code, sentence, int(reply.headers.get("retry-after", "0")))
+        return Status(code, failure.sentence, failure.retry_after_s)
 
     async def operate(self, operation: Coroutine[Any, Any, Any], limit_s: float | None, *ends: Future) -> Any:
         """What `operation` gives. Raises TimeoutError when that takes too long, or one of `ends` comes first.
@@ -260,7 +257,7 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             model_name=request.model_name,
             model_version=VERSION,
             id=request.id,
-            parameters={"timing": pb.InferParameter(string_param=contract.timing(answers))},
+            parameters={"timing": pb.InferParameter(string_param=replies.timing(answers))},
             outputs=[{"name": ANSWER, "datatype": said.datatype, "shape": said.shape}],
             raw_output_contents=[said.raw],
         )

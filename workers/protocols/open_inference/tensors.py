@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from workers.errors import Malformed, ModelFailed, Unprocessable
 from workers.jobs import Answer
 from workers.service import Service
-from workers.web import contract
+from workers.web import parsing, replies
 
 VERSION, ANSWER = "1", "answer"
 NAMES = ("text", "json", "bytes", "numbers")
@@ -84,7 +84,7 @@ def element(one: str | bytes, number: int, name: str) -> Any:
     except UnicodeDecodeError as exc:
         raise Malformed(f"byte {exc.start} of element {number} is not UTF-8; send UTF-8") from None
     try:
-        return text if name == "text" else contract.load_json(text, 'JSON, such as "a text"')
+        return text if name == "text" else parsing.load_json(text, 'JSON, such as "a text"')
     except HTTPException as exc:  # that of the request is well-formed
         raise Unprocessable(f"element {number}: {exc.detail}") from None
 
@@ -135,7 +135,7 @@ def rows(tensor: Tensor) -> list[Any]:
 def parameters(sent: dict[str, Any]) -> dict[str, Any]:
     """The task's. One named "parameters" is JSON with more of them: gRPC and its clients know no lists."""
     more = sent.pop("parameters", {})
-    more = contract.load_json(more, '{"targets": ["a"]}') if isinstance(more, str) else more
+    more = parsing.load_json(more, '{"targets": ["a"]}') if isinstance(more, str) else more
     if not isinstance(more, dict):
         raise Malformed('"parameters" in the parameters are no object; send one, such as {"targets": ["a"]}')
     return {name: value for name, value in (sent | more).items() if value is not None}
@@ -152,7 +152,7 @@ def said(answers: list[Answer], service: Service) -> Said:
     texts = []
     for index, answer in enumerate(answers):
         try:
-            texts.append(contract.rendered(answer.value))
+            texts.append(replies.rendered(answer.value))
         except ModelFailed as exc:
             raise failed(str(exc), index, answers) from exc
     raw = b"".join(struct.pack("<I", len(text)) + text for text in texts)

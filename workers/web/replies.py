@@ -1,0 +1,132 @@
+"""From answers and exceptions to replies: JSON of what the model returned; `explain` for all that failed."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from operator import methodcaller
+from typing import Any, NamedTuple
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+
+from workers.errors import Late, Malformed, ModelFailed, Rejected, Unprocessable
+from workers.jobs import Answer, slowest
+
+log = logging.getLogger("uvicorn.error")
+
+CLOSE = {"Connection": "close"}  # the unread rest of the body would be parsed as the next request
+CLIENT_GONE = 499  # nginx's status for a client that left: counted, never sent
+SENTENCES = {  # in place of Starlette's own phrases
+    "Not Found": "not found; see GET /openapi.json",
+    "Method Not Allowed": "this method is not allowed here; see the Allow header",
+}
+
+
+class Failure(NamedTuple):
+    """Why a request, or one of its inputs, gets no answer, in the terms of HTTP. Each protocol renders it in its own form."""
+
+    status: int
+    sentence: str  # says what to do
+    retry_after_s: int = 0  # 0: not said
+    headers: Mapping[str, str] = {}
+
+
+def explain(exc: Exception, request_id: str) -> Failure:
+    """Return what to tell the client of `exc`. Logs an unexpected one, with the request's id and its traceback."""
+    match exc:
+        case HTTPException():
+            sentence = SENTENCES.get(exc.detail, exc.detail)
+            return Failure(exc.status_code, sentence, headers=exc.headers or {})
+        case Malformed():
+            return Failure(400, str(exc))
+        case Unprocessable():
+            return Failure(422, str(exc))
+        case Rejected():
+            return Failure(503, str(exc), exc.retry_after_s)
+        case Late():
+            return Failure(504, str(exc))
+        case ClientDisconnect():
+            return Failure(CLIENT_GONE, "the client has left")
+    index = getattr(exc, "index", None)
+    what = "this request" if index is None else f"input {index}"
+    log.error("request %s failed", request_id, exc_info=exc)
+    return Failure(500, f"the model failed on {what}; report it with the X-Request-ID of this reply")
+
+
+ErrorBody = Callable[[int, str], Any]  # the JSON of an error: of its status and its sentence
+
+
+def error_body(status: int, sentence: str) -> dict[str, str]:
+    """The form of every error, but for protocols with their own."""
+    return {"error": sentence}
+
+
+def error_reply(failure: Failure, error_body: ErrorBody) -> JSONResponse:
+    """The HTTP reply to a failure."""
+    headers = dict(failure.headers)
+    if failure.retry_after_s:
+        headers["Retry-After"] = str(failure.retry_after_s)
+    return JSONResponse(error_body(failure.status, failure.sentence), failure.status, headers)
+
+
+class AnswerResponse(Response):
+    """What is said of the answers, as JSON, and where the time of the slowest of them went."""
+
+    def __init__(self, answers: list[Answer], content: Any) -> None:
+        self.status_code, self.background = 200, None
+        try:
+            self.body = rendered(content)
+        except ModelFailed as exc:
+            exc.index = culprit(answers)
+            raise
+        self.raw_headers = [  # by hand: Starlette's way takes as long as the loop takes for a job of a batch
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(self.body)),
+            (b"server-timing", timing(answers).encode()),
+        ]
+
+
+def timing(answers: list[Answer]) -> str:
+    """Where the time of the slowest went, as Server-Timing has it."""
+    answer = slowest(answers)
+    return (
+        f"queue;dur={answer.queue_s * 1000:.2f}, model;dur={answer.model_s * 1000:.2f}, "
+        f'batch;desc="size {answer.batch_size}, dispatched because {answer.dispatched_because}"'
+    )
+
+
+ENCODER = json.JSONEncoder(
+    ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=methodcaller("tolist")
+)
+# orjson writes a NumPy float32 with only the digits that it has: half as many as the same number as a float64 would take.
+OPTIONS = (
+    orjson.OPT_SERIALIZE_NUMPY
+    | orjson.OPT_PASSTHROUGH_SUBCLASS
+    | orjson.OPT_PASSTHROUGH_DATACLASS
+    | orjson.OPT_PASSTHROUGH_DATETIME
+)
+
+
+def rendered(content: Any) -> bytes:
+    """As JSON; NumPy's and torch's numbers are JSON, too. Raises ModelFailed where JSON can't say it, as NaN."""
+    with contextlib.suppress(orjson.JSONEncodeError):  # the standard library says more, ten times as slowly
+        body = orjson.dumps(content, methodcaller("tolist"), OPTIONS)
+        if b"null" not in body:  # orjson says null for NaN, too
+            return body
+    try:
+        return ENCODER.encode(content).encode()
+    except Exception as exc:  # NaN, an object of its own, a text with half of a character
+        raise ModelFailed(f"the answer can't be said in JSON: {exc}") from exc
+
+
+def culprit(answers: list[Answer]) -> int | None:
+    """Which of several answers JSON can't say."""
+    for index, answer in enumerate(answers if len(answers) > 1 else []):
+        try:
+            rendered(answer.value)
+        except ModelFailed:
+            return index
+    return None
