@@ -92,22 +92,22 @@ def metrics() -> str:
     return markdown(("name", "kind", "labels", "what"), rows)
 
 
-def floors() -> str:
-    """The floors that import-linter holds, drawn."""
+def layers() -> str:
+    """The layers that import-linter holds, drawn."""
     linter = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
-    (layers,) = (contract["layers"] for contract in linter["contracts"] if "layers" in contract)
-    boxes = [" · ".join(map(shown, re.split(r" [|:] ", layer))) for layer in layers]
+    (found,) = (contract["layers"] for contract in linter["contracts"] if "layers" in contract)
+    boxes = [" · ".join(map(shown, re.split(r" [|:] ", layer))) for layer in found]
     boxes[0] = f"server.py · {boxes[0]}"
     width = max(map(len, boxes))
-    floor = f"\n├─{'─' * width}─┤\n".join(f"│ {box:{width}} │" for box in boxes)
-    return f"```text\n┌─{'─' * width}─┐\n{floor}\n└─{'─' * width}─┘\n```"
+    rows = f"\n├─{'─' * width}─┤\n".join(f"│ {box:{width}} │" for box in boxes)
+    return f"```text\n┌─{'─' * width}─┐\n{rows}\n└─{'─' * width}─┘\n```"
 
 
 def shown(module: str) -> str:
     return f"{module}/" if (ROOT / "workers" / module).is_dir() else module
 
 
-TABLES = {"promises": mode_matrix.table, "settings": settings, "metrics": metrics, "floors": floors}
+TABLES = {"promises": mode_matrix.table, "settings": settings, "metrics": metrics, "layers": layers}
 
 if __name__ == "__main__":
     for path in PAGES:
