@@ -14,7 +14,7 @@ from starlette.requests import Request
 from workers.errors import Malformed
 from workers.settings import Settings
 from workers.tasks import fill_mask
-from workers.tasks.common.text import a_number, checked
+from workers.tasks.common.text import check_parameters, number_rule
 from workers.web import parsing
 
 IMAGES = ("image/",)
@@ -113,9 +113,9 @@ def test_a_parameter_that_says_two_things_is_refused() -> None:
 
 
 def test_a_whole_number_is_one_however_it_is_written() -> None:
-    assert checked({"top_k": 2.0}, {"top_k": a_number(1, 5)}) == {"top_k": 2}
+    assert check_parameters({"top_k": 2.0}, {"top_k": number_rule(1, 5)}) == {"top_k": 2}
     with pytest.raises(Malformed):
-        checked({"top_k": 2.5}, {"top_k": a_number(1, 5)})
+        check_parameters({"top_k": 2.5}, {"top_k": number_rule(1, 5)})
 
 
 def test_a_byte_order_mark_is_no_part_of_the_body() -> None:

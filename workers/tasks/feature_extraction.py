@@ -11,16 +11,16 @@ from workers.settings import Settings
 from workers.tasks import Description, Query
 from workers.tasks.common.sentence import CUTTING, Recipe, SentenceModel, SentenceTask, is_ids
 from workers.tasks.common.text import (
-    A_TEXT,
-    TEXT,
-    YES_OR_NO,
+    BOOLEAN_RULE,
+    TEXT_RULE,
+    TEXT_SCHEMA,
     Content,
     Row,
     Rule,
-    a_number,
-    a_text,
-    checked,
+    check_parameters,
     ids_and_types,
+    number_rule,
+    require_text,
     schemas,
 )
 from workers.tasks.pipeline import load_model
@@ -38,23 +38,23 @@ class Task(SentenceTask):
         self.embeds = self.recipe is not None
         self.rules = CUTTING
         if self.recipe:
-            dimensions = a_number(1, self.recipe.dimensions)
+            dimensions = number_rule(1, self.recipe.dimensions)
             float_only = Rule(
                 '"float"; POST to /v1/embeddings for base64', lambda form: form == "float", {"const": "float"}
             )
             self.rules = CUTTING | {
-                "prompt_name": A_TEXT,
-                "normalize": YES_OR_NO,
+                "prompt_name": TEXT_RULE,
+                "normalize": BOOLEAN_RULE,
                 "dimensions": dimensions,
                 "encoding_format": float_only,
             }
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        checked(parameters, self.rules)
+        check_parameters(parameters, self.rules)
         if is_ids(inputs):
             return self.query(inputs, parameters, self.known(inputs))
         prompt = self.prompt(parameters) if self.recipe else ""
-        return self.query(inputs, parameters, self.cut(parameters, prompt + a_text(inputs)))
+        return self.query(inputs, parameters, self.cut(parameters, prompt + require_text(inputs)))
 
     def known(self, ids: list[int]) -> Row:
         """Token ids, if they are this model's, special ones included: many of another tokenizer's are larger."""
@@ -76,7 +76,7 @@ class Task(SentenceTask):
     def describe(self) -> Description:
         gives = "its vector" if self.recipe else "the vectors of its tokens"
         ids = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
-        inputs = {"anyOf": [TEXT, ids]}
+        inputs = {"anyOf": [TEXT_SCHEMA, ids]}
         return Description("a text", gives, {"inputs": "a text"}, inputs, schemas(self.rules))
 
 

@@ -16,15 +16,15 @@ from workers.errors import Unprocessable
 from workers.settings import Settings
 from workers.tasks import Description, Query
 from workers.tasks.common.text import (
-    TEXT,
+    TEXT_SCHEMA,
     Content,
     TextModel,
     TextTask,
-    a_number,
-    a_text,
-    checked,
+    check_parameters,
+    number_rule,
+    require_text,
     schemas,
-    some_words,
+    words_rule,
 )
 from workers.tasks.pipeline import Stock, load_pipeline
 
@@ -46,13 +46,13 @@ class Task(TextTask):
         self.mask_id = mask_id
         self.around = len(self.tokens("").ids)  # tokens around every text
         most = settings.MAX_TOP_K
-        self.rules = {"top_k": a_number(1, most), "targets": some_words(most)}
+        self.rules = {"top_k": number_rule(1, most), "targets": words_rule(most)}
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
         if isinstance(targets := parameters.get("targets"), str):
             parameters = parameters | {"targets": [targets]}
-        checked(parameters, self.rules)
-        row = self.row(a_text(inputs))
+        check_parameters(parameters, self.rules)
+        row = self.row(require_text(inputs))
         masks = row.ids.count(self.mask_id)
         if not masks:
             raise Unprocessable(f"the text has no {self.mask}; put {self.mask} where the missing word is")
@@ -74,8 +74,8 @@ class Task(TextTask):
 
     def describe(self) -> Description:
         example = {"inputs": f"Paris is the {self.mask} of France.", "parameters": {"top_k": 5}}
-        some_text = TEXT | {"pattern": re.escape(self.mask)}
-        targets = {"anyOf": [TEXT, self.rules["targets"].schema]}  # one is a list of one
+        some_text = TEXT_SCHEMA | {"pattern": re.escape(self.mask)}
+        targets = {"anyOf": [TEXT_SCHEMA, self.rules["targets"].schema]}  # one is a list of one
         parameters = schemas(self.rules) | {"targets": targets}
         takes = f"a text with one {self.mask} or a few"
         return Description(takes, "the likeliest words", example, some_text, parameters)

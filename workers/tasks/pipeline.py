@@ -21,17 +21,17 @@ from workers.errors import Malformed, Unprocessable
 from workers.settings import Settings
 from workers.tasks import Description, Query
 from workers.tasks.common.text import (
-    A_TEXT,
+    TEXT_RULE,
     Content,
     Rule,
     TextTask,
-    a_number,
-    a_text,
-    checked,
+    check_parameters,
+    choice_rule,
     describe,
-    one_of,
+    number_rule,
+    require_text,
     schemas,
-    some_words,
+    words_rule,
 )
 
 # GNU OpenMP reads this when torch is loaded: how long its threads spin while they wait for each other. The default is very
@@ -141,30 +141,30 @@ class Task(TextTask):
         self.rules = self.find_rules()
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        parameters = checked(parameters, self.rules)
+        parameters = check_parameters(parameters, self.rules)
         if self.kind != "text":
             return Query(Content(self.medium(inputs), parameters, []))
         if isinstance(inputs, str):
-            return self.query(inputs, parameters, self.row(a_text(inputs)))
+            return self.query(inputs, parameters, self.row(require_text(inputs)))
         return Query(Content(inputs, parameters, []))
 
     def find_rules(self) -> dict[str, Rule]:
         """What a client may set. Not whatever the pipeline takes: with some of it a client can load code."""
-        most, apply = self.settings.MAX_TOP_K, one_of("softmax", "sigmoid", "none")
+        most, apply = self.settings.MAX_TOP_K, choice_rule("softmax", "sigmoid", "none")
         match self.settings.TASK:
             case "image-classification" | "audio-classification":
-                return {"top_k": a_number(1, most), "function_to_apply": apply}
+                return {"top_k": number_rule(1, most), "function_to_apply": apply}
             case "zero-shot-image-classification" | "zero-shot-audio-classification":
-                return {"candidate_labels": some_words(most), "hypothesis_template": A_TEXT}
+                return {"candidate_labels": words_rule(most), "hypothesis_template": TEXT_RULE}
             case "text-generation":
-                return {"max_new_tokens": a_number(1, self.settings.MAX_TOKENS)}
+                return {"max_new_tokens": number_rule(1, self.settings.MAX_TOKENS)}
         return {}
 
     def medium(self, inputs: Any) -> Any:
         """An image's or a sound's bytes, with a question beside them where they are a field of an object."""
         kind = str(self.kind)
         if isinstance(inputs, dict) and inputs.keys() == {kind, "question"}:
-            return {kind: self.medium(inputs[kind]), "question": a_text(inputs["question"], "question")}
+            return {kind: self.medium(inputs[kind]), "question": require_text(inputs["question"], "question")}
         if isinstance(inputs, str):  # a data URL, or only what follows its comma
             with contextlib.suppress(binascii.Error):
                 inputs = base64.b64decode(inputs.partition("base64,")[2] or inputs, validate=True)

@@ -9,16 +9,16 @@ from workers.errors import Malformed, Unprocessable
 from workers.settings import Settings
 from workers.tasks import Description, Query
 from workers.tasks.common.text import (
-    TEXT,
-    YES_OR_NO,
+    BOOLEAN_RULE,
+    TEXT_SCHEMA,
     Content,
     Row,
     TextModel,
     TextTask,
-    a_number,
-    a_text,
-    an_object,
-    checked,
+    check_parameters,
+    number_rule,
+    object_schema,
+    require_text,
     schemas,
 )
 from workers.tasks.pipeline import load_model
@@ -30,20 +30,20 @@ class Task(TextTask):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.rules = {
-            "top_k": a_number(1, settings.MAX_TOP_K),
-            "max_answer_len": a_number(1, self.longest),
-            "handle_impossible_answer": YES_OR_NO,
-            "align_to_words": YES_OR_NO,
-            "doc_stride": a_number(0, self.longest),
-            "max_seq_len": a_number(1, self.longest),
-            "max_question_len": a_number(1, self.longest),  # never had an effect with today's tokenizers
+            "top_k": number_rule(1, settings.MAX_TOP_K),
+            "max_answer_len": number_rule(1, self.longest),
+            "handle_impossible_answer": BOOLEAN_RULE,
+            "align_to_words": BOOLEAN_RULE,
+            "doc_stride": number_rule(0, self.longest),
+            "max_seq_len": number_rule(1, self.longest),
+            "max_question_len": number_rule(1, self.longest),  # never had an effect with today's tokenizers
         }
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
         if not isinstance(inputs, dict) or inputs.keys() != {"question", "context"}:
             raise Malformed('"inputs" must be {"question": "...", "context": "..."}')
-        question, context = (a_text(inputs[name], name) for name in ("question", "context"))
-        checked(parameters, self.rules)
+        question, context = (require_text(inputs[name], name) for name in ("question", "context"))
+        check_parameters(parameters, self.rules)
         length = parameters.get("max_seq_len", min(self.longest, 384))
         stride = parameters.get("doc_stride", min(length // 2, 128))
         try:
@@ -64,7 +64,7 @@ class Task(TextTask):
     def describe(self) -> Description:
         example = {"inputs": {"question": "Where does Ada live?", "context": "Ada lives in London."}}
         inputs, gives = (
-            an_object({"question": TEXT, "context": TEXT}),
+            object_schema({"question": TEXT_SCHEMA, "context": TEXT_SCHEMA}),
             "the answer, as it stands in the context",
         )
         return Description("a question and a context", gives, example, inputs, schemas(self.rules))

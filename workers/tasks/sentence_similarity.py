@@ -6,7 +6,16 @@ from workers.errors import Malformed, Unprocessable
 from workers.settings import Settings
 from workers.tasks import Description, Query
 from workers.tasks.common.sentence import CUTTING, Recipe, SentenceModel, SentenceTask
-from workers.tasks.common.text import A_TEXT, TEXT, Content, Row, a_text, an_object, checked, schemas
+from workers.tasks.common.text import (
+    TEXT_RULE,
+    TEXT_SCHEMA,
+    Content,
+    Row,
+    check_parameters,
+    object_schema,
+    require_text,
+    schemas,
+)
 from workers.tasks.pipeline import load_model
 
 FORM = '{"source_sentence": "a text", "sentences": ["another", ...]}'
@@ -19,10 +28,10 @@ class Task(SentenceTask):
         super().__init__(settings)
         # Without a modules.json sentence-transformers itself takes the mean.
         self.recipe = Recipe.read(settings) or Recipe(["mean"], 0)
-        self.rules = CUTTING | {"prompt_name": A_TEXT}
+        self.rules = CUTTING | {"prompt_name": TEXT_RULE}
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        checked(parameters, self.rules)
+        check_parameters(parameters, self.rules)
         if not isinstance(inputs, dict) or inputs.keys() != {"source_sentence", "sentences"}:
             raise Malformed(f'"inputs" must be {FORM}')
         sentences, most = inputs["sentences"], self.settings.MAX_INPUTS
@@ -37,7 +46,7 @@ class Task(SentenceTask):
 
     def named_row(self, name: str, text: Any, parameters: dict[str, Any]) -> Row:
         """Its tokens; an error names it."""
-        text = self.prompt(parameters) + a_text(text, name)
+        text = self.prompt(parameters) + require_text(text, name)
         try:
             return self.cut(parameters, text)
         except Unprocessable as exc:
@@ -52,12 +61,12 @@ class Task(SentenceTask):
 
     def describe(self) -> Description:
         example = {"source_sentence": "a text", "sentences": ["another", "a third"]}
-        several = {"type": "array", "items": TEXT, "minItems": 1, "maxItems": self.settings.MAX_INPUTS}
+        several = {"type": "array", "items": TEXT_SCHEMA, "minItems": 1, "maxItems": self.settings.MAX_INPUTS}
         return Description(
             "a sentence and others",
             "a number for each of the others",
             {"inputs": example},
-            an_object({"source_sentence": TEXT, "sentences": several}),
+            object_schema({"source_sentence": TEXT_SCHEMA, "sentences": several}),
             schemas(self.rules),
         )
 

@@ -6,15 +6,15 @@ from workers.errors import Malformed
 from workers.settings import Settings
 from workers.tasks import Description, Query
 from workers.tasks.common.text import (
-    TEXT,
+    TEXT_SCHEMA,
     Content,
     TextModel,
     TextTask,
-    a_number,
-    a_text,
-    an_object,
-    checked,
-    one_of,
+    check_parameters,
+    choice_rule,
+    number_rule,
+    object_schema,
+    require_text,
     schemas,
 )
 from workers.tasks.pipeline import Stock, load_pipeline
@@ -25,17 +25,19 @@ class Task(TextTask):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        apply = one_of("softmax", "sigmoid", "none")
-        self.rules = {"top_k": a_number(1, settings.MAX_TOP_K), "function_to_apply": apply}
+        apply = choice_rule("softmax", "sigmoid", "none")
+        self.rules = {"top_k": number_rule(1, settings.MAX_TOP_K), "function_to_apply": apply}
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        checked(parameters, self.rules)
+        check_parameters(parameters, self.rules)
         if not isinstance(inputs, dict):
-            return self.query(inputs, parameters, self.row(a_text(inputs)))
+            return self.query(inputs, parameters, self.row(require_text(inputs)))
         if inputs.keys() - {"text", "text_pair"} or "text" not in inputs:
             raise Malformed('"inputs" must be a text, or a pair: {"text": "...", "text_pair": "..."}')
         pair = inputs.get("text_pair")
-        row = self.row(a_text(inputs["text"], "text"), None if pair is None else a_text(pair, "text_pair"))
+        row = self.row(
+            require_text(inputs["text"], "text"), None if pair is None else require_text(pair, "text_pair")
+        )
         return self.query(inputs, parameters, row)
 
     def load(self, instance: int) -> Any:
@@ -47,12 +49,12 @@ class Task(TextTask):
         return self.fitting("a text", pair, "a text " * 50)
 
     def describe(self) -> Description:
-        pair = an_object({"text": TEXT}, text_pair={"anyOf": [TEXT, {"type": "null"}]})
+        pair = object_schema({"text": TEXT_SCHEMA}, text_pair={"anyOf": [TEXT_SCHEMA, {"type": "null"}]})
         return Description(
             "a text, or a pair of texts",
             "its labels, the likeliest first",
             {"inputs": "a text"},
-            {"anyOf": [TEXT, pair]},
+            {"anyOf": [TEXT_SCHEMA, pair]},
             schemas(self.rules),
         )
 

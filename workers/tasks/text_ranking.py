@@ -9,7 +9,16 @@ from workers.errors import Malformed
 from workers.settings import Settings
 from workers.tasks import Description, Query
 from workers.tasks.common.sentence import CUTTING, SentenceTask, read_modules
-from workers.tasks.common.text import TEXT, YES_OR_NO, Content, TextModel, a_text, an_object, checked, schemas
+from workers.tasks.common.text import (
+    BOOLEAN_RULE,
+    TEXT_SCHEMA,
+    Content,
+    TextModel,
+    check_parameters,
+    object_schema,
+    require_text,
+    schemas,
+)
 from workers.tasks.pipeline import load_model
 
 
@@ -22,13 +31,13 @@ class Task(SentenceTask):
             raise ValueError(
                 f"modules.json: {unknown.pop()} is not known here; a reranker is a Transformer only"
             )
-        self.rules = CUTTING | {"raw_scores": YES_OR_NO}
+        self.rules = CUTTING | {"raw_scores": BOOLEAN_RULE}
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        checked(parameters, self.rules)
+        check_parameters(parameters, self.rules)
         if not isinstance(inputs, dict) or inputs.keys() != {"query", "text"}:
             raise Malformed('"inputs" must be {"query": "a text", "text": "another"}')
-        query, text = (a_text(inputs[name], name) for name in ("query", "text"))
+        query, text = (require_text(inputs[name], name) for name in ("query", "text"))
         return self.query(inputs, parameters, self.cut(parameters, self.prompt({}) + query, text))
 
     def load(self, instance: int) -> "Ranker":
@@ -40,7 +49,7 @@ class Task(SentenceTask):
 
     def describe(self) -> Description:
         example = {"query": "What is the capital of France?", "text": "Paris is the capital of France."}
-        inputs = an_object({"query": TEXT, "text": TEXT})
+        inputs = object_schema({"query": TEXT_SCHEMA, "text": TEXT_SCHEMA})
         gives = "how well the text answers it"
         return Description("a query and a text", gives, {"inputs": example}, inputs, schemas(self.rules))
 

@@ -6,17 +6,17 @@ from workers.errors import Malformed
 from workers.settings import Settings
 from workers.tasks import Description, Query
 from workers.tasks.common.text import (
-    TEXT,
+    TEXT_SCHEMA,
     Content,
     Row,
     TextModel,
     TextTask,
-    a_number,
-    a_text,
-    checked,
-    one_of,
+    check_parameters,
+    choice_rule,
+    number_rule,
+    require_text,
     schemas,
-    some_words,
+    words_rule,
 )
 from workers.tasks.pipeline import Stock, load_pipeline
 
@@ -27,14 +27,14 @@ class Task(TextTask):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.rules = {
-            "aggregation_strategy": one_of("none", "simple", "first", "average", "max"),
-            "ignore_labels": some_words(settings.MAX_TOP_K, least=0),  # none: what is outside, too
-            "stride": a_number(0, self.longest // 2),
+            "aggregation_strategy": choice_rule("none", "simple", "first", "average", "max"),
+            "ignore_labels": words_rule(settings.MAX_TOP_K, least=0),  # none: what is outside, too
+            "stride": number_rule(0, self.longest // 2),
         }
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        checked(parameters, self.rules)
-        text = a_text(inputs)
+        check_parameters(parameters, self.rules)
+        text = require_text(inputs)
         if (stride := parameters.get("stride")) is None:
             return self.query(inputs, parameters, self.row(text))
         if parameters.get("aggregation_strategy", "none") == "none":
@@ -51,7 +51,7 @@ class Task(TextTask):
     def describe(self) -> Description:
         example = {"inputs": "Ada lives in London.", "parameters": {"aggregation_strategy": "simple"}}
         gives = "its entities and where they stand"
-        return Description("a text", gives, example, TEXT, schemas(self.rules))
+        return Description("a text", gives, example, TEXT_SCHEMA, schemas(self.rules))
 
 
 class TokenClassification(TextModel):

@@ -6,16 +6,16 @@ from workers.errors import Malformed
 from workers.settings import Settings
 from workers.tasks import Description, Query
 from workers.tasks.common.text import (
-    A_TEXT,
-    TEXT,
-    YES_OR_NO,
+    BOOLEAN_RULE,
+    TEXT_RULE,
+    TEXT_SCHEMA,
     Content,
     TextModel,
     TextTask,
-    a_text,
-    checked,
+    check_parameters,
+    require_text,
     schemas,
-    some_words,
+    words_rule,
 )
 from workers.tasks.pipeline import Stock, load_pipeline
 
@@ -27,11 +27,11 @@ class Task(TextTask):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        labelled = some_words(settings.MAX_TOP_K)
+        labelled = words_rule(settings.MAX_TOP_K)
         self.rules = {
             "candidate_labels": labelled,
-            "hypothesis_template": A_TEXT,
-            "multi_label": YES_OR_NO,
+            "hypothesis_template": TEXT_RULE,
+            "multi_label": BOOLEAN_RULE,
         }
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
@@ -39,8 +39,8 @@ class Task(TextTask):
         if isinstance(labels, str):
             labels = [label.strip() for label in labels.split(",") if label.strip()]
         parameters = parameters | {"candidate_labels": labels}
-        checked(parameters, self.rules)
-        template, text = parameters.get("hypothesis_template", TEMPLATE), a_text(inputs)
+        check_parameters(parameters, self.rules)
+        template, text = parameters.get("hypothesis_template", TEMPLATE), require_text(inputs)
         # Not more than that: `str.format` would obey a client who asks for a width of a billion.
         if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
             raise Malformed('"hypothesis_template" must have one {} where the label goes, and no other brace')
@@ -57,10 +57,12 @@ class Task(TextTask):
     def describe(self) -> Description:
         example = {"inputs": "a text", "parameters": {"candidate_labels": ["news", "sports"]}}
         gives = "the labels, the likeliest first, and their scores"
-        labels = {"anyOf": [TEXT, self.rules["candidate_labels"].schema]}  # one text: with commas between
+        labels = {
+            "anyOf": [TEXT_SCHEMA, self.rules["candidate_labels"].schema]
+        }  # one text: with commas between
         template = {"type": "string", "pattern": r"^[^{}]*\{\}[^{}]*$"}
         parameters = schemas(self.rules) | {"candidate_labels": labels, "hypothesis_template": template}
-        return Description("a text", gives, example, TEXT, parameters)
+        return Description("a text", gives, example, TEXT_SCHEMA, parameters)
 
 
 class ZeroShotClassification(TextModel):

@@ -5,21 +5,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from workers.errors import Unprocessable
 from workers.settings import Settings
 from workers.tasks.common.text import (
-    YES_OR_NO,
+    BOOLEAN_RULE,
     Content,
     Row,
     SlowTokens,
     TextModel,
     TextTask,
+    choice_rule,
     ids_and_types,
-    one_of,
-    read_json,
+    read_model_json,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CUTTING = {"truncate": YES_OR_NO, "truncation_direction": one_of("left", "right")}
+CUTTING = {"truncate": BOOLEAN_RULE, "truncation_direction": choice_rule("left", "right")}
 # What a Pooling's configuration said once, in the order in which several vectors stand side by side.
 MODES = {
     "pooling_mode_cls_token": "cls",
@@ -45,7 +45,7 @@ class Recipe(NamedTuple):
         """None where there is no modules.json. Raises ValueError where it names what is not known here."""
         recipe = None
         for kind, folder in read_modules(settings):
-            config = read_json(settings, f"{folder}/config.json") if folder else {}
+            config = read_model_json(settings, f"{folder}/config.json") if folder else {}
             if kind == "Pooling":
                 recipe = cls.of(config)
             elif recipe and kind in ("Dense", "Normalize"):
@@ -66,7 +66,7 @@ class Recipe(NamedTuple):
 
 def read_modules(settings: Settings) -> list[tuple[str, str]]:
     """What modules.json, where there is one, names: kind and folder of each."""
-    modules: Any = read_json(settings, "modules.json")
+    modules: Any = read_model_json(settings, "modules.json")
     return [(module["type"].rpartition(".")[2], module["path"]) for module in modules]
 
 
@@ -75,9 +75,9 @@ class SentenceTask(TextTask):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        self.sentence = read_json(settings, "config_sentence_transformers.json")
+        self.sentence = read_model_json(settings, "config_sentence_transformers.json")
         self.prompts = {"query": "", "document": ""} | self.sentence.get("prompts", {})
-        bert = read_json(settings, "sentence_bert_config.json")
+        bert = read_model_json(settings, "sentence_bert_config.json")
         self.limit = min(self.limit, bert.get("max_seq_length") or self.limit)
         self.lowers = bool(bert.get("do_lower_case"))
         if self.lowers:

@@ -56,12 +56,12 @@ class Rule(NamedTuple):
     schema: dict[str, Any]
 
 
-A_TEXT = Rule("a text", lambda value: isinstance(value, str), {"type": "string"})
-YES_OR_NO = Rule("true or false", lambda value: isinstance(value, bool), {"type": "boolean"})
-TEXT = {"type": "string", "pattern": r"\S"}  # what `a_text` takes
+TEXT_RULE = Rule("a text", lambda value: isinstance(value, str), {"type": "string"})
+BOOLEAN_RULE = Rule("true or false", lambda value: isinstance(value, bool), {"type": "boolean"})
+TEXT_SCHEMA = {"type": "string", "pattern": r"\S"}  # what `require_text` takes
 
 
-def a_number(least: int, most: int) -> Rule:
+def number_rule(least: int, most: int) -> Rule:
     """A whole number."""
     return Rule(
         f"a whole number from {least} to {most}",
@@ -70,12 +70,12 @@ def a_number(least: int, most: int) -> Rule:
     )
 
 
-def one_of(*choices: str) -> Rule:
+def choice_rule(*choices: str) -> Rule:
     """One of a few words."""
     return Rule(" or ".join(choices), lambda value: value in choices, {"enum": list(choices)})
 
 
-def some_words(most: int, least: int = 1) -> Rule:
+def words_rule(most: int, least: int = 1) -> Rule:
     """A list of texts, none of them blank."""
     return Rule(
         f"a list of {least} to {most} words",
@@ -84,7 +84,7 @@ def some_words(most: int, least: int = 1) -> Rule:
             and least <= len(value) <= most
             and all(isinstance(word, str) and word.strip() for word in value)
         ),
-        {"type": "array", "items": TEXT, "minItems": least, "maxItems": most},
+        {"type": "array", "items": TEXT_SCHEMA, "minItems": least, "maxItems": most},
     )
 
 
@@ -93,7 +93,7 @@ def schemas(rules: dict[str, Rule]) -> dict[str, Any]:
     return {name: rule.schema for name, rule in rules.items()}
 
 
-def an_object(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
+def object_schema(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
     """The JSON Schema of an object with these fields and no others."""
     return {
         "type": "object",
@@ -103,7 +103,7 @@ def an_object(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
     }
 
 
-def checked(parameters: dict[str, Any], rules: dict[str, Rule]) -> dict[str, Any]:
+def check_parameters(parameters: dict[str, Any], rules: dict[str, Rule]) -> dict[str, Any]:
     """The parameters, if each keeps its rule. Raises Malformed with a sentence on the first that doesn't.
 
     JSON has one kind of number: 5.0 becomes 5 where a whole number is due.
@@ -117,7 +117,7 @@ def checked(parameters: dict[str, Any], rules: dict[str, Rule]) -> dict[str, Any
     return parameters
 
 
-def a_text(value: Any, name: str = "inputs") -> str:
+def require_text(value: Any, name: str = "inputs") -> str:
     """`value`, if it is a text with something in it. Raises Malformed."""
     if not isinstance(value, str):
         raise Malformed(f'"{name}" must be a text')
@@ -215,8 +215,8 @@ class TextTask:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.rules = settings, {}
-        self.config = read_json(settings, "config.json")
-        self.names = read_json(settings, "tokenizer_config.json")
+        self.config = read_model_json(settings, "config.json")
+        self.names = read_model_json(settings, "tokenizer_config.json")
         self.tokens = self.read_tokens()
         positions = self.config.get("max_position_embeddings") or self.config.get("n_positions") or 1 << 30
         if self.config.get("model_type") in BEHIND_PADDING:
@@ -239,7 +239,7 @@ class TextTask:
 
     def special(self, name: str) -> str | None:
         """A special token by its name, such as "mask_token"."""
-        found = self.names.get(name) or read_json(self.settings, "special_tokens_map.json").get(name)
+        found = self.names.get(name) or read_model_json(self.settings, "special_tokens_map.json").get(name)
         return found["content"] if isinstance(found, dict) else found
 
     def row(self, text: str, pair: str | None = None) -> Row:
@@ -335,7 +335,7 @@ def find(model: str, name: str) -> str | None:
         return None
 
 
-def read_json(settings: Settings, name: str) -> dict[str, Any]:
+def read_model_json(settings: Settings, name: str) -> dict[str, Any]:
     """A JSON file of the model; empty where there is none. Raises ValueError, which names it, where it can't be read."""
     path = find(settings.MODEL, name)
     if path is None:
