@@ -14,8 +14,8 @@ import torch
 from tests.support.small_models import ENTITIES, make_model, make_tokenizer, save
 from workers import offload, tasks
 from workers.errors import Unprocessable
+from workers.isolation import make_instances
 from workers.metrics import Metrics
-from workers.service import make_instances
 from workers.settings import HERE, Settings
 from workers.tasks.pipeline import load_pipeline
 from workers.web.replies import rendered

@@ -105,8 +105,8 @@ def test_workers_share_the_cores_and_say_so(crowd: Crowd) -> None:
     cores = len(os.sched_getaffinity(0))
     mode = Mode("gthread 2x4", "gunicorn -c workers/gunicorn/gthread.conf.py --workers 2 --threads 4")
     with start(mode, STAND_IN) as server:
-        until(lambda: server.log().count("one of 2: 1 instances of the model") == 2)
-        assert f"{max(1, cores // 2)} threads each" in server.log()
+        until(lambda: server.log().count("one of 2: 1 instance of the model") == 2)
+        assert f"{max(1, cores // 2)} thread" in server.log()
         assert metrics_add_up(server, crowd)
 
 

@@ -19,11 +19,10 @@ import uvloop
 from loadtests.modes import is_alive
 from tests.support.misbehaving_model import Model
 from workers.errors import CannotLoad, ModelDied, ModelFailed
-from workers.isolation import process
+from workers.isolation import core_shares, make_instances, process
 from workers.isolation.process import Process, packed, pause_s, pickled
 from workers.metrics import Metrics
 from workers.offload import Inline, Thread, attempt_load
-from workers.service import core_shares, make_instances
 from workers.settings import Settings
 
 
@@ -94,6 +93,61 @@ def test_a_model_that_cannot_be_loaded_is_one_line(make: Callable[[], Any]) -> N
         offload = make()
         with pytest.raises(CannotLoad, match=r"^OSError: no such model$"):
             await offload.start()
+
+    asyncio.run(scenario())
+
+
+class Closing(Model):
+    """Writes what is done to it into the file that CLOSED names; HANGS=close: never comes back from it."""
+
+    def close(self) -> None:
+        with open(os.environ["CLOSED"], "a") as file:
+            file.write(f"closed after {self.calls}\n")
+        if os.environ.get("HANGS") == "close":
+            time.sleep(3600)
+        raise OSError("what close() raises costs nobody anything")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_model_is_closed_once_after_its_last_call(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = tmp_path / "closed"
+    monkeypatch.setenv("CLOSED", str(closed))
+    make: Any = {"inline": Inline, "thread": Thread, "process": lambda load: in_process(load=load)}[place]
+
+    async def scenario() -> None:
+        offload = make(Closing)
+        await offload.start()
+        call = asyncio.create_task(offload.run(["a"]))
+        await asyncio.sleep(0)
+        await asyncio.wait_for(offload.close(), 60)
+        assert (await call)[0][0] == "a"
+        assert not offload.trouble and not getattr(offload, "replacing", None)
+        offload.stop()
+
+    asyncio.run(scenario())
+    assert closed.read_text() == "closed after 1\n"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_model_that_hangs_while_it_closes_can_be_stopped(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLOSED", str(tmp_path / "closed"))
+    monkeypatch.setenv("HANGS", "close")
+    make: Any = {"inline": Inline, "thread": Thread, "process": lambda load: in_process(load=load)}[place]
+
+    async def scenario() -> None:
+        offload = make(Closing)
+        await offload.start()
+        closing = asyncio.create_task(offload.close())
+        await eventually((tmp_path / "closed").exists)
+        assert not closing.done()
+        closing.cancel()
+        offload.stop()
+        if isinstance(offload, Process):
+            await eventually(lambda: offload.process.returncode is not None)
 
     asyncio.run(scenario())
 

@@ -148,6 +148,42 @@ def test_a_server_that_takes_more_than_there_is_warns_when_it_starts(
     assert warning in caplog.text
 
 
+class Slow:
+    """A model whose every call takes longer than the deadline that the test sets."""
+
+    example = "a text"
+
+    def __call__(self, inputs: list[Any]) -> list[Any]:
+        time.sleep(0.1)
+        return inputs
+
+
+def test_call_that_takes_longer_than_the_deadline_is_told_at_the_start(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        await eventually(client, "/ready", 200)
+
+    with caplog.at_level("WARNING", logger="uvicorn.error"):
+        with_app(scenario, MODEL="test_service:Slow", DEADLINE_S=0.05)
+    assert "one call of the model takes 0.1 s, more than DEADLINE_S=0.05" in caplog.text
+
+
+def test_reload_is_not_taken_for_several_workers(
+    gated: type[Gated], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        gated.loads.set()
+        await eventually(client, "/ready", 200)
+
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: Mock())
+    monkeypatch.setattr("sys.argv", ["uvicorn", "server:app", "--reload"])
+    with caplog.at_level("INFO", logger="uvicorn.error"):
+        with_app(scenario, TORCH_THREADS=1)
+    assert "--workers" not in caplog.text
+    assert "1 instance of the model, 1 thread each" in caplog.text
+
+
 def test_an_error_of_ours_has_an_id_and_is_counted_too(
     gated: type[Gated], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +218,37 @@ def test_a_model_call_that_hangs_turns_health_to_503_with_the_reason_until_it_re
         await eventually(client, "/health", 200)
 
     with_app(scenario, HANG_S=0.2)
+
+
+def test_supervised_server_whose_model_hangs_answers_and_ends_so_that_another_is_started(
+    gated: type[Gated],
+    raised: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        gated.loads.set()
+        await eventually(client, "/ready", 200)
+        reply = await client.post("/", content="a text")
+        assert reply.status_code == 503 and "has not returned" in reply.json()["error"]
+        assert raised == [signal.SIGTERM] and service.exit_code == 1
+        service.exit_code = 0  # it would end these tests
+        gated.calls.set()
+
+    monkeypatch.setenv("SERVER_SOFTWARE", "gunicorn")
+    with caplog.at_level("CRITICAL", logger="uvicorn.error"):
+        with_app(scenario, HANG_S=0.2)
+    assert "in __call__" in caplog.text, "where it hangs"
+
+
+def test_stuck_worker_of_gunicorn_is_replaced() -> None:
+    """Gunicorn itself only sees that the event loop is alive."""
+    with serving(mode="recommended", HANG_S="1") as server:
+        server.wait_until_ready()
+        assert "has not returned" in post(server, "hang").error
+        until(lambda: server.log().count("Serving ") == 2)
+        until(lambda: served(server))
+        assert post(server, "a text").status == 200
 
 
 # --- a model process that has died ------------------------------------------------------------------------------------
@@ -513,6 +580,29 @@ def test_the_copies_of_the_model_end_with_the_service() -> None:
         assert await asyncio.to_thread(instance.process.wait, 30) == -signal.SIGKILL
 
     in_thread(run)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_model_is_closed_within_the_grace_time(
+    hangs: bool, gated: type[Gated], caplog: pytest.LogCaptureFixture
+) -> None:
+    closed: list[str] = []
+
+    async def close() -> None:
+        closed.append("begun")
+        if hangs:
+            await asyncio.Event().wait()
+        closed.append("done")
+
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        gated.loads.set()
+        await eventually(client, "/ready", 200)
+        for instance in service.instances:
+            instance.close = close  # type: ignore[method-assign]
+
+    with_app(scenario, GRACE_S=1)
+    assert closed == (["begun"] if hangs else ["begun", "done"])
+    assert ("the model was not closed within GRACE_S=1" in caplog.text) is hangs
 
 
 def test_whoever_sends_a_body_after_the_stop_is_refused_without_waiting_for_the_body(

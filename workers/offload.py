@@ -1,16 +1,17 @@
-"""Two of the four places where inference runs: the event loop and a thread. The others: `process.py` and `dirty.py`.
-
-`service.py` chooses.
-"""
+"""Two of the four places where inference runs: the event loop and a thread. The others are in `isolation/`, which chooses."""
 
 import asyncio
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from workers.errors import CannotLoad, ModelFailed
+
+log = logging.getLogger("uvicorn.error")
 
 Todo = tuple[asyncio.Future[Any], Callable[[], Any]]  # a call, and who waits for it
 
@@ -20,12 +21,16 @@ class Offload(Protocol):
 
     loaded: asyncio.Event  # set while a model is loaded: cleared while a dead one is replaced
     trouble: str = ""  # why it could not be loaded again, after several tries; empty as a rule
+    pid: int = 0  # of the model's own process; 0 where it has none
 
     async def start(self) -> str:
         """Load the model; return what was loaded, in one line. Raises CannotLoad."""
 
     async def run(self, queries: list[Any]) -> list[Any]:
         """Answer the queries, one call at a time. Raises ModelFailed whatever the model raised."""
+
+    async def close(self) -> None:
+        """Let the model close itself, after a call in progress. Whoever waits bounds how long, then calls `stop`."""
 
     def stop(self) -> None:
         """Let go of it, without waiting for a call in progress."""
@@ -47,6 +52,10 @@ class Inline(Offload):
             return self.model(queries)
         except BaseException as exc:
             raise ModelFailed(in_words(exc)) from exc
+
+    async def close(self) -> None:
+        if self.loaded.is_set():
+            await in_thread(partial(close, self.model))
 
     def stop(self) -> None:
         pass
@@ -72,6 +81,10 @@ class Thread(Offload):
         if exc is not None:
             raise ModelFailed(in_words(exc)) from exc
         return answers
+
+    async def close(self) -> None:
+        if self.loaded.is_set():
+            await self._call(partial(close, self.model))
 
     def stop(self) -> None:
         self.todo.put(None)  # ends `_work`
@@ -114,6 +127,14 @@ def attempt_load(load: Callable[[], Any]) -> Any:
         return load()
     except BaseException as exc:
         raise CannotLoad(one_line(exc)) from exc
+
+
+def close(model: Any) -> None:
+    """Let a model that has a `close` close itself; log what that raises."""
+    try:
+        getattr(model, "close", lambda: None)()
+    except BaseException as exc:
+        log.error("the model failed to close: %s", one_line(exc))
 
 
 def one_line(exc: BaseException) -> str:

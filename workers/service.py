@@ -4,27 +4,28 @@ import asyncio
 import contextlib
 import gc
 import logging
+import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from functools import partial
+from itertools import chain
 from types import FrameType
 from typing import Any
 
 from workers import resources as memory
 from workers import tasks
 from workers.errors import LOADING, CannotLoad, Malformed, ModelFailed, Rejected, Unprocessable
-from workers.isolation.process import Process
-from workers.isolation.quarantine import Quarantine
+from workers.isolation import make_instances, make_quarantine
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.observability.process_metrics import ProcessMetrics
-from workers.offload import Inline, Offload, Thread, attempt_load, in_thread, in_words
+from workers.offload import Offload, attempt_load, in_thread, in_words
 from workers.scheduling.instances import stuck
 from workers.settings import Settings
 from workers.web.inflight import SWEEP_S, InFlight
@@ -32,6 +33,7 @@ from workers.web.inflight import SWEEP_S, InFlight
 log = logging.getLogger("uvicorn.error")
 
 QUICK_BYTES = 1024  # of text take 3 ms to tokenise at worst
+LAST_S = 0.5  # of the grace time: for the exit itself
 
 
 class Service:
@@ -54,10 +56,11 @@ class Service:
         self.instances: list[Offload] = []
         self.descriptions: list[str] = []  # of each: what, how large, where
         self.in_flight = InFlight(settings, self.loop)
-        self.quarantine = Quarantine(metrics)
+        self.quarantine = make_quarantine(settings, metrics)
         self.exit_code, self.failure = 0, ""
         self.started = asyncio.Event()  # every instance is loaded, or none will be
         self.alarmed = False
+        self.stops_at = math.inf  # when it was told to stop
         self._task: tasks.Task | None = None
         metrics.watch("model_queue_depth", "Jobs that wait for the model", lambda: self.loop.depth)
         metrics.watch("model_running", "Jobs that the model works on", lambda: self.loop.running)
@@ -108,11 +111,15 @@ class Service:
             log.info("Serving %s", description)
         self.loop.instances.load_s = time.monotonic() - began
         await self.warm_up(task)
-        memory.keep_what_is_there()
+        # What a load has left stays: to look through 360,000 objects for garbage takes 0.16 s.
+        gc.collect()
+        gc.freeze()
         self.report()
         self.started.set()
-        runs = [(self.quarantine.around(instance.run), instance.loaded.wait) for instance in self.instances]
-        await asyncio.gather(*(self.loop.consume(*run) for run in runs))
+        around = self.quarantine.around if self.quarantine else lambda run: run
+        await asyncio.gather(
+            *(self.loop.consume(around(instance.run), instance.loaded.wait) for instance in self.instances)
+        )
 
     async def warm_up(self, task: tasks.Task) -> None:
         """Time every instance on the examples, the way there and back included. Raises CannotLoad where one fails on them."""
@@ -137,7 +144,8 @@ class Service:
         for number, one in enumerate(inputs):
             try:
                 queries.append(self.task.check(one, parameters))
-                self.quarantine.check(queries[-1].content)
+                if self.quarantine:
+                    self.quarantine.check(queries[-1].content)
             except (Malformed, Unprocessable) as exc:
                 if len(inputs) == 1:
                     raise
@@ -148,36 +156,47 @@ class Service:
         return queries
 
     def model_pids(self) -> list[int]:
-        """The model's own processes."""
-        started = [
-            instance
-            for instance in self.instances
-            if isinstance(instance, Process) and hasattr(instance, "process")
-        ]
-        return [instance.process.pid for instance in started]
+        """Return the ids of the model's own processes."""
+        return [pid for instance in self.instances if (pid := instance.pid)]
 
     def report(self) -> None:
-        """One line on what this worker takes of the machine, and a warning when all of them together take too much."""
+        """Log what this worker takes of the machine; warn where all of them together take too much, or one call too long."""
         settings = self.settings
         mine = memory.resident_bytes([os.getpid(), *self.model_pids()])
         # With "dirty" the model is in Gunicorn's own pool, in none of these workers.
         instances = 0 if settings.OFFLOAD == "dirty" else settings.INSTANCES
         log.info(
-            "Worker %d, one of %d: %d instances of the model, %d threads each, %d MB",
-            *(os.getpid(), settings.WEB_CONCURRENCY, instances, settings.threads_per_instance, mine / 1e6),
+            "Worker %d, one of %d: %s of the model, %s each, %d MB",
+            os.getpid(),
+            settings.WEB_CONCURRENCY,
+            counted(instances, "instance"),
+            counted(settings.threads_per_instance, "thread"),
+            mine / 1e6,
         )
         if warning := memory.warning(settings.WEB_CONCURRENCY, mine, memory.limit_bytes()):
             log.warning(warning)
-        if multiprocessing.parent_process() and settings.WEB_CONCURRENCY == 1:
+        if is_one_of_uvicorns_workers() and settings.WEB_CONCURRENCY == 1:
             log.warning(
                 "each worker takes all cores for its own; start n with WEB_CONCURRENCY=n, not --workers n"
             )
+        if (call_s := self.shortest_call_s()) > settings.DEADLINE_S:
+            log.warning(
+                "one call of the model takes %g s, more than DEADLINE_S=%g: no request can be answered in time; "
+                "raise DEADLINE_S, or serve a smaller model",
+                round(call_s, 1 if call_s < 10 else 0),
+                settings.DEADLINE_S,
+            )
+
+    def shortest_call_s(self) -> float:
+        """Return how long the model takes for its smallest example, 0 where it has none."""
+        typical = self.loop.cost_model.typical.values()
+        return min((seconds for _, seconds in typical), default=0.0)
 
     async def tick(self) -> None:
         """Every SWEEP_S look after the clients, the gauges and the master.
 
         The gauges must be fresh for scrapes that come to another worker. A worker must not outlive its master: Gunicorn's
-        watch theirs in `deployment.py`, but those of `uvicorn --workers` would go on serving.
+        watch theirs in `gunicorn/common.py`, but those of `uvicorn --workers` would go on serving.
         """
         master = multiprocessing.parent_process()
         while not master or master.is_alive():
@@ -185,6 +204,12 @@ class Service:
             self.metrics.sample()
             if self.instances and all(instance.trouble for instance in self.instances):
                 raise CannotLoad(self.instances[0].trouble)
+            if self.loop.instances.stuck_s and not self.failure and is_supervised():
+                self.exit(
+                    1,
+                    self.trouble(),
+                    f"{self.trouble()}; it ends, so that another is started\n{model_stacks()}",
+                )
             await self.process_metrics.sleep(SWEEP_S)
         signal.raise_signal(signal.SIGTERM)
 
@@ -209,11 +234,22 @@ class Service:
         return "" if any(instance.loaded.is_set() for instance in self.instances) else LOADING
 
     def stop(self) -> None:
-        """Refuse new work and finish what is admitted, within the grace time less a second to send the answers."""
+        """Reject new work and finish what is admitted, within the grace time less a second to send the answers."""
+        self.stops_at = time.monotonic()
         self.loop.stop_admitting()
         self.in_flight.stop_reading()
         self.started.set()  # nobody needs to wait for it any more
         self.draining = asyncio.create_task(self.loop.drain(max(0.0, self.settings.GRACE_S - 1)))
+
+    async def close(self) -> None:
+        """Let every instance of the model close itself, in what is left of the grace time."""
+        grace_s = self.settings.GRACE_S
+        left_s = self.stops_at + grace_s - min(LAST_S, grace_s / 4) - time.monotonic()
+        closing = asyncio.gather(*(instance.close() for instance in self.instances), return_exceptions=True)
+        try:
+            await asyncio.wait_for(closing, max(0.0, left_s))
+        except TimeoutError:
+            log.warning("the model was not closed within GRACE_S=%g", grace_s)
 
     def stop_on_signals(self) -> None:
         """Chain `stop` before the server's own handlers, which wait for open connections before the lifespan ends.
@@ -258,12 +294,44 @@ class Service:
                 # The other workers answer meanwhile: take no request only to refuse it.
                 await self.started.wait()
             yield self
+            self.stops_at = min(
+                self.stops_at, time.monotonic()
+            )  # a test's or a notebook's end comes without a signal
             await self.loop.drain(max(0.0, self.settings.GRACE_S - 1))
+            await self.close()
         finally:
             self.let_go()
         if self.exit_code:
             logging.shutdown()
             os._exit(self.exit_code)  # every client has its answer, and a lifespan can't choose the exit code
+
+
+def counted(n: int, noun: str) -> str:
+    """Return "1 thread", "2 threads"."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def model_stacks() -> str:
+    """Return where in its code each thread of the model is now."""
+    frames = sys._current_frames()
+    model_threads = [thread for thread in threading.enumerate() if thread.name == "model"]
+    return "".join(
+        chain.from_iterable(
+            traceback.format_stack(frames[t.ident]) for t in model_threads if t.ident in frames
+        )
+    )
+
+
+def is_one_of_uvicorns_workers() -> bool:
+    """Whether `uvicorn --workers` started this process and starts another when it ends. (`uvicorn --reload` does not.)"""
+    return bool(multiprocessing.parent_process()) and not any(
+        word.startswith("--reload") for word in sys.argv
+    )
+
+
+def is_supervised() -> bool:
+    """Whether something that never asks /health starts another server when this one ends: Gunicorn, uvicorn, a container."""
+    return bool(os.environ.get("SERVER_SOFTWARE")) or is_one_of_uvicorns_workers() or os.getpid() == 1
 
 
 def where(exc: CannotLoad) -> str:
@@ -272,36 +340,3 @@ def where(exc: CannotLoad) -> str:
     ours = (os.path.dirname(__file__), os.path.dirname(os.__file__), "<")  # and Python's
     own = [one for one in frames if not one.filename.startswith(ours) and "site-packages" not in one.filename]
     return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
-
-
-def make_instances(settings: Settings, metrics: Metrics, task: tasks.Task) -> list[Offload]:
-    """Return the `INSTANCES` places where `OFFLOAD` says that inference runs."""
-    instances = range(settings.INSTANCES)
-    if settings.OFFLOAD == "dirty":
-        from workers.isolation.dirty import Dirty  # only there is Gunicorn needed
-
-        return [Dirty(settings.HANG_S) for _ in instances]
-    if settings.OFFLOAD == "process":
-        # A process with cores of its own shares them with no other instance.
-        alone = replace(settings, INSTANCES=1)
-        return [
-            Process(
-                partial(tasks.load_alone, alone if share else settings, i), settings.HANG_S, metrics, share
-            )
-            for i, share in zip(instances, core_shares(settings))
-        ]
-    kind = Inline if settings.OFFLOAD == "inline" else Thread
-    beside = settings.INSTANCES - 1
-    return [kind(partial(tasks.load, task, settings, i, beside=beside)) for i in instances]
-
-
-def core_shares(settings: Settings) -> list[set[int] | None]:
-    """Each model process's own cores, so that their threads don't chase each other; None: wherever there is room.
-
-    None, too, where their threads are more than the cores, or another worker would pin its own to the same ones.
-    """
-    n, threads = settings.INSTANCES, settings.threads_per_instance
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if n == 1 or settings.WEB_CONCURRENCY > 1 or n * threads > len(cores):
-        return [None] * n
-    return [set(cores[i * len(cores) // n : (i + 1) * len(cores) // n]) for i in range(n)]

@@ -13,7 +13,7 @@ from gunicorn.dirty.errors import DirtyAppError, DirtyError  # type: ignore[impo
 from workers import tasks
 from workers.errors import CannotLoad, ModelDied, ModelFailed
 from workers.isolation.process import die_with, pickled
-from workers.offload import Offload
+from workers.offload import Offload, close
 from workers.settings import Settings
 
 APP = "workers.isolation.dirty:DirtyModel"
@@ -25,6 +25,9 @@ class DirtyModel(DirtyApp):  # type: ignore[misc]
     def init(self) -> None:
         die_with(os.getppid())  # a killed arbiter's would live on, and hold the port
         self.model = tasks.load_alone(Settings.read())
+
+    def close(self) -> None:
+        close(self.model)
 
     def describe(self) -> str:
         return self.model.description
@@ -60,6 +63,9 @@ class Dirty(Offload):
             self.loaded.clear()
             self.asking = asyncio.create_task(self._ask())
             raise ModelDied(str(exc)) from exc
+
+    async def close(self) -> None:
+        pass  # others may use it; Gunicorn closes it
 
     def stop(self) -> None:
         if self.asking:
