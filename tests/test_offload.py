@@ -270,7 +270,7 @@ def test_the_log_tells_where_in_its_process_the_model_failed() -> None:
         with pytest.raises(ModelFailed) as failed:
             await offload.run(["stop"])
         (note,) = failed.value.__notes__
-        assert "moody.py" in note and note.endswith("StopIteration\n")
+        assert "misbehaving_model.py" in note and note.endswith("StopIteration\n")
 
     with_process(scenario)
 
