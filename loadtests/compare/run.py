@@ -89,7 +89,8 @@ class Comparison:
         with start(mode, env, cpus=self.server_cpus, wait=False) as server:
             server.wait_until_ready(60)
             ask_until_answered(
-                server.url, next(texts.stream("short", random.Random(0), self.foresight.settings))
+                server.url,
+                next(texts.stream("short", random.Random(0), texts.example_of(self.foresight.settings))),
             )
             note("start", first_answer_s=time.monotonic() - began)
             server.wait_until_idle()

@@ -22,7 +22,7 @@ import pandas as pd
 from loadtests.load.rows import OUTCOMES
 
 ROOT = Path(__file__).resolve().parents[2]
-SCENARIOS = ("closed", "open", "ramp", "spike", "mixed", "slow", "impatient", "retry")
+SCENARIOS = ("closed", "open", "ramp", "steps", "spike", "overload", "mixed", "slow", "impatient", "retry")
 CAPACITY_USERS = 64
 MOST_PER_S = 1500.0  # more than this the generator's core can't send on time
 
@@ -58,7 +58,7 @@ class Generator:
         `users` is for the closed loop, `rate_per_s` for the others; see locustfile.OPTIONS for more.
         """
         if scenario not in SCENARIOS:
-            raise ValueError(f"{scenario} is no scenario; choose from {', '.join(SCENARIOS)}")
+            raise ValueError(f"{scenario} is not a scenario; choose from {', '.join(SCENARIOS)}")
         options |= {"duration_s": duration_s, "limit_s": limit_s, "seed": seed, "texts": texts}
         if rate_per_s is not None:
             options["rate_per_s"] = rate_per_s

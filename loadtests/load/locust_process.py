@@ -42,17 +42,18 @@ def main() -> None:
 
 def play(scenario: str, url: str, out: str, users: int, options: dict[str, Any]) -> None:
     """Run one scenario to its end, drained, and write its rows."""
-    defaults = {name: default for name, (default, _) in locustfile.OPTIONS.items()}
+    defaults = {name: one.default for name, one in locustfile.OPTIONS.items()} | locustfile.UNLISTED
     if unknown := options.keys() - defaults.keys():
-        raise TypeError(f"{sorted(unknown)} are no options; choose from {sorted(defaults)}")
+        raise TypeError(f"{sorted(unknown)} are not options; choose from {sorted(defaults)}")
     namespace = argparse.Namespace(**defaults | options)
     classes: list[Any] = [locustfile.SCENARIOS[scenario]]
-    if namespace.health_per_s:
+    if "health_per_s" in options:
         classes.append(locustfile.HealthChecks)
     environment: Any = Environment(
         user_classes=classes, host=url.rstrip("/"), parsed_options=namespace, events=locustfile.events
     )
-    environment.rows = []
+    environment.rows, environment.numbers, environment.stopping = [], {}, False
+    environment.example, environment.mask = texts.example_of(Settings.read()), texts.MASK
     gc.freeze()
     gc.disable()  # a pause of the generator would be counted as the server's
     runner = environment.create_local_runner()

@@ -111,14 +111,13 @@ def corpus(kind: str) -> tuple[Text, ...]:
     )
 
 
-def stream(kind: str, rng: random.Random, settings: Settings | None = None) -> Iterator[Text | Question]:
-    """Questions of a kind without end, for the task of `settings`; `mixed` is a long one among ten.
+def stream(kind: str, rng: random.Random, example: dict[str, Any] | None = None) -> Iterator[Text | Question]:
+    """Yield questions of a kind forever; `mixed` has a long one among ten. `example` is a body that the task takes, None for fill-mask.
 
     A task that takes one text gets the same sentences without their masks; any other its own example again and again.
     """
     if kind not in KINDS:
         raise ValueError(f"texts={kind} is not allowed: it must be one of {', '.join(KINDS)}")
-    example = example_of(settings) if settings else None
     while True:
         is_long = kind == "long" or (kind == "mixed" and rng.random() < MIXED_LONG_SHARE)
         text = rng.choice(corpus("long" if is_long else "short"))
@@ -136,6 +135,9 @@ def example_of(settings: Settings) -> dict[str, Any] | None:
     if settings.TASK == "fill-mask" and not settings.is_custom:
         return None
     task = tasks.make(settings)
-    example = task.describe().example
-    # Where a text is an image in base64 another text won't do: a list of one is sent as it is.
-    return example | {"inputs": [example["inputs"]]} if task.media else example
+    return sendable(task.describe().example, bool(task.media))
+
+
+def sendable(example: dict[str, Any], is_media: bool) -> dict[str, Any]:
+    """Return a body that says the example in JSON. Where a text is an image in base64 another text won't do: it is sent in a list."""
+    return example | {"inputs": [example["inputs"]]} if is_media else example

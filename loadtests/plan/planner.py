@@ -87,7 +87,7 @@ def measure(
     """
     model, check = load_model(settings)
     rng = random.Random(seed)
-    streams = {kind: texts.stream(kind, rng, settings) for kind in kinds}
+    streams = {kind: texts.stream(kind, rng, texts.example_of(settings)) for kind in kinds}
     rows: list[tuple[int, str, int, float]] = []
     sizes = list(sizes)
     until = time.perf_counter() + budget_s
