@@ -10,26 +10,26 @@ the batch, `workers/offload.py` runs the task's model on it, and the answer come
 """
 
 import contextlib
-import importlib
-import pkgutil
+import os
 import time
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
+from starlette.types import ASGIApp
 
+from workers.apis import discover
+from workers.context import context_of
 from workers.errors import Rejected
 from workers.metrics import Metrics
-from workers.observability.request_log import logged
-from workers.observability.tracing import traced
 from workers.service import Service
 from workers.settings import Settings
-from workers.web import parsing, replies, stream
+from workers.web import stream
 from workers.web.access import AccessControl, public, with_cors
 from workers.web.middleware import RequestMiddleware
+from workers.web.replies import AnswerResponse
 
 settings = Settings.read()
 metrics = Metrics()
@@ -39,13 +39,14 @@ async def answer(request: Request) -> Response:
     """POST /: the model's answer to one input, or to each of a list."""
     service: Service = request.state.service
     body = await service.in_flight.read(request)
-    asked = parsing.parse(body, request, service.task.media, settings.MAX_INPUTS)
-    queries = await service.check(asked.inputs, asked.parameters, len(body))
+    asked = await service.parse(request, body)
     if asked.is_list and (form := stream.wanted(request)):
+        check = service.check(context_of(request.scope), asked.inputs, asked.parameters, len(body))
+        queries = await service.in_flight.unless_left(request, check)
         return stream.Streamed(service.loop, settings.BODY_TIMEOUT_S, request, queries, form)
-    answers = await service.in_flight.wait(request, queries)
+    answers, _ = await service.ask(request, asked.inputs, asked.parameters, len(body))
     values = [answer.value for answer in answers]
-    return replies.AnswerResponse(answers, values if asked.is_list else values[0])
+    return AnswerResponse(answers, values if asked.is_list else values[0])
 
 
 @public
@@ -76,38 +77,39 @@ async def ready(request: Request) -> Response:
 
 
 async def prometheus(request: Request) -> Response:
-    """GET /metrics: Prometheus' text format."""
+    """GET /metrics: the Prometheus text format."""
     return Response(metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 @contextlib.asynccontextmanager
 async def lifespan(app: Any) -> AsyncIterator[dict[str, Any]]:
     async with Service(settings, metrics).running() as service, contextlib.AsyncExitStack() as beside:
-        for protocol in protocol_modules:
-            if hasattr(protocol, "serving"):
-                await beside.enter_async_context(protocol.serving(service))
+        for api in discover():
+            await beside.enter_async_context(api.serving(service))
         yield {"service": service}
 
 
-def protocol_routes() -> Iterator[tuple[Route, replies.ErrorBody]]:
-    """The routes of every protocol, and how errors read there."""
-    for protocol in protocol_modules:
-        for route in protocol.routes(settings):
-            yield route, getattr(protocol, "error_body", replies.error_body)
+def observed(app: ASGIApp) -> ASGIApp:
+    """The app with traces and a log of its requests, where they are asked for: only then are they imported."""
+    if any(name.startswith("OTEL_") for name in os.environ):
+        from workers.observability.tracing import traced
+
+        app = traced(app)
+    if settings.LOG_FORMAT == "json":
+        from workers.observability.request_log import logged
+
+        app = logged(app, settings)
+    return app
 
 
-# Each file there is one; the folder may be deleted.
-found = pkgutil.iter_modules([str(Path(__file__).parent / "workers" / "protocols")])
-protocol_modules = [importlib.import_module(f"workers.protocols.{name}") for _, name, _ in found]
-protocols = list(protocol_routes())
+api_routes = [(route, api.error_body) for api in discover() for route in api.routes(settings)]
 routes = [
     Route("/", answer, methods=["POST"]),
     Route("/health", health),
     Route("/ready", ready),
     Route("/metrics", public(prometheus) if settings.METRICS_OPEN else prometheus),
-    *(route for route, _ in protocols),
+    *(route for route, _ in api_routes),
 ]
-middleware = RequestMiddleware(
-    Router(routes, lifespan=lifespan), metrics, protocols, AccessControl(settings, routes)
-)
-app = logged(traced(with_cors(middleware, settings)), settings)
+access = AccessControl(settings, routes)
+middleware = RequestMiddleware(Router(routes, lifespan=lifespan), metrics, api_routes, access)
+app = observed(with_cors(middleware, settings))

@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 
 from loadtests.modes import MODES, ROOT, Mode, Server, start
 from tests.support.client import Reply, dial, get, hear, post, request, say, until
+from workers.gunicorn.uvicorn_worker import Worker
 from workers.settings import Settings
 from workers.web import http_protocol
 from workers.web.access import AccessControl
@@ -179,11 +180,11 @@ def test_allowed_names_and_pages(mode: str) -> None:
 def test_only_loopback_is_picky_by_default() -> None:
     guard = AccessControl(Settings())
     for address, status in (("127.0.0.1", 403), ("::1", 403), ("::ffff:127.0.0.1", 403), ("10.0.0.1", None)):
-        scope: dict[str, Any] = {"method": "POST", "path": "/", "server": (address, 8000)}
-        refused = guard(scope | {"fields": {b"host": b"model.example"}})
+        scope: dict[str, Any] = {"method": "POST", "server": (address, 8000)}
+        refused = guard(scope | {"headers": [(b"host", b"model.example")]})
         assert (refused.status_code if refused else None) == status
-        assert guard(scope | {"fields": {}}) is None  # HTTP/1.0: no browser
-    unix_socket = {"method": "POST", "path": "/", "server": None, "fields": {b"host": b"any"}}
+        assert guard(scope | {"headers": []}) is None  # HTTP/1.0: no browser
+    unix_socket = {"method": "POST", "server": None, "headers": [(b"host", b"any")]}
     assert guard(unix_socket) is None
 
 
@@ -321,7 +322,7 @@ def test_a_worker_gives_its_heartbeat_though_the_clock_is_set_back(monkeypatch: 
         beats.append(time.monotonic())
 
     async def run() -> None:
-        config = uvicorn.Config(answers, callback_notify=notify, **http_protocol.Worker.CONFIG_KWARGS)
+        config = uvicorn.Config(answers, callback_notify=notify, **Worker.CONFIG_KWARGS)
         server, now = uvicorn.Server(config), time.time()
         for passed_s in (0, -86_400, -86_399):
             monkeypatch.setattr("time.time", lambda passed_s=passed_s: now + passed_s)

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import sys
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
 from loadtests.modes import MODES, start
 from tests.support.client import POISON, post, post_json, request, say
+from workers.context import context_of
 from workers.jobs import Answer
 from workers.observability.request_log import REJECTIONS_PER_S, Json, RequestLog, logged
 from workers.observability.tracing import Traces, traced
@@ -27,12 +28,13 @@ class App:
     """Replies with `status`; the model has answered `ANSWERS` where that is 200."""
 
     status = 200
-    endpoints: ClassVar[Any] = {("POST", "/"): None}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        scope["request_id"], scope["app"] = b"an-id", self
+        context = context_of(scope)
+        context.request_id = "an-id"
+        context.route = "/" if scope["path"] == "/" else ""
         if self.status == 200:
-            scope["answers"] = ANSWERS
+            context.answers = ANSWERS
         if self.status:
             await send({"type": "http.response.start", "status": self.status, "headers": []})
             await send({"type": "http.response.body", "body": b"the answer"})

@@ -62,8 +62,7 @@ PROTOCOL = '''
     async def shout(request: Request) -> JSONResponse:
         service = request.state.service
         body = await service.in_flight.read(request)
-        queries = await service.check([json.loads(body)["say"]], {}, len(body))
-        (answer,) = await service.in_flight.wait(request, queries)
+        (answer,), _ = await service.ask(request, [json.loads(body)["say"]], {}, len(body))
         return JSONResponse({"said": answer.value + "!"})
 '''
 
@@ -241,9 +240,10 @@ def test_who_leaves_has_left_the_queue_after_two_sweeps() -> None:
             await left.wait()
             return {"type": "http.disconnect"}
 
-        scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "fields": {}}
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
         waiting = [
-            asyncio.create_task(clients.wait(Request(scope, receive), [Query("")])) for _ in range(300)
+            asyncio.create_task(clients.unless_left(Request(scope, receive), loop.submit("")))
+            for _ in range(300)
         ]
         await asyncio.sleep(0)
         assert loop.depth == 300

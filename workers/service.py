@@ -18,21 +18,36 @@ from itertools import chain
 from types import FrameType
 from typing import Any
 
+from starlette.requests import Request
+
 from workers import resources as memory
 from workers import tasks
-from workers.errors import LOADING, CannotLoad, Malformed, ModelFailed, Rejected, Unprocessable
+from workers.context import RequestContext, context_of
+from workers.errors import (
+    LOADING,
+    TOO_SHORT,
+    CannotLoad,
+    Late,
+    Malformed,
+    ModelFailed,
+    Rejected,
+    Unprocessable,
+)
 from workers.isolation import make_instances, make_quarantine
+from workers.jobs import Answer
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.observability.process_metrics import ProcessMetrics
 from workers.offload import Offload, attempt_load, in_thread, in_words
 from workers.scheduling.instances import stuck
 from workers.settings import Settings
+from workers.web import parsing
+from workers.web.checks import QUICK_JSON_BYTES, CheckThreads
 from workers.web.inflight import SWEEP_S, InFlight
+from workers.web.parsing import ParsedBody
 
 log = logging.getLogger("uvicorn.error")
 
-QUICK_BYTES = 1024  # of text take 3 ms to tokenise at worst
 LAST_S = 0.5  # of the grace time: for the exit itself
 
 
@@ -56,6 +71,7 @@ class Service:
         self.instances: list[Offload] = []
         self.descriptions: list[str] = []  # of each: what, how large, where
         self.in_flight = InFlight(settings, self.loop)
+        self.checks = CheckThreads()
         self.quarantine = make_quarantine(settings, metrics)
         self.exit_code, self.failure = 0, ""
         self.started = asyncio.Event()  # every instance is loaded, or none will be
@@ -105,6 +121,7 @@ class Service:
         make = partial(tasks.make, self.settings)
         self._task = task = await in_thread(lambda: attempt_load(make))
         self.in_flight.expect(task.media)
+        self.checks.most_bytes = self.in_flight.most_bytes
         self.instances = make_instances(self.settings, self.metrics, task)
         self.descriptions = await asyncio.gather(*(instance.start() for instance in self.instances))
         for description in self.descriptions:
@@ -130,18 +147,45 @@ class Service:
         except ModelFailed as exc:
             raise CannotLoad(f"it fails on its own example: {exc}") from exc
 
-    async def check(self, inputs: list[Any], parameters: dict[str, Any], n_bytes: int) -> list[tasks.Query]:
-        """The queries that ask this. Raises Malformed or Unprocessable, which name the input where there are several.
+    async def parse(self, request: Request, body: bytes) -> ParsedBody:
+        """Return what a body asks of the task. Raises what `parsing.parse` raises, Late and Rejected."""
+        context = context_of(request.scope)
+        work = partial(parsing.parse, body, context, self.task.media, self.settings.MAX_INPUTS)
+        return await self.checks.run(context, len(body), work, QUICK_JSON_BYTES)
 
-        Long ones are checked in a thread: 16 KB of long words would hold the event loop for 40 ms.
+    async def ask(
+        self, request: Request, inputs: list[Any], parameters: dict[str, Any], n_bytes: int
+    ) -> tuple[list[Answer], int]:
+        """Check the inputs and let the model answer each. Return the answers, and the size of all inputs: tokens of texts.
+
+        Raises what `check` and the loop raise; ClientDisconnect when the client leaves.
         """
-        if n_bytes > QUICK_BYTES:
-            return await asyncio.to_thread(self.check_all, inputs, parameters)
-        return self.check_all(inputs, parameters)
+        context = context_of(request.scope)
 
-    def check_all(self, inputs: list[Any], parameters: dict[str, Any]) -> list[tasks.Query]:
+        async def answered() -> tuple[list[Answer], int]:
+            queries = await self.check(context, inputs, parameters, n_bytes)
+            contents, sizes = [query.content for query in queries], [query.size for query in queries]
+            context.answers = await self.loop.submit_all(contents, sizes, budget_s=context.left_s)
+            return context.answers, sum(sizes)
+
+        return await self.in_flight.unless_left(request, answered())
+
+    async def check(
+        self, context: RequestContext, inputs: list[Any], parameters: dict[str, Any], n_bytes: int
+    ) -> list[tasks.Query]:
+        """Return the queries that ask this. Raises Malformed or Unprocessable, which name the input where there are several.
+
+        Raises Late and Rejected, too: what takes long has the request's deadline and a bound of its own.
+        """
+        return await self.checks.run(context, n_bytes, partial(self.check_all, inputs, parameters, context))
+
+    def check_all(
+        self, inputs: list[Any], parameters: dict[str, Any], context: RequestContext
+    ) -> list[tasks.Query]:
         queries = []
         for number, one in enumerate(inputs):
+            if context.given_up or not context.left_s:
+                raise Late(TOO_SHORT)
             try:
                 queries.append(self.task.check(one, parameters))
                 if self.quarantine:
@@ -300,6 +344,7 @@ class Service:
             await self.loop.drain(max(0.0, self.settings.GRACE_S - 1))
             await self.close()
         finally:
+            self.checks.stop()
             self.let_go()
         if self.exit_code:
             logging.shutdown()

@@ -15,6 +15,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from workers.context import RequestContext, context_of
 from workers.jobs import slowest
 from workers.settings import Settings
 
@@ -53,7 +54,7 @@ class RequestLog:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        began, status = time.monotonic(), 0  # 0: the connection ended without a reply
+        context, status = context_of(scope), 0  # 0: the connection ended without a reply
 
         async def listening(message: Message) -> None:
             nonlocal status
@@ -65,7 +66,7 @@ class RequestLog:
             await self.app(scope, receive, listening)
         finally:
             if (scope["method"] == "POST" or status >= 400) and not self.leaves_out(status):
-                fields = said(scope, status, time.monotonic() - began)
+                fields = said(scope, context, status)
                 if self.unlogged:
                     fields["unlogged"], self.unlogged = self.unlogged, 0
                 log.info("request", extra={"fields": fields})
@@ -82,18 +83,18 @@ class RequestLog:
         return too_many
 
 
-def said(scope: Scope, status: int, seconds: float) -> dict[str, Any]:
+def said(scope: Scope, context: RequestContext, status: int) -> dict[str, Any]:
     """What there is to say of a request: of several inputs, how the slowest fared."""
     fields = {
-        "id": scope.get("request_id", b"").decode("latin-1"),
+        "id": context.request_id,
         "method": scope["method"],
         "path": scope["path"][:MOST_OF_A_PATH],
         "status": status,
-        "ms": round(seconds * 1000, 2),
+        "ms": round((time.monotonic() - context.arrived_at) * 1000, 2),
     }
-    if "trace_id" in scope:
-        fields["trace_id"] = scope["trace_id"]
-    if answers := scope.get("answers"):
+    if context.trace_id:
+        fields["trace_id"] = context.trace_id
+    if answers := context.answers:
         answer = slowest(answers)
         fields |= {
             "inputs": len(answers),

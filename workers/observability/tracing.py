@@ -18,6 +18,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from workers.context import context_of
 from workers.jobs import slowest
 from workers.offload import in_thread
 
@@ -85,7 +86,7 @@ class Traces:
             if name in (b"traceparent", b"tracestate")
         }
         span = self.tracer.start_span("POST", self.extract(sent), kind=self.otel.SpanKind.SERVER)
-        scope["trace_id"] = f"{span.get_span_context().trace_id:032x}"
+        context_of(scope).trace_id = f"{span.get_span_context().trace_id:032x}"
         status, replied_at = 0, 0
 
         async def listening(message: Message) -> None:
@@ -113,15 +114,16 @@ class Traces:
 
     def describe(self, span: Any, scope: Scope, status: int, replied_at: int) -> None:
         """Say of the span what is known once the request has ended: of several inputs, how the slowest fared."""
-        if ("POST", scope["path"]) in scope["app"].endpoints:  # else anybody could invent names
-            span.update_name(f"POST {scope['path']}")
+        context = context_of(scope)
+        if context.route:  # else anybody could invent names
+            span.update_name(f"POST {context.route}")
         span.set_attribute("http.request.method", "POST")
         span.set_attribute("url.path", scope["path"][:MOST_OF_A_PATH])
         span.set_attribute("http.response.status_code", status)
-        span.set_attribute("request.id", scope.get("request_id", b"").decode("latin-1"))
+        span.set_attribute("request.id", context.request_id)
         if status >= 500 or not status:
             span.set_status(self.otel.StatusCode.ERROR)
-        if not (answers := scope.get("answers")):
+        if not (answers := context.answers):
             return
         answer = slowest(answers)
         span.set_attribute("model.inputs", len(answers))

@@ -1,38 +1,38 @@
-"""Other doors to the same loop, one file each, found by the server: delete what you don't need.
-
-`routes(settings)` are what it answers to, none where the task is another one; `error_body(status, sentence)`, where there
-is one, is how its errors read; `serving(service)`, where there is one, is an async context manager of what runs beside the
-app, for as long as the app does. A protocol never talks to the model.
-"""
+"""Other APIs to the same loop, one file each, found by workers/apis.py, which says what a file may offer."""
 
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from workers.context import context_of
+from workers.service import Service
 from workers.web import parsing
+from workers.web.checks import QUICK_JSON_BYTES
 
 
 async def read_json(request: Request, known: tuple[str, ...]) -> tuple[dict[str, Any], int]:
-    """The JSON object that the body is, without what is null in it, and the body's length in bytes.
+    """Return the JSON object that the body is, without what is null in it, and the body's length in bytes.
 
-    Raises HTTPException 400 or 415 with a sentence, also where a field is none of the known ones; what `InFlight.read`
-    raises.
+    Raises HTTPException 400 or 415 with a sentence, also where a field is not a known one; what `InFlight.read` raises.
     """
-    body = await request.state.service.in_flight.read(request)
-    parsing.reject_encoded(request)
-    wanted = f'an object with "{known[0]}"'
-    try:
-        content = parsing.load_json(body.removeprefix(parsing.BOM).decode(), wanted)
-    except UnicodeDecodeError as exc:
-        raise HTTPException(400, f"byte {exc.start} of the body is not UTF-8; send UTF-8") from None
+    service: Service = request.state.service
+    context = context_of(request.scope)
+    body = await service.in_flight.read(request)
+    parsing.reject_encoded(context)
+
+    def parse() -> Any:
+        return parsing.load_json(parsing.text_of(body), f'an object with "{known[0]}"')
+
+    content = await service.checks.run(context, len(body), parse, QUICK_JSON_BYTES)
     if not isinstance(content, dict):
-        raise HTTPException(400, f"the JSON is no object; send {wanted}")
-    if unknown := sorted(content.keys() - set(known)):
-        raise HTTPException(400, f'"{unknown[0]}" is not a known field; leave it out')
-    return {name: value for name, value in content.items() if value is not None}, len(body)
+        raise HTTPException(400, f'the JSON is not an object; send an object with "{known[0]}"')
+    given = {name: value for name, value in content.items() if value is not None}
+    if unknown := sorted(given.keys() - set(known)):
+        raise HTTPException(400, f'"{unknown[0][:100]}" is not a known field; leave it out')
+    return given, len(body)
 
 
 def whole(number: Any) -> Any:
-    """3 for 3.0, as JSON has it; anything else as it is."""
+    """Return 3 for 3.0, which JSON does not tell apart; anything else as it is."""
     return int(number) if type(number) is float and number.is_integer() else number

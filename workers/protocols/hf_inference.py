@@ -17,7 +17,7 @@ from workers import tasks
 from workers.protocols.openapi import asking, bodies
 from workers.service import Service
 from workers.settings import Settings
-from workers.web import parsing, replies
+from workers.web import replies
 
 
 def routes(settings: Settings) -> list[Route]:
@@ -36,10 +36,9 @@ async def answer(request: Request) -> Response:
     settings = service.settings
     task = "" if settings.is_custom else tasks.ALIASES.get(settings.TASK, settings.TASK)
     body = await service.in_flight.read(request)
-    asked = parsing.parse(body, request, service.task.media, settings.MAX_INPUTS)
+    asked = await service.parse(request, body)
     parameters = {"top_k": settings.MAX_TOP_K} if task == "text-classification" else {}
-    queries = await service.check(asked.inputs, parameters | asked.parameters, len(body))
-    answers = await service.in_flight.wait(request, queries)
+    answers, _ = await service.ask(request, asked.inputs, parameters | asked.parameters, len(body))
     values = [hosted(task, answer.value) for answer in answers]
     is_list = asked.is_list or task == "text-classification"
     return replies.AnswerResponse(answers, values if is_list else values[0])

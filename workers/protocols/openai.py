@@ -76,15 +76,14 @@ async def embeddings(request: Request) -> Response:
         raise Malformed('"encoding_format" must be "float" or "base64"')
     parameters = {"normalize": True} | {k: whole(content[k]) for k in ("dimensions",) if k in content}
     try:
-        queries = await service.check(texts(content, service.settings.MAX_INPUTS), parameters, n_bytes)
+        inputs = texts(content, service.settings.MAX_INPUTS)
+        answers, n_tokens = await service.ask(request, inputs, parameters, n_bytes)
     except (Unprocessable, Malformed) as exc:
         raise Malformed(in_openais_words(str(exc))) from exc  # it has no 422
-    answers = await service.in_flight.wait(request, queries)
     data = [
         {"object": "embedding", "index": index, "embedding": encoded(answer.value, form)}
         for index, answer in enumerate(answers)
     ]
-    n_tokens = sum(query.size for query in queries)
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
     reply = {"object": "list", "data": data, "model": service.settings.model_name, "usage": usage}
     return AnswerResponse(answers, reply)

@@ -4,9 +4,7 @@ Both are made from what the task says of itself, once it is known: until then th
 of another protocol's file, where there is one, are its paths as OpenAPI has them.
 """
 
-import importlib
 import os
-import pkgutil
 import re
 from typing import Any
 
@@ -15,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import workers
-from workers import protocols
+from workers.apis import discover
 from workers.errors import ModelFailed
 from workers.service import Service
 from workers.settings import Settings
@@ -129,11 +127,10 @@ def document(service: Service) -> dict[str, Any]:
     unlocked = {("/health", "get"), ("/ready", "get")} | (
         {("/metrics", "get")} if settings.METRICS_OPEN else set()
     )
-    for found in pkgutil.iter_modules(protocols.__path__):
-        module = importlib.import_module(f"{protocols.__name__}.{found.name}")
-        if hasattr(module, "operations") and (there := module.routes(settings)):
+    for api in discover():
+        if there := api.routes(settings):
             unlocked |= {(r.path, "get") for r in there if getattr(r.endpoint, "is_public", False)}
-            for path, methods in module.operations(service).items():
+            for path, methods in api.operations(service).items():
                 paths[path] = paths.get(path, {}) | methods
     whole = {
         "openapi": "3.1.0",

@@ -60,8 +60,7 @@ async def rerank(request: Request) -> Response:
         raise Malformed('"top_n" must be a whole number of at least 1')
     parameters = {"truncate": "documents" in content} | {k: content[k] for k in FOR_THE_TASK if k in content}
     pairs = [{"query": content.get("query"), "text": text} for text in given]
-    queries = await service.check(pairs, parameters, n_bytes)
-    answers = await service.in_flight.wait(request, queries)
+    answers, n_tokens = await service.ask(request, pairs, parameters, n_bytes)
     scores = [answer.value for answer in answers]
     best = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:top_n]
     with_text = bool(content.get("return_text") or content.get("return_documents"))
@@ -72,7 +71,6 @@ async def rerank(request: Request) -> Response:
         {"index": i, "relevance_score": scores[i]} | ({"document": {"text": given[i]}} if with_text else {})
         for i in best
     ]
-    n_tokens = sum(query.size for query in queries)
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
     reply = {"model": service.settings.model_name, "usage": usage, "results": results}
     return AnswerResponse(answers, reply)

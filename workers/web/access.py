@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Scope
 
+from workers.context import context_of
 from workers.settings import Settings
 from workers.web.replies import CLOSE
 
@@ -50,15 +51,17 @@ class AccessControl:
 
     def __call__(self, scope: Scope) -> HTTPException | None:
         """Why it is not let in: 403 with a foreign Host or Origin, 401 without a key; None where it is."""
-        fields, server = scope["fields"], scope.get("server")
-        sentence = self.foreign(fields.get(b"host"), fields.get(b"origin"), server[0] if server else None)
+        context, server = context_of(scope), scope.get("server")
+        sentence = self.foreign(
+            context.headers.get(b"host"), context.headers.get(b"origin"), server[0] if server else None
+        )
         if not sentence and not self.keys:
             return None
-        if scope["path"] in self.open_paths or (scope["method"], scope["path"]) in self.public:
+        if context.path in self.open_paths or (scope["method"], context.path) in self.public:
             return None
         if sentence:
             return HTTPException(403, sentence, CLOSE)
-        return None if self.knows(fields) else HTTPException(401, NO_KEY, CHALLENGE)
+        return None if self.knows(context.headers) else HTTPException(401, NO_KEY, CHALLENGE)
 
     def knows(self, fields: dict[bytes, bytes]) -> bool:
         """Whether one of the keys is there. Takes as long for a key that is nearly right as for any other."""

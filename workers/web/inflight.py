@@ -6,21 +6,20 @@ A request that is still there at its second sweep gets a task that notices when 
 
 import asyncio
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive
 
+from workers.context import context_of
 from workers.errors import STOPPING, Rejected
-from workers.jobs import Answer
 from workers.loop import ModelLoop
 from workers.settings import Settings
-from workers.tasks import Query
-from workers.web.parsing import client_budget_s
 from workers.web.replies import CLOSE
 
+T = TypeVar("T")
 Handler = asyncio.Task[Any]
 TEXT_BYTES, MEDIA_BYTES = 2**20, 2**24
 SWEEP_S = 0.05  # whoever leaves has left the queue after two
@@ -44,7 +43,8 @@ class InFlight:
         stops; ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past every handler, where
         Content-Length tells; uvicorn waits for a body for ever.)
         """
-        declared = request.scope["fields"].get(b"content-length", b"0")
+        headers = context_of(request.scope).headers
+        declared = headers.get(b"content-length", b"0")
         self.check_length(int(declared) if declared.isdigit() else 0)
         handler = this_task()
         self.reading[handler] = time.monotonic() + self.settings.BODY_TIMEOUT_S
@@ -66,7 +66,7 @@ class InFlight:
             raise HTTPException(408, "the body did not arrive in time; send it faster", CLOSE) from None
         finally:
             self.reading.pop(handler, None)
-        if not body and b"upgrade" in request.scope["fields"]:
+        if not body and b"upgrade" in headers:
             # uvicorn takes what comes after such headers for another protocol.
             raise HTTPException(400, "the body got lost: send no Upgrade header (curl --http1.1)", CLOSE)
         return bytes(body)
@@ -81,15 +81,12 @@ class InFlight:
             sentence = f"the body is too large; send at most {self.most_bytes} bytes"
             raise HTTPException(413, sentence)
 
-    async def wait(self, request: Request, queries: Sequence[Query]) -> list[Answer]:
-        """Return the model's answer to each. Raises what the loop raises; ClientDisconnect when the client has left."""
+    async def unless_left(self, request: Request, work: Awaitable[T]) -> T:
+        """Return what `work` gives. Raises ClientDisconnect, and cancels `work`, when the client leaves before that."""
         handler = this_task()
         self.waiting[handler] = request.receive
-        budget_s = client_budget_s(request)
         try:
-            answers = await self.loop.submit_all(*zip(*queries), budget_s=budget_s)
-            request.scope["answers"] = answers  # for who tells of the request once it has ended
-            return answers
+            return await work
         except asyncio.CancelledError:
             if handler in self.waiting:
                 raise

@@ -3,10 +3,13 @@
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+
+from workers.context import RequestContext
+from workers.web.replies import CLOSE
 
 # curl -d sends the first of these by default: treat them as "not given".
 NOT_GIVEN = ("", "application/x-www-form-urlencoded", "application/octet-stream")
@@ -19,6 +22,20 @@ MAX_NESTING = 500  # of JSON. CPython's own limit differs by version: 1,000 up t
 BOM = b"\xef\xbb\xbf"  # some editors put it before UTF-8
 
 
+# Two of these would mean two things: servers and proxies differ in which one counts.
+SINGLE = {b"authorization", b"content-length", b"content-type", b"host", b"origin", b"x-api-key"}
+
+
+def combined(raw: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Return each header once, a list's lines joined by commas (RFC 9110, 5.3). Raises HTTPException 400 for two values of one."""
+    lines: dict[bytes, list[bytes]] = {}
+    for name, value in raw:
+        lines.setdefault(name, []).append(value)
+    if twice := sorted(name for name in lines if len(lines[name]) > 1 and name in SINGLE):
+        raise HTTPException(400, f"there are two {twice[0].decode()} headers; send one", CLOSE)
+    return {name: b", ".join(values) for name, values in lines.items()}
+
+
 class ParsedBody(NamedTuple):
     """What a body asks: inputs, each a query of its own, and the parameters that they share."""
 
@@ -27,30 +44,26 @@ class ParsedBody(NamedTuple):
     is_list: bool = False  # a list gets a list, also of one
 
 
-def parse(body: bytes, request: Request, media: tuple[str, ...], max_inputs: int) -> ParsedBody:
+def parse(body: bytes, context: RequestContext, media: tuple[str, ...], max_inputs: int) -> ParsedBody:
     """Return what the body asks. Raises HTTPException 400 or 415 with a sentence that says what to send.
 
     `media`: what the task takes as raw bytes, such as "image/".
     """
-    fields = request.scope["fields"]
-    content_type = fields.get(b"content-type", b"").decode("latin-1")
+    content_type = context.headers.get(b"content-type", b"").decode("latin-1")
     media_type = content_type.partition(";")[0].strip().lower()
-    reject_encoded(request)
+    reject_encoded(context)
     if not body:
         raise HTTPException(400, "the body is empty; send what the model should answer")
+    if media_type in NOT_GIVEN and body.lstrip()[:1] == b"{" and is_inputs(body):
+        media_type = "application/json"
     if media and (media_type in NOT_GIVEN or media_type.startswith(media)):
         return ParsedBody([body], {})
     if media_type not in (*NOT_GIVEN, "text/plain", "application/json"):
-        known = " or ".join(
-            ["text/plain", "application/json", *(kind + "*" * kind.endswith("/") for kind in media)]
-        )
-        raise HTTPException(415, f"{media_type[:100]} is not understood; send {known}")
+        known = ["text/plain", "application/json", *(kind + "*" * kind.endswith("/") for kind in media)]
+        raise HTTPException(415, f"{media_type[:100]} is not understood; send {' or '.join(known)}")
     if (charset := charset_of(content_type)) not in ("utf-8", "utf8", "us-ascii"):
         raise HTTPException(415, f"the body is said to be {charset[:100]}; send UTF-8")
-    try:
-        text = body.removeprefix(BOM).decode()
-    except UnicodeDecodeError as exc:
-        raise HTTPException(400, f"byte {exc.start} of the body is not UTF-8; send UTF-8") from None
+    text = text_of(body)
     if media_type == "application/json":
         return parse_json(text, max_inputs)
     if not text.strip():
@@ -58,20 +71,37 @@ def parse(body: bytes, request: Request, media: tuple[str, ...], max_inputs: int
     return ParsedBody([text], {})
 
 
-def reject_encoded(request: Request) -> None:
+def is_inputs(body: bytes) -> bool:
+    """Return whether the body, of no known type, is a JSON object with "inputs": what `curl -d '{"inputs": …}'` sends."""
+    try:
+        content = JSON.decode(text_of(body))
+    except (ValueError, RecursionError, HTTPException):
+        return False
+    return isinstance(content, dict) and "inputs" in content
+
+
+def text_of(body: bytes) -> str:
+    """Return the body as text. Raises HTTPException 400 if it is not UTF-8."""
+    try:
+        return body.removeprefix(BOM).decode()
+    except UnicodeDecodeError as exc:
+        raise HTTPException(400, f"byte {exc.start} of the body is not UTF-8; send UTF-8") from None
+
+
+def reject_encoded(context: RequestContext) -> None:
     """Raise HTTPException 415 where the body is compressed."""
-    if request.scope["fields"].get(b"content-encoding", b"identity").lower() != b"identity":
+    if context.headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
 
 
 def charset_of(content_type: str) -> str:
-    """The charset that it names, in lower case; "utf-8" where it names none."""
+    """Return the charset that it names, in lower case; "utf-8" where it names none."""
     named = {name.lower(): value.strip('"').lower() for name, value in PARAMETER.findall(content_type)}
     return named.get("charset") or "utf-8"
 
 
 def load_json(text: str, example: str) -> Any:
-    """Return what it says. Raises HTTPException 400 with a sentence that says to send the likes of `example`."""
+    """Return what the JSON says. Raises HTTPException 400 with a sentence that says to send the likes of `example`."""
     try:
         content = JSON.decode(text)
         if text.count("[") + text.count("{") > MAX_NESTING and is_deeper(content, MAX_NESTING):
@@ -85,7 +115,7 @@ def load_json(text: str, example: str) -> Any:
 
 
 def is_deeper(content: Any, most: int) -> bool:
-    """Whether more than `most` lists and objects stand in each other."""
+    """Return whether more than `most` lists and objects stand in each other."""
     level = [content]
     for _ in range(most):
         members = (one.values() if isinstance(one, dict) else one for one in level)
@@ -104,7 +134,7 @@ def parse_json(text: str, max_inputs: int) -> ParsedBody:
     inputs, parameters = content.pop("inputs"), content.pop("parameters", None)
     parameters = {} if parameters is None else parameters
     if not isinstance(parameters, dict):
-        raise HTTPException(400, '"parameters" are no object; send one, such as {"top_k": 3}')
+        raise HTTPException(400, '"parameters" must be an object, such as {"top_k": 3}; send one')
     if twice := sorted(content.keys() & parameters.keys()):
         raise HTTPException(422, f'"{twice[0]}" is there twice; send it beside "inputs" or in "parameters"')
     parameters = {name: value for name, value in (content | parameters).items() if value is not None}
@@ -116,14 +146,14 @@ def parse_json(text: str, max_inputs: int) -> ParsedBody:
 
 
 def finite(number: str) -> float:
-    """The number. Raises HTTPException for NaN and Infinity, which are no JSON, and 1e999, which would be one of them."""
+    """Return the number. Raises HTTPException for NaN and Infinity, which are not JSON, and 1e999, which would be one of them."""
     if not math.isfinite(value := float(number)):
-        raise HTTPException(400, f"{number[:20]} is no finite number; send one")
+        raise HTTPException(400, f"{number[:20]} is not a finite number; send one")
     return value
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these fields. Raises HTTPException where one is there twice: a proxy may have read the other one."""
+    """Return the object of these fields. Raises HTTPException where one is there twice: a proxy may have read the other one."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise HTTPException(400, "a field of the JSON is there twice; send each once")
@@ -133,13 +163,11 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 JSON = json.JSONDecoder(parse_float=finite, parse_constant=finite, object_pairs_hook=unique)
 
 
-def client_budget_s(request: Request) -> float:
+def client_budget_s(prefer: bytes) -> float:
     """Return the seconds that `Prefer: wait=SECONDS` (RFC 7240) allows, infinity where it says nothing.
 
-    What isn't understood is ignored, as the RFC has it.
+    What is not understood is ignored, as the RFC has it.
     """
-    if b"prefer" not in request.scope["fields"]:
-        return math.inf
-    preferences = ",".join(request.headers.getlist("prefer"))
-    wait = next(filter(None, map(WAIT.fullmatch, PREFERENCES.findall(preferences))), None)
+    preferences = PREFERENCES.findall(prefer.decode("latin-1"))
+    wait = next(filter(None, map(WAIT.fullmatch, preferences)), None)
     return float(wait[2]) if wait else math.inf

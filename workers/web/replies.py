@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from operator import methodcaller
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
+from workers.context import ErrorBody
 from workers.errors import Late, Malformed, ModelFailed, Rejected, Unprocessable
 from workers.jobs import Answer, slowest
 
@@ -54,14 +55,6 @@ def explain(exc: Exception, request_id: str) -> Failure:
     what = "this request" if index is None else f"input {index}"
     log.error("request %s failed", request_id, exc_info=exc)
     return Failure(500, f"the model failed on {what}; report it with the X-Request-ID of this reply")
-
-
-ErrorBody = Callable[[int, str], Any]  # the JSON of an error: of its status and its sentence
-
-
-def error_body(status: int, sentence: str) -> dict[str, str]:
-    """The form of every error, but for protocols with their own."""
-    return {"error": sentence}
 
 
 def error_reply(failure: Failure, error_body: ErrorBody) -> JSONResponse:

@@ -15,10 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from workers.context import context_of
 from workers.errors import Unanswered
 from workers.loop import ModelLoop
 from workers.tasks import Query
-from workers.web.parsing import client_budget_s
 from workers.web.replies import explain, rendered
 
 FORMS = {"application/x-ndjson": b"%s\n", "text/event-stream": b"data: %s\n\n"}
@@ -26,7 +26,7 @@ FORMS = {"application/x-ndjson": b"%s\n", "text/event-stream": b"data: %s\n\n"}
 
 def wanted(request: Request) -> str | None:
     """In which form the client asks for its answers as they come; None where it doesn't."""
-    accepted = request.scope["fields"].get(b"accept", b"").decode("latin-1").lower()
+    accepted = context_of(request.scope).headers.get(b"accept", b"").decode("latin-1").lower()
     return next((form for form in FORMS if form in accepted), None)
 
 
@@ -37,7 +37,7 @@ class Streamed(Response):
         self, loop: ModelLoop, stall_s: float, request: Request, queries: list[Query], form: str
     ) -> None:
         self.loop, self.stall_s, self.queries, self.form = loop, stall_s, queries, form
-        self.budget_s = client_budget_s(request)
+        self.budget_s = context_of(request.scope).left_s
         self.status_code, self.background = 200, None
         self.raw_headers = [(b"content-type", form.encode()), (b"cache-control", b"no-store")]
 
@@ -70,13 +70,13 @@ class Streamed(Response):
         """What there is to say of one input."""
         try:
             answer = await self.loop.submit(query.content, size=query.size, budget_s=self.budget_s)
-            scope.setdefault("answers", []).append(answer)
+            context_of(scope).answers.append(answer)
             batch = f"size {answer.batch_size}, dispatched because {answer.dispatched_because}"
             times = {"queue_ms": round(answer.queue_s * 1000, 2), "model_ms": round(answer.model_s * 1000, 2)}
             said = rendered({"index": index, "answer": answer.value, **times, "batch": batch})
         except Unanswered as exc:
             exc.index = index
-            failure = explain(exc, scope["request_id"].decode())
+            failure = explain(exc, context_of(scope).request_id)
             retry = {"retry_after_s": failure.retry_after_s} if failure.retry_after_s else {}
             said = rendered({"index": index, "status": failure.status, "error": failure.sentence, **retry})
         return FORMS[self.form] % said

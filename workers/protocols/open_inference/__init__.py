@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import workers
+from workers.context import context_of
 from workers.errors import Malformed, Rejected, Unprocessable
 from workers.protocols.open_inference import tensors
 from workers.protocols.open_inference.tensors import ANSWER, VERSION, Tensor
@@ -158,7 +159,7 @@ async def model(request: Request) -> Response:
 
 async def no_model(request: Request) -> Response:
     """Any other model, or version."""
-    paths = (request.scope["path"].removesuffix(end) for end in ("", "/ready", "/infer"))
+    paths = (context_of(request.scope).path.removesuffix(end) for end in ("", "/ready", "/infer"))
     settings = request.state.service.settings
     if set(paths) & set(model_paths(settings)):
         raise HTTPException(405)
@@ -176,7 +177,7 @@ async def infer(request: Request) -> Response:
     """POST /v2/models/NAME/infer: the model's answer to each element of the tensor."""
     service: Service = request.state.service
     body = await service.in_flight.read(request)
-    parsing.reject_encoded(request)
+    parsing.reject_encoded(context_of(request.scope))
     head, rest = parts(body, request)
     try:
         content = parsing.load_json(head.decode(), EXAMPLE)
@@ -186,8 +187,7 @@ async def infer(request: Request) -> Response:
     sent = dict(parameters_of(asked))
     in_binary = binary_output(asked, sent)
     inputs = tensors.inputs(the_input(asked, rest), service)
-    queries = await service.check(inputs, tensors.parameters(sent), len(body))
-    answers = await service.in_flight.wait(request, queries)
+    answers, _ = await service.ask(request, inputs, tensors.parameters(sent), len(body))
     said = tensors.said(answers, service)
     output: dict[str, Any] = {"name": ANSWER, "datatype": said.datatype, "shape": said.shape}
     output |= {"parameters": {"binary_data_size": len(said.raw)}} if in_binary else {"data": said.data}
@@ -198,7 +198,7 @@ async def infer(request: Request) -> Response:
 
 def parts(body: bytes, request: Request) -> tuple[bytes, bytes]:
     """The JSON, and the bytes of the tensors after it."""
-    length = request.scope["fields"].get(HEADER.encode(), b"%d" % len(body))
+    length = context_of(request.scope).headers.get(HEADER.encode(), b"%d" % len(body))
     if not (length.isdigit() and len(length) < 12 and int(length) <= len(body)):
         raise Malformed(f"{HEADER} is not the length of the JSON; leave it out where nothing follows")
     return body[: int(length)], body[int(length) :]

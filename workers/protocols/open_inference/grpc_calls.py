@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import math
-import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
@@ -20,13 +19,14 @@ from starlette.exceptions import HTTPException
 from tritonclient.grpc import service_pb2 as pb
 
 import workers
+from workers.context import RequestContext, request_id
 from workers.errors import STOPPING, Malformed, Rejected, Unprocessable
 from workers.protocols.open_inference import tensors, unknown
 from workers.protocols.open_inference.tensors import ANSWER, VERSION, Tensor
 from workers.service import Service
 from workers.web import replies
 from workers.web.access import NO_KEY, AccessControl
-from workers.web.middleware import HOLD_S, REQUEST_ID
+from workers.web.middleware import HOLD_S
 from workers.web.replies import CLIENT_GONE, explain
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
@@ -128,8 +128,8 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def call(self, name: str, answer: Answering, _: Any, context: Context) -> bytes | None:
         """What it answers, as bytes; or an error, in its status."""
-        request_id = id_of(context)
-        context.set_trailing_metadata((("x-request-id", request_id),))
+        call_id = id_of(context)
+        context.set_trailing_metadata((("x-request-id", call_id),))
         self.open[name] += 1
         try:
             if self.open[name] > self.most.get(name, math.inf):
@@ -143,20 +143,20 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 self.count(CLIENT_GONE if left_s(context) else 504).inc()
             raise
         except Exception as exc:
-            failure = self.failure(exc, request_id, name in self.most)
+            failure = self.failure(exc, call_id, name in self.most)
             if failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
                 # Who asks again at once would keep the core busy with refusals.
                 await asyncio.sleep(min(HOLD_S, left_s(context) / 2))
-            metadata = (("x-request-id", request_id), *failure.details())
+            metadata = (("x-request-id", call_id), *failure.details())
             with contextlib.suppress(TimeoutError):  # the client reads nothing: it ends with the connection
                 await self.operate(context.abort(failure.code, failure.sentence, metadata), SEND_S)
             return None
         finally:
             self.open[name] -= 1
 
-    def failure(self, exc: Exception, request_id: str, is_counted: bool) -> Status:
+    def failure(self, exc: Exception, call_id: str, is_counted: bool) -> Status:
         """What is said of an error."""
-        failure = explain(exc, request_id)
+        failure = explain(exc, call_id)
         if is_counted:
             self.count(failure.status).inc()
         code = CODES.get(failure.status, grpc.StatusCode.INVALID_ARGUMENT)
@@ -250,8 +250,9 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if any(output.name != ANSWER for output in request.outputs):
             raise Unprocessable(f'there is but one output; ask for "{ANSWER}"')
         inputs = tensors.inputs(the_input(request), service)
-        queries = await service.check(inputs, tensors.parameters(sent), request.ByteSize())
-        answers = await self.loop.submit_all(*zip(*queries), budget_s=left_s(context))
+        asked = RequestContext({}, "", budget_s=min(left_s(context), self.loop.budget_s))
+        queries = await service.check(asked, inputs, tensors.parameters(sent), request.ByteSize())
+        answers = await self.loop.submit_all(*zip(*queries), budget_s=asked.left_s)
         said = tensors.said(answers, service)
         return pb.ModelInferResponse(
             model_name=request.model_name,
@@ -328,10 +329,9 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 def id_of(context: Context) -> str:
-    """The call's own id if it has a short plain one, else a new one."""
+    """Return the call's own id if it is short and plain, else a new one."""
     sent = dict(context.invocation_metadata()).get("x-request-id", "")
-    found = sent if isinstance(sent, bytes) else sent.encode()
-    return found.decode() if REQUEST_ID.fullmatch(found) else f"{random.getrandbits(128):032x}"
+    return request_id(sent if isinstance(sent, bytes) else sent.encode())
 
 
 def left_s(context: Context) -> float:
