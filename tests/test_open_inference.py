@@ -151,7 +151,7 @@ def test_the_clients_find_the_model(clients: dict[str, Any], protocol: str) -> N
 def test_another_method_is_405_and_another_model_404(server: Server) -> None:
     reply = get(server, f"/v2/models/{FILL_MASK}/infer")
     assert (reply.status, reply.headers["Allow"]) == (405, "POST")
-    for path in ("/v2/models/another", f"/v2/models/{FILL_MASK}/versions/2/ready", "/v2/models/"):
+    for path in ("/v2/models/another", f"/v2/models/{FILL_MASK}/versions/2/ready", "/v2/models/another/"):
         assert (reply := get(server, path)).status == 404
         assert FILL_MASK in reply.error
 

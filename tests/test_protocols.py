@@ -137,7 +137,7 @@ def test_fewer_dimensions_are_the_first_ones_at_length_1(client: httpx2.Client) 
         ({"input": "a", "encoding_format": "hex"}, '"encoding_format" must be "float" or "base64"'),
         ({"input": "a", "dimensions": 1536}, '"dimensions" must be a whole number from 1 to 32'),
         ({"input": "a", "temperature": 1}, '"temperature" is not a known field'),
-        (["a"], "the JSON is no object"),
+        (["a"], "the JSON is not an object"),
     ],
 )
 def test_what_makes_no_sense_is_a_400_in_openais_form(
