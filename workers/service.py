@@ -184,7 +184,7 @@ class Service:
     ) -> list[tasks.Query]:
         queries = []
         for number, one in enumerate(inputs):
-            if context.given_up or not context.left_s:
+            if context.given_up or (number and not context.left_s):
                 raise Late(TOO_SHORT)
             try:
                 queries.append(self.task.check(one, parameters))
