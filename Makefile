@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:  ## this list
 	@awk -F ': .*## |:  ## ' '/^[a-z-]+:.*  ## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-serve: $(VENV)/serve  ## serve the embedded model on http://127.0.0.1:8000, or the one that MODEL names
+serve: $(VENV)/serve  ## serve the bundled model on http://127.0.0.1:8000, or the one that MODEL names
 	$(BIN)/uvicorn server:app
 
 cluster: $(VENV)/serve  ## HAProxy and N=2 replicas of the same app
@@ -31,13 +31,13 @@ chaos: $(VENV)/dev  ## a storm around the real server; CHAOS_S=3600 for an hour,
 compare: $(VENV)/dev  ## every deployment mode through the same scenarios: a table, pictures
 	$(BIN)/python -m loadtests.compare
 
-peers: $(VENV)/dev  ## this server and what you would pick instead; PEERS="litserve mosec" for some
+peers: $(VENV)/dev  ## this server and the alternatives; PEERS="litserve mosec" for some
 	$(BIN)/python -m loadtests.peers $(if $(PEERS),--peers $(PEERS))
 
 plan: $(VENV)/dev  ## does batching pay here? FLEET="--rate 5000 --replica-ms 10+0.5n": how many replicas?
 	$(BIN)/python -m loadtests.plan$(if $(FLEET),.fleet $(FLEET), $(PLAN))
 
-docs: $(VENV)/dev  ## the tables of docs/ anew, from the code
+docs: $(VENV)/dev  ## write the tables of docs/ from the code
 	$(BIN)/python -m docs.generate
 
 lint: $(VENV)/dev  ## style, types, who imports whom, spelling
@@ -57,13 +57,13 @@ lessons: $(VENV)/dev  ## run the lessons, and store what they show; LESSON=1 for
 $(VENV)/serve: requirements.txt
 	@echo "Installing what serving needs. PyTorch is large: this takes minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
 $(VENV)/dev: requirements-dev.txt requirements-optional.txt $(VENV)/serve
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 $(VENV)/lab: requirements-lab.txt $(VENV)/dev
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-lab.txt
+	$(BIN)/pip install --disable-pip-version-check -r requirements-lab.txt
 	touch $@

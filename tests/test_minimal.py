@@ -157,3 +157,9 @@ def with_state(state: dict[str, Any]) -> Any:
         await minimal.app(scope | {"state": dict(state)}, receive, send)
 
     return app
+
+
+def test_readme_shows_the_loop_as_it_is() -> None:
+    source = (ROOT / "minimal.py").read_text()
+    loop = source[source.index("class ModelLoop:") : source.index("\n\n\ndef attempt")]
+    assert loop in (ROOT / "README.md").read_text()
