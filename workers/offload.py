@@ -45,7 +45,7 @@ class Inline(Offload):
     async def start(self) -> str:
         self.model = attempt_load(self.load)
         self.loaded.set()
-        return self.model.description
+        return getattr(self.model, "description", "")
 
     async def run(self, queries: list[Any]) -> list[Any]:
         try:
@@ -74,7 +74,7 @@ class Thread(Offload):
         if exc is not None:
             raise exc
         self.loaded.set()
-        return self.model.description
+        return getattr(self.model, "description", "")
 
     async def run(self, queries: list[Any]) -> list[Any]:
         answers, exc = await self._call(lambda: self.model(queries))
