@@ -145,6 +145,57 @@ def test_a_replacement_that_cannot_load_comes_once_it_can(crowd: Crowd, tmp_path
         until(lambda: len(ready(server)) == 3)
 
 
+MOODY = {"MODEL": "tests.support.misbehaving_model:Model", "GRACE_S": "2"}
+
+
+def test_stuck_replicas_are_replaced(crowd: Crowd) -> None:
+    """Two requests that hang must not end the cluster."""
+    with start(CLUSTER, {**MOODY, "HANG_S": "1"}) as server:
+        until(lambda: len(ready(server)) == 2)
+        for reply in crowd.post(server, "hang", "hang"):
+            assert reply.result().status == 503
+        until(lambda: len(ready(server)) >= 4)
+        assert post(server, "a text").status == 200
+
+
+def test_frozen_replica_is_replaced_and_its_requests_are_answered_by_another(crowd: Crowd) -> None:
+    with start(CLUSTER, {**STAND_IN, "GRACE_S": "2"}) as server:
+        until(lambda: len(ready(server)) == 2)
+        frozen = ready(server)[0]
+        with steady(server, crowd) as replies:
+            os.kill(frozen, signal.SIGSTOP)
+            until(lambda: len(ready(server)) == 3)
+        assert statuses(replies) == {200: len(replies)}
+        assert max(reply.took_s for reply in replies) < 12, (
+            "as long as it takes to see that it is down, no DEADLINE_S"
+        )
+        assert f"process {frozen} is replaced" in server.log()
+        assert not psutil.pid_exists(frozen)
+
+
+def test_rolling_restart_with_a_release_that_cannot_start_leaves_the_old_replicas(
+    tmp_path: "os.PathLike[str]",
+) -> None:
+    broken = ROOT.joinpath(tmp_path, "broken")
+    with start(CLUSTER, {"MODEL": "tests.support.fake_models:Obedient", BROKEN: str(broken)}) as server:
+        until(lambda: len(ready(server)) == 2)
+        broken.touch()
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "the new replica cannot start; the old ones stay" in server.log())
+        assert all(map(psutil.pid_exists, ready(server)))
+        broken.unlink()
+        server.process.send_signal(signal.SIGTTIN)
+        until(lambda: len(ready(server)) == 3)
+
+
+def test_frozen_haproxy_does_not_keep_the_cluster_from_ending(cluster: Server) -> None:
+    processes = cluster.processes()
+    next(process for process in processes if process.name() == "haproxy").suspend()
+    cluster.process.terminate()
+    assert cluster.process.wait(60) == 0
+    assert not any(map(is_alive, processes))
+
+
 @pytest.mark.parametrize("how", ["SIGTERM", "HAProxy's end"])
 def test_it_ends_as_a_whole(cluster: Server, how: str) -> None:
     processes = cluster.processes()
@@ -250,6 +301,24 @@ def test_haproxys_own_errors_are_in_the_contracts_form() -> None:
         assert re.fullmatch(r"[\w.-]{32,128}", nameless.headers["X-Request-ID"])
         assert (named.headers["Retry-After"] == "1") is (status in (502, 503))
     assert statuses == [503, 502, 504]
+
+
+@pytest.mark.parametrize("sent", ['ok, "evil"><b>', '"evil"><b>, ok', "a b"])
+def test_request_id_that_is_not_one_is_replaced_in_haproxys_own_replies(sent: str) -> None:
+    with haproxy_alone() as (server, _):
+        assert re.fullmatch(r"[\w.-]{32,128}", post(server, PARIS, X_Request_ID=sent).headers["X-Request-ID"])
+
+
+def test_http_2_in_cleartext_does_not_go_round_the_bound_of_connections() -> None:
+    with haproxy_alone() as (server, _), dial(server) as connection:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9))
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400")
+
+
+def test_many_headers_are_not_answered_with_a_page() -> None:
+    with haproxy_alone() as (server, _):
+        reply = post(server, PARIS, **{f"X_Header_{i}": "a" for i in range(300)})
+        assert (reply.status, reply.headers["Content-Type"]) == (503, "application/json")
 
 
 def test_headers_that_are_half_sent_are_not_waited_for() -> None:

@@ -1,9 +1,14 @@
 """What deployments promise beyond the contract: consistent times, shared cores, shared metrics, no orphans."""
 
+import asyncio
 import os
 import runpy
 import signal
+import socket
+import subprocess
+import sys
 import threading
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +17,11 @@ from typing import Any
 import psutil
 import pytest
 
+from deploy import cluster
 from loadtests.modes import MODES, ROOT, Mode, Server, start
 from tests.support.client import PARIS, SLOW, Crowd, metric, post, until
 from workers import resources as memory
+from workers.metrics import Metrics, mark_ended
 from workers.settings import Settings
 
 CONFIGS = [ROOT / "gunicorn.conf.py", *sorted((ROOT / "workers" / "gunicorn").glob("*.conf.py"))]
@@ -176,6 +183,165 @@ os.register_at_fork(after_in_child=wait)
         gate.touch()
         server.process.wait(45)
         assert "was sent SIGTERM" in server.log()
+
+
+# --- make cluster, without HAProxy ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bind", "guarded"),
+    [
+        ("127.0.0.1:8000", True),
+        ("localhost:8000", True),
+        ("[::1]:8000", True),
+        ("ipv6@[::1]:8000", True),
+        ("no-such-name.invalid:8000", True),
+        ("10.0.0.5:8000,127.0.0.1:8000", True),
+        (":8000", False),
+        ("*:8000", False),
+        ("0.0.0.0:8000", False),
+        ("10.0.0.5:8000", False),
+        ("unix@/run/model.sock", False),
+    ],
+)
+def test_guard_against_dns_rebinding_stays_on_wherever_the_cluster_listens_on_loopback(
+    bind: str, guarded: bool
+) -> None:
+    assert cluster.replica_env(2, bind, Settings())["ALLOWED_HOSTS"] == ("" if guarded else "*")
+    assert cluster.replica_env(2, bind, Settings(ALLOWED_HOSTS="a.example"))["ALLOWED_HOSTS"] == "a.example"
+
+
+def test_haproxys_bounds_follow_the_settings() -> None:
+    slow = Settings(BODY_TIMEOUT_S=60, HEADERS_TIMEOUT_S=20, DEADLINE_S=30, MAX_CONNECTIONS=4)
+    env = cluster.replica_env(2, "127.0.0.1:8000", slow)
+    assert (env["BODY_TIMEOUT"], env["CLIENT_TIMEOUT"]) == ("60000ms", "65s")
+    assert (env["HEADERS_TIMEOUT"], env["SERVER_TIMEOUT"]) == ("20000ms", "35s")
+    assert env["CLIENT_CONNECTIONS"] == "4"
+
+
+def with_cluster(scenario: Callable[[cluster.Cluster], Awaitable[None]], folder: Path) -> None:
+    async def run() -> None:
+        async with asyncio.timeout(60):
+            await scenario(cluster.Cluster(1, "127.0.0.1:8000", Settings(), str(folder)))
+
+    asyncio.run(run())
+
+
+def test_replica_that_cannot_be_started_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No descriptors, no memory, no more processes: just when one was killed for want of them."""
+    causes = iter([OSError(24, "Too many open files"), RuntimeError("can't start new thread")])
+    tried_enough = asyncio.Event()
+
+    async def scenario(its: cluster.Cluster) -> None:
+        async def start(*command: str) -> Any:
+            if cause := next(causes, None):
+                raise cause
+            tried_enough.set()
+            await asyncio.Event().wait()
+
+        its.served = True
+        monkeypatch.setattr(its, "start", start)
+        its.add()
+        await tried_enough.wait()
+        assert not its.end.done()
+        its.keepers[1].cancel()
+
+    monkeypatch.setattr(cluster, "PAUSE_S", 0.001)
+    with_cluster(scenario, tmp_path)
+    assert (
+        "replica 1 cannot be started: [Errno 24] Too many open files; starting another"
+        in capsys.readouterr().out
+    )
+
+
+def test_cluster_ends_when_a_keeper_ends_by_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(its: cluster.Cluster) -> None:
+        async def serve(place: int) -> None:
+            raise KeyError("a bug")
+
+        monkeypatch.setattr(its, "serve", serve)
+        its.add()
+        assert await its.end == 1
+
+    with_cluster(scenario, tmp_path)
+
+
+def test_rolling_restart_without_a_free_place_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario(its: cluster.Cluster) -> None:
+        taken: Any = dict.fromkeys(range(1, 33))
+        its.keepers = taken
+        await its.restart()
+
+    with_cluster(scenario, tmp_path)
+    assert "all 32 places" in capsys.readouterr().out
+
+
+def test_haproxy_that_does_not_answer_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(its: cluster.Cluster) -> None:
+        with socket.socket(socket.AF_UNIX) as frozen:
+            frozen.bind(its.socket)
+            frozen.listen()
+            assert not await its.tell("show version")
+
+    monkeypatch.setattr(cluster, "TELL_S", 0.05)
+    with_cluster(scenario, tmp_path)
+
+
+def test_replica_is_not_replaced_for_want_of_our_own_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(*_: Any) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(asyncio, "open_connection", full)
+    assert asyncio.run(cluster.ask(1, "/health", 1))[0] is None
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_folders_of_killed_servers_are_removed_and_those_of_living_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = (
+        f"import tempfile; tempfile.tempdir = {str(tmp_path)!r}\n"
+        "from workers.resources import temporary_folder as f; print(f('metrics'), flush=True); input()"
+    )
+    command = [sys.executable, "-c", code]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
+    with subprocess.Popen(command, **pipes) as killed, subprocess.Popen(command, **pipes) as living:
+        left, used = (Path(one.stdout.readline().strip()) for one in (killed, living))  # type: ignore[union-attr]
+        assert left.exists() and used.exists()
+        killed.kill()
+        killed.wait()
+        memory.temporary_folder("metrics")
+        assert used.exists() and not left.exists()
+        living.kill()
+
+
+def test_counts_of_ended_workers_are_kept_in_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "from workers.metrics import Metrics; m = Metrics(); m.requests_with(200).inc(2)\n"
+        "m.batch(4, 'full', 0.1, [0.1]); m.sample(); import os; print(os.getpid())"
+    )
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for _ in range(3):
+        ended = subprocess.run(
+            [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
+        )
+        mark_ended(int(ended.stdout), str(tmp_path))
+    assert {file.name for file in tmp_path.glob("*.db")} == {"counter_ended.db", "histogram_ended.db"}
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    text = Metrics().text().decode()
+    assert 'model_requests_total{status="200"} 6.0' in text
+    assert "model_batch_size_sum 12.0" in text
 
 
 def test_memory_that_will_not_fit_is_said_in_plain_words() -> None:

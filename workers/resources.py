@@ -1,10 +1,14 @@
-"""How much memory the instances of the model take, and whether they all fit. Linux tells; elsewhere nothing is said."""
+"""What this machine has: memory, cores, a temporary folder. Sizes are known on Linux only; elsewhere they are 0."""
 
 import contextlib
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+HELD: list[int] = []  # descriptors of this process's locks, open until it ends
 
 
 def usable_cores() -> int:
@@ -42,3 +46,28 @@ def warning(workers: int, worker_bytes: int, limit: int) -> str:
         f"{workers} workers need {needed / 1e9:.1f} GB with their instances of the model, but there are {limit / 1e9:.1f} GB: "
         "use fewer workers or INSTANCES"
     )
+
+
+def temporary_folder(prefix: str, uid: int = -1, gid: int = -1) -> str:
+    """Return a new temporary folder of this user, or of another one; remove those that a killed process has left behind.
+
+    A folder's lock is held as long as this process or a fork of it lives.
+    """
+    import fcntl  # not on Windows
+
+    owner = os.geteuid() if uid < 0 else uid
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}-*/lock"):
+        with contextlib.suppress(OSError):  # another's, or in use
+            lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if left.parent.lstat().st_uid == owner:
+                    shutil.rmtree(left.parent, ignore_errors=True)
+            finally:
+                os.close(lock)
+    folder = tempfile.mkdtemp(prefix=f"{prefix}-")
+    HELD.append(os.open(f"{folder}/new", os.O_CREAT | os.O_RDONLY, 0o600))
+    fcntl.flock(HELD[-1], fcntl.LOCK_EX)
+    os.rename(f"{folder}/new", f"{folder}/lock")  # seen only when it is locked
+    os.chown(folder, uid, gid)
+    return folder
