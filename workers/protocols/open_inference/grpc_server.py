@@ -113,8 +113,8 @@ def address_of(service: Service) -> str:
 
 
 def has_successor() -> bool:
-    """Whether a new worker starts while this one still answers: Gunicorn's does, at SIGHUP."""
-    return os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn")
+    """Return whether a new server starts while this one still answers: Gunicorn's and `make cluster`'s do, at SIGHUP."""
+    return bool(os.environ.get("SERVER_SOFTWARE"))
 
 
 def made(service: Service, door: InferenceServicer) -> Any:
