@@ -9,6 +9,7 @@ the batch, `workers/offload.py` runs the task's model on it, and the answer come
 `workers/settings.py`.
 """
 
+import asyncio
 import contextlib
 import os
 import time
@@ -78,7 +79,8 @@ async def ready(request: Request) -> Response:
 
 async def prometheus(request: Request) -> Response:
     """GET /metrics: the Prometheus text format."""
-    return Response(metrics.text(), media_type="text/plain; version=0.0.4")
+    text = await asyncio.to_thread(metrics.text)  # reads files of every worker
+    return Response(text, media_type="text/plain; version=0.0.4")
 
 
 @contextlib.asynccontextmanager
