@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve cluster test test-slow bench chaos compare peers plan docs lint notebooks lessons
+.PHONY: help serve cluster load test test-slow bench chaos compare peers plan docs lint notebooks lessons
 
 help:  ## this list
 	@awk -F ': .*## |:  ## ' '/^[a-z-]+:.*  ## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -13,6 +13,9 @@ serve: $(VENV)/serve  ## serve the bundled model on http://127.0.0.1:8000, or th
 
 cluster: $(VENV)/serve  ## HAProxy and N=2 replicas of the same app
 	$(BIN)/python -m deploy.cluster $(or $(N),2)
+
+load: $(VENV)/dev  ## load test with Locust's page, http://127.0.0.1:8089; LOAD="--headless -t 30s OpenLoop" without it
+	$(BIN)/python -m loadtests.load $(LOAD)
 
 test: $(VENV)/dev  ## the tests, in a few minutes
 	$(BIN)/pytest --numprocesses=auto

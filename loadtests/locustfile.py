@@ -419,7 +419,7 @@ def test_problem(environment: Any, options: dict[str, Any]) -> str:
     least = sum(one.fixed_count or 1 for one in classes)
     if options["num_users"] < least:
         names = ", ".join(options["user_classes"])
-        return f"{options['num_users']} users are too few: {names} need {least}, one each"
+        return f"too few users ({options['num_users']}): {names} need {least}, one each"
     if not isinstance(environment.runner, LocalRunner):
         return ""  # the workers may see another network
     try:

@@ -151,13 +151,14 @@ def start(
     wait: bool = True,
     port: int = 0,
     folder: Path = ROOT,
+    base: Mapping[str, str] = BASE,
 ) -> Iterator[Server]:
     """Start `mode` on a free port of the loopback interface with extra settings, on `cpus` only; stop it at the end.
 
-    The app is that of `folder`.
+    The app is that of `folder`; `base` are the settings that the environment doesn't change.
     """
     port = port or free_port()
-    environ = {**os.environ, "PYTHONUNBUFFERED": "1", **BASE, **mode.env, **(env or {})}
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1", **base, **mode.env, **(env or {})}
     with tempfile.NamedTemporaryFile(prefix=f"{mode.name}-", suffix=".log") as log_file:
         process = subprocess.Popen(
             mode.argv(port),

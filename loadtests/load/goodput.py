@@ -127,25 +127,24 @@ class Goodput:
     def per_s(self, limit_s: float) -> tuple[float, float]:
         """Return offered load and goodput while the load lasted.
 
-        Goodput counts from `limit_s` on (or from half of the time): in overload a queue that was empty at first is no speed.
+        Both count from `limit_s` on (or from half of the time): in overload a queue that was empty at first is no speed.
         """
         duration_s = max(self.ended_s - self.began_s, 1e-3)
-        total = self.total().counts
-        whole = range(
-            math.ceil(self.began_s + min(limit_s, duration_s / 2)), math.floor(self.ended_s)
-        )  # seconds
+        since_s = self.began_s + min(limit_s, duration_s / 2)
+        whole = range(math.ceil(since_s), math.floor(self.ended_s))
+        counts = [self.seconds[at].counts for at in whole if at in self.seconds]
         if len(whole) < 2:
-            return total["offered"] / duration_s, total["good"] / duration_s
-        good = sum(self.seconds[at].counts["good"] for at in whole if at in self.seconds)
-        return total["offered"] / duration_s, good / len(whole)
+            counts = [self.total().counts]
+        seconds = len(whole) if len(whole) >= 2 else duration_s
+        return sum(one["offered"] for one in counts) / seconds, sum(one["good"] for one in counts) / seconds
 
     def sentences(self, limit_s: float) -> list[str]:
         """Return what came of the test, in words."""
         total, (offered_per_s, good_per_s) = self.total(), self.per_s(limit_s)
         n, p = total.counts, [percentile(total.answers_ms, share) for share in (0.5, 0.95, 0.99)]
         lines = [
-            f"Goodput {good_per_s:.1f} correct answers/s within {limit_s:g} s (counted from {limit_s:g} s on), "
-            f"of {offered_per_s:.1f} requests/s offered.",
+            f"Goodput {good_per_s:.1f} correct answers/s within {limit_s:g} s, of {offered_per_s:.1f} requests/s offered "
+            f"(counted from {limit_s:g} s on).",
             "Of all: "
             + ", ".join(
                 f"{n[name]} {'in time' if name == 'good' else name}" for name in FIELDS[1:] if n[name]

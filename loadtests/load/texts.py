@@ -125,7 +125,8 @@ def stream(kind: str, rng: random.Random, example: dict[str, Any] | None = None)
             yield text
         else:
             inputs = example["inputs"]
-            inputs = text.text.replace(MASK, "it") if isinstance(inputs, str) else inputs
+            if isinstance(inputs, str):
+                inputs = text.text if MASK in inputs else text.text.replace(MASK, "it")
             yield Question(inputs, example.get("parameters", {}))
 
 
