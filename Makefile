@@ -38,7 +38,7 @@ peers: $(VENV)/dev  ## this server and the alternatives; PEERS="litserve mosec" 
 	$(BIN)/python -m loadtests.peers $(if $(PEERS),--peers $(PEERS))
 
 plan: $(VENV)/dev  ## does batching pay here? FLEET="--rate 5000 --replica-ms 10+0.5n": how many replicas?
-	$(BIN)/python -m loadtests.plan$(if $(FLEET),.fleet $(FLEET), $(PLAN))
+	$(BIN)/python -m loadtests.plan$(if $(FLEET),.replicas $(FLEET), $(PLAN))
 
 docs: $(VENV)/dev  ## write the tables of docs/ from the code
 	$(BIN)/python -m docs.generate

@@ -9,7 +9,6 @@
 
 import argparse
 import logging
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from locust.runners import LocalRunner, MasterRunner, WorkerRunner
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # `locust -f` does not
 
+from loadtests.arguments import above, at_least_0, share
 from loadtests.load import locust_page, texts
 from loadtests.load.goodput import Goodput
 from loadtests.load.locust_client import Asker, ask_info, url_problem
@@ -41,31 +41,6 @@ log = logging.getLogger("loadtests")
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
-
-
-def above(least: float, kind: type = float) -> Callable[[str], Any]:
-    """Return a check: a number above `least`."""
-
-    def check(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number") from None
-        if not least < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above {least:g}")
-        return value
-
-    return check
-
-
-def at_least_0(text: str) -> Any:
-    return 0.0 if text in ("0", "0.0") else above(0.0)(text)
-
-
-def share(text: str) -> Any:
-    if (value := at_least_0(text)) > 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a share; use 0 to 1")
-    return value
 
 
 def goodput(text: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from loadtests.load import generator
-from loadtests.plan import fleet, fleet_report, planner
+from loadtests.plan import fleet, fleet_report, planner, replicas
 from loadtests.plan.fleet import Autoscaler, Fleet, Retries, simulate
 from loadtests.plan.planner import CostLaw
 
@@ -120,9 +120,9 @@ def test_the_same_seed_gives_the_same_fate() -> None:
 
 
 def test_a_law_is_read_as_the_planner_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert fleet.law("10+0.5n") == CostLaw(0.01, 0.0005)
-    assert fleet.law("20") == CostLaw(0.02, 0.0)
-    fleet.main(["--rate", "300", "--replica-ms", "10", "--deadline-s", "0.2", "--loss", "0.01"])
+    assert replicas.law("10+0.5n") == CostLaw(0.01, 0.0005)
+    assert replicas.law("20") == CostLaw(0.02, 0.0)
+    replicas.main(["--rate", "300", "--replica-ms", "10", "--deadline-s", "0.2", "--loss", "0.01"])
     assert "least connections" in capsys.readouterr().out
 
 

@@ -1,13 +1,9 @@
-"""How many replicas, which balancer, and where a retry storm begins: python -m loadtests.plan.fleet --rate 5000 --deadline-s 0.5
-
-    $ make plan FLEET="--rate 5000 --replica-ms 10+0.5n --batch 32"
-    $ make plan FLEET="--report"        # loadtests/results/fleet.md and its picture
+"""A simulator of many replicas behind a load balancer: policies, deaths, retries, an autoscaler. replicas.py is its command.
 
 Each replica is a model of one ModelLoop: its queue, its batches, its no. It is checked against the loop itself on the
 planner's virtual clock, and lean enough for 1,000 replicas and a million requests a second.
 """
 
-import argparse
 import heapq
 import math
 import random
@@ -16,16 +12,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loadtests.plan.planner import CostLaw, markdown, poisson
+from loadtests.plan.planner import CostLaw, poisson
 from workers.scheduling.admission import FEW, PATIENCE
 
 POLICIES = ("round robin", "two choices", "least connections", "shared queue")
-RESULTS = Path(__file__).parents[1] / "results"
 # More is never advised: a slice of seconds can't show what builds up over an hour.
 MOST_BUSY = 0.95
 MARGIN = 1.1  # of CostModel, where the model's times are steady
@@ -457,83 +451,3 @@ def replicas_for(fleet: Fleet, rate_per_s: float, loss: float) -> int:
         else:
             too_few = middle
     return enough
-
-
-def law(text: str) -> CostLaw:
-    """`10+0.5n`: a call with n texts takes 10 ms and half of one more for each. `20`: it takes 20 ms."""
-    a_ms, _, b_ms = text.replace(" ", "").partition("+")
-    try:
-        return CostLaw(float(a_ms) / 1e3, float(b_ms.removesuffix("n") or 0) / 1e3)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no law; say 10+0.5n or 20") from None
-
-
-def plan(fleet: Fleet, rate_per_s: float, loss: float) -> str:
-    """How many replicas, by policy, in words."""
-    fewest = math.ceil(rate_per_s / fleet.capacity_per_s)
-    lines = [
-        f"One replica answers {fleet.capacity_per_s:.0f} requests a second at most: {rate_per_s:g} a second take "
-        f"{fewest} at least.",
-        f"To answer {1 - loss:.3%} within {fleet.deadline_s:g} s:",
-        "",
-    ]
-    rows: list[dict[str, Any]] = []
-    for policy in POLICIES:
-        n = replicas_for(replace(fleet, policy=policy), rate_per_s, loss)
-        chosen = replace(fleet, policy=policy, replicas=n)
-        found = simulate(
-            chosen, rate_per_s=rate_per_s, duration_s=max(2 * fleet.deadline_s, 2e4 / rate_per_s)
-        )
-        rows.append(
-            {
-                "policy": policy,
-                "replicas": str(n),
-                "busy": f"{rate_per_s / n / fleet.capacity_per_s:.0%}",
-                "p50 ms": found.summary()["p50_ms"],
-                "p99 ms": found.summary()["p99_ms"],
-            }
-        )
-    lines.append(markdown(rows))
-    n = int(next(row["replicas"] for row in rows if row["policy"] == "least connections"))
-    lines += [
-        "",
-        f"Take least connections, as deploy/haproxy.cfg does, and one more than {n}, so that one may die or restart: "
-        f"`make cluster N={n + 1}`"
-        + (" on one machine." if n < 31 else " is for one machine; so many need several."),
-    ]
-    return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Print the plan for one load, or make the report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rate", type=float, default=100.0, help="requests a second; default 100")
-    parser.add_argument("--deadline-s", type=float, default=1.0, help="an answer after this helps nobody")
-    parser.add_argument(
-        "--loss", type=float, default=0.001, help="the share that may get none; default 0.001"
-    )
-    parser.add_argument(
-        "--replica-ms",
-        type=law,
-        default=law("20"),
-        metavar="A+Bn",
-        help="what a call of n texts takes, as `make plan` measures it; default 20",
-    )
-    parser.add_argument("--batch", type=int, default=1, help="BATCH_SIZE; default 1")
-    parser.add_argument(
-        "--report", action="store_true", help="make loadtests/results/fleet.md and its picture"
-    )
-    options = parser.parse_args(argv)
-    if options.report:
-        from loadtests.plan import fleet_report  # matplotlib takes a second
-
-        fleet_report.write(RESULTS)
-        return
-    fleet = Fleet(options.replica_ms, deadline_s=options.deadline_s, batch_size=options.batch)
-    if fleet.call_s(1) * MARGIN >= fleet.deadline_s:
-        parser.error(f"a call takes {fleet.call_s(1):g} s, too long for a deadline of {fleet.deadline_s:g} s")
-    print(plan(fleet, options.rate, options.loss))
-
-
-if __name__ == "__main__":
-    main()
