@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve cluster load test test-slow bench chaos compare peers plan docs lint notebooks lessons
+.PHONY: help serve cluster load test test-slow bench chaos compare peers plan docs lint learn lessons
 
 help:  ## this list
 	@awk -F ': .*## |:  ## ' '/^[a-z-]+:.*  ## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -51,8 +51,8 @@ lint: $(VENV)/dev  ## style, types, who imports whom, spelling
 	$(BIN)/codespell
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
-notebooks: $(VENV)/lab  ## the lessons, in JupyterLab
-	$(BIN)/jupyter lab notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+learn: $(VENV)/lab  ## the lessons in JupyterLab, for you to guess and run; LESSON=3 for one
+	$(BIN)/python notebooks/learn.py $(LESSON)
 
 lessons: $(VENV)/dev  ## run the lessons, and store what they show; LESSON=1 for one
 	$(BIN)/python notebooks/run.py $(LESSON)

@@ -256,9 +256,10 @@ claim(
 
 # %%
 import re
-from pathlib import Path
 
-print(*Path("support/l10_debug.py").read_text().splitlines()[-5:], sep="\n")
+from lesson import HERE
+
+print(*(HERE / "support" / "l10_debug.py").read_text().splitlines()[-5:], sep="\n")
 
 # %% [markdown]
 # **Guess:** how many files of the server's disk does its reply name?

@@ -96,7 +96,8 @@ way(("clients", "door", "queue", "loop", "model"), title="The way of a request")
 # both. **Read it. How many mistakes do you find?**
 
 # %%
-from support import l01_broken, l01_fixed
+import minimal
+from support import l01_broken
 
 for function in (l01_broken.endpoint, l01_broken.model_loop, l01_broken.lifespan):
     print(inspect.getsource(function))
@@ -112,8 +113,8 @@ guess_mistakes = 2  # in these three functions
 # the model is loaded (`model_loop` loads it). The model works for clients who have left (`endpoint`).
 #
 # Bugs 2, 3 and 4 below show the first three, which do the most harm. Bug 1 was in the original's start. Bugs 5 and 6 are in
-# the page's second program. The recipe, repaired, still works for those who have left, but for 5 s at most; `server.py`
-# checks who has left.
+# the page's second program. The repaired one still works for clients that have left, but for 5 s at most; `server.py`
+# notices who has left.
 # </details>
 
 # %%
@@ -122,8 +123,8 @@ broken = serve_recipe("l01_broken")
 [found["token_str"] for found in ask(broken).json]
 
 # %% [markdown]
-# It works. That is why everybody copies it. Here is the recipe, repaired. It takes the queue and the loop from this
-# project, and it gives the model a thread. You will need both servers.
+# It works. That is why everybody copies it. Here is the recipe, repaired: this project's [`minimal.py`](../minimal.py), which
+# also gives the model a thread. Its queue, its loop and its batches stand in one class. You will need both servers.
 
 # %%
 way(
@@ -132,9 +133,8 @@ way(
     changed={"thread"},
     title="The recipe, and the recipe, repaired",
 )
-print(inspect.getsource(l01_fixed.endpoint))
-print(inspect.getsource(l01_fixed.lifespan))
-repaired = serve_recipe("l01_fixed")
+print(inspect.getsource(minimal.ModelLoop))
+repaired = serve_recipe("minimal")
 
 # %% [markdown]
 # ## Bug 1: it no longer starts
@@ -147,8 +147,8 @@ from starlette.applications import Starlette
 print("Starlette has on_event:", hasattr(Starlette(), "on_event"))
 
 # %% [markdown]
-# Repair: `lifespan`, above. What stands before its `yield` happens before the first request. What stands after it happens
-# after the last.
+# Repair: the `lifespan` of `minimal.py`. What stands before its `yield` happens before the first request. What stands after it
+# happens after the last.
 
 # %% [markdown]
 # ## Bug 2: the queue has no end
@@ -199,27 +199,25 @@ tell(f"In the crowd a text took {waits[-1] / people:.0f} ms; alone it took {one_
 
 # %% [markdown]
 # The recipe's dots follow the line, and the line has no end: twice as many people, twice the wait. Nobody is told "no".
-# The repaired one has a bound of 32: so many may stand in its queue. It says 503 to the rest **at once**, and they can go
-# elsewhere.
+# The repaired one has a bound of 64: so many may stand in its queue. It answers 503 to the rest **at once**, and they can
+# go elsewhere.
 #
 # *Where the formula fails:* the repaired one's later answers lie below the line. It takes up to eight texts from the queue
-# into one call. That is a *batch*, and lesson 4 is about it. And more than 32 were answered. Why?
+# into one call. That is a *batch*, and lesson 4 is about it. And more than 64 were answered. Why?
 
 # %%
-sizes = [int(reply.headers["batch-size"]) for reply in crowd_repaired if reply.status == 200]
-calls = [size for size in sorted({*sizes}) for _ in range(sizes.count(size) // size)]
-taken = len(served) - 32
+taken = len(served) - minimal.MAX_QUEUE
 why = (
-    f"When it said no for the last time, 32 stood in the queue. So the model had taken {taken} out of it by then."
+    f"When it said 503 for the last time, 64 stood in the queue. So the model had taken {taken} out of it by then."
     if taken > 0
-    else "Here it was not the bound that counted: it also refuses those who would wait for more than 5 s."
+    else "So few people came that its queue was never full."
 )
-tell(f"It answered {len(served)}, in calls of {', '.join(map(str, calls))} texts. {why}")
+tell(f"It answered {len(served)}. {why}")
 
 # %% [markdown]
-# The first text found an idle model and went in alone. While it was computed 32 queued up, and the others were refused.
-# If people still come when the next call begins, there is room again: the call takes eight out of the queue, and eight more
-# get in. Then the sum is 1 + 8 + 32 = 41. Where the crowd takes longer to come in, it grows further.
+# The first text found an idle model and went in alone. While it was computed 64 queued up, and the others were
+# rejected. If people still come when the next call begins, there is room again: the call takes eight out of the queue, and
+# eight more get in. Then the sum is 1 + 8 + 64 = 73. Where the crowd takes longer to come in, it grows further.
 #
 # *The formula also needs this:* all come in the same moment. Lesson 3 is about people who come when they like.
 

@@ -3,6 +3,7 @@
 The experiments are in the lessons. The server, its loop, the load generator and the planner are the project's own.
 """
 
+import ast
 import atexit
 import contextlib
 import datetime
@@ -22,6 +23,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.core.error import InputRejected
+from IPython.core.getipython import get_ipython
 from IPython.display import Markdown, display
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
@@ -60,6 +63,35 @@ def holds(truth: Any, sentence: str) -> None:
         raise AssertionError(sentence)
 
 
+class UnsetGuess(InputRejected):
+    """A cell needs a guess that is still `...`. Shown as one line, without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
+
+
+class GuessFirst(ast.NodeTransformer):
+    """Keeps a cell from running while a guess is still `...`, unless the cell sets it."""
+
+    def __init__(self, variables: dict[str, Any]) -> None:
+        self.variables = variables
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        names = {
+            one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)
+        }
+        for name, value in self.variables.items():
+            if name.startswith("guess") and value is ... and name not in names:
+                raise UnsetGuess(
+                    f"You have not guessed yet: give {name} a value where it says `...`, then go on."
+                )
+        return node
+
+
+if shell := get_ipython():
+    shell.ast_transformers.append(GuessFirst(shell.user_ns))
+
+
 # --- servers ----------------------------------------------------------------------------------------------------------
 
 _running: dict[int, contextlib.ExitStack] = {}
@@ -85,8 +117,9 @@ def serve(
 
 
 def serve_recipe(name: str, **settings: Any) -> modes.Server:
-    """Start one of the programs in notebooks/support; return when it has answered once (it has no /ready to ask)."""
-    mode = modes.Mode(name, f"uvicorn notebooks.support.{name}:app")
+    """Start minimal.py, or a program in notebooks/support; return when it has answered once (it has no /ready to ask)."""
+    module = name if name == "minimal" else f"notebooks.support.{name}"
+    mode = modes.Mode(name, f"uvicorn {module}:app")
     server = serve(mode, wait=False, OMP_NUM_THREADS=1, **settings)
     # It can't be asked to stop: it waits for its hung requests.
     _running[id(server)].callback(server.process.kill)

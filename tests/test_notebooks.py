@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from loadtests.modes import ROOT
 
@@ -16,6 +17,7 @@ NOTEBOOKS = ROOT / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
 
 import checks  # noqa: E402
+import learn  # noqa: E402
 import run  # noqa: E402
 
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.py"))
@@ -82,3 +84,35 @@ def test_every_exercise_has_a_solution_and_every_checker_waits_for_an_answer() -
     exercises = {key.removeprefix("exercise_") for key in vars(checks) if key.startswith("exercise_")}
     assert exercises == {path.stem for path in SOLUTIONS}
     assert not any(getattr(checks, f"exercise_{one}")(...) for one in exercises)
+
+
+@pytest.mark.parametrize("script", run.LESSONS, ids=name)
+def test_learners_copy_has_no_outputs_and_no_guess_is_made(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learn, "COPIES", tmp_path)
+    assert learn.copy([script.stem.split("_")[0]]) == [f"{script.stem}.ipynb"]
+    cells = nbformat.read(tmp_path / f"{script.stem}.ipynb", as_version=4).cells
+    guesses = [
+        line
+        for cell in cells
+        for line in cell.source.splitlines()
+        if re.match(r"guess(_\w+)?( = |, guess)", line)
+    ]
+    assert guesses and all(re.search(r"= \.\.\.(, \.\.\.)*($|  #)", line) for line in guesses)
+    assert not any(cell.get("outputs") for cell in cells)
+
+
+def test_cell_that_needs_a_guess_does_not_run_and_says_so_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import lesson
+
+    shell = InteractiveShell()
+    shell.ast_transformers.append(lesson.GuessFirst(shell.user_ns))
+    assert shell.run_cell("guess_wait = ...  # calls").success
+    assert not shell.run_cell("measured = 3").success and "measured" not in shell.user_ns
+    assert capsys.readouterr().out.strip() == (
+        "You have not guessed yet: give guess_wait a value where it says `...`, then go on."
+    )
+    assert shell.run_cell("guess_wait = 2").success and shell.run_cell("measured = 3").success

@@ -1,0 +1,51 @@
+"""`make learn`: copies of the lessons without outputs and without guesses, in notebooks/learn/, opened in JupyterLab.
+
+A copy that is there stays as it is; delete it to start again.
+"""
+
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import run
+
+COPIES = run.HERE / "learn"
+GUESS = re.compile(r"^((?:guess_\w+, )*guess(?:_\w+)?) = (.+?)(  #.*)?$", re.MULTILINE)
+
+
+def unset(source: str) -> str:
+    """The cell with `...` in place of each guess; its comment stays."""
+
+    def blank(found: re.Match[str]) -> str:
+        names, comment = found[1], found[3] or ""
+        return f"{names} = {', '.join(['...'] * len(names.split(', ')))}{comment}"
+
+    return GUESS.sub(blank, source)
+
+
+def copy(numbers: list[str]) -> list[str]:
+    """Write the copies that are not there; return the names of all that were asked for."""
+    COPIES.mkdir(exist_ok=True)
+    names = []
+    for script in run.LESSONS:
+        if numbers and script.stem.split("_")[0] not in numbers:
+            continue
+        path = COPIES / f"{script.stem}.ipynb"
+        names.append(path.name)
+        if not path.exists():
+            notebook = run.read(script)
+            for cell in notebook.cells:
+                if cell.cell_type == "code":
+                    cell.source = unset(cell.source)
+            nbformat.write(notebook, path)
+    return names
+
+
+if __name__ == "__main__":
+    names = copy(sys.argv[1:])
+    as_root = ["--allow-root"] if os.getuid() == 0 else []
+    environment = os.environ | {"PYTHONPATH": str(run.HERE)}
+    command = [sys.executable, "-m", "jupyter", "lab", *names[:1], *as_root]
+    sys.exit(subprocess.run(command, cwd=COPIES, env=environment).returncode)
