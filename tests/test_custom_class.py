@@ -1,13 +1,18 @@
 """MODEL=module:Class: a class of one's own is served like any other model, and told in one sentence what is wrong with it."""
 
+import base64
 import csv
+import io
 import json
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import httpx2
 import numpy as np
+import PIL.Image
+import pydantic
 import pytest
 import torch
 
@@ -50,6 +55,13 @@ def own(monkeypatch: pytest.MonkeyPatch, **members: Any) -> tasks.Task:
     module.Own = type("Own", (), members)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "somebodys_model", module)
     return tasks.make(Settings(MODEL="somebodys_model:Own"))
+
+
+def picture(width: int, height: int) -> bytes:
+    """A black PNG."""
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (width, height)).save(file, "PNG")
+    return file.getvalue()
 
 
 def echo(self: Any, inputs: list[Any]) -> list[Any]:
@@ -142,6 +154,156 @@ def test_an_async_method_is_told_at_the_start(
     with pytest.raises(ImportError, match=f"somebodys_model:Own: {name} is async; make it a plain method"):
         own(monkeypatch, **{"__call__": echo} | {name: method})
 
+
+def test_a_list_shaped_example_is_refused_at_the_start_unless_the_class_says_that_one_input_is_a_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ValueError, match="set input_rank = 2 in the class if one input is such a list"):
+        own(monkeypatch, __call__=echo, example=[[1.0], [2.0]])
+    vector = own(monkeypatch, __call__=echo, example=[1.0, 2.0], input_rank=1)
+    assert vector.is_one([1.0, 2.0]) and not vector.is_one([[1.0, 2.0], [3.0, 4.0]])
+    matrix = own(monkeypatch, __call__=echo, example=[[1.0]], input_rank=2)
+    assert matrix.is_one([[1.0]]) and not matrix.is_one([[[1.0]]])
+
+
+class Flower(pydantic.BaseModel):
+    petal_length: float = pydantic.Field(gt=0)
+
+
+class Options(pydantic.BaseModel, extra="forbid"):
+    unit: str = "cm"
+
+
+def test_pydantic_models_in_the_annotations_of_check_are_validated_and_an_error_names_the_field(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def check(self: Any, inputs: Flower, parameters: Options) -> Any:
+        return inputs if parameters.unit == "cm" else Flower(petal_length=inputs.petal_length * 2.54)
+
+    task = own(monkeypatch, __call__=echo, check=check)
+    assert task.check({"petal_length": 1}, {"unit": "in"}).content == Flower(petal_length=2.54)
+    for inputs, parameters, sentence in [
+        ({"petal_length": -1}, {}, '"petal_length": Input should be greater than 0'),
+        ({}, {}, '"petal_length": Field required'),
+        ("a rose", {}, "Input should be a valid dictionary or instance of Flower"),
+        ({"petal_length": 1}, {"colour": "red"}, '"colour": Extra inputs are not permitted'),
+    ]:
+        with pytest.raises(Unprocessable) as error:
+            task.check(inputs, parameters)
+        assert str(error.value) == sentence
+
+
+def test_an_input_of_another_form_than_check_expects_is_the_clients_fault_and_not_quoted_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = own(monkeypatch, __call__=echo, check=lambda self, inputs, parameters: inputs["row"]["width"] + 1)
+    for inputs, sentence in [
+        ({"row": {}}, '"width" is missing or not known'),
+        ("my secret", "the input does not have the form that the model takes"),
+        ({"row": {"width": "my secret"}}, "the input does not have the form that the model takes"),
+        ({"row": ["my secret"]}, "the input does not have the form that the model takes"),
+    ]:
+        with pytest.raises(Unprocessable, match=sentence):
+            task.check(inputs, {})
+    assert "check raised TypeError at " in caplog.text and "secret" not in caplog.text
+
+
+def test_a_class_with_media_gets_bytes_of_the_body_and_of_base64(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = own(monkeypatch, __call__=echo, media=("image/",), example=b"abc")
+    assert task.media == ("image/",)
+    for inputs in (b"abc", "YWJj", "data:image/png;base64,YWJj"):
+        assert task.check(inputs, {}).content == b"abc"
+    with pytest.raises(Malformed, match="must be base64"):
+        task.check("no base64", {})
+    assert task.describe().example == {"inputs": "YWJj"}
+
+
+def test_bytes_images_and_pydantic_models_are_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = PIL.Image.new("RGB", (2, 2), "red")
+    model = own(monkeypatch, __call__=echo).load(0)
+    answers = model([b"abc", image, {"mask": image}, Flower(petal_length=1.5), [image], [0.5]])
+    assert (answers[0].body, answers[0].media_type) == (b"abc", "application/octet-stream")
+    assert answers[1].media_type == "image/png"
+    assert PIL.Image.open(io.BytesIO(answers[1].body)).getpixel((0, 0)) == (255, 0, 0)
+    png = answers[1].tolist()
+    expected = [{"mask": png}, {"petal_length": 1.5}, [png], [0.5]]
+    assert json.loads(rendered(answers[2:])) == expected
+    model = own(monkeypatch, __call__=echo, media_type="image/jpeg").load(0)
+    assert model([image])[0].body[:3] == b"\xff\xd8\xff"
+
+
+def test_an_answer_of_bytes_is_the_body_with_its_content_type_and_base64_in_a_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "painter.py").write_text(PAINTER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    settings = {"MODEL": "painter:Painter", "MODEL_ARGS": '{"colour": [0, 0, 255]}'}
+    with start(MODES["thread"], settings) as server:
+        reply = httpx2.post(server.url, content=picture(3, 2), headers={"Content-Type": "image/png"})
+        assert (reply.status_code, reply.headers["Content-Type"]) == (200, "image/png")
+        image = PIL.Image.open(io.BytesIO(reply.content))
+        assert image.size == (3, 2) and image.getpixel((0, 0)) == (0, 0, 255)
+        code = base64.b64encode(picture(3, 2)).decode()
+        assert post_json(server, {"inputs": [code]}).json == [base64.b64encode(reply.content).decode()]
+        assert httpx2.post(server.url, content=b"x", headers={"Content-Type": "audio/wav"}).status_code == 415
+
+
+@pytest.mark.parametrize("offload", ["thread", "process"])
+@pytest.mark.parametrize("name", ["Closes", "Leaves"])
+def test_a_class_is_closed_once_when_the_server_stops(
+    offload: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closing.py").write_text(CLOSING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("DIARY", str(tmp_path / "diary"))
+    with start(MODES["thread"], {"MODEL": f"closing:{name}", "OFFLOAD": offload}) as server:
+        assert post_json(server, {"inputs": "a"}).json == "a"
+        server.process.terminate()
+        assert server.process.wait(30) in (0, -15)
+    assert (tmp_path / "diary").read_text() == "closed in the thread of its calls\n"
+
+
+@pytest.mark.parametrize("offload", ["thread", "process"])
+def test_a_class_that_never_ends_closing_is_waited_for_no_longer_than_the_grace_time(
+    offload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closing.py").write_text(CLOSING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    settings = {"MODEL": "closing:Hangs", "OFFLOAD": offload, "GRACE_S": "2"}
+    with start(MODES["thread"], settings) as server:
+        server.process.terminate()
+        assert server.process.wait(30) in (0, -15), "it ends by itself, before the alarm at GRACE_S"
+
+
+PAINTER = """
+import io
+from PIL import Image
+class Painter:
+    media = ("image/",)
+    def __init__(self, colour): self.colour = tuple(colour)
+    def check(self, inputs, parameters): return Image.open(io.BytesIO(inputs))
+    def __call__(self, inputs): return [Image.new("RGB", image.size, self.colour) for image in inputs]
+"""
+
+CLOSING = """
+import os, threading, time
+def write():
+    name = threading.current_thread().name
+    with open(os.environ["DIARY"], "a") as diary: diary.write(f"closed in the thread of {Base.calls[name]}\\n")
+class Base:
+    example = "a"
+    calls = {}
+    def __call__(self, inputs):
+        self.calls[threading.current_thread().name] = "its calls"
+        return inputs
+class Closes(Base):
+    def close(self): write()
+class Leaves(Base):
+    def __enter__(self): return self
+    def __exit__(self, *error): write()
+class Hangs(Base):
+    def close(self): time.sleep(600)
+"""
 
 BROKEN = """
 class Raises:

@@ -55,6 +55,22 @@ def test_the_reason_is_the_last_line_where_the_message_is_a_traceback() -> None:
         attempt_load(load)
 
 
+def test_the_root_cause_is_named_where_a_library_wraps_it() -> None:
+    def load() -> Model:
+        try:
+            try:
+                raise ModuleNotFoundError("No module named '_cffi_backend'")
+            except ImportError as exc:
+                raise OSError("can't load the sound library") from exc
+        except OSError as exc:
+            raise ModuleNotFoundError("Could not import module 'pipeline'.") from exc
+
+    with pytest.raises(CannotLoad) as error:
+        attempt_load(load)
+    assert str(error.value).startswith("ModuleNotFoundError: Could not import module 'pipeline'.")
+    assert "ModuleNotFoundError: No module named '_cffi_backend'" in str(error.value)
+
+
 async def eventually(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(60):
         while not condition():

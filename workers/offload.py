@@ -138,7 +138,7 @@ def close(model: Any) -> None:
 
 
 def one_line(exc: BaseException) -> str:
-    """Its name and its message's first line."""
+    """Return its name and its message's first line, and those of its root cause where they say more."""
     try:
         lines = str(exc).strip().splitlines()
     except Exception:  # a class of one's own may do anything
@@ -147,7 +147,10 @@ def one_line(exc: BaseException) -> str:
         return in_words(exc)
     # Transformers wraps a whole traceback into its message: the cause is its last line.
     line = lines[-1] if any(line.startswith("Traceback") for line in lines) else lines[0]
-    return f"{type(exc).__name__}: {line}"
+    sentence = f"{type(exc).__name__}: {line}"
+    # The root tells what to do: an optional module that one in between could not import, for one.
+    root = one_line(exc.__cause__) if exc.__cause__ not in (None, exc) else ""
+    return sentence if root.partition(": ")[2] in sentence else f"{sentence} (caused by {root})"
 
 
 def in_words(exc: BaseException) -> str:

@@ -150,7 +150,8 @@ class Service:
     async def parse(self, request: Request, body: bytes) -> ParsedBody:
         """Return what a body asks of the task. Raises what `parsing.parse` raises, Late and Rejected."""
         context = context_of(request.scope)
-        work = partial(parsing.parse, body, context, self.task.media, self.settings.MAX_INPUTS)
+        is_one = getattr(self.task, "is_one", parsing.never)
+        work = partial(parsing.parse, body, context, self.task.media, self.settings.MAX_INPUTS, is_one)
         return await self.checks.run(context, len(body), work, QUICK_JSON_BYTES)
 
     async def ask(

@@ -1,5 +1,6 @@
 """Every knob: why, name, default, unit. Each is an environment variable of the same name, or a line in `.env`."""
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -70,6 +71,11 @@ def are_origins(names: str) -> bool:
     return all(one.strip() == "*" or "://" in one for one in names.split(",") if one.strip())
 
 
+def is_object(text: str) -> bool:
+    """Whether it is a JSON object, or empty."""
+    return not text or isinstance(json.loads(text), dict)
+
+
 CUSTOM_CLASS = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")  # my_model:Iris
 
 
@@ -88,6 +94,8 @@ class Settings:
 
     # a folder, a hub id, or a class of your own
     MODEL: str = knob(EMBEDDED, "a folder with a config.json, a hub id, or module:Class", is_model)
+    # what a custom class is made with: a JSON object, its fields are keyword arguments
+    MODEL_ARGS: str = knob("", 'a JSON object, such as {"path": "weights.pt"}', is_object)
     # what the model does, as Transformers calls it
     TASK: str = knob("fill-mask", "a pipeline task", bool)
     # auto: bfloat16 where the processor multiplies it natively, or on a GPU

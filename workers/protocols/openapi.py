@@ -249,7 +249,7 @@ def or_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 def bodies(said: Description, service: Service) -> dict[str, Any]:
     """What may be posted, by media type."""
-    one = alone(said.inputs)
+    one = {} if getattr(service.task, "rank", 0) else alone(said.inputs)
     several = {"type": "array", "items": said.inputs, "minItems": 1, "maxItems": service.settings.MAX_INPUTS}
     named, is_open = said.parameters or {}, said.parameters is None
     parameters = {"parameters": an_object({}, named, is_open)}

@@ -7,10 +7,12 @@
 A task knows neither HTTP nor where it runs: its errors are sentences for whoever asked.
 """
 
+import base64
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from workers.errors import Malformed
@@ -18,7 +20,11 @@ from workers.settings import Settings
 from workers.tasks.threads import Threads
 
 # Transformers' own other names.
-ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification"}
+ALIASES = {
+    "ner": "token-classification",
+    "sentiment-analysis": "text-classification",
+    "text-to-speech": "text-to-audio",
+}
 
 
 class Query(NamedTuple):
@@ -28,8 +34,20 @@ class Query(NamedTuple):
     size: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Media:
+    """An answer, or a part of one, that is bytes: an image, a sound. Alone it is the reply's body; in JSON it is base64."""
+
+    body: bytes
+    media_type: str
+
+    def tolist(self) -> str:
+        """Return what JSON says in its place."""
+        return base64.b64encode(self.body).decode()
+
+
 class Model(Protocol):
-    """A loaded instance of the model."""
+    """A loaded instance of the model. It may have a `close()`, called in its own thread when the server stops."""
 
     description: str  # one line for the log: what, how large, where
 
@@ -61,6 +79,9 @@ class Task(Protocol):
     def load(self, instance: int) -> Model:
         """Load an instance of the model; instance i goes to `cuda:i` where there are several. Raises whatever it raises."""
 
+    def is_one(self, inputs: list[Any]) -> bool:
+        """Whether this JSON list is one input. Without this method a list is several."""
+
     def examples(self) -> list[Query]:
         """Queries of different sizes, from small to large, to warm up with; none where it knows none."""
 
@@ -88,6 +109,8 @@ class AdaptiveThreads:
 
     def __init__(self, model: Model, threads: Threads) -> None:
         self.model, self.threads, self.description = model, threads, model.description
+        if hasattr(model, "close"):
+            self.close = model.close
 
     def __call__(self, contents: list[Any]) -> list[Any]:
         self.threads.between_calls()

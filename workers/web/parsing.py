@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
@@ -36,6 +36,9 @@ def combined(raw: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     return {name: b", ".join(values) for name, values in lines.items()}
 
 
+IsOne = Callable[[list[Any]], bool]  # whether a JSON list is one input
+
+
 class ParsedBody(NamedTuple):
     """What a body asks: inputs, each a query of its own, and the parameters that they share."""
 
@@ -44,7 +47,14 @@ class ParsedBody(NamedTuple):
     is_list: bool = False  # a list gets a list, also of one
 
 
-def parse(body: bytes, context: RequestContext, media: tuple[str, ...], max_inputs: int) -> ParsedBody:
+def never(inputs: list[Any]) -> bool:
+    """A JSON list is not one input but several, unless the task says so."""
+    return False
+
+
+def parse(
+    body: bytes, context: RequestContext, media: tuple[str, ...], max_inputs: int, is_one: IsOne = never
+) -> ParsedBody:
     """Return what the body asks. Raises HTTPException 400 or 415 with a sentence that says what to send.
 
     `media`: what the task takes as raw bytes, such as "image/".
@@ -65,7 +75,7 @@ def parse(body: bytes, context: RequestContext, media: tuple[str, ...], max_inpu
         raise HTTPException(415, f"the body is said to be {charset[:100]}; send UTF-8")
     text = text_of(body)
     if media_type == "application/json":
-        return parse_json(text, max_inputs)
+        return parse_json(text, max_inputs, is_one)
     if not text.strip():
         raise HTTPException(400, "the text is empty; send one")
     return ParsedBody([text], {})
@@ -123,7 +133,7 @@ def is_deeper(content: Any, most: int) -> bool:
     return bool(level)
 
 
-def parse_json(text: str, max_inputs: int) -> ParsedBody:
+def parse_json(text: str, max_inputs: int, is_one: IsOne = never) -> ParsedBody:
     """Read the Hugging Face inference convention: {"inputs": ..., "parameters": {...}}; a list is several inputs.
 
     Its clients send some tasks' parameters beside the inputs: any other field is one.
@@ -138,7 +148,7 @@ def parse_json(text: str, max_inputs: int) -> ParsedBody:
     if twice := sorted(content.keys() & parameters.keys()):
         raise HTTPException(422, f'"{twice[0]}" is there twice; send it beside "inputs" or in "parameters"')
     parameters = {name: value for name, value in (content | parameters).items() if value is not None}
-    if not isinstance(inputs, list):
+    if not isinstance(inputs, list) or is_one(inputs):
         return ParsedBody([inputs], parameters)
     if not 1 <= len(inputs) <= max_inputs:
         raise HTTPException(400, f"there are {len(inputs)} inputs; send 1 to {max_inputs} at once")

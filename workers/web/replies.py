@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from workers.context import ErrorBody
 from workers.errors import Late, Malformed, ModelFailed, Rejected, Unprocessable
 from workers.jobs import Answer, slowest
+from workers.tasks import Media
 
 log = logging.getLogger("uvicorn.error")
 
@@ -71,12 +72,13 @@ class AnswerResponse(Response):
     def __init__(self, answers: list[Answer], content: Any) -> None:
         self.status_code, self.background = 200, None
         try:
-            self.body = rendered(content)
+            self.body = content.body if isinstance(content, Media) else rendered(content)
         except ModelFailed as exc:
             exc.index = culprit(answers)
             raise
+        media_type = content.media_type.encode() if isinstance(content, Media) else b"application/json"
         self.raw_headers = [  # by hand: Starlette's way takes as long as the loop takes for a job of a batch
-            (b"content-type", b"application/json"),
+            (b"content-type", media_type),
             (b"content-length", b"%d" % len(self.body)),
             (b"server-timing", timing(answers).encode()),
         ]
