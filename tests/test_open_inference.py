@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
+import math
 import os
 import queue
 import signal
@@ -19,6 +21,7 @@ import tritonclient.grpc.aio
 import tritonclient.http.aio
 from google.rpc.error_details_pb2 import RetryInfo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from grpc_status import rpc_status
 from hypothesis import given
@@ -31,9 +34,11 @@ from tritonclient.utils import InferenceServerException
 
 from loadtests.modes import MODES, Server, free_port, start
 from tests.support.client import POISON, Crowd, Reply, get, metric, post, request, say, until
-from workers.errors import Malformed, Unprocessable
+from workers.errors import Malformed, ModelFailed, Unprocessable
+from workers.jobs import Answer
+from workers.metrics import Metrics
 from workers.protocols import open_inference
-from workers.protocols.open_inference import tensors
+from workers.protocols.open_inference import grpc_calls, grpc_server, tensors
 from workers.settings import Settings
 
 FILL_MASK, ECHO, MOODY = (
@@ -136,7 +141,7 @@ def said(answer: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-def test_the_clients_find_the_model(clients: dict[str, Any], protocol: str) -> None:
+def test_clients_find_the_model(clients: dict[str, Any], protocol: str) -> None:
     client = clients[protocol]
     json_too = {"as_json": True} if protocol == "grpc" else {}
     assert client.is_server_live() and client.is_server_ready() and client.is_model_ready(FILL_MASK, "1")
@@ -148,12 +153,108 @@ def test_the_clients_find_the_model(clients: dict[str, Any], protocol: str) -> N
         client.get_model_metadata("another")
 
 
-def test_another_method_is_405_and_another_model_404(server: Server) -> None:
+def test_other_method_is_405_and_other_model_404(server: Server) -> None:
     reply = get(server, f"/v2/models/{FILL_MASK}/infer")
     assert (reply.status, reply.headers["Allow"]) == (405, "POST")
     for path in ("/v2/models/another", f"/v2/models/{FILL_MASK}/versions/2/ready", "/v2/models/another/"):
         assert (reply := get(server, path)).status == 404
         assert FILL_MASK in reply.error
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_extensions_that_perf_analyzer_asks_for(clients: dict[str, Any], protocol: str) -> None:
+    client, of = clients[protocol], {"http": over_http, "grpc": over_grpc}[protocol]
+    json_too = {"as_json": True} if protocol == "grpc" else {}
+    config = client.get_model_config(FILL_MASK, **json_too)
+    config = config["config"] if protocol == "grpc" else config
+    assert config["input"] == [
+        {"name": "text", "data_type": "TYPE_STRING", "dims": [*config["input"][0]["dims"]]}
+    ]
+    assert list(map(int, config["input"][0]["dims"])) == [-1]
+    index = client.get_model_repository_index(**json_too)
+    (model,) = index["models"] if protocol == "grpc" else index
+    assert (model["name"], model["state"]) == (FILL_MASK, "READY")
+
+    def counts() -> dict[str, int]:
+        (stats,) = client.get_inference_statistics(FILL_MASK, **json_too)["model_stats"]
+        times = stats["inference_stats"]
+        found = {"inputs": stats["inference_count"], "requests": times["success"]["count"]}
+        return {name: int(n) for name, n in found.items()} | {"ns": int(times["compute_infer"]["ns"])}
+
+    client.infer(FILL_MASK, [tensor(TEXT, of=of)])
+    before = counts()
+    client.infer(FILL_MASK, [tensor(TEXT, OTHER, of=of)])
+    after = counts()
+    assert (after["inputs"], after["requests"]) == (before["inputs"] + 2, before["requests"] + 1)
+    assert after["ns"] > before["ns"]
+    assert not client.is_model_ready("another")
+    with pytest.raises(InferenceServerException):
+        client.load_model(FILL_MASK)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+@pytest.mark.parametrize("algorithm", ["gzip", "deflate"])
+def test_compressed_requests(clients: dict[str, Any], server: Server, protocol: str, algorithm: str) -> None:
+    of = {"http": over_http, "grpc": over_grpc}[protocol]
+    name = "request_compression_algorithm" if protocol == "http" else "compression_algorithm"
+    answer = clients[protocol].infer(FILL_MASK, [tensor(TEXT, of=of)], **{name: algorithm})
+    assert said(answer) == [post(server, TEXT).json]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "status"),
+    [
+        ("gzip", b"no gzip", 400),
+        ("gzip", gzip.compress(b"{}")[:-4], 400),
+        ("gzip", gzip.compress(b"{}") + b"more", 400),
+        ("gzip", gzip.compress(b" " * 2**25), 413),
+        ("br", b"{}", 415),
+        ("gzip, gzip", b"{}", 415),
+    ],
+)
+def test_broken_compression_gets_a_sentence(server: Server, encoding: str, body: bytes, status: int) -> None:
+    reply = infer(server, body, Content_Encoding=encoding)
+    assert (reply.status, "send" in reply.error) == (status, True)
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_options_of_a_request_are_honoured_or_rejected_by_name(
+    clients: dict[str, Any], protocol: str
+) -> None:
+    of = {"http": over_http, "grpc": over_grpc}[protocol]
+
+    def infer(**options: Any) -> Any:
+        return clients[protocol].infer(FILL_MASK, [tensor(TEXT, of=of)], **options)
+
+    assert infer(timeout=30_000_000, priority=0).as_numpy("answer").size == 1
+    for options in ({"priority": 1}, {"sequence_id": 1}, {"sequence_id": 1, "sequence_start": True}):
+        with pytest.raises(InferenceServerException, match=f'"{next(iter(options))}" is not supported'):
+            infer(**options)
+    with pytest.raises(InferenceServerException, match="class_count"):
+        infer(outputs=[of.InferRequestedOutput("answer", class_count=2)])
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+def test_timeout_of_a_request_is_its_deadline(
+    server: Server, clients: dict[str, Any], crowd: Crowd, tmp_path: Path, protocol: str
+) -> None:
+    gate = tmp_path / "open"
+    held = hold(server, crowd, gate)
+    with pytest.raises(InferenceServerException, match="no answer within"):
+        of = {"http": over_http, "grpc": over_grpc}[protocol]
+        clients[protocol].infer(FILL_MASK, [tensor(TEXT, of=of)], timeout=1_000_000)
+    gate.touch()
+    assert held.result().status == 200
+
+
+@pytest.mark.parametrize("value", [[1.0, math.nan], [1.0, 1e39]])
+def test_vector_that_is_not_finite_is_a_failure(value: list[float]) -> None:
+    """Also one that FP32 can't hold."""
+    service: Any = SimpleNamespace(task=SimpleNamespace(embeds=True))
+    answers = [Answer(np.array(vector), 0, 0, 1, "full") for vector in ([1.0, 2.0], value)]
+    with pytest.raises(ModelFailed) as raised, np.errstate(over="ignore"):
+        tensors.output(answers, service)
+    assert raised.value.index == 1
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -168,7 +269,7 @@ def test_answers_are_those_of_the_core(server: Server, clients: dict[str, Any], 
     assert (response["id"] if protocol == "http" else response.id) == "mine"
 
 
-def test_answers_as_json_too(clients: dict[str, Any], server: Server) -> None:
+def test_answers_as_json(clients: dict[str, Any], server: Server) -> None:
     wanted = over_http.InferRequestedOutput("answer", binary_data=False)
     answer = clients["http"].infer(FILL_MASK, [tensor(TEXT, binary_data=False)], outputs=[wanted])
     assert said(answer) == [post(server, TEXT).json]
@@ -177,7 +278,7 @@ def test_answers_as_json_too(clients: dict[str, Any], server: Server) -> None:
     assert "queue;dur=" in reply.headers["Server-Timing"]
 
 
-def test_the_asyncio_clients(server: Server, address: str) -> None:
+def test_asyncio_clients(server: Server, address: str) -> None:
     async def ask() -> list[Any]:
         async with (
             tritonclient.http.aio.InferenceServerClient(server.url.split("/")[2]) as http,
@@ -192,13 +293,15 @@ def test_the_asyncio_clients(server: Server, address: str) -> None:
     assert asyncio.run(ask()) == [[post(server, TEXT).json]] * 2
 
 
-def test_what_else_a_tensor_may_hold(locked: Server) -> None:
+def test_json_numbers_and_parameters_reach_the_model(locked: Server) -> None:
     """JSON, numbers and parameters reach a model as they are."""
     key = {"x-api-key": "key-1"}
     with over_grpc.InferenceServerClient(grpc_of(locked)) as rpc:
         given = [{"a": [1, None]}, "text"]
         texts = tensor(*map(json.dumps, given), name="json", of=over_grpc)
         assert said(rpc.infer(ECHO, [texts], headers=key)) == given
+        with pytest.raises(InferenceServerException, match="the model failed"):
+            rpc.infer(ECHO, [tensor('{"nan": 1}', name="json", of=over_grpc)], headers=key)
         rows = over_grpc.InferInput("numbers", [2, 2], "FP32")
         rows.set_data_from_numpy(np.array([[1.5, 2], [3, 4]], np.float32))
         assert said(rpc.infer(ECHO, [rows], headers=key)) == [[1.5, 2], [3, 4]]
@@ -211,43 +314,43 @@ def test_what_else_a_tensor_may_hold(locked: Server) -> None:
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
-WRONG = {
-    "the JSON cannot be read": (b"{", 400),
-    "the JSON is no": (b"\xff", 400),
-    "no object": ([], 400),
-    'no "inputs"': ({}, 400),
-    "list of one tensor": ({"inputs": []}, 400),
-    'no "shape"': ({"inputs": [{"name": "text", "datatype": "BYTES", "data": [TEXT]}]}, 400),
-    "not a known field": (a_tensor() | {"input": 1}, 400),
-    "no input 'INPUT0'": (a_tensor(name="INPUT0"), 400),
-    "no tensor of FP32": (a_tensor(datatype="FP32"), 422),
-    "takes no bytes": (a_tensor(name="bytes"), 422),
-    "the shape says 2": (a_tensor(shape=[2]), 422),
-    "whole numbers": (a_tensor(shape=[-1]), 400),
-    "must be texts": (a_tensor(data=[1]), 422),
-    "send 1 to 8": (a_tensor(shape=[9], data=[TEXT] * 9), 422),
-    "not a known parameter here": (a_tensor(parameters={"shared_memory_region": "a"}), 400),
-    "it says 5": (a_tensor(data=None, parameters={"binary_data_size": 5}), 422),
-    "no output 'x'": (a_tensor() | {"outputs": [{"name": "x"}]}, 422),
-    "true or false": (a_tensor() | {"parameters": {"binary_data_output": 1}}, 400),
-    "are not of one": (a_tensor(name="numbers", datatype="FP32", shape=[2], data=[1, "2"]), 422),
-    "is not finite": (a_tensor(name="numbers", datatype="FP16", data=[1e30]), 422),
-    "are no numbers": (a_tensor(name="numbers", datatype="FP32", shape=[2**31 - 1, 0], data=[]), 422),
-    "50000 dimensions": (a_tensor(shape=[2**31 - 1] * 50_000), 400),
-    "has no [MASK]": (a_tensor(data=["none"]), 422),
-    "the model failed": (a_tensor(data=[POISON]), 500),
-}
+WRONG: list[tuple[Any, int, str]] = [  # content, status, sentence
+    (b"{", 400, "the JSON cannot be read"),
+    (b"\xff", 400, "of the JSON is not UTF-8"),
+    ([], 400, "must be an object"),
+    ({}, 400, 'no "inputs"'),
+    ({"inputs": []}, 400, "list of one tensor"),
+    ({"inputs": [{"name": "text", "datatype": "BYTES", "data": [TEXT]}]}, 400, 'no "shape"'),
+    (a_tensor() | {"input": 1}, 400, "not a known field"),
+    (a_tensor(name="INPUT0"), 400, "no input 'INPUT0'"),
+    (a_tensor(datatype="FP32"), 422, "not a tensor of FP32"),
+    (a_tensor(name="bytes"), 422, "does not take bytes"),
+    (a_tensor(shape=[2]), 422, "the shape says 2"),
+    (a_tensor(shape=[-1]), 400, "whole numbers"),
+    (a_tensor(data=[1]), 422, "must be texts"),
+    (a_tensor(shape=[9], data=[TEXT] * 9), 422, "send 1 to 8"),
+    (a_tensor(parameters={"shared_memory_region": "a"}), 400, "not a known parameter here"),
+    (a_tensor(data=None, parameters={"binary_data_size": 5}), 422, "it says 5"),
+    (a_tensor() | {"outputs": [{"name": "x"}]}, 422, "no output 'x'"),
+    (a_tensor() | {"parameters": {"binary_data_output": 1}}, 400, "true or false"),
+    (a_tensor() | {"parameters": {"timeout": 0.5}}, 400, "whole number of microseconds"),
+    (a_tensor(name="numbers", datatype="FP32", shape=[2], data=[1, "2"]), 422, "of one shape"),
+    (a_tensor(name="numbers", datatype="FP16", data=[1e30]), 422, "is not finite"),
+    (a_tensor(name="numbers", datatype="FP32", shape=[2**31 - 1, 0], data=[]), 422, "has no numbers"),
+    (a_tensor(shape=[2**31 - 1] * 50_000), 400, "50000 dimensions"),
+    (a_tensor(data=["none"]), 422, "has no [MASK]"),
+    (a_tensor(data=[POISON]), 500, "the model failed"),
+]
 
 
-@pytest.mark.parametrize("sentence", WRONG)
-def test_what_is_wrong_is_said(server: Server, sentence: str) -> None:
-    content, status = WRONG[sentence]
+@pytest.mark.parametrize(("content", "status", "sentence"), WRONG, ids=[wrong[2] for wrong in WRONG])
+def test_wrong_requests_get_a_sentence(server: Server, content: Any, status: int, sentence: str) -> None:
     reply = infer(server, content)
-    assert reply.status == status, reply
-    assert (
-        sentence.replace("are not of one", "or not of one").replace("JSON is no", "JSON is not UTF-8")
-        in reply.error
-    )
+    assert (reply.status, sentence in reply.error) == (status, True), reply
+
+
+def test_null_is_not_given(server: Server) -> None:
+    assert infer(server, a_tensor(parameters=None) | {"id": None, "unheard_of": None}).status == 200
 
 
 @pytest.mark.parametrize("size", [0, 3, 6, 2**31])
@@ -275,7 +378,7 @@ def test_grpcs_codes(stub: Any) -> None:
         assert "IndexError" not in error.details() and "/" not in error.details().replace("x-api", "")
 
 
-def test_who_was_asked_and_counted(server: Server, stub: Any) -> None:
+def test_request_ids_and_counts(server: Server, stub: Any) -> None:
     before = metric(server, "model_requests_total")
     answer, call = stub.ModelInfer.with_call(asked(TEXT), metadata=[("x-request-id", "mine")])
     assert dict(call.trailing_metadata())["x-request-id"] == "mine"
@@ -285,7 +388,7 @@ def test_who_was_asked_and_counted(server: Server, stub: Any) -> None:
     assert metric(server, "model_requests_total") == before + 2
 
 
-def test_poison_spoils_nobodys_answer(server: Server, stub: Any, crowd: Crowd, tmp_path: Path) -> None:
+def test_poison_input_fails_alone(server: Server, stub: Any, crowd: Crowd, tmp_path: Path) -> None:
     """It shares a batch with a good one."""
     gate = tmp_path / "open"
     first = hold(server, crowd, gate)
@@ -321,7 +424,7 @@ ANYTHING = st.one_of(
 def test_any_tensor_becomes_inputs_or_a_sentence(
     name: str, datatype: str, shape: list[int], data: Any
 ) -> None:
-    """Of BYTES the doors let only texts and bytes through."""
+    """Of BYTES only texts and bytes get here."""
     if isinstance(data, list) and datatype == "BYTES":
         data = list(map(str, data))
     shape = [len(data)] if len(shape) == 1 else shape
@@ -333,7 +436,7 @@ def test_any_tensor_becomes_inputs_or_a_sentence(
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_call_that_is_cancelled_or_late_frees_its_place(
+def test_cancelled_and_late_calls_free_their_place(
     server: Server, stub: Any, crowd: Crowd, tmp_path: Path
 ) -> None:
     gate = tmp_path / "open"
@@ -354,7 +457,7 @@ def test_a_call_that_is_cancelled_or_late_frees_its_place(
     assert held.result().status == 200
 
 
-def test_a_refusal_says_when_to_ask_again(server: Server, stub: Any, crowd: Crowd, tmp_path: Path) -> None:
+def test_rejection_says_when_to_retry(server: Server, stub: Any, crowd: Crowd, tmp_path: Path) -> None:
     gate = tmp_path / "open"
     held = hold(server, crowd, gate)
     waiting = [stub.ModelInfer.future(asked(TEXT)) for _ in range(4)]
@@ -371,7 +474,7 @@ def test_a_refusal_says_when_to_ask_again(server: Server, stub: Any, crowd: Crow
     assert all(call.result().model_name == FILL_MASK for call in waiting)
 
 
-def test_who_allows_less_time_than_it_would_take_is_told_so_at_once(
+def test_deadline_shorter_than_the_wait_is_rejected_at_once(
     server: Server, stub: Any, tmp_path: Path
 ) -> None:
     gate = tmp_path / "open"
@@ -383,7 +486,7 @@ def test_who_allows_less_time_than_it_would_take_is_told_so_at_once(
     assert long.result().model_name == FILL_MASK
 
 
-def test_a_message_that_never_comes(address: str) -> None:
+def test_message_that_never_comes(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
         never = queue.Queue()
         call = channel.stream_unary("/inference.GRPCInferenceService/ModelInfer").future(
@@ -396,7 +499,7 @@ def test_a_message_that_never_comes(address: str) -> None:
 # --- streams ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_stream_gives_answers_as_they_come(server: Server, address: str) -> None:
+def test_stream_gives_answers_as_they_come(server: Server, address: str) -> None:
     """The one that waits for a gate comes last; the one that is wrong says whose it is."""
     got: queue.Queue[Any] = queue.Queue()
     with over_grpc.InferenceServerClient(address) as client:
@@ -410,7 +513,7 @@ def test_a_stream_gives_answers_as_they_come(server: Server, address: str) -> No
     assert any("request 3: the model failed" in one for one in found)
 
 
-def test_a_stream_is_no_slower_than_its_answers(
+def test_stream_does_not_wait_for_earlier_requests(
     server: Server, stub: Any, crowd: Crowd, tmp_path: Path
 ) -> None:
     """What is done is said though an earlier request of the stream still waits."""
@@ -434,7 +537,7 @@ def test_a_stream_is_no_slower_than_its_answers(
     assert {"held", refused.infer_response.id, *ids} == {"held", *map(str, range(7))}
 
 
-def test_an_asyncio_stream(address: str) -> None:
+def test_asyncio_stream(address: str) -> None:
     async def ask() -> list[Any]:
         async def requests() -> Any:
             for number in range(3):
@@ -451,7 +554,7 @@ def test_an_asyncio_stream(address: str) -> None:
     assert asyncio.run(ask()) == ["0", "1", "2"]
 
 
-def test_who_leaves_a_stream_frees_all_its_places(
+def test_cancelled_stream_frees_all_its_places(
     server: Server, stub: Any, crowd: Crowd, tmp_path: Path
 ) -> None:
     gate = tmp_path / "open"
@@ -468,7 +571,7 @@ def test_who_leaves_a_stream_frees_all_its_places(
     assert held.result().status == 200
 
 
-def test_who_stops_reading_is_left(server: Server, address: str) -> None:
+def test_stream_that_is_not_read_ends(server: Server, address: str) -> None:
     """A stream whose answers nobody takes ends, and the others are served meanwhile."""
     ended = threading.Event()
 
@@ -496,6 +599,13 @@ def test_reflection_and_health(address: str) -> None:
         database = ProtoReflectionDescriptorDatabase(channel)
         assert {"inference.GRPCInferenceService", "grpc.health.v1.Health"} <= set(database.get_services())
         assert database.FindFileContainingSymbol("inference.ModelInferRequest").package == "inference"
+        v1 = channel.stream_stream(
+            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+            reflection_pb2.ServerReflectionRequest.SerializeToString,
+            reflection_pb2.ServerReflectionResponse.FromString,
+        )
+        request = reflection_pb2.ServerReflectionRequest(list_services="")
+        assert len(next(v1(iter([request]))).list_services_response.service) == 3
         health = health_pb2_grpc.HealthStub(channel)
         for name in ("", "inference.GRPCInferenceService", "liveness"):
             assert health.Check(health_pb2.HealthCheckRequest(service=name)).status == 1
@@ -503,22 +613,122 @@ def test_reflection_and_health(address: str) -> None:
         assert unknown.code() is grpc.StatusCode.NOT_FOUND
 
 
-def test_a_path_that_ends_grpcs_server_ends_it_for_a_moment_only(server: Server, address: str) -> None:
-    """grpc's asyncio server dies of a path that is no UTF-8."""
+def test_path_that_is_not_utf8_ends_its_own_call_only(
+    server: Server, address: str, stub: Any, crowd: Crowd, tmp_path: Path
+) -> None:
+    """grpc's own asyncio server ends at such a path, for everybody. Nor does it take long."""
+    gate = tmp_path / "open"
+    held = stub.ModelInfer.future(asked(f"[MASK] until:{gate}"))
+    until(lambda: get(server, "/health").json["running"] == 1)
     with grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
-        error_of(lambda: channel.unary_unary(NOT_UTF8)(b""))
-        again = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        until(lambda: is_answered(again))
+        for path in [NOT_UTF8, b"/inference.GRPCInferenceService/Unheard", b"nothing"] * 4:
+            error = error_of(lambda path=path: channel.unary_unary(path)(b"", timeout=30))
+            assert error.code() is grpc.StatusCode.CANCELLED
+    gate.touch()
+    assert held.result().model_name == FILL_MASK
+    assert "Traceback" not in server.log()
 
 
-def is_answered(stub: Any) -> bool:
-    try:
-        return stub.ModelInfer(asked(TEXT), wait_for_ready=True, timeout=60).model_name == FILL_MASK
-    except grpc.RpcError:
-        return False
+def test_watches_without_a_key_shut_nobody_out(locked: Server) -> None:
+    """A connection may have 16, and further ones get the status of now."""
+    request = health_pb2.HealthCheckRequest()
+    with (
+        grpc.insecure_channel(grpc_of(locked)) as strangers,
+        grpc.insecure_channel(grpc_of(locked), options=[("grpc.use_local_subchannel_pool", 1)]) as ours,
+    ):
+        watch = health_pb2_grpc.HealthStub(strangers).Watch
+        watches = [watch(request) for _ in range(1100)]
+        assert [next(one).status for one in watches] == [1] * 1100
+        assert list(watches[-1]) == [], "beyond the limit a watch ends"
+        assert health_pb2_grpc.HealthStub(ours).Check(request).status == 1
+        answer = service_pb2_grpc.GRPCInferenceServiceStub(ours).ModelInfer
+        assert answer(asked(TEXT, model=ECHO), metadata=[("x-api-key", "key-1")]).model_name == ECHO
+        for one in watches:
+            one.cancel()
 
 
-def test_a_key_is_asked_for(locked: Server) -> None:
+def test_idle_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_server, "IDLE_S", 0.1)
+
+    async def connect() -> bytes:
+        server = grpc_server.make_server(fake_service(), grpc_calls.InferenceServicer(fake_service()))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+        received = await asyncio.wait_for(reader.read(), 30)  # until it is closed
+        writer.close()
+        await server.stop(0)
+        return received
+
+    assert asyncio.run(connect())
+
+
+def fake_service(**settings: Any) -> Any:
+    """What gRPC needs of a service while it only listens."""
+    in_flight = SimpleNamespace(most_bytes=2**20)
+    parts = {"metrics": Metrics(), "in_flight": in_flight, "loop": None}
+    reasons = {"unready": lambda: "", "trouble": lambda: ""}
+    return SimpleNamespace(settings=Settings(**settings), **parts, **reasons)
+
+
+def test_stream_is_not_read_while_streams_hold_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads the answers: two streams hold a message each, though MAX_INPUTS is 64."""
+    monkeypatch.setattr(grpc_calls, "STREAM_BYTES", 100)
+    n_read = 0
+
+    async def read() -> bytes:
+        nonlocal n_read
+        n_read += 1
+        return b"x" * 101
+
+    async def run() -> None:
+        servicer = grpc_calls.InferenceServicer(fake_service())
+        waiting = asyncio.Event()
+
+        async def replied(raw: bytes, context: Any) -> Any:
+            await waiting.wait()
+
+        monkeypatch.setattr(servicer, "replied", replied)
+        context = SimpleNamespace(read=read)
+        streams = [asyncio.create_task(servicer.stream(context)) for _ in range(2)]
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert n_read == 2
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+        await asyncio.gather(*servicer.operations, return_exceptions=True)
+        assert servicer.stream_bytes == 0
+        servicer.stopped.cancel()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "example.com", "10.0.0.1"])
+def test_no_port_for_the_world_without_a_key(host: str) -> None:
+    """grpc can't limit the connections of one address."""
+    with pytest.raises(SystemExit, match="set API_KEY"):
+        open_inference.routes(Settings(GRPC_PORT=f"{host}:50051"))
+    with pytest.raises(SystemExit, match="set API_KEY"):
+        open_inference.routes(Settings(GRPC_PORT=f"{host}:50051", API_KEY=","))
+    assert open_inference.routes(Settings(GRPC_PORT=f"{host}:50051", API_KEY="key"))
+
+
+@pytest.mark.parametrize("port", ["50051", "127.0.0.1:50051", "localhost:50051", "[::1]:50051"])
+def test_port_on_loopback_needs_no_key(port: str) -> None:
+    assert open_inference.routes(Settings(GRPC_PORT=port))
+
+
+@pytest.mark.parametrize("manager", ["gunicorn/27", "cluster", ""])
+def test_replicas_share_the_port(monkeypatch: pytest.MonkeyPatch, manager: str) -> None:
+    """A cluster of one, too: at SIGHUP its new replica listens before the old one has ended."""
+    monkeypatch.setenv("SERVER_SOFTWARE", manager)
+    assert grpc_server.shares_port(fake_service()) == bool(manager)
+    assert grpc_server.shares_port(fake_service(WEB_CONCURRENCY=2))
+
+
+def test_key_is_required(locked: Server) -> None:
     with grpc.insecure_channel(grpc_of(locked)) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         assert stub.ServerReady(pb.ServerReadyRequest()).ready
@@ -538,7 +748,7 @@ def test_a_key_is_asked_for(locked: Server) -> None:
     assert get(locked, "/v2").status == infer(locked, a_tensor(), ECHO).status == 401
 
 
-def test_a_stop_answers_all_that_was_let_in(crowd: Crowd, tmp_path: Path) -> None:
+def test_stop_answers_all_admitted_calls(crowd: Crowd, tmp_path: Path) -> None:
     gate = tmp_path / "open"
     with both("thread") as server, grpc.insecure_channel(grpc_of(server)) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -580,7 +790,7 @@ def worker_of(address: str) -> int:
 
 
 @pytest.mark.slow
-def test_behind_gunicorns_threads() -> None:
+def test_gunicorns_threads_serve_grpc() -> None:
     with both("gthread-1x8") as server, grpc.insecure_channel(grpc_of(server)) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         assert stub.ModelInfer(asked(TEXT), wait_for_ready=True, timeout=60).model_name == FILL_MASK
@@ -603,7 +813,7 @@ def test_gunicorns_new_worker_listens_while_the_old_one_still_answers(tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_port_that_is_taken_ends_the_start_with_a_sentence(server: Server, address: str) -> None:
+def test_port_that_is_taken_ends_the_start_with_a_sentence(server: Server, address: str) -> None:
     port = address.rpartition(":")[2]
     with start(MODES["thread"], {"MODEL": FILL_MASK, "GRPC_PORT": port}, wait=False) as second:
         assert second.process.wait(60) == 3
@@ -611,7 +821,7 @@ def test_a_port_that_is_taken_ends_the_start_with_a_sentence(server: Server, add
         assert "Traceback" not in second.log()
 
 
-def test_without_its_packages_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_inference, "NEEDED", ("grpc", "no_such_package.at_all"))
     with pytest.raises(SystemExit, match=r"pip install -r requirements-optional.txt"):
         open_inference.routes(Settings(GRPC_PORT="50051"))

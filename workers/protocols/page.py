@@ -13,12 +13,11 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import Counter, Histogram
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from workers.metrics import Metrics
+from workers.metrics import Metrics, samples
 from workers.protocols.openapi import STATUSES, operation
 from workers.service import Service
 from workers.settings import Settings
@@ -120,8 +119,3 @@ async def live(request: Request) -> Response:
         "batches": watch_over(metrics).look(),
     }
     return JSONResponse(content, headers={"Cache-Control": "no-store"})
-
-
-def samples(metric: Counter | Histogram, ending: str) -> list[Any]:
-    """This worker's own samples whose names end like that."""
-    return [s for family in metric.collect() for s in family.samples if s.name.endswith(ending)]

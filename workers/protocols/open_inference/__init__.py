@@ -1,16 +1,20 @@
-"""The Open Inference Protocol (v2), which the clients of Triton and KServe speak: over HTTP, and over gRPC if GRPC_PORT is set.
+"""The Open Inference Protocol (v2) of Triton and KServe clients: over HTTP, and over gRPC if GRPC_PORT is set.
 
     client = tritonclient.http.InferenceServerClient("127.0.0.1:8000")
     text = tritonclient.http.InferInput("text", [1], "BYTES")
     text.set_data_from_numpy(numpy.array([b"Paris is the [MASK] of France."], object))
     client.infer("minilm-mlm", [text], parameters={"top_k": 3}).as_numpy("answer")   # JSON, as POST / gives it
 
-The model has its folder's or its hub's name, and one version. The elements of the tensor are a list of inputs: see
-tensors.py for its names. JSON, and the binary-tensor extension both ways. What there is over gRPC says grpc_server.py.
+The model has its folder's or its hub's name, and one version. The elements of the tensor are a list of inputs: tensors.py
+lists its names. JSON and the binary-tensor extension, in both directions. See grpc_server.py for gRPC.
+
+This folder is 13 % of the server's code, and optional: delete it if no client speaks this protocol, and nothing else changes.
 """
 
+import asyncio
 import contextlib
 import importlib.util
+import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -19,20 +23,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-import workers
 from workers.context import context_of
 from workers.errors import Malformed, Rejected, Unprocessable
-from workers.protocols.open_inference import tensors
+from workers.protocols.open_inference import model_info, tensors
 from workers.protocols.open_inference.tensors import ANSWER, VERSION, Tensor
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
 from workers.settings import Settings
 from workers.web import parsing, replies
-from workers.web.access import public
+from workers.web.access import is_loopback, public, words
 
 HEADER = "inference-header-content-length"
 EXAMPLE = '{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a text"]}]}'
-FIELDS = {  # of each object: what must be there, what may
+FIELDS = {  # of each object: required fields, optional ones
     "request": ({"inputs"}, {"id", "outputs", "parameters"}),
     "input": ({"name", "datatype", "shape"}, {"data", "parameters"}),
     "output": ({"name"}, {"parameters"}),
@@ -43,12 +46,17 @@ NEEDED = ("grpc", "grpc_health", "grpc_reflection", "google.rpc", "tritonclient.
 def routes(settings: Settings) -> list[Route]:
     if settings.GRPC_PORT != "0":
         need_grpc()
+        need_key(settings)
     paths = model_paths(settings)
     return [
         Route("/v2", server),
+        Route("/v2/repository/index", repository_index, methods=["POST"]),
+        Route("/v2/models/stats", statistics),
         Route("/v2/health/live", live),
         Route("/v2/health/ready", ready),
         *(Route(path, model) for path in paths),
+        *(Route(path + "/config", config) for path in paths),
+        *(Route(path + "/stats", statistics) for path in paths),
         *(Route(path + "/ready", ready) for path in paths),
         *(Route(path + "/infer", infer, methods=["POST"]) for path in paths),
         Route("/v2/models/{other:path}", no_model, methods=["GET", "POST"]),
@@ -61,35 +69,47 @@ def model_paths(settings: Settings) -> list[str]:
 
 
 def need_grpc() -> None:
-    """Exit with a sentence where a package is missing."""
+    """Exit with a sentence where a package of gRPC's is missing."""
     for name in NEEDED:
         with contextlib.suppress(ImportError):  # of the package around it
             if importlib.util.find_spec(name):
                 continue
         raise SystemExit(
-            f"GRPC_PORT is set but {name} is not there: pip install -r requirements-optional.txt"
+            f"GRPC_PORT is set but {name} is not installed: pip install -r requirements-optional.txt"
+        )
+
+
+def need_key(settings: Settings) -> None:
+    """Exit with a sentence where everybody could connect: grpc can't limit the connections of one address."""
+    host = settings.GRPC_PORT.rpartition(":")[0].strip("[]")
+    if host and host != "localhost" and not is_loopback(host) and not words(settings.API_KEY):
+        raise SystemExit(
+            f"GRPC_PORT={settings.GRPC_PORT} listens beyond this machine without a key: set API_KEY, or name no host"
         )
 
 
 def operations(service: Service) -> dict[str, Any]:
     path = model_paths(service.settings)[0]
-    said, most = service.task.describe(), service.settings.MAX_INPUTS
-    named, is_open = said.parameters or {}, said.parameters is None
-    a_size = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
-    a_shape = {"type": "array", "items": a_size, "maxItems": tensors.DIMENSIONS}
+    description, most = service.task.describe(), service.settings.MAX_INPUTS
+    known, is_open = description.parameters or {}, description.parameters is None
+    size = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
     tensor = {
         "name": {"enum": list(tensors.NAMES)},
         "datatype": {"enum": ["BYTES", *tensors.NUMPYS]},
-        "shape": a_shape,
+        "shape": {"type": "array", "items": size, "maxItems": tensors.DIMENSIONS},
         "data": {"type": "array", "description": f"At most {most} inputs."},
     }
     output = an_object(
         {"name": {"const": ANSWER}}, {"parameters": an_object({}, {"binary_data": {"type": "boolean"}})}
     )
-    own = {"binary_data_output": {"type": "boolean"}, "parameters": an_object({}, named, is_open)}
+    options = {
+        "binary_data_output": {"type": "boolean"},
+        "timeout": {"type": "integer", "minimum": 0, "description": "In microseconds; 0: DEADLINE_S."},
+        "parameters": an_object({}, known, is_open),
+    }
     optional = {
         "id": {"type": "string"},
-        "parameters": an_object({}, named | own, is_open),
+        "parameters": an_object({}, options | known, is_open),
         "outputs": {"type": "array", "items": output, "maxItems": 1},
     }
     inputs = {
@@ -98,24 +118,30 @@ def operations(service: Service) -> dict[str, Any]:
         "minItems": 1,
         "maxItems": 1,
     }
-    asked = asking(
-        f"Ask the model: {said.takes}", "A tensor of answers.", json_of({"inputs": inputs}, optional)
+    infer = asking(
+        f"Ask the model: {description.takes}", "A tensor of answers.", json_of({"inputs": inputs}, optional)
     )
-    asked["responses"]["200"]["content"]["application/octet-stream"] = {}
-    told = {
-        "/v2": "This server",
+    infer["responses"]["200"]["content"]["application/octet-stream"] = {}
+    summaries = {
+        "/v2": "The server: name, version, extensions",
         "/v2/health/live": "Whether the process should be left alone",
         "/v2/health/ready": "Whether an instance of the model is loaded",
-        path: "The model's tensors",
+        path: "The model's input and output tensors",
+        path + "/config": "The model's configuration, in Triton's form",
         path + "/ready": "Whether an instance of the model is loaded",
+        path + "/stats": "Counts and durations of this worker since its start, in Triton's form",
+        "/v2/models/stats": "The same",
     }
-    gets = {path: {"get": operation(what, {200: "It.", **STATUSES})} for path, what in told.items()}
-    return gets | {path + "/infer": {"post": asked}}
+    paths = {
+        path: {"get": operation(summary, {200: summary, **STATUSES})} for path, summary in summaries.items()
+    }
+    paths["/v2/repository/index"] = {"post": operation("The models: one", {200: "The models.", **STATUSES})}
+    return paths | {path + "/infer": {"post": infer}}
 
 
 @contextlib.asynccontextmanager
 async def serving(service: Service) -> AsyncIterator[None]:
-    """What runs beside the app: gRPC, if it is asked for. Only then are its packages imported: they take half a second."""
+    """Run gRPC beside the app if GRPC_PORT is set. Only then are its packages imported, which takes half a second."""
     if service.settings.GRPC_PORT == "0":
         yield
         return
@@ -129,9 +155,8 @@ async def serving(service: Service) -> AsyncIterator[None]:
 
 
 async def server(request: Request) -> Response:
-    """GET /v2: this server."""
-    extensions = ["binary_tensor_data"]
-    return JSONResponse({"name": "one-queue", "version": workers.__version__, "extensions": extensions})
+    """GET /v2: the server's name, version and extensions."""
+    return JSONResponse(model_info.server())
 
 
 @public
@@ -154,20 +179,36 @@ async def ready(request: Request) -> Response:
 
 async def model(request: Request) -> Response:
     """GET /v2/models/NAME: its tensors."""
-    return JSONResponse(tensors.metadata(request.state.service))
+    return JSONResponse(model_info.metadata(request.state.service))
+
+
+async def config(request: Request) -> Response:
+    """GET /v2/models/NAME/config: its configuration in Triton's form."""
+    return JSONResponse(model_info.config(request.state.service))
+
+
+async def statistics(request: Request) -> Response:
+    """GET /v2/models/stats and /v2/models/NAME/stats: what this worker has counted, in Triton's form."""
+    return JSONResponse(model_info.statistics(request.state.service))
+
+
+async def repository_index(request: Request) -> Response:
+    """POST /v2/repository/index: the one model."""
+    return JSONResponse(model_info.index(request.state.service))
 
 
 async def no_model(request: Request) -> Response:
-    """Any other model, or version."""
-    paths = (context_of(request.scope).path.removesuffix(end) for end in ("", "/ready", "/infer"))
+    """Any other model or version: 404 with the name of the one that is served."""
+    endings = ("", "/config", "/infer", "/ready", "/stats")
+    paths = {context_of(request.scope).path.removesuffix(ending) for ending in endings}
     settings = request.state.service.settings
-    if set(paths) & set(model_paths(settings)):
+    if paths & set(model_paths(settings)):
         raise HTTPException(405)
-    raise HTTPException(404, unknown(settings))
+    raise HTTPException(404, unknown_model(settings))
 
 
-def unknown(settings: Settings) -> str:
-    return f'there is no such model here; ask "{settings.model_name}", version {VERSION}'
+def unknown_model(settings: Settings) -> str:
+    return f'there is no such model here; ask for "{settings.model_name}", version {VERSION}'
 
 
 # --- inference --------------------------------------------------------------------------------------------------------
@@ -176,28 +217,50 @@ def unknown(settings: Settings) -> str:
 async def infer(request: Request) -> Response:
     """POST /v2/models/NAME/infer: the model's answer to each element of the tensor."""
     service: Service = request.state.service
-    body = await service.in_flight.read(request)
-    parsing.reject_encoded(context_of(request.scope))
+    body = await decompressed(await service.in_flight.read(request), request)
     head, rest = parts(body, request)
     try:
         content = parsing.load_json(head.decode(), EXAMPLE)
     except UnicodeDecodeError as exc:
         raise HTTPException(400, f"byte {exc.start} of the JSON is not UTF-8; send UTF-8") from None
-    asked = checked(content, "request")
-    sent = dict(parameters_of(asked))
-    in_binary = binary_output(asked, sent)
-    inputs = tensors.inputs(the_input(asked, rest), service)
-    answers, _ = await service.ask(request, inputs, tensors.parameters(sent), len(body))
-    said = tensors.said(answers, service)
-    output: dict[str, Any] = {"name": ANSWER, "datatype": said.datatype, "shape": said.shape}
-    output |= {"parameters": {"binary_data_size": len(said.raw)}} if in_binary else {"data": said.data}
+    fields = checked(content, "request")
+    parameters = dict(parameters_of(fields))
+    is_binary = binary_output(fields, parameters)
+    context = context_of(request.scope)
+    context.budget_s = min(context.budget_s, tensors.time_limit_s(parameters, service))
+    inputs = tensors.inputs(the_input(fields, rest), service)
+    answers, _ = await service.ask(request, inputs, tensors.parameters(parameters), len(body))
+    tensor = tensors.output(answers, service)
+    output: dict[str, Any] = {"name": ANSWER, "datatype": tensor.datatype, "shape": tensor.shape}
+    output |= {"parameters": {"binary_data_size": len(tensor.raw)}} if is_binary else {"data": tensor.data}
     content = {"model_name": service.settings.model_name, "model_version": VERSION, "outputs": [output]}
-    reply = replies.AnswerResponse(answers, content | ({"id": asked["id"]} if "id" in asked else {}))
-    return with_raw(reply, said.raw) if in_binary else reply
+    reply = replies.AnswerResponse(answers, content | ({"id": fields["id"]} if "id" in fields else {}))
+    return with_raw(reply, tensor.raw) if is_binary else reply
+
+
+async def decompressed(body: bytes, request: Request) -> bytes:
+    """Return the body as it was before its Content-Encoding. Raises HTTPException 413 where that is too long, 415, Malformed."""
+    encoding = context_of(request.scope).headers.get(b"content-encoding", b"identity").lower()
+    if encoding == b"identity":
+        return body
+    if encoding not in (b"gzip", b"deflate"):
+        raise HTTPException(415, "the body has an unknown Content-Encoding; send gzip, deflate or none")
+    in_flight = request.state.service.in_flight
+    decompressor = zlib.decompressobj(zlib.MAX_WBITS | 32)  # of gzip or zlib, as its first bytes say
+    try:
+        content = await asyncio.to_thread(decompressor.decompress, body, in_flight.most_bytes + 1)
+    except zlib.error:
+        raise Malformed(
+            f"the body is not valid {encoding.decode()}; send it as Content-Encoding says"
+        ) from None
+    in_flight.check_length(len(content))
+    if not decompressor.eof or decompressor.unused_data:
+        raise Malformed("the compressed body ends too early or too late; send it whole")
+    return content
 
 
 def parts(body: bytes, request: Request) -> tuple[bytes, bytes]:
-    """The JSON, and the bytes of the tensors after it."""
+    """Return the JSON, and the bytes of the tensors after it."""
     length = context_of(request.scope).headers.get(HEADER.encode(), b"%d" % len(body))
     if not (length.isdigit() and len(length) < 12 and int(length) <= len(body)):
         raise Malformed(f"{HEADER} is not the length of the JSON; leave it out where nothing follows")
@@ -205,35 +268,35 @@ def parts(body: bytes, request: Request) -> tuple[bytes, bytes]:
 
 
 def checked(content: Any, what: str) -> dict[str, Any]:
-    """The object, without what is null in it. Raises Malformed where it has not the fields of a `what`."""
+    """Return the object without its null fields. Raises Malformed where its fields are not those of a `what`."""
     needed, known = FIELDS[what]
     if not isinstance(content, dict):
-        raise Malformed(f"the {what} is no object; send {EXAMPLE}")
-    found = {name: value for name, value in content.items() if value is not None}
-    if missing := sorted(needed - found.keys()):
+        raise Malformed(f"the {what} must be an object, such as {EXAMPLE}")
+    fields = {name: value for name, value in content.items() if value is not None}
+    if missing := sorted(needed - fields.keys()):
         raise Malformed(f'the {what} has no "{missing[0]}"; send {EXAMPLE}')
-    if unknown := sorted(content.keys() - needed - known):
+    if unknown := sorted(fields.keys() - needed - known):
         raise Malformed(f'"{unknown[0][:100]}" is not a known field of the {what}; leave it out')
-    if not all(isinstance(found.get(name, ""), str) for name in ("id", "name", "datatype")):
+    if not all(isinstance(fields.get(name, ""), str) for name in ("id", "name", "datatype")):
         raise Malformed('"id", "name" and "datatype" must be texts')
-    return found
+    return fields
 
 
 def parameters_of(content: dict[str, Any], *known: str) -> dict[str, Any]:
-    """The parameters of an object; where some are named, no others."""
-    found = content.get("parameters", {})
-    if not isinstance(found, dict):
-        raise Malformed('"parameters" are no object; send one, such as {"top_k": 3}')
-    if known and (unknown := sorted(found.keys() - set(known))):
+    """Return the parameters of an object. Raises Malformed where some are `known` and another one is sent."""
+    parameters = content.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise Malformed('"parameters" must be an object, such as {"top_k": 3}')
+    if known and (unknown := sorted(parameters.keys() - set(known))):
         raise Malformed(f'"{unknown[0][:100]}" is not a known parameter here; leave it out')
-    return found
+    return parameters
 
 
-def the_input(asked: dict[str, Any], rest: bytes) -> Tensor:
-    """The one tensor, whose bytes, if it has any, are the `rest` of the body."""
-    if not isinstance(asked["inputs"], list) or len(asked["inputs"]) != 1:
+def the_input(fields: dict[str, Any], rest: bytes) -> Tensor:
+    """Return the request's one tensor; its bytes, if it has any, are the `rest` of the body."""
+    if not isinstance(fields["inputs"], list) or len(fields["inputs"]) != 1:
         raise Malformed(f'"inputs" must be a list of one tensor; send {EXAMPLE}')
-    tensor = checked(asked["inputs"][0], "input")
+    tensor = checked(fields["inputs"][0], "input")
     size = parameters_of(tensor, "binary_data_size").get("binary_data_size")
     shape, data = tensor["shape"], tensor.get("data")
     if not isinstance(shape, list) or not all(map(is_size, shape)):
@@ -255,28 +318,28 @@ def the_input(asked: dict[str, Any], rest: bytes) -> Tensor:
 
 
 def is_size(one: Any) -> bool:
-    """Whether it is a whole number, as JSON has them: 3.0 is one."""
+    """Return whether it is a whole number of at least 0. In JSON 3.0 is one."""
     return type(one) in (int, float) and 0 <= one < 2**31 and one == int(one)
 
 
-def binary_output(asked: dict[str, Any], sent: dict[str, Any]) -> bool:
-    """Whether the answer is wanted as bytes after the JSON. Takes that from what was `sent` beside the task's parameters."""
-    wanted = sent.pop("binary_data_output", False)
-    outputs = asked.get("outputs", [])
+def binary_output(fields: dict[str, Any], parameters: dict[str, Any]) -> bool:
+    """Return whether the client wants the answer as bytes after the JSON. Takes that out of the request's `parameters`."""
+    is_binary = parameters.pop("binary_data_output", False)
+    outputs = fields.get("outputs", [])
     if not isinstance(outputs, list) or len(outputs) > 1:
         raise Malformed(f'"outputs" must be a list of one, {{"name": "{ANSWER}"}}, or left out')
     for output in outputs:
-        found = checked(output, "output")
-        if found["name"] != ANSWER:
-            raise Unprocessable(f'there is no output {found["name"][:100]!r}; ask for "{ANSWER}"')
-        wanted = parameters_of(found, "binary_data").get("binary_data", wanted)
-    if type(wanted) is not bool and wanted is not None:
+        output = checked(output, "output")
+        options = parameters_of(output)
+        tensors.check_output(output["name"], options.keys() - {"binary_data"})
+        is_binary = options.get("binary_data", is_binary)
+    if type(is_binary) is not bool and is_binary is not None:
         raise Malformed('"binary_data" and "binary_data_output" must be true or false')
-    return bool(wanted)
+    return bool(is_binary)
 
 
 def with_raw(reply: replies.AnswerResponse, raw: bytes) -> replies.AnswerResponse:
-    """The reply, and the tensor after its JSON."""
+    """Return the reply with the tensor's bytes after its JSON."""
     length = len(reply.body)
     reply.body = bytes(reply.body) + raw
     reply.raw_headers[:2] = [

@@ -1,10 +1,10 @@
-"""What is said over gRPC: each call, its errors, its streams. How it is served: grpc_server.py."""
+"""Every gRPC call of the protocol: its answer, its errors, its streams. How they are served: grpc_server.py."""
 
 import asyncio
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,10 +18,9 @@ from starlette.exceptions import HTTPException
 # The protocol's messages, as its clients have them: two sets of the same names in one process would collide.
 from tritonclient.grpc import service_pb2 as pb
 
-import workers
 from workers.context import RequestContext, request_id
 from workers.errors import STOPPING, Malformed, Rejected, Unprocessable
-from workers.protocols.open_inference import tensors, unknown
+from workers.protocols.open_inference import model_info, tensors, unknown_model
 from workers.protocols.open_inference.tensors import ANSWER, VERSION, Tensor
 from workers.service import Service
 from workers.web import replies
@@ -29,15 +28,19 @@ from workers.web.access import NO_KEY, AccessControl
 from workers.web.middleware import HOLD_S
 from workers.web.replies import CLIENT_GONE, explain
 
-SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name
+NAME = "GRPCInferenceService"
+SERVICE = pb.DESCRIPTOR.services_by_name[NAME].full_name
 CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
     500: grpc.StatusCode.INTERNAL,
+    501: grpc.StatusCode.UNIMPLEMENTED,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }  # of 503 see `InferenceServicer.failure`; any other is INVALID_ARGUMENT
 SEND_S = 0.5  # to send the last answers when the server stops
-CONTENTS = {  # where a tensor's elements are, of those that are not in raw_input_contents
+PROBE_S = 1.0  # for the message of a call that needs no key
+STREAM_BYTES = 2**26  # of messages and unsent answers that all streams hold together
+CONTENTS = {  # the field with a tensor's elements, where they are not in raw_input_contents
     "BYTES": "bytes_contents",
     "BOOL": "bool_contents",
     **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
@@ -51,7 +54,9 @@ CONTENTS = {  # where a tensor's elements are, of those that are not in raw_inpu
 OPEN = {
     *(f"/{SERVICE}/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")),
     *(f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch")),
-}  # without a key, as /health and /ready
+}  # without a key, like /health and /ready
+
+NOT_READ = "the answers were not read in time; read them faster"
 
 Context = Any  # grpc.aio.ServicerContext of bytes
 Answering = Callable[[Context], Awaitable[Any]]  # a message, or None where it writes them itself
@@ -90,25 +95,35 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self.operations: set[asyncio.Task[Any]] = set()
         self.stopping = asyncio.Event()
         self.stopped = asyncio.create_task(self.stopping.wait())
+        self.stream_bytes = 0  # of messages and unsent answers
 
     def methods(self) -> dict[str, grpc.RpcMethodHandler]:
-        unary = {
+        """Return the handlers of all the protocol's methods."""
+        answers: dict[str, Answering] = dict.fromkeys(
+            pb.DESCRIPTOR.services_by_name[NAME].methods_by_name, unsupported
+        )
+        answers |= {
             "ServerLive": self.server_live,
             "ServerReady": self.server_ready,
             "ServerMetadata": self.server_metadata,
             "ModelReady": self.model_ready,
             "ModelMetadata": self.model_metadata,
+            "ModelConfig": self.model_config,
+            "ModelStatistics": self.model_statistics,
+            "RepositoryIndex": self.repository_index,
             "ModelInfer": self.infer,
+            "ModelStreamInfer": self.stream,
         }
-        handlers = {
-            name: grpc.stream_unary_rpc_method_handler(partial(self.call, name, answer))
-            for name, answer in unary.items()
-        }
-        stream = partial(self.call, "ModelStreamInfer", self.stream)
-        return handlers | {"ModelStreamInfer": grpc.stream_stream_rpc_method_handler(stream)}
+        return {name: self.handler(name, answer) for name, answer in answers.items()}
+
+    def handler(self, name: str, answer: Answering) -> grpc.RpcMethodHandler:
+        """Return the handler of this method."""
+        is_stream = name in ("ModelStreamInfer", "Watch")
+        kind = grpc.stream_stream_rpc_method_handler if is_stream else grpc.stream_unary_rpc_method_handler
+        return kind(partial(self.call, name, answer))
 
     async def intercept_service(self, continuation: Continuation, details: Any) -> grpc.RpcMethodHandler:
-        """Ask for a key before anything is read."""
+        """Require a key before anything is read."""
         if not self.guard.keys or details.method in OPEN:
             return await continuation(details)
         fields = {
@@ -118,7 +133,7 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if self.guard.knows(fields):
             return await continuation(details)
         name = details.method.removeprefix(f"/{SERVICE}/")
-        name = name if name in self.most else "other"  # of a stranger's names none is kept
+        name = name if name in self.most else "other"  # keep no name that a stranger chose
         return grpc.stream_stream_rpc_method_handler(partial(self.call, name, self.no_key))
 
     async def no_key(self, context: Context) -> None:
@@ -127,7 +142,7 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     # --- every call ---------------------------------------------------------------------------------------------------
 
     async def call(self, name: str, answer: Answering, _: Any, context: Context) -> bytes | None:
-        """What it answers, as bytes; or an error, in its status."""
+        """Return the answer as bytes, None where `answer` writes by itself. Every error becomes the call's status."""
         call_id = id_of(context)
         context.set_trailing_metadata((("x-request-id", call_id),))
         self.open[name] += 1
@@ -145,7 +160,7 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         except Exception as exc:
             failure = self.failure(exc, call_id, name in self.most)
             if failure.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                # Who asks again at once would keep the core busy with refusals.
+                # Clients that retry at once would keep the core busy with rejections.
                 await asyncio.sleep(min(HOLD_S, left_s(context) / 2))
             metadata = (("x-request-id", call_id), *failure.details())
             with contextlib.suppress(TimeoutError):  # the client reads nothing: it ends with the connection
@@ -155,20 +170,20 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self.open[name] -= 1
 
     def failure(self, exc: Exception, call_id: str, is_counted: bool) -> Status:
-        """What is said of an error."""
+        """Return the status of a call that failed."""
         failure = explain(exc, call_id)
         if is_counted:
             self.count(failure.status).inc()
         code = CODES.get(failure.status, grpc.StatusCode.INVALID_ARGUMENT)
         if failure.status == 503:
-            nobody_can = self.service.unready()
-            code = grpc.StatusCode.UNAVAILABLE if nobody_can else grpc.StatusCode.RESOURCE_EXHAUSTED
+            unready = self.service.unready()
+            code = grpc.StatusCode.UNAVAILABLE if unready else grpc.StatusCode.RESOURCE_EXHAUSTED
         return Status(code, failure.sentence, failure.retry_after_s)
 
     async def operate(self, operation: Coroutine[Any, Any, Any], limit_s: float | None, *ends: Future) -> Any:
-        """What `operation` gives. Raises TimeoutError when that takes too long, or one of `ends` comes first.
+        """Return the result of `operation`. Raises TimeoutError when that takes too long, or when one of `ends` is done first.
 
-        It goes on even so: grpc's core writes into its memory, so it must not be cancelled.
+        The operation goes on even so: grpc's core writes into its memory, so it must not be cancelled.
         """
         task = self.keep(operation)
         done, _ = await asyncio.wait({task, *ends}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
@@ -177,7 +192,7 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return task.result()
 
     def keep(self, operation: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """A task that goes on though nobody waits for it."""
+        """Return a task that goes on although nobody awaits it."""
         task = asyncio.create_task(operation)
         self.operations.add(task)
         task.add_done_callback(self.ended)
@@ -185,25 +200,32 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def ended(self, task: asyncio.Task[Any]) -> None:
         self.operations.discard(task)
-        task.cancelled() or task.exception()  # asyncio complains of what nobody looked at
+        if not task.cancelled():
+            task.exception()  # asyncio logs exceptions that nobody has read
 
-    async def read(self, context: Context, kind: type[Any]) -> Any:
-        """The one message of a call. Raises HTTPException and Malformed with a sentence; Rejected once the server stops."""
+    async def read(self, context: Context, kind: type[Any], limit_s: float = math.inf) -> Any:
+        """Return the one message of a call. Raises HTTPException or Malformed with a sentence; Rejected once the server stops."""
         try:
-            raw = await self.operate(context.read(), self.settings.BODY_TIMEOUT_S, self.stopped)
+            limit_s = min(limit_s, self.settings.BODY_TIMEOUT_S)
+            raw = await self.operate(context.read(), limit_s, self.stopped)
         except TimeoutError:
             if self.stopping.is_set():
                 raise Rejected(STOPPING) from None
             raise HTTPException(408, "the message did not arrive in time; send it faster") from None
         if raw is grpc.aio.EOF:
             raise Malformed("there is no message; send one")
-        return self.parsed(raw, kind)
+        return parsed(raw, kind)
 
-    def parsed(self, raw: bytes, kind: type[Any]) -> Any:
+    async def read_probe(self, context: Context, kind: type[Any]) -> Any:
+        """`read` for calls without a key, which must not wait for long: their number has no other limit."""
+        return await self.read(context, kind, PROBE_S)
+
+    async def write(self, context: Context, reply: Any) -> None:
+        """Write one message of a stream. Raises HTTPException 408 where the client does not read."""
         try:
-            return kind.FromString(raw)
-        except DecodeError:
-            raise Malformed(f"the message is no {kind.DESCRIPTOR.full_name}; send one") from None
+            await self.operate(context.write(reply.SerializeToString()), self.settings.BODY_TIMEOUT_S)
+        except TimeoutError:
+            raise HTTPException(408, NOT_READ) from None
 
     # --- what is served -----------------------------------------------------------------------------------------------
 
@@ -214,144 +236,204 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return pb.ServerReadyResponse(ready=not self.service.unready())
 
     async def server_metadata(self, context: Context) -> Any:
-        return pb.ServerMetadataResponse(name="one-queue", version=workers.__version__)
+        return pb.ServerMetadataResponse(**model_info.server())
 
     async def model_ready(self, context: Context) -> Any:
-        request = await self.read(context, pb.ModelReadyRequest)
-        self.know(request.name, request.version)
-        return pb.ModelReadyResponse(ready=not self.service.unready())
+        """ModelReady: false for any other model, as over HTTP and as Triton's clients expect."""
+        request = await self.read_probe(context, pb.ModelReadyRequest)
+        is_known = self.is_known(request.name, request.version)
+        return pb.ModelReadyResponse(ready=is_known and not self.service.unready())
 
     async def model_metadata(self, context: Context) -> Any:
-        request = await self.read(context, pb.ModelMetadataRequest)
-        self.know(request.name, request.version)
-        return pb.ModelMetadataResponse(**tensors.metadata(self.service))
+        await self.read_for_model(context, pb.ModelMetadataRequest)
+        return pb.ModelMetadataResponse(**model_info.metadata(self.service))
 
-    def know(self, name: str, version: str) -> None:
-        """Raise HTTPException 404 where that is no model of ours."""
-        if name != self.settings.model_name or version not in ("", VERSION):
-            raise HTTPException(404, unknown(self.settings))
+    async def model_config(self, context: Context) -> Any:
+        await self.read_for_model(context, pb.ModelConfigRequest)
+        return pb.ModelConfigResponse(config=model_info.config(self.service))
+
+    async def model_statistics(self, context: Context) -> Any:
+        request = await self.read(context, pb.ModelStatisticsRequest)
+        if request.name:  # else those of all models
+            self.check_model(request.name, request.version)
+        return pb.ModelStatisticsResponse(**model_info.statistics(self.service))
+
+    async def repository_index(self, context: Context) -> Any:
+        await self.read(context, pb.RepositoryIndexRequest)
+        return pb.RepositoryIndexResponse(models=model_info.index(self.service))
+
+    async def read_for_model(self, context: Context, kind: type[Any]) -> None:
+        """Read a message that names a model. Raises HTTPException 404 where it is another one."""
+        request = await self.read(context, kind)
+        self.check_model(request.name, request.version)
+
+    def check_model(self, name: str, version: str) -> None:
+        """Raise HTTPException 404 where that is not the model that is served."""
+        if not self.is_known(name, version):
+            raise HTTPException(404, unknown_model(self.settings))
+
+    def is_known(self, name: str, version: str) -> bool:
+        """Return whether that is the model that is served."""
+        return name == self.settings.model_name and version in ("", VERSION)
 
     # --- inference ----------------------------------------------------------------------------------------------------
 
     async def infer(self, context: Context) -> Any:
-        """ModelInfer: refused before it is read where the model has no room."""
-        if refused := self.loop.rejection(left_s(context)):
-            raise refused
-        return await self.answered(await self.read(context, pb.ModelInferRequest), context)
+        """ModelInfer: rejected before it is read while the model has no room."""
+        asked = self.arrival(context)
+        if rejected := self.loop.rejection(asked.budget_s):
+            raise rejected
+        return await self.answered(await self.read(context, pb.ModelInferRequest), asked)
 
-    async def answered(self, request: Any, context: Context) -> Any:
-        """The model's answer to each element of the tensor."""
+    def arrival(self, context: Context) -> RequestContext:
+        """Return the context of a request that has arrived now."""
+        return RequestContext({}, "", budget_s=min(left_s(context), self.loop.budget_s))
+
+    async def answered(self, request: Any, asked: RequestContext) -> Any:
+        """Return the model's answer to each element of the tensor."""
         service = self.service
-        self.know(request.model_name, request.model_version)
-        sent = {
+        self.check_model(request.model_name, request.model_version)
+        fields = {
             name: getattr(p, p.WhichOneof("parameter_choice") or "", None)
             for name, p in request.parameters.items()
         }
-        if any(output.name != ANSWER for output in request.outputs):
-            raise Unprocessable(f'there is but one output; ask for "{ANSWER}"')
+        for output in request.outputs:
+            tensors.check_output(output.name, output.parameters)
+        asked.budget_s = min(asked.budget_s, tensors.time_limit_s(fields, service))
         inputs = tensors.inputs(the_input(request), service)
-        asked = RequestContext({}, "", budget_s=min(left_s(context), self.loop.budget_s))
-        queries = await service.check(asked, inputs, tensors.parameters(sent), request.ByteSize())
-        answers = await self.loop.submit_all(*zip(*queries), budget_s=asked.left_s)
-        said = tensors.said(answers, service)
+        queries = await service.check(asked, inputs, tensors.parameters(fields), request.ByteSize())
+        contents, sizes = [query.content for query in queries], [query.size for query in queries]
+        answers = await self.loop.submit_all(contents, sizes, budget_s=asked.left_s)
+        output = tensors.output(answers, service)
         return pb.ModelInferResponse(
             model_name=request.model_name,
             model_version=VERSION,
             id=request.id,
             parameters={"timing": pb.InferParameter(string_param=replies.timing(answers))},
-            outputs=[{"name": ANSWER, "datatype": said.datatype, "shape": said.shape}],
-            raw_output_contents=[said.raw],
+            outputs=[{"name": ANSWER, "datatype": output.datatype, "shape": output.shape}],
+            raw_output_contents=[output.raw],
         )
 
     async def stream(self, context: Context) -> None:
-        """ModelStreamInfer: read a request, let it be answered, read the next one."""
+        """ModelStreamInfer: read requests, at most MAX_INPUTS ahead of their answers."""
         unanswered: set[asyncio.Task[None]] = set()
-        stalled = asyncio.get_running_loop().create_future()
-        writing, refused = asyncio.Lock(), asyncio.Event()
+        failed = asyncio.get_running_loop().create_future()
+        writing, rejected = asyncio.Lock(), asyncio.Event()
 
         async def answer(raw: bytes) -> None:
-            reply = await self.replied(raw, context)
-            if "retry_after_s" in reply.infer_response.parameters:
-                refused.set()
-            async with writing:
-                if stalled.done():
-                    return
-                try:
-                    await self.operate(context.write(reply.SerializeToString()), self.settings.BODY_TIMEOUT_S)
-                except TimeoutError:
-                    stalled.set_result(None)
+            with self.held(len(raw)):
+                reply = await self.replied(raw, context)
+                if "retry_after_s" in reply.infer_response.parameters:
+                    rejected.set()
+                with self.held(reply.ByteSize()):
+                    async with writing:
+                        if failed.done():
+                            return
+                        try:
+                            await self.write(context, reply)
+                        except HTTPException as exc:
+                            failed.set_result(exc)
 
         try:
-            with contextlib.suppress(TimeoutError):  # stalled or stopped
+            with contextlib.suppress(TimeoutError):  # failed or stopped
                 while (
-                    raw := await self.operate(context.read(), None, stalled, self.stopped)
+                    raw := await self.operate(context.read(), None, failed, self.stopped)
                 ) is not grpc.aio.EOF:
                     task = self.keep(answer(raw))
                     unanswered.add(task)
                     task.add_done_callback(unanswered.discard)
-                    while len(unanswered) >= self.settings.MAX_INPUTS:
+                    await asyncio.sleep(0)  # let it count its bytes
+                    while self.is_full(unanswered):
                         await asyncio.wait(unanswered, return_when=asyncio.FIRST_COMPLETED)
-                    if refused.is_set():  # the client sends too much: let it wait
+                    if rejected.is_set():  # the client sends too much: let it wait
                         await asyncio.sleep(HOLD_S)
-                        refused.clear()
+                        rejected.clear()
             while unanswered:
                 await asyncio.wait(unanswered)
         finally:
             for task in unanswered:
                 task.cancel()
-        if stalled.done():
-            raise HTTPException(408, "the answers were not taken in time; read them faster")
+        if failed.done():
+            raise failed.result()
         if self.stopping.is_set():
             raise Rejected(STOPPING)
 
-    async def replied(self, raw: bytes, context: Context) -> Any:
-        """What a stream says of one of its requests."""
-        request = pb.ModelInferRequest()
+    def is_full(self, unanswered: set[asyncio.Task[None]]) -> bool:
+        """Return whether a stream with these requests must not be read for now. It may always have one."""
+        is_over = self.stream_bytes > STREAM_BYTES
+        return bool(unanswered) and (is_over or len(unanswered) >= self.settings.MAX_INPUTS)
+
+    @contextlib.contextmanager
+    def held(self, n_bytes: int) -> Iterator[None]:
+        """Count the bytes that a stream holds while the context lasts."""
+        self.stream_bytes += n_bytes
         try:
-            request = self.parsed(raw, pb.ModelInferRequest)
-            if refused := self.loop.rejection(left_s(context)):
-                raise refused
-            reply = await self.answered(request, context)
+            yield
+        finally:
+            self.stream_bytes -= n_bytes
+
+    async def replied(self, raw: bytes, context: Context) -> Any:
+        """Return the reply to one request of a stream, an error too."""
+        request, asked = pb.ModelInferRequest(), self.arrival(context)
+        try:
+            request = parsed(raw, pb.ModelInferRequest)
+            if rejected := self.loop.rejection(asked.budget_s):
+                raise rejected
+            reply = await self.answered(request, asked)
             self.count(200).inc()
             return pb.ModelStreamInferResponse(infer_response=reply)
         except asyncio.CancelledError:
             self.count(CLIENT_GONE).inc()
             raise
         except Exception as exc:
-            failure = self.failure(exc, dict(context.trailing_metadata())["x-request-id"], True)
-            # Triton's clients show of an error only its message.
-            sentence = f"request {request.id}: {failure.sentence}" if request.id else failure.sentence
-            said = {"status": pb.InferParameter(string_param=failure.code.name)}
-            if failure.retry_after_s:
-                said["retry_after_s"] = pb.InferParameter(int64_param=failure.retry_after_s)
-            about = pb.ModelInferResponse(id=request.id, model_name=request.model_name, parameters=said)
-            return pb.ModelStreamInferResponse(error_message=sentence, infer_response=about)
+            status = self.failure(exc, dict(context.trailing_metadata())["x-request-id"], True)
+            # Triton clients show only the message of an error.
+            sentence = f"request {request.id}: {status.sentence}" if request.id else status.sentence
+            fields = {"status": pb.InferParameter(string_param=status.code.name)}
+            if status.retry_after_s:
+                fields["retry_after_s"] = pb.InferParameter(int64_param=status.retry_after_s)
+            response = pb.ModelInferResponse(id=request.id, model_name=request.model_name, parameters=fields)
+            return pb.ModelStreamInferResponse(error_message=sentence, infer_response=response)
+
+
+async def unsupported(context: Context) -> None:
+    raise HTTPException(501, "this server serves one model, without shared memory, tracing and log settings")
+
+
+def parsed(raw: bytes, kind: type[Any]) -> Any:
+    """Return the message. Raises Malformed with a sentence."""
+    try:
+        return kind.FromString(raw)
+    except DecodeError:
+        raise Malformed(f"the message is not a valid {kind.DESCRIPTOR.full_name}; send one") from None
 
 
 def id_of(context: Context) -> str:
-    """Return the call's own id if it is short and plain, else a new one."""
-    sent = dict(context.invocation_metadata()).get("x-request-id", "")
-    return request_id(sent if isinstance(sent, bytes) else sent.encode())
+    """Return the client's own request id if it is short and plain, else a new one."""
+    value = dict(context.invocation_metadata()).get("x-request-id", "")
+    return request_id(value if isinstance(value, bytes) else value.encode())
 
 
 def left_s(context: Context) -> float:
-    """The seconds until the client's deadline."""
+    """Return the seconds until the call's deadline."""
     left = context.time_remaining()
     return math.inf if left is None else left
 
 
 def the_input(request: Any) -> Tensor:
-    """The one tensor."""
+    """Return the request's one tensor."""
     if len(request.inputs) != 1 or len(request.raw_input_contents) > 1:
         raise Malformed(f"there are {len(request.inputs)} inputs; send one tensor")
     tensor = request.inputs[0]
     if tensor.parameters:
         raise Malformed("the tensor has parameters; leave them out, shared memory too")
     if not all(0 <= one < 2**31 for one in tensor.shape):
-        raise Malformed("the shape must be of whole numbers of at least 0")
+        raise Malformed("the shape must have whole numbers of at least 0")
     data: Any = request.raw_input_contents[0] if request.raw_input_contents else None
     if data is None:
         if tensor.datatype not in CONTENTS:
-            raise Unprocessable(f"{tensor.datatype[:20]} must be in raw_input_contents, or is not known")
+            raise Unprocessable(
+                f"{tensor.datatype[:20]} is not a known datatype, or must be in raw_input_contents"
+            )
         data = list(getattr(tensor.contents, CONTENTS[tensor.datatype]))
     return Tensor(tensor.name, tensor.datatype, list(tensor.shape), data)

@@ -2,31 +2,35 @@
 
     client = tritonclient.grpc.InferenceServerClient("127.0.0.1:50051")
 
-The client's deadline is its budget; a call that is cancelled leaves the queue. Errors have the sentences of HTTP's:
-RESOURCE_EXHAUSTED with a google.rpc.RetryInfo where the model has no room, without one where the message is too large,
-UNAVAILABLE while none can be answered, DEADLINE_EXCEEDED, INVALID_ARGUMENT, NOT_FOUND, UNAUTHENTICATED, INTERNAL. Every
-call has its x-request-id in the trailing metadata; each answer has "timing" among its parameters.
+The call's deadline is its time limit; a cancelled call leaves the queue. Errors carry the same sentences as over HTTP:
+RESOURCE_EXHAUSTED with a google.rpc.RetryInfo for a rejection, without one for a message that is too large, UNAVAILABLE
+while no call can be answered, DEADLINE_EXCEEDED, INVALID_ARGUMENT, NOT_FOUND, UNAUTHENTICATED, UNIMPLEMENTED, INTERNAL.
+Every call has its x-request-id in the trailing metadata; every answer has "timing" among its parameters.
 
-ModelStreamInfer: many requests, each on its own as if it had been sent alone; answers come in the order in which they are
-done, each with its request's id. An error has that, "status" and, where one should ask again, "retry_after_s" as well. Of a
-stream at most MAX_INPUTS requests are unanswered: beyond them it is not read.
+ModelStreamInfer carries many requests, each answered as if it had been sent alone, in the order of completion, with its id.
+An error also has "status" and, for a rejection, "retry_after_s". A stream is not read while MAX_INPUTS of its requests are
+unanswered, or while all streams together hold more than STREAM_BYTES of messages and answers that wait to be sent.
 
-grpc.health.v1: "" and "inference.GRPCInferenceService" say what /ready says, "liveness" what /health says. No TLS: put a
-proxy in front. Web pages can't ask: browsers speak HTTP/2 over TLS only. Of several worker processes each listens, and a
-client stays with the one that took its connection.
+grpc.health.v1: "" and "inference.GRPCInferenceService" follow /ready, "liveness" follows /health. No TLS: put a proxy in
+front. Web pages can't call it: browsers speak HTTP/2 over TLS only. With several worker processes, each listens on the
+port, and a client stays with the one that took its connection.
 """
 
 import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator
+import resource
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc._cython import cygrpc
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+from starlette.exceptions import HTTPException
 
 from workers.errors import Rejected
 from workers.protocols.open_inference.grpc_calls import SEND_S, SERVICE, Context, InferenceServicer
@@ -35,55 +39,51 @@ from workers.service import Service
 log = logging.getLogger("uvicorn.error")
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-WATCH_S, SOON_S = 0.25, 0.02
-HEADERS_BYTES = 16_384  # of metadata
-IDLE_S = 300  # a connection without a call
+POLL_S, LOADING_POLL_S = 0.25, 0.02
+MAX_METADATA_BYTES = 16_384
+IDLE_S = 30  # a connection without a call is closed; clients connect again by themselves
+WATCH_S = 600  # the longest Health/Watch
+MAX_WATCHES = {"connection": 16, "address": 64, "all": 256}
 
 
 @contextlib.asynccontextmanager
 async def serving(service: Service) -> AsyncIterator[None]:
-    """Answer gRPC calls as long as the context lasts; then end those that are there with an answer."""
-    door = InferenceServicer(service)
-    servers: list[Any] = []
-    # It would print a traceback for each message of a stranger that it can't read; what fails in our calls, we log.
+    """Answer gRPC calls while the context lasts; then finish the calls in progress within the grace time."""
+    servicer = InferenceServicer(service)
+    servers: list[grpc.aio.Server] = []
+    # grpc would log a traceback for each message that it can't parse; failures of our own calls are logged by `explain`.
     logging.getLogger("grpc._cython.cygrpc").setLevel(logging.CRITICAL)
-    running = asyncio.create_task(run(service, door, servers), name="gRPC")
+    running = asyncio.create_task(run(service, servicer, servers), name="gRPC")
     running.add_done_callback(partial(ended, service))
     try:
         yield
     finally:
         running.cancel()
-        door.stopping.set()
+        servicer.stopping.set()
         await service.loop.drain(max(0.0, service.settings.GRACE_S - 1))
         await asyncio.gather(*(server.stop(SEND_S) for server in servers))
 
 
-async def run(service: Service, door: InferenceServicer, servers: list[Any]) -> None:
-    """Listen until cancelled. `servers` are those that still have calls.
-
-    grpc's server ends for good at a call whose path is no UTF-8, and anybody can send one: then there is a new one. The calls
-    that the old one has are answered.
-    """
+async def run(service: Service, servicer: InferenceServicer, servers: list[grpc.aio.Server]) -> None:
+    """Listen until cancelled; add the server to `servers` once it does."""
     settings, address = service.settings, address_of(service)
-    while not is_known(service):  # nor is how long a message may be
-        await asyncio.sleep(SOON_S)
-    code = 3  # tells Gunicorn that another worker could not be started either
-    while True:
-        server = made(service, door)
-        try:
-            server.add_insecure_port(address)
-        except RuntimeError:
-            hint = "" if settings.WEB_CONCURRENCY > 1 else "; of several workers each needs WEB_CONCURRENCY"
-            details = f"cannot listen on GRPC_PORT={settings.GRPC_PORT}; is it taken?{hint}"
-            return service.exit(code, "gRPC cannot listen", details)
-        await server.start()
-        servers.append(server)
-        code = 1
-        log.info("gRPC on %s", address)
-        while server._server.is_running():
-            await asyncio.sleep(WATCH_S)
-        log.warning("gRPC has ended, as it does at a path that is no UTF-8; starting it again")
-        door.keep(retire(server, servers, settings.DEADLINE_S))
+    while not has_task(service):  # which decides how long a message may be
+        await asyncio.sleep(LOADING_POLL_S)
+    server = make_server(service, servicer)
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError:
+        hint = "" if settings.WEB_CONCURRENCY > 1 else "; of several workers each needs WEB_CONCURRENCY"
+        details = f"cannot listen on GRPC_PORT={settings.GRPC_PORT}; is it taken?{hint}"
+        # 3 tells Gunicorn that another worker could not be started either.
+        return service.exit(3, "gRPC cannot listen", details)
+    await server.start()
+    servers.append(server)
+    log.info("gRPC on %s", address)
+    await asyncio.shield(
+        server.wait_for_termination()
+    )  # cancelled itself, it would cancel the server's own end
+    raise RuntimeError("grpc's server has ended by itself")
 
 
 def ended(service: Service, running: asyncio.Task[None]) -> None:
@@ -93,76 +93,133 @@ def ended(service: Service, running: asyncio.Task[None]) -> None:
         service.exit(1, "gRPC has ended; this is a bug")
 
 
-async def retire(server: Any, servers: list[Any], within_s: float) -> None:
-    """End it when its calls have ended."""
-    await server.stop(within_s)
-    servers.remove(server)
-
-
-def is_known(service: Service) -> bool:
-    """Whether there is a task."""
+def has_task(service: Service) -> bool:
+    """Return whether the task is known already."""
     with contextlib.suppress(Rejected):
         return bool(service.task)
     return False
 
 
 def address_of(service: Service) -> str:
-    """Loopback, like HTTP's default, unless GRPC_PORT names a host."""
+    """Return where to listen: on loopback, as HTTP does by default, unless GRPC_PORT names a host."""
     host, _, port = service.settings.GRPC_PORT.rpartition(":")
     return f"{host or '127.0.0.1'}:{port}"
 
 
-def has_successor() -> bool:
-    """Return whether a new server starts while this one still answers: Gunicorn's and `make cluster`'s do, at SIGHUP."""
-    return bool(os.environ.get("SERVER_SOFTWARE"))
+def shares_port(service: Service) -> bool:
+    """Return whether other processes listen on this port: workers, or a successor that starts while this one still answers.
+
+    Gunicorn and `make cluster` have one at SIGHUP, and set SERVER_SOFTWARE.
+    """
+    return service.settings.WEB_CONCURRENCY > 1 or bool(os.environ.get("SERVER_SOFTWARE"))
 
 
-def made(service: Service, door: InferenceServicer) -> Any:
-    """A gRPC server with all services, bounded in all that a client could have too much of."""
-    settings, most = service.settings, 4 * service.settings.MAX_QUEUE
+class RegisteredMethodsServer(cygrpc.AioServer):  # type: ignore[misc]
+    """grpc's own server, without calls of unknown methods.
+
+    grpc decodes the path of such a call as UTF-8 in its main loop, and where that fails the server ends for everybody. Paths
+    of registered methods are compared as bytes. So take an unknown call and drop it: its client gets CANCELLED.
+    """
+
+    async def _request_call(self) -> None:
+        while True:
+            await super()._request_call()
+
+
+def make_server(service: Service, servicer: InferenceServicer) -> grpc.aio.Server:
+    """Return a gRPC server with all services, and a limit on everything that grpc can limit."""
+    settings = service.settings
     options = {
-        # Each worker listens, and the kernel shares the connections out; else a port that is taken is an error.
-        "grpc.so_reuseport": int(settings.WEB_CONCURRENCY > 1 or has_successor()),
+        # Without it a port that is taken is an error; with it the kernel distributes the connections.
+        "grpc.so_reuseport": int(shares_port(service)),
         "grpc.max_receive_message_length": service.in_flight.most_bytes,
-        "grpc.max_metadata_size": HEADERS_BYTES,
-        "grpc.absolute_max_metadata_size": HEADERS_BYTES,
-        "grpc.max_concurrent_streams": most,  # of one connection; more wait at the client
-        "grpc.max_allowed_incoming_connections": most // 2,
-        "grpc.http2.bdp_probe": 0,  # windows stay small: what a stream sends ahead waits at the client, not here
-        "grpc.max_connection_idle_ms": IDLE_S * 1000,
+        "grpc.max_metadata_size": MAX_METADATA_BYTES,
+        "grpc.absolute_max_metadata_size": MAX_METADATA_BYTES,
+        "grpc.max_concurrent_streams": 4 * settings.MAX_QUEUE,  # per connection; more wait in the client
+        "grpc.max_allowed_incoming_connections": max_connections(),
+        "grpc.http2.bdp_probe": 0,  # windows stay small: what a stream sends ahead waits in the client
+        "grpc.max_connection_idle_ms": int(IDLE_S * 1000),
         "grpc.server_handshake_timeout_ms": int(settings.HEADERS_TIMEOUT_S * 1000),
     }
-    server = grpc.aio.server(interceptors=[door], options=list(options.items()), maximum_concurrent_rpcs=most)
-    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, door.methods())])
-    health_pb2_grpc.add_HealthServicer_to_server(Health(service, door.stopping), server)
-    reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), server)
+    server = grpc.aio.server()
+    arguments = (server._loop, None, (), [servicer], tuple(options.items()), None)
+    server._server = RegisteredMethodsServer(*arguments)
+    for name, handlers in services(service, servicer).items():
+        server.add_registered_method_handlers(name, handlers)
     return server
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
-    """grpc.health.v1. (That of the package waits for every watcher to read before it takes note of a change.)"""
+def max_connections() -> int:
+    """Return how many connections may be open: half of the process's file descriptors, at most 1,024."""
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1024 if descriptors == resource.RLIM_INFINITY else min(1024, max(1, descriptors // 2))
 
-    def __init__(self, service: Service, stopping: asyncio.Event) -> None:
-        self.stopping = stopping
-        self.troubles = {"": service.unready, SERVICE: service.unready, "liveness": service.trouble}
+
+def services(service: Service, servicer: InferenceServicer) -> dict[str, dict[str, grpc.RpcMethodHandler]]:
+    """Return the handlers of every method, by service."""
+    health = Health(service, servicer)
+    names = (SERVICE, HEALTH, reflection.SERVICE_NAME)
+    reflect = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    return {
+        SERVICE: servicer.methods(),
+        HEALTH: {
+            "Check": servicer.handler("Check", health.check),
+            "Watch": servicer.handler("Watch", health.watch),
+        },
+        # v1 has the same messages; grpcurl asks for it first.
+        "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": reflect},
+        "grpc.reflection.v1.ServerReflection": {"ServerReflectionInfo": reflect},
+    }
+
+
+class Health:
+    """grpc.health.v1, without a key. (The package's own waits for every watcher to read before it notes a change.)"""
+
+    def __init__(self, service: Service, servicer: InferenceServicer) -> None:
+        self.servicer = servicer
+        self.reasons = {"": service.unready, SERVICE: service.unready, "liveness": service.trouble}
+        self.watches: Counter[str] = Counter()
 
     def status(self, name: str) -> Any:
-        if name not in self.troubles:
-            return health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
-        said = health_pb2.HealthCheckResponse
-        return said.NOT_SERVING if self.troubles[name]() else said.SERVING
+        response = health_pb2.HealthCheckResponse
+        if name not in self.reasons:
+            return response.SERVICE_UNKNOWN
+        return response.NOT_SERVING if self.reasons[name]() else response.SERVING
 
-    async def Check(self, request: Any, context: Context) -> Any:
-        if request.service not in self.troubles:
-            known = ", ".join(map(repr, self.troubles))
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"ask for one of {known}")
-        return health_pb2.HealthCheckResponse(status=self.status(request.service))
+    async def check(self, context: Context) -> Any:
+        """Check: the status now."""
+        name = (await self.servicer.read_probe(context, health_pb2.HealthCheckRequest)).service
+        if name not in self.reasons:
+            raise HTTPException(404, f"unknown service; send one of {', '.join(map(repr, self.reasons))}")
+        return health_pb2.HealthCheckResponse(status=self.status(name))
 
-    async def Watch(self, request: Any, context: Context) -> AsyncIterator[Any]:
-        said, is_last = None, False
-        while not is_last:
-            is_last = self.stopping.is_set()
-            if (status := self.status(request.service)) != said:
-                yield health_pb2.HealthCheckResponse(status=(said := status))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.stopping.wait(), WATCH_S)
+    async def watch(self, context: Context) -> None:
+        """Watch: the status now and whenever it changes, for WATCH_S. A watch beyond MAX_WATCHES gets the first only."""
+        name = (await self.servicer.read_probe(context, health_pb2.HealthCheckRequest)).service
+        with self.counted(context) as is_within_limits:
+            ends_at = asyncio.get_running_loop().time() + (WATCH_S if is_within_limits else 0)
+            sent, is_last = None, False
+            while not is_last:
+                is_last = self.servicer.stopping.is_set() or asyncio.get_running_loop().time() >= ends_at
+                if (status := self.status(name)) != sent:
+                    await self.servicer.write(context, health_pb2.HealthCheckResponse(status=status))
+                    sent = status
+                if not is_last:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self.servicer.stopping.wait(), POLL_S)
+
+    @contextlib.contextmanager
+    def counted(self, context: Context) -> Iterator[bool]:
+        """Count a watch while the context lasts; give whether its connection, its address and all have not too many."""
+        connection = context.peer()  # such as ipv4:127.0.0.1:57014
+        keys = {"connection": connection, "address": connection.rpartition(":")[0], "all": ""}
+        self.watches.update(keys.values())
+        try:
+            yield all(self.watches[key] <= MAX_WATCHES[what] for what, key in keys.items())
+        finally:
+            self.watches.subtract(keys.values())
+            self.watches += Counter()  # keeps what is above zero

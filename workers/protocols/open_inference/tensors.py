@@ -12,6 +12,7 @@ One out, `answer`: FP32 [n, dimensions] where the model gives a vector a text; e
 
 import math
 import struct
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,12 @@ NUMPYS = {  # of each datatype, as it is on the wire
     **{f"{kind}{bits}": f"<{kind[0].lower()}{bits // 8}" for kind in ("INT", "UINT") for bits in (8, 16, 32, 64)},
     **{f"FP{bits}": f"<f{bits // 8}" for bits in (16, 32, 64)},
 }  # fmt: skip
+NO_STATE = "the model keeps no state between requests"
+OPTIONS = {  # Triton's own of a request, with the reason why one is rejected
+    "timeout": "",
+    "priority": "requests wait in one queue, in the order of arrival",
+    **dict.fromkeys(("sequence_id", "sequence_start", "sequence_end"), NO_STATE),
+}
 KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}  # what a JSON number may be to become one
 
 
@@ -42,8 +49,8 @@ class Tensor(NamedTuple):
     data: Any
 
 
-class Said(NamedTuple):
-    """What is answered: `data` as JSON says them."""
+class Output(NamedTuple):
+    """The tensor of answers: `data` are its elements as JSON has them, `raw` its bytes."""
 
     datatype: str
     shape: list[int]
@@ -59,9 +66,9 @@ def inputs(tensor: Tensor, service: Service) -> list[Any]:
     if name not in NAMES:
         raise Malformed(f"there is no input {name[:100]!r}; send {', '.join(NAMES[:-1])} or {NAMES[-1]}")
     if (tensor.datatype == "BYTES") == (name == "numbers"):
-        raise Unprocessable(f'"{name}" is no tensor of {tensor.datatype[:20]}; see GET /v2/models/NAME')
+        raise Unprocessable(f'"{name}" is not a tensor of {tensor.datatype[:20]}; see GET /v2/models/NAME')
     if name == "bytes" and not service.task.media:
-        raise Unprocessable('this model takes no bytes; send "text" or "json"')
+        raise Unprocessable('this model does not take bytes; send "text" or "json"')
     found = rows(tensor) if name == "numbers" else elements(tensor, most)
     if not 1 <= len(found) <= most:
         raise Unprocessable(f"there are {len(found)} inputs; send 1 to {most} at once")
@@ -121,10 +128,10 @@ def rows(tensor: Tensor) -> list[Any]:
                 raise ValueError
     except (ValueError, OverflowError, TypeError):
         raise Unprocessable(
-            f"the data are no {tensor.datatype}, or not of one shape; send both alike"
+            f"the data do not fit {tensor.datatype}, or rows differ in length; send numbers of one shape"
         ) from None
     if not array.size:  # [2147483647, 0] would be as many empty lists
-        raise Unprocessable("there are no numbers; send some")
+        raise Unprocessable("the tensor has no numbers; send at least one")
     if array.size != math.prod(tensor.shape) or not tensor.shape:
         raise Unprocessable(f"there are {array.size} numbers; the shape says {tensor.shape[:10]}")
     if not np.isfinite(array).all():
@@ -132,23 +139,51 @@ def rows(tensor: Tensor) -> list[Any]:
     return array.reshape(tensor.shape).tolist()
 
 
+def time_limit_s(sent: dict[str, Any], service: Service) -> float:
+    """Take Triton's options of a request out of its parameters; return how long it may take.
+
+    Raises Malformed for those that this server does not offer. Names that the task itself knows stay where they are.
+    """
+    own = (service.task.describe().parameters or {}) if OPTIONS.keys() & sent.keys() else {}
+    for name, reason in OPTIONS.items():
+        if reason and name not in own and sent.pop(name, None):
+            raise Malformed(f'"{name}" is not supported: {reason}; leave it out')
+    if "timeout" in own or not (timeout_us := sent.pop("timeout", None)):
+        return math.inf
+    if type(timeout_us) is not int or timeout_us < 0:
+        raise Malformed('"timeout" must be a whole number of microseconds')
+    return timeout_us / 1e6
+
+
+def check_output(name: str, parameters: Iterable[str]) -> None:
+    """Raise Unprocessable or Malformed where a client asks for an output that is not there, or in a form that is not."""
+    if name != ANSWER:
+        raise Unprocessable(f'there is no output {name[:100]!r}; ask for "{ANSWER}"')
+    if "classification" in parameters:
+        raise Malformed(
+            '"classification" (class_count) is not supported; send the task\'s own parameter, such as "top_k"'
+        )
+    if parameter := next(iter(sorted(parameters)), None):
+        raise Malformed(f'"{parameter[:100]}" is not a known parameter here; leave it out')
+
+
 def parameters(sent: dict[str, Any]) -> dict[str, Any]:
-    """The task's. One named "parameters" is JSON with more of them: gRPC and its clients know no lists."""
+    """Return the task's parameters. One named "parameters" is JSON with more of them: gRPC has no lists."""
     more = sent.pop("parameters", {})
     more = parsing.load_json(more, '{"targets": ["a"]}') if isinstance(more, str) else more
     if not isinstance(more, dict):
-        raise Malformed('"parameters" in the parameters are no object; send one, such as {"targets": ["a"]}')
+        raise Malformed('"parameters" in the parameters must be an object, such as {"targets": ["a"]}')
     return {name: value for name, value in (sent | more).items() if value is not None}
 
 
-def said(answers: list[Answer], service: Service) -> Said:
+def output(answers: list[Answer], service: Service) -> Output:
     """The answers as one tensor. Raises ModelFailed where they can't be said, as NaN."""
     if embeds(service):
         vectors = np.array([answer.value for answer in answers], "<f4")
         if not np.isfinite(vectors).all():
             bad = int(np.argmin(np.isfinite(vectors).all(axis=1)))
             raise failed("the vector is not finite", bad, answers)
-        return Said("FP32", list(vectors.shape), vectors.ravel(), vectors.tobytes())
+        return Output("FP32", list(vectors.shape), vectors.ravel(), vectors.tobytes())
     texts = []
     for index, answer in enumerate(answers):
         try:
@@ -156,7 +191,7 @@ def said(answers: list[Answer], service: Service) -> Said:
         except ModelFailed as exc:
             raise failed(str(exc), index, answers) from exc
     raw = b"".join(struct.pack("<I", len(text)) + text for text in texts)
-    return Said("BYTES", [len(texts)], [text.decode() for text in texts], raw)
+    return Output("BYTES", [len(texts)], [text.decode() for text in texts], raw)
 
 
 def failed(why: str, index: int, answers: list[Answer]) -> ModelFailed:
@@ -168,29 +203,3 @@ def failed(why: str, index: int, answers: list[Answer]) -> ModelFailed:
 def embeds(service: Service) -> bool:
     """Whether the model gives a vector a text."""
     return bool(getattr(service.task, "embeds", False))
-
-
-def metadata(service: Service) -> dict[str, Any]:
-    """The model and its tensors: of the inputs that one that its example is."""
-    example = service.task.describe().example.get("inputs")
-    numbers = isinstance(example, list) and example and all(type(one) in (int, float) for one in example)
-    name = (
-        "bytes"
-        if service.task.media
-        else "text"
-        if isinstance(example, str)
-        else "numbers"
-        if numbers
-        else "json"
-    )
-    taken = {"name": name, "datatype": "FP32" if numbers else "BYTES", "shape": [-1, -1] if numbers else [-1]}
-    given = (
-        {"datatype": "FP32", "shape": [-1, -1]} if embeds(service) else {"datatype": "BYTES", "shape": [-1]}
-    )
-    return {
-        "name": service.settings.model_name,
-        "versions": [VERSION],
-        "platform": "python",
-        "inputs": [taken],
-        "outputs": [{"name": ANSWER, **given}],
-    }
