@@ -7,9 +7,11 @@ import ast
 import atexit
 import contextlib
 import datetime
+import functools
 import json
 import logging
 import os
+import subprocess
 import sys
 import time
 import urllib.error
@@ -48,6 +50,10 @@ QUICK = os.environ.get("QUICK") == "1"
 TEXT = "Paris is the [MASK] of France."
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORES, CLIENT_CORES = {CORES[0]}, {CORES[-1]}  # so that they don't take each other's time
+if len(CORES) < 2:
+    print(
+        "This machine has one core: server and clients share it, so the figures mean little, and no claim is entered."
+    )
 
 logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # where the loop writes what it survives
 
@@ -95,6 +101,34 @@ if shell := get_ipython():
 # --- servers ----------------------------------------------------------------------------------------------------------
 
 _running: dict[int, contextlib.ExitStack] = {}
+_started_by: dict[int, tuple[str, int]] = {}  # which cell started each server, at which of its executions
+
+# A program that kills the process groups named on its input once that ends: when this kernel has ended, however it did.
+UNDERTAKER = """
+import contextlib, os, signal, sys
+for group in [int(line) for line in sys.stdin]:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+"""
+
+
+@functools.cache
+def _undertaker() -> subprocess.Popen[bytes]:
+    """So that no server of a killed kernel computes beside the next measurement."""
+    command = [sys.executable, "-c", UNDERTAKER]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+
+
+def _this_cell() -> tuple[str, int]:
+    parent = shell.get_parent() if shell and hasattr(shell, "get_parent") else {}
+    return parent.get("metadata", {}).get("cellId", ""), shell.execution_count if shell else 0
+
+
+def _stop_earlier_runs(cell: str, execution: int) -> None:
+    """A cell that is run again starts its servers again; its first ones would go on beside them."""
+    for key, (its_cell, its_execution) in list(_started_by.items()):
+        if cell and its_cell == cell and its_execution != execution and key in _running:
+            _running.pop(key).close()
 
 
 def serve(
@@ -109,10 +143,12 @@ def serve(
     It gets one core and one torch thread, unless told otherwise: the other core is the clients'.
     """
     env = {"TORCH_THREADS": "1", **{name: str(value) for name, value in settings.items()}}
+    _stop_earlier_runs(*_this_cell())
     stack = contextlib.ExitStack()
     chosen = modes.MODES[mode] if isinstance(mode, str) else mode
     server = stack.enter_context(modes.start(chosen, env, cpus=cores, wait=wait))
-    _running[id(server)] = stack
+    _running[id(server)], _started_by[id(server)] = stack, _this_cell()
+    _undertaker().stdin.write(b"%d\n" % server.process.pid)  # type: ignore[union-attr]
     return server
 
 
@@ -378,4 +414,4 @@ def claim(text: str, *, who: str, number: str, verdict: str) -> None:
     on = f"{host.processor()}, {len(CORES)} cores, {datetime.date.today()}"
     entry = {"claim": text, "who": who, "number": number, "verdict": verdict, "on": on}
     lines = [f"> **“{text}”**", f"> {who}: {number}", f"> Verdict: **{verdict}**"]
-    display(Markdown("  \n".join(lines)), metadata={"claim": entry})
+    display(Markdown("  \n".join(lines)), metadata={"claim": entry} if len(CORES) > 1 else {})

@@ -3,15 +3,18 @@
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
 from loadtests.modes import ROOT
+from tests.support.client import until
 
 NOTEBOOKS = ROOT / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))
@@ -116,3 +119,14 @@ def test_cell_that_needs_a_guess_does_not_run_and_says_so_in_one_line(
         "You have not guessed yet: give guess_wait a value where it says `...`, then go on."
     )
     assert shell.run_cell("guess_wait = 2").success and shell.run_cell("measured = 3").success
+
+
+def test_killed_kernel_leaves_no_server(tmp_path: Path) -> None:
+    code = (
+        "import lesson, os, signal; from loadtests import modes\n"
+        "server = lesson.serve(modes.Mode('fake', 'uvicorn tests.support.fake_servers:swaps'), wait=False)\n"
+        "print(server.process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    kernel = subprocess.run([sys.executable, "-c", code], cwd=NOTEBOOKS, capture_output=True, text=True)
+    assert kernel.returncode == -signal.SIGKILL
+    until(lambda: not psutil.pid_exists(int(kernel.stdout.split()[-1])))
