@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import axe_playwright_python
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from loadtests import modes
 from loadtests.modes import MODES, Server, start
@@ -71,7 +72,7 @@ def visit(browser: Browser, server: Server) -> Iterator[Visit]:
 
 
 @in_browser
-def test_an_example_works_at_one_click_and_nobody_else_is_asked(visit: Visit, server: Server) -> None:
+def test_example_works_at_one_click_and_only_this_server_is_asked(visit: Visit, server: Server) -> None:
     visit.page.get_by_role("button", name="Example").click()
     answer = visit.page.locator("#answer")
     expect(answer.get_by_role("row")).to_have_count(5)
@@ -82,7 +83,7 @@ def test_an_example_works_at_one_click_and_nobody_else_is_asked(visit: Visit, se
 
 
 @in_browser
-def test_its_curl_and_its_python_give_the_same(visit: Visit) -> None:
+def test_curl_and_python_shown_give_the_same_answer(visit: Visit) -> None:
     visit.page.get_by_label("Text").fill("""it's a "[MASK]", é\nor \\ two""")
     visit.ask()
     expect(visit.page.locator("#json")).to_contain_text("it's a")
@@ -99,20 +100,116 @@ def test_its_curl_and_its_python_give_the_same(visit: Visit) -> None:
 
 
 @in_browser
-def test_a_hundred_form_batches_that_it_shows(visit: Visit) -> None:
+def test_burst_of_a_hundred_shows_batches(visit: Visit) -> None:
     visit.page.get_by_role("button", name="100", exact=True).click()
-    expect(visit.page.locator("#sent")).to_have_text("100 answered, 0 not.", timeout=20_000)
+    expect(visit.page.locator("#sent")).to_have_text("100 answered, 0 rejected (503).", timeout=20_000)
     expect(visit.page.locator("#blocks div").filter(has_text="8").first).to_be_attached()
-    visit.page.get_by_role("button", name="A steady rate").click()
+    visit.page.get_by_role("button", name="Steady rate").click()
     expect(visit.page.locator("#rate")).not_to_have_text("0")
-    visit.page.get_by_role("button", name="A steady rate").click()
+    visit.page.get_by_role("button", name="Steady rate").click()
     assert not visit.problems
+
+
+@in_browser
+def test_steady_rate_above_capacity_shows_rejections(browser: Browser) -> None:
+    """An open loop: it sends what is due however slow the answers are, and says what the browser can't send."""
+    with start(MODES["thread"], {**FILL_MASK, "BATCH_SIZE": "1"}) as server:
+        visit = Visit(browser, server, viewport={"width": 390, "height": 844})
+        page = visit.page
+        expect(page.get_by_label("Text")).to_have_value("a [MASK]")
+        page.get_by_label("Text").fill("a [MASK] " + "and so on " * 100)  # 0.1 s of the model
+        page.get_by_label("per second").fill("1000")
+        page.get_by_label("each within").fill("0.5")
+        page.get_by_role("button", name="Steady rate").click()
+        sent = page.locator("#sent")
+        expect(sent).to_contain_text(re.compile(r"[1-9]\d* answered, [1-9]\d* rejected"), timeout=20_000)
+        expect(sent).to_contain_text("not sent: all of the browser's connections were in use", timeout=20_000)
+        expect(page.locator("#rejected")).not_to_have_text("0")
+        page.get_by_role("button", name="Steady rate").click()
+        status = page.locator("#rows .status.rejected").first
+        expect(status).to_be_visible()
+        box = status.bounding_box()
+        assert box and box["x"] + box["width"] <= 390
+        visit.close()
+
+
+@in_browser
+def test_rate_that_is_not_one_is_not_started(visit: Visit) -> None:
+    expect(visit.page.get_by_label("Text")).to_have_value("a [MASK]")
+    for rate in ("", "-5", "0", "100000"):
+        visit.page.get_by_label("per second").fill(rate)
+        visit.page.get_by_role("button", name="Steady rate").click()
+        expect(visit.page.locator("#answer")).to_contain_text("Set a rate from 1 to 2000")
+        expect(visit.page.locator("#steady")).to_have_attribute("aria-pressed", "false")
+
+
+@in_browser
+@pytest.mark.parametrize(
+    ("text", "help_text"),
+    [
+        ("top_k=3", 'such as {"top_k": 3}.'),
+        ("top_k: 3, targets=cat", 'such as {"top_k": 3, "targets": "cat"}.'),
+        ("3", 'must be a JSON object, such as {"top_k": 3}.'),
+        ('{"top_k": 3', 'must be JSON, such as {"top_k": 3}.'),
+    ],
+)
+def test_parameters_that_are_not_json_get_help(visit: Visit, text: str, help_text: str) -> None:
+    expect(visit.page.get_by_label("Text")).to_have_value("a [MASK]")
+    visit.page.locator("#more summary").click()
+    visit.page.get_by_role("textbox", name="As JSON").fill(text)
+    visit.ask()
+    expect(visit.page.locator("#answer")).to_contain_text(help_text)
+
+
+@in_browser
+@pytest.mark.parametrize("root_path", ["", "/a/prefix"])
+@pytest.mark.parametrize("path", ["/a/prefix", "/a/prefix/", "/a/prefix/docs"])
+def test_path_prefix_of_a_proxy(browser: Browser, root_path: str, path: str) -> None:
+    """The proxy takes the prefix off; the server may know it (--root-path) or not."""
+    with start(MODES["thread"], {**FILL_MASK, "UVICORN_ROOT_PATH": root_path}) as server:
+        origin = server.url.rstrip("/")
+        page = browser.new_page()
+
+        def proxy(route: Route) -> None:
+            inner = route.request.url.removeprefix(origin)
+            if not inner.startswith("/a/prefix"):
+                return route.fulfill(status=404, body="outside of the prefix")
+            return route.fulfill(
+                response=route.fetch(url=origin + "/" + inner.removeprefix("/a/prefix").lstrip("/"))
+            )
+
+        page.route("**/*", proxy)
+        page.goto(origin + path)
+        page.get_by_role("button", name="Example").click()
+        expect(page.locator("#answer").get_by_role("row")).to_have_count(5)
+        expect(page.locator("#curl")).to_contain_text(origin + "/a/prefix/ ")
+        page.get_by_role("link", name="info").click()
+        expect(page.locator("body")).to_contain_text("MAX_INPUTS")
+        page.close()
+
+
+@in_browser
+def test_loading_is_not_an_error(browser: Browser, server: Server) -> None:
+    visit = Visit(browser, server)
+    live = get(server, "/live").json | {
+        "unready": "the model is still loading",
+        "is_loading": True,
+        "up_s": 0,
+    }
+    visit.page.route("**/live", lambda asked: asked.fulfill(json=live))
+    visit.page.reload()
+    expect(visit.page.locator("#banner")).to_have_text("The model is loading. This page goes on by itself.")
+    expect(visit.page.locator("#banner")).to_have_class(re.compile("calm"))
+    visit.page.unroute("**/live")
+    expect(visit.page.get_by_label("Text")).to_have_value("a [MASK]")
+    expect(visit.page.locator("#banner")).to_be_hidden()
+    visit.close()
 
 
 @in_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_everybody_can_use_it(browser: Browser, server: Server, scheme: Any, width: int) -> None:
+def test_page_is_accessible(browser: Browser, server: Server, scheme: Any, width: int) -> None:
     visit = Visit(browser, server, color_scheme=scheme, viewport={"width": width, "height": 844})
     visit.page.get_by_role("button", name="100", exact=True).click()
     visit.page.get_by_label("Text").fill("no mask here")
@@ -153,9 +250,7 @@ DRAWN: dict[str, tuple[Any, Any]] = {  # task -> its example, the answer
 
 @in_browser
 @pytest.mark.parametrize("task", DRAWN)
-def test_an_answer_is_drawn_as_people_read_it_on_a_phone_too(
-    browser: Browser, server: Server, task: str
-) -> None:
+def test_answers_are_drawn_on_a_phone_too(browser: Browser, server: Server, task: str) -> None:
     inputs, answer = DRAWN[task]
     media = ["image/"] if inputs == picture() else []
     its = {**get(server, "/info").json, "task": task, "media": media, "example": {"inputs": inputs}}
@@ -194,7 +289,7 @@ def test_an_answer_is_drawn_as_people_read_it_on_a_phone_too(
 
 
 @in_browser
-def test_the_keyboard_is_enough(visit: Visit) -> None:
+def test_keyboard_is_enough(visit: Visit) -> None:
     expect(visit.page.get_by_label("Text")).to_have_value("a [MASK]")
     visit.page.get_by_label("Text").focus()
     for _ in range(10):
@@ -206,7 +301,7 @@ def test_the_keyboard_is_enough(visit: Visit) -> None:
 
 
 @in_browser
-def test_a_refusal_is_shown_with_when_to_ask_again(browser: Browser, crowd: Crowd, tmp_path: Path) -> None:
+def test_rejection_is_shown_with_when_to_retry(browser: Browser, crowd: Crowd, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with start(MODES["thread"], {"MODEL": "tests.support.fake_models:Obedient", "MAX_QUEUE": "1"}) as server:
         visit = Visit(browser, server)
@@ -217,14 +312,14 @@ def test_a_refusal_is_shown_with_when_to_ask_again(browser: Browser, crowd: Crow
             until(lambda n=n: get(server, "/live").json["depth"] == 1 - n)
         visit.ask()
         expect(visit.page.locator("#answer")).to_contain_text("The server says 503")
-        expect(visit.page.locator("#answer")).to_contain_text("Ask again after")
+        expect(visit.page.locator("#answer")).to_contain_text("Retry after")
         gate.touch()
         assert [reply.result().status for reply in waiting] == [200, 200]
         visit.close()
 
 
 @in_browser
-def test_where_a_key_is_needed_it_asks_for_one(browser: Browser) -> None:
+def test_key_is_asked_for_where_it_is_required(browser: Browser) -> None:
     with start(MODES["thread"], {**FILL_MASK, "API_KEY": "a-key-0123"}) as server:
         visit = Visit(browser, server)
         expect(visit.page.locator("#banner")).to_contain_text("send a key")
@@ -237,22 +332,25 @@ def test_where_a_key_is_needed_it_asks_for_one(browser: Browser) -> None:
 
 
 @in_browser
-def test_it_survives_a_restart(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restart_starts_over(browser: Browser, monkeypatch: pytest.MonkeyPatch) -> None:
     port = modes.free_port()
     monkeypatch.setattr(modes, "free_port", lambda: port)
     with start(MODES["thread"], FILL_MASK) as server:
         visit = Visit(browser, server)
-        expect(visit.page.get_by_label("Text")).to_have_value("a [MASK]")
+        visit.page.get_by_role("button", name="10", exact=True).click()
+        expect(visit.page.locator("#sent")).to_contain_text("10 answered")
     expect(visit.page.locator("#banner")).to_contain_text("does not answer")
     with start(MODES["thread"], {"MODEL": "tests.support.fake_models:Obedient"}):
-        expect(visit.page.get_by_label("Text")).to_have_value("a text")  # what is served now
+        expect(visit.page.get_by_label("Text")).to_have_value("a text")  # of the model that is served now
+        expect(visit.page.locator("#sent")).to_contain_text("0 answered")
+        expect(visit.page.locator("#rows tr")).to_have_count(0)
         expect(visit.page.locator("#banner")).to_be_hidden()
         visit.ask()
         expect(visit.page.locator("#answer")).to_contain_text("a text")
     visit.close()
 
 
-def test_it_is_one_file_that_may_run_its_own_script_only(server: Server) -> None:
+def test_page_is_one_file_that_may_run_its_own_script_only(server: Server) -> None:
     reply = get(server, "/")
     assert reply.status == 200
     assert reply.headers.get_content_type() == "text/html"
@@ -261,13 +359,13 @@ def test_it_is_one_file_that_may_run_its_own_script_only(server: Server) -> None
     assert len(get(server, "/").headers.get_all("x-request-id")) == 1, "its own"
 
 
-def test_when_nobody_looks_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_are_recorded_only_while_a_page_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = Metrics()
-    watch = of_page.Watch(metrics)
+    recent = of_page.RecentBatches(metrics)
     metrics.batch(1, "empty", 0.1, [0.0])
-    assert watch.look() == []
+    assert recent.poll() == []
     metrics.batch(2, "full", 0.1, [0.0, 0.2])
-    assert watch.look() == [{"n": 1, "size": 2, "dispatched_because": "full", "model_s": 0.1, "wait_s": 0.2}]
+    assert recent.poll() == [{"n": 1, "size": 2, "dispatched_because": "full", "model_s": 0.1, "wait_s": 0.2}]
     monkeypatch.setattr(of_page, "FORGET_S", -1)
     metrics.batch(3, "full", 0.1, [0.0])
     assert metrics.observer is None

@@ -1,6 +1,6 @@
 """The page at GET /: try the model, see where the time went, watch the queue. PAGE=0 leaves it out.
 
-One file, page.html, that asks nobody else for anything. It reads GET /info once and, while somebody looks, GET /live.
+One file, page.html, that loads nothing from elsewhere. It reads GET /info once and polls GET /live while its tab is visible.
 """
 
 import base64
@@ -17,13 +17,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from workers.errors import LOADING
 from workers.metrics import Metrics, samples
 from workers.protocols.openapi import STATUSES, operation
 from workers.service import Service
 from workers.settings import Settings
 from workers.web.access import public
 
-FORGET_S = 5.0  # after so long without a poll nobody looks
+FORGET_S = 5.0  # without a poll: then no page is open
 
 
 def routes(settings: Settings) -> list[Route]:
@@ -34,7 +35,7 @@ def routes(settings: Settings) -> list[Route]:
         html, headers={"Content-Security-Policy": policy(html), **HEADERS}, media_type="text/html"
     )
 
-    @public  # there is nothing in it but how to ask
+    @public  # it holds no data
     async def page(request: Request) -> Response:
         """GET / and GET /docs."""
         return reply
@@ -43,15 +44,15 @@ def routes(settings: Settings) -> list[Route]:
 
 
 def operations(service: Service) -> dict[str, Any]:
-    statuses = {200: "It.", **{status: STATUSES[status] for status in (403, 431)}}
-    return {path: {"get": operation("The page", statuses, "text/html")} for path in ("/", "/docs")}
+    statuses = {200: "The page.", **{status: STATUSES[status] for status in (403, 431)}}
+    return {path: {"get": operation("The web UI", statuses, "text/html")} for path in ("/", "/docs")}
 
 
 HEADERS = {"Cache-Control": "no-cache", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
 
 
 def policy(html: str) -> str:
-    """What a browser may do with it: run its own script, ask this server; load nothing, be in no frame."""
+    """Return the Content-Security-Policy: its own script and this server only, nothing loaded, in no frame."""
     hashed = {
         tag: base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         for tag, content in re.findall(r"<(style|script)>(.*?)</\1>", html, re.DOTALL)
@@ -62,60 +63,62 @@ def policy(html: str) -> str:
     )
 
 
-class Watch:
-    """The last model calls, kept only while somebody looks."""
+class RecentBatches:
+    """The last model calls, recorded only while a page polls them."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics, self.polled_at, self.count = metrics, 0.0, 0
         self.batches: deque[dict[str, Any]] = deque(maxlen=48)
 
-    def look(self) -> list[dict[str, Any]]:
-        """The last model calls since somebody looks. Call it again within FORGET_S to see those in between."""
+    def poll(self) -> list[dict[str, Any]]:
+        """Return the last model calls since the first poll. Poll again within FORGET_S to miss none."""
         self.polled_at = time.monotonic()
         if not self.metrics.observer:
             self.batches.clear()
-            self.metrics.observer = self.see
+            self.metrics.observer = self.record
         return list(self.batches)
 
-    def see(self, size: int, dispatched_because: str, model_s: float, waits_s: list[float]) -> None:
+    def record(self, size: int, dispatched_because: str, model_s: float, waits_s: list[float]) -> None:
+        """Record a model call; stop when no page polls any more."""
         if time.monotonic() - self.polled_at > FORGET_S:
             self.metrics.observer = None
             return
         self.count += 1
-        wait_s = round(max(waits_s), 4)
         self.batches.append(
             {
                 "n": self.count,
                 "size": size,
                 "dispatched_because": dispatched_because,
                 "model_s": round(model_s, 4),
-                "wait_s": wait_s,
+                "wait_s": round(max(waits_s), 4),
             }
         )
 
 
 @functools.cache
-def watch_over(metrics: Metrics) -> Watch:
-    return Watch(metrics)
+def recent_batches(metrics: Metrics) -> RecentBatches:
+    return RecentBatches(metrics)
 
 
 async def live(request: Request) -> Response:
-    """GET /live: the queue now and what was counted so far, of the worker that answers."""
+    """GET /live: the queue now and the counts so far, of the worker that answers."""
     service: Service = request.state.service
     loop, metrics, now = service.loop, service.metrics, time.monotonic()
     counts = {s.labels["status"]: int(s.value) for s in samples(metrics.requests, "_total")}
+    unready = service.unready()
     oldest = min((job.enqueued_at for job in loop.queue), default=now)
     content = {
         "worker": os.getpid(),
         "workers": service.settings.WEB_CONCURRENCY,
         "up_s": round(now - service.started_at, 3),
-        "unready": service.unready(),
+        "unready": unready,
+        "is_loading": unready == LOADING,
         "depth": loop.depth,
         "running": sum(job.running and job.alive for job in loop.live),
         "running_s": round(loop.instances.longest_s, 4),
         "oldest_s": round(now - oldest, 4),
         "requests": counts,
         "queries": sum(int(s.value) for s in samples(metrics.batch_size, "_sum")),
-        "batches": watch_over(metrics).look(),
+        "batches": recent_batches(metrics).poll(),
     }
     return JSONResponse(content, headers={"Cache-Control": "no-store"})

@@ -8,7 +8,7 @@
 The model has its folder's or its hub's name, and one version. The elements of the tensor are a list of inputs: tensors.py
 lists its names. JSON and the binary-tensor extension, in both directions. See grpc_server.py for gRPC.
 
-This folder is 13 % of the server's code, and optional: delete it if no client speaks this protocol, and nothing else changes.
+This folder is optional, and about a seventh of the server's code: delete it if your clients speak other APIs, and nothing else changes.
 """
 
 import asyncio

@@ -59,20 +59,20 @@ OPEN = {
 NOT_READ = "the answers were not read in time; read them faster"
 
 Context = Any  # grpc.aio.ServicerContext of bytes
-Answering = Callable[[Context], Awaitable[Any]]  # a message, or None where it writes them itself
+Answering = Callable[[Context], Awaitable[Any]]  # returns a message, or None where it writes by itself
 Continuation = Callable[[Any], Awaitable[grpc.RpcMethodHandler]]
 Future = asyncio.Future[Any]
 
 
 class Status(NamedTuple):
-    """A failure, as gRPC says it."""
+    """The gRPC status of a failed call."""
 
     code: grpc.StatusCode
     sentence: str
     retry_after_s: int = 0
 
     def details(self) -> tuple[tuple[str, bytes], ...]:
-        """When to ask again, as clients' libraries read it."""
+        """Return when to retry, in the metadata where client libraries look for it."""
         if not self.retry_after_s:
             return ()
         status = status_pb2.Status(code=self.code.value[0], message=self.sentence)
@@ -81,9 +81,9 @@ class Status(NamedTuple):
 
 
 class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """The protocol's methods, and who may ask for them.
+    """The protocol's methods, and the check of keys before them.
 
-    They read their messages themselves, as bytes: in time, and what can't be read is an error in our words.
+    Methods read their messages as bytes and parse them themselves, so that reading has a time limit and every error a sentence.
     """
 
     def __init__(self, service: Service) -> None:

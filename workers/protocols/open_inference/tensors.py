@@ -7,7 +7,7 @@ One tensor in. Its name says what an element is, each an input of its own:
     bytes     BYTES   an image, a sound, where the task takes them
     numbers   FP32 …  a row is an input: a list of numbers
 
-One out, `answer`: FP32 [n, dimensions] where the model gives a vector a text; else BYTES [n], the JSON of each.
+One out, `answer`: FP32 [n, dimensions] where the model returns one vector per text; else BYTES [n], the JSON of each answer.
 """
 
 import math
@@ -25,23 +25,23 @@ from workers.web import parsing, replies
 
 VERSION, ANSWER = "1", "answer"
 NAMES = ("text", "json", "bytes", "numbers")
-DIMENSIONS = 32  # as many as numpy takes; the product of thousands takes minutes
-NUMPYS = {  # of each datatype, as it is on the wire
+DIMENSIONS = 32  # numpy's maximum; the product of thousands of sizes takes minutes
+NUMPYS = {  # numpy's dtype of each datatype on the wire
     "BOOL": "?",
     **{f"{kind}{bits}": f"<{kind[0].lower()}{bits // 8}" for kind in ("INT", "UINT") for bits in (8, 16, 32, 64)},
     **{f"FP{bits}": f"<f{bits // 8}" for bits in (16, 32, 64)},
 }  # fmt: skip
 NO_STATE = "the model keeps no state between requests"
-OPTIONS = {  # Triton's own of a request, with the reason why one is rejected
+OPTIONS = {  # Triton's own options of a request, with the reason why one is rejected
     "timeout": "",
     "priority": "requests wait in one queue, in the order of arrival",
     **dict.fromkeys(("sequence_id", "sequence_start", "sequence_end"), NO_STATE),
 }
-KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}  # what a JSON number may be to become one
+KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}  # dtype kinds of JSON numbers that fit each kind of datatype
 
 
 class Tensor(NamedTuple):
-    """What was sent: `data` are its elements, as JSON or protobuf says them, or the bytes of all."""
+    """The tensor of a request: `data` are its elements as JSON or protobuf has them, or the bytes of all."""
 
     name: str
     datatype: str
@@ -59,7 +59,7 @@ class Output(NamedTuple):
 
 
 def inputs(tensor: Tensor, service: Service) -> list[Any]:
-    """What the task is asked. Raises Malformed and Unprocessable with a sentence."""
+    """Return the task's inputs. Raises Malformed and Unprocessable with a sentence."""
     name, most = tensor.name, service.settings.MAX_INPUTS
     if len(tensor.shape) > DIMENSIONS:
         raise Malformed(f"there are {len(tensor.shape)} dimensions; send at most {DIMENSIONS}")
@@ -69,20 +69,20 @@ def inputs(tensor: Tensor, service: Service) -> list[Any]:
         raise Unprocessable(f'"{name}" is not a tensor of {tensor.datatype[:20]}; see GET /v2/models/NAME')
     if name == "bytes" and not service.task.media:
         raise Unprocessable('this model does not take bytes; send "text" or "json"')
-    found = rows(tensor) if name == "numbers" else elements(tensor, most)
-    if not 1 <= len(found) <= most:
-        raise Unprocessable(f"there are {len(found)} inputs; send 1 to {most} at once")
-    return found
+    values = rows(tensor) if name == "numbers" else elements(tensor, most)
+    if not 1 <= len(values) <= most:
+        raise Unprocessable(f"there are {len(values)} inputs; send 1 to {most} at once")
+    return values
 
 
 def elements(tensor: Tensor, most: int) -> list[Any]:
-    """Those of a BYTES tensor, of any shape."""
-    given = split(tensor.data, most) if isinstance(tensor.data, bytes) else tensor.data
-    if len(given) != math.prod(tensor.shape):
-        raise Unprocessable(f"there are {len(given)} elements; the shape says {math.prod(tensor.shape)}")
+    """Return the inputs of a BYTES tensor of any shape: its elements."""
+    values = split(tensor.data, most) if isinstance(tensor.data, bytes) else tensor.data
+    if len(values) != math.prod(tensor.shape):
+        raise Unprocessable(f"there are {len(values)} elements; the shape says {math.prod(tensor.shape)}")
     if tensor.name == "bytes":
-        return [one if isinstance(one, bytes) else one.encode() for one in given]
-    return [element(one, number, tensor.name) for number, one in enumerate(given)]
+        return [one if isinstance(one, bytes) else one.encode() for one in values]
+    return [element(one, number, tensor.name) for number, one in enumerate(values)]
 
 
 def element(one: str | bytes, number: int, name: str) -> Any:
@@ -97,22 +97,22 @@ def element(one: str | bytes, number: int, name: str) -> Any:
 
 
 def split(raw: bytes, most: int) -> list[bytes]:
-    """The elements, each after its length in 4 bytes; those after `most` are counted as one."""
-    found: list[bytes] = []
+    """Return the elements, each after its length in 4 bytes; those after the first `most` as one."""
+    values: list[bytes] = []
     at = 0
-    while at < len(raw) and len(found) <= most:
+    while at < len(raw) and len(values) <= most:
         if len(raw) < at + 4:
             break
         (length,) = struct.unpack_from("<I", raw, at)
-        found.append(raw[at + 4 : at + 4 + length])
+        values.append(raw[at + 4 : at + 4 + length])
         at += 4 + length
-    if at > len(raw) or (at < len(raw) and len(found) <= most):
+    if at > len(raw) or (at < len(raw) and len(values) <= most):
         raise Malformed("the elements of BYTES end too early; send each after its length in 4 bytes")
-    return found
+    return values
 
 
 def rows(tensor: Tensor) -> list[Any]:
-    """Those of a tensor of numbers, by its first dimension."""
+    """Return the inputs of a tensor of numbers: its rows."""
     numpys = NUMPYS.get(tensor.datatype)
     if numpys is None:
         raise Unprocessable(f"{tensor.datatype[:20]} is not taken; send {', '.join(('BYTES', *NUMPYS))}")
@@ -120,11 +120,11 @@ def rows(tensor: Tensor) -> list[Any]:
         if isinstance(tensor.data, bytes):
             array = np.frombuffer(tensor.data, numpys)
         else:
-            found = np.array(tensor.data)
-            with np.errstate(all="ignore"):  # what is too large becomes infinite
-                array = found.astype(numpys)
-            small = array.dtype.kind == "f" or (array == found).all()
-            if found.size and not (found.dtype.kind in KINDS[array.dtype.kind] and small):
+            values = np.array(tensor.data)
+            with np.errstate(all="ignore"):  # a number that is too large becomes infinite
+                array = values.astype(numpys)
+            small = array.dtype.kind == "f" or (array == values).all()
+            if values.size and not (values.dtype.kind in KINDS[array.dtype.kind] and small):
                 raise ValueError
     except (ValueError, OverflowError, TypeError):
         raise Unprocessable(
@@ -177,7 +177,7 @@ def parameters(sent: dict[str, Any]) -> dict[str, Any]:
 
 
 def output(answers: list[Answer], service: Service) -> Output:
-    """The answers as one tensor. Raises ModelFailed where they can't be said, as NaN."""
+    """Return the answers as one tensor. Raises ModelFailed where neither FP32 nor JSON can express one, such as NaN."""
     if embeds(service):
         vectors = np.array([answer.value for answer in answers], "<f4")
         if not np.isfinite(vectors).all():
@@ -201,5 +201,5 @@ def failed(why: str, index: int, answers: list[Answer]) -> ModelFailed:
 
 
 def embeds(service: Service) -> bool:
-    """Whether the model gives a vector a text."""
+    """Return whether the model returns one vector per text."""
     return bool(getattr(service.task, "embeds", False))
