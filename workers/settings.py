@@ -160,7 +160,7 @@ class Settings:
     HEADERS_TIMEOUT_S: float = seconds(10.0)
     # of one client's address; 0: any number; behind a proxy all have the proxy's
     MAX_CONNECTIONS: int = at_least(0, 0)
-    # gRPC on this port of loopback, or at HOST:PORT; 0: none
+    # gRPC on this port of loopback, or at HOST:PORT, which needs API_KEY; 0: none
     GRPC_PORT: str = knob("0", "a port, or HOST:PORT", is_port)
 
     # The page

@@ -36,3 +36,8 @@ async def read_json(request: Request, known: tuple[str, ...]) -> tuple[dict[str,
 def whole(number: Any) -> Any:
     """Return 3 for 3.0, which JSON does not tell apart; anything else as it is."""
     return int(number) if type(number) is float and number.is_integer() else number
+
+
+def embeds(service: Service) -> bool:
+    """Return whether the model returns one vector per text. Raises Rejected while it loads."""
+    return bool(getattr(service.task, "embeds", False))

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from workers.errors import Malformed, Unprocessable
-from workers.protocols import read_json, whole
+from workers.protocols import embeds, read_json, whole
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
 from workers.settings import Settings
@@ -102,10 +102,6 @@ def embedder(request: Request) -> Service:
     if not embeds(service):
         raise HTTPException(404, "this model gives no vector a text; serve a sentence-transformers model")
     return service
-
-
-def embeds(service: Service) -> bool:
-    return bool(getattr(getattr(service, "task", None), "embeds", True))
 
 
 def in_openais_words(sentence: str) -> str:

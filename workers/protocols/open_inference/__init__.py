@@ -11,12 +11,12 @@ lists its names. JSON and the binary-tensor extension, in both directions. See g
 This folder is optional, and about a seventh of the server's code: delete it if your clients speak other APIs, and nothing else changes.
 """
 
-import asyncio
 import contextlib
 import importlib.util
 import zlib
 from collections.abc import AsyncIterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -32,6 +32,8 @@ from workers.service import Service
 from workers.settings import Settings
 from workers.web import parsing, replies
 from workers.web.access import is_loopback, public, words
+from workers.web.checks import QUICK_JSON_BYTES
+from workers.web.inflight import InFlight
 
 HEADER = "inference-header-content-length"
 EXAMPLE = '{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a text"]}]}'
@@ -214,11 +216,40 @@ def unknown_model(settings: Settings) -> str:
 # --- inference --------------------------------------------------------------------------------------------------------
 
 
+class Inference(NamedTuple):
+    """What an infer request asks."""
+
+    id: str | None
+    inputs: list[Any]
+    parameters: dict[str, Any]  # the task's
+    time_limit_s: float
+    is_binary: bool  # the answer as bytes after the JSON
+
+
 async def infer(request: Request) -> Response:
     """POST /v2/models/NAME/infer: the model's answer to each element of the tensor."""
     service: Service = request.state.service
-    body = await decompressed(await service.in_flight.read(request), request)
-    head, rest = parts(body, request)
+    context = context_of(request.scope)
+    body = await service.in_flight.read(request)
+    # A compressed body may become as long as any.
+    n_bytes = service.in_flight.most_bytes if b"content-encoding" in context.headers else len(body)
+    parse = partial(parsed, body, context.headers, service)
+    asked = await service.checks.run(context, n_bytes, parse, QUICK_JSON_BYTES)
+    context.budget_s = min(context.budget_s, asked.time_limit_s)
+    answers, _ = await service.ask(request, asked.inputs, asked.parameters, n_bytes)
+    tensor = tensors.output(answers, service)
+    output: dict[str, Any] = {"name": ANSWER, "datatype": tensor.datatype, "shape": tensor.shape}
+    output |= (
+        {"parameters": {"binary_data_size": len(tensor.raw)}} if asked.is_binary else {"data": tensor.data}
+    )
+    content = {"model_name": service.settings.model_name, "model_version": VERSION, "outputs": [output]}
+    reply = replies.AnswerResponse(answers, content | ({} if asked.id is None else {"id": asked.id}))
+    return with_raw(reply, tensor.raw) if asked.is_binary else reply
+
+
+def parsed(body: bytes, headers: dict[bytes, bytes], service: Service) -> Inference:
+    """Return what the body asks. Raises HTTPException, Malformed or Unprocessable with a sentence."""
+    head, rest = parts(decompressed(body, headers, service.in_flight), headers)
     try:
         content = parsing.load_json(head.decode(), EXAMPLE)
     except UnicodeDecodeError as exc:
@@ -226,42 +257,33 @@ async def infer(request: Request) -> Response:
     fields = checked(content, "request")
     parameters = dict(parameters_of(fields))
     is_binary = binary_output(fields, parameters)
-    context = context_of(request.scope)
-    context.budget_s = min(context.budget_s, tensors.time_limit_s(parameters, service))
+    limit_s = tensors.time_limit_s(parameters, service)
     inputs = tensors.inputs(the_input(fields, rest), service)
-    answers, _ = await service.ask(request, inputs, tensors.parameters(parameters), len(body))
-    tensor = tensors.output(answers, service)
-    output: dict[str, Any] = {"name": ANSWER, "datatype": tensor.datatype, "shape": tensor.shape}
-    output |= {"parameters": {"binary_data_size": len(tensor.raw)}} if is_binary else {"data": tensor.data}
-    content = {"model_name": service.settings.model_name, "model_version": VERSION, "outputs": [output]}
-    reply = replies.AnswerResponse(answers, content | ({"id": fields["id"]} if "id" in fields else {}))
-    return with_raw(reply, tensor.raw) if is_binary else reply
+    return Inference(fields.get("id"), inputs, tensors.parameters(parameters), limit_s, is_binary)
 
 
-async def decompressed(body: bytes, request: Request) -> bytes:
+def decompressed(body: bytes, headers: dict[bytes, bytes], in_flight: InFlight) -> bytes:
     """Return the body as it was before its Content-Encoding. Raises HTTPException 413 where that is too long, 415, Malformed."""
-    encoding = context_of(request.scope).headers.get(b"content-encoding", b"identity").lower()
+    encoding = headers.get(b"content-encoding", b"identity").lower()
     if encoding == b"identity":
         return body
     if encoding not in (b"gzip", b"deflate"):
         raise HTTPException(415, "the body has an unknown Content-Encoding; send gzip, deflate or none")
-    in_flight = request.state.service.in_flight
     decompressor = zlib.decompressobj(zlib.MAX_WBITS | 32)  # of gzip or zlib, as its first bytes say
     try:
-        content = await asyncio.to_thread(decompressor.decompress, body, in_flight.most_bytes + 1)
+        content = decompressor.decompress(body, in_flight.most_bytes + 1)
     except zlib.error:
-        raise Malformed(
-            f"the body is not valid {encoding.decode()}; send it as Content-Encoding says"
-        ) from None
+        sentence = f"the body is not valid {encoding.decode()}; send it as Content-Encoding says"
+        raise Malformed(sentence) from None
     in_flight.check_length(len(content))
     if not decompressor.eof or decompressor.unused_data:
         raise Malformed("the compressed body ends too early or too late; send it whole")
     return content
 
 
-def parts(body: bytes, request: Request) -> tuple[bytes, bytes]:
+def parts(body: bytes, headers: dict[bytes, bytes]) -> tuple[bytes, bytes]:
     """Return the JSON, and the bytes of the tensors after it."""
-    length = context_of(request.scope).headers.get(HEADER.encode(), b"%d" % len(body))
+    length = headers.get(HEADER.encode(), b"%d" % len(body))
     if not (length.isdigit() and len(length) < 12 and int(length) <= len(body)):
         raise Malformed(f"{HEADER} is not the length of the JSON; leave it out where nothing follows")
     return body[: int(length)], body[int(length) :]

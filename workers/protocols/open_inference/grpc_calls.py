@@ -25,6 +25,7 @@ from workers.protocols.open_inference.tensors import ANSWER, VERSION, Tensor
 from workers.service import Service
 from workers.web import replies
 from workers.web.access import NO_KEY, AccessControl
+from workers.web.checks import QUICK_JSON_BYTES
 from workers.web.middleware import HOLD_S
 from workers.web.replies import CLIENT_GONE, explain
 
@@ -293,15 +294,12 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         """Return the model's answer to each element of the tensor."""
         service = self.service
         self.check_model(request.model_name, request.model_version)
-        fields = {
-            name: getattr(p, p.WhichOneof("parameter_choice") or "", None)
-            for name, p in request.parameters.items()
-        }
-        for output in request.outputs:
-            tensors.check_output(output.name, output.parameters)
-        asked.budget_s = min(asked.budget_s, tensors.time_limit_s(fields, service))
-        inputs = tensors.inputs(the_input(request), service)
-        queries = await service.check(asked, inputs, tensors.parameters(fields), request.ByteSize())
+        n_bytes = request.ByteSize()
+        inputs, parameters, limit_s = await service.checks.run(
+            asked, n_bytes, partial(prepared, request, service), QUICK_JSON_BYTES
+        )
+        asked.budget_s = min(asked.budget_s, limit_s)
+        queries = await service.check(asked, inputs, parameters, n_bytes)
         contents, sizes = [query.content for query in queries], [query.size for query in queries]
         answers = await self.loop.submit_all(contents, sizes, budget_s=asked.left_s)
         output = tensors.output(answers, service)
@@ -394,6 +392,18 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 fields["retry_after_s"] = pb.InferParameter(int64_param=status.retry_after_s)
             response = pb.ModelInferResponse(id=request.id, model_name=request.model_name, parameters=fields)
             return pb.ModelStreamInferResponse(error_message=sentence, infer_response=response)
+
+
+def prepared(request: Any, service: Service) -> tuple[list[Any], dict[str, Any], float]:
+    """Return the task's inputs and parameters, and how long the request may take. Raises Malformed or Unprocessable."""
+    fields = {
+        name: getattr(p, p.WhichOneof("parameter_choice") or "", None)
+        for name, p in request.parameters.items()
+    }
+    for output in request.outputs:
+        tensors.check_output(output.name, output.parameters)
+    limit_s = tensors.time_limit_s(fields, service)
+    return tensors.inputs(the_input(request), service), tensors.parameters(fields), limit_s
 
 
 async def unsupported(context: Context) -> None:

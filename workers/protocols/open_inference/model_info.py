@@ -5,7 +5,8 @@ from typing import Any
 
 import workers
 from workers.metrics import samples
-from workers.protocols.open_inference.tensors import ANSWER, VERSION, embeds
+from workers.protocols import embeds
+from workers.protocols.open_inference.tensors import ANSWER, VERSION
 from workers.service import Service
 
 EXTENSIONS = [

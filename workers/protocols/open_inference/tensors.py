@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from workers.errors import Malformed, ModelFailed, Unprocessable
 from workers.jobs import Answer
+from workers.protocols import embeds
 from workers.service import Service
 from workers.web import parsing, replies
 
@@ -37,7 +38,12 @@ OPTIONS = {  # Triton's own options of a request, with the reason why one is rej
     "priority": "requests wait in one queue, in the order of arrival",
     **dict.fromkeys(("sequence_id", "sequence_start", "sequence_end"), NO_STATE),
 }
-KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}  # dtype kinds of JSON numbers that fit each kind of datatype
+KINDS = {
+    "b": "b",
+    "i": "iu",
+    "u": "iu",
+    "f": "iuf",
+}  # dtype kinds of JSON numbers that fit each kind of datatype
 
 
 class Tensor(NamedTuple):
@@ -198,8 +204,3 @@ def failed(why: str, index: int, answers: list[Answer]) -> ModelFailed:
     exc = ModelFailed(why)
     exc.index = index if len(answers) > 1 else None
     return exc
-
-
-def embeds(service: Service) -> bool:
-    """Return whether the model returns one vector per text."""
-    return bool(getattr(service.task, "embeds", False))
