@@ -1,5 +1,6 @@
 """A wrong setting is refused at start with one sentence that names it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,45 @@ def test_an_environment_variable_beats_dot_env_beats_the_default(
     monkeypatch.setenv("MAX_QUEUE", "7")
     settings = Settings.read()
     assert (settings.BATCH_SIZE, settings.MAX_QUEUE, settings.INSTANCES) == (8, 7, 1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffAPI_KEY=a-key-0123",
+        "export API_KEY=a-key-0123",
+        "# of this server\n\n  export  API_KEY = 'a-key-0123'  ",
+        'API_KEY="a-key-0123"\r\nMAX_QUEUE=9\r\n',
+        "API_KEY=a-key-0123,",
+    ],
+)
+def test_key_in_dot_env_is_found_however_it_is_written(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text(content, encoding="utf-8")
+    assert Settings.read().API_KEY.startswith("a-key-0123")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"API_KEY a-key-0123", "line 1 of .env is not NAME=VALUE"),
+        (b"MAX_QUEUE=9\nset API_KEY=a-key", "line 2 of .env is not NAME=VALUE"),
+        ("API_KEY=a-key-0123".encode("utf-16"), "save it as UTF-8"),
+        (b"API_KEY=,", "API_KEY=… is not allowed"),
+        (b"API_KEY= , ", "API_KEY=… is not allowed"),
+        (b"ALLOWED_HOSTS=,", "ALLOWED_HOSTS=',' is not allowed"),
+        (b"CORS_ORIGINS=,", "CORS_ORIGINS=',' is not allowed"),
+    ],
+)
+def test_setting_that_guards_is_never_lost_silently(
+    content: bytes, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_bytes(content)
+    with pytest.raises(SystemExit, match=re.escape(sentence)):
+        Settings.read()
 
 
 def test_threads_of_all_instances_together_never_exceed_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
