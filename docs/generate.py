@@ -14,6 +14,7 @@ from typing import Any
 
 from tests.support import mode_matrix
 from workers.metrics import Metrics
+from workers.protocols import openai, rerank
 from workers.service import Service
 from workers.settings import HERE as ROOT
 from workers.settings import Settings
@@ -107,7 +108,19 @@ def shown(module: str) -> str:
     return f"{module}/" if (ROOT / "workers" / module).is_dir() else module
 
 
-TABLES = {"promises": mode_matrix.table, "settings": settings, "metrics": metrics, "layers": layers}
+def api_fields(known: dict[str, str]) -> str:
+    """The fields of a request to an API."""
+    return markdown(("field", "what it does"), ([f"`{name}`", what] for name, what in known.items()))
+
+
+TABLES = {
+    "promises": mode_matrix.table,
+    "settings": settings,
+    "metrics": metrics,
+    "layers": layers,
+    "openai_fields": lambda: api_fields(openai.FIELDS),
+    "rerank_fields": lambda: api_fields(rerank.FIELDS),
+}
 
 if __name__ == "__main__":
     for path in PAGES:

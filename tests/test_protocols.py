@@ -1,9 +1,13 @@
 """The other doors, as bytes on the wire: OpenAI's embeddings, reranking. Real clients are in test_real_clients.py."""
 
+import asyncio
 import base64
+import json
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -11,10 +15,17 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.http
+from starlette.requests import Request
 
 from loadtests.modes import MODES, Server, start
 from tests.support.client import metric, until
 from tests.support.embedding_models import sentence_model, small_bert
+from workers.errors import ModelFailed
+from workers.jobs import Answer
+from workers.protocols import openai, rerank
+from workers.settings import Settings
+from workers.tasks import text_ranking
+from workers.web.replies import AnswerResponse
 
 TEXTS = ["A man is eating food.", "Zürich", "東京 is the capital of Japan."]
 LONG = "of the old house on the hill " * 100
@@ -266,6 +277,108 @@ def test_long_documents_are_cut_and_long_texts_only_where_asked_for(rank: httpx2
     assert [one["relevance_score"] for one in found] == pytest.approx([one["score"] for one in cut])
 
 
+# What clients send: their own fields, and null for what they leave open.
+COHERE = {"model": "rerank-v3.5", "query": "Where is Zürich?", "documents": TEXTS}
+RANKINGS = {
+    "cohere v2": COHERE | {"top_n": 3, "max_tokens_per_doc": 4096, "priority": 0},
+    "cohere v1": COHERE | {"return_documents": False, "max_chunks_per_doc": 10, "rank_fields": ["text"]},
+    "LangChain's CohereRerank": COHERE | {"top_n": 3, "max_tokens_per_doc": None},
+    "LlamaIndex's CohereRerank": COHERE | {"top_n": 3},
+    "Haystack's CohereRanker": COHERE | {"top_n": 3, "max_tokens_per_doc": 4096},
+    "LiteLLM cohere/": COHERE
+    | {"top_n": None, "rank_fields": None, "return_documents": True, "max_chunks_per_doc": None},
+    "LiteLLM jina_ai/": COHERE | {"top_n": 3, "return_documents": True},
+    "an unknown field that is not given": COHERE | {"foo": None},
+}
+
+
+@pytest.mark.parametrize("content", RANKINGS.values(), ids=RANKINGS)
+def test_every_field_that_cohere_clients_send_is_taken(rank: httpx2.Client, content: Any) -> None:
+    best = [
+        one["index"] for one in rank.post("/rerank", json={"query": content["query"], "texts": TEXTS}).json()
+    ]
+    reply = rank.post("/v2/rerank", json=content)
+    assert reply.status_code == 200, reply.text
+    assert [one["index"] for one in reply.json()["results"]] == best
+
+
+@pytest.mark.parametrize("direction", ["Left", "Right", "left", "right", None])
+def test_every_field_of_text_embeddings_inference_is_taken(rank: httpx2.Client, direction: Any) -> None:
+    """As LiteLLM's huggingface/ sends it: capitalised, as that server knows it only."""
+    content = {
+        "query": "a",
+        "texts": ["b", LONG],
+        "raw_scores": False,
+        "return_text": False,
+        "truncate": True,
+    }
+    reply = rank.post("/rerank", json=content | {"truncation_direction": direction})
+    assert reply.status_code == 200 and len(reply.json()) == 2
+
+
+def test_documents_are_cut_to_so_many_tokens(rank: httpx2.Client) -> None:
+    def scores(**content: Any) -> list[float]:
+        found = rank.post("/rerank", json={"query": "a", **content}).json()["results"]
+        return [one["relevance_score"] for one in sorted(found, key=lambda one: one["index"])]
+
+    expected = scores(documents=["of the old house", TEXTS[1]])
+    assert scores(documents=[LONG, TEXTS[1]], max_tokens_per_doc=4) == pytest.approx(expected)
+
+
+def test_documents_with_fields_are_ranked_by_those_named(rank: httpx2.Client) -> None:
+    documents = [{"title": TEXTS[0], "body": TEXTS[1], "id": "1"}, {"title": TEXTS[2]}]
+    found = rank.post(
+        "/rerank", json={"query": "a", "documents": documents, "rank_fields": ["body", "title"]}
+    )
+    plain = [f"{TEXTS[1]}\n{TEXTS[0]}", TEXTS[2]]
+    assert (
+        found.json()["results"]
+        == rank.post("/rerank", json={"query": "a", "documents": plain}).json()["results"]
+    )
+
+
+def test_scores_that_all_round_to_1_or_0_are_still_in_order() -> None:
+    """The answers are raw scores: as float32, all that are above 17 would be 1.0."""
+    raw = [23.43, 25.51, 23.5, 25.1, -200.0, 24.2, -110.0]
+
+    async def ask(*_: Any) -> Any:
+        return [Answer(one, 0, 0, 1, "full") for one in raw], 7
+
+    async def run(context: Any, n_bytes: int, work: Any, *_: Any) -> Any:
+        return work()
+
+    async def read(request: Any) -> bytes:
+        return json.dumps({"query": "a", "documents": ["b"] * 7, "top_n": 5}).encode()
+
+    score = text_ranking.Task.score
+    task = SimpleNamespace(activation=text_ranking.SIGMOID)
+    task.score = partial(score, task)
+    service = SimpleNamespace(
+        settings=Settings(),
+        task=task,
+        ask=ask,
+        checks=SimpleNamespace(run=run),
+        in_flight=SimpleNamespace(read=read),
+    )
+    request = Request({"type": "http", "headers": [], "state": {"service": service}})
+    reply = json.loads(bytes(asyncio.run(rerank.rerank(request)).body))
+    assert [one["index"] for one in reply["results"]] == [1, 3, 5, 2, 0]
+
+
+def test_vector_that_is_not_finite_is_refused_in_every_form() -> None:
+    for value in (np.nan, np.inf):
+        vector = np.array([1, value], "f4")
+        for form in ("float", "base64"):
+            with pytest.raises(ModelFailed):
+                AnswerResponse([], openai.encoded(vector, form))
+
+
+@pytest.mark.parametrize("extra", [{"user": "me"}, {"user": None, "dimensions": None}, {"foo": None}])
+def test_every_field_that_openai_clients_send_is_taken(client: httpx2.Client, extra: dict[str, Any]) -> None:
+    reply = embed(client, {"input": TEXTS, "model": "any", "encoding_format": "base64", **extra})
+    assert reply.status_code == 200, reply.text
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
@@ -277,9 +390,15 @@ def test_long_documents_are_cut_and_long_texts_only_where_asked_for(rank: httpx2
         ({"query": "a", "texts": ["b", 1]}, 'input 1: "text" must be a text'),
         ({"query": "a", "texts": ["b"], "top_n": 0}, '"top_n" must be a whole number of at least 1'),
         (
-            {"query": "a", "texts": ["b"], "max_tokens_per_doc": 9},
-            '"max_tokens_per_doc" is not a known field',
+            {"query": "a", "texts": ["b"], "max_tokens_per_doc": 0},
+            '"max_tokens_per_doc" must be a whole number',
         ),
+        (
+            {"query": "a", "documents": [{"a": "b"}], "rank_fields": "a"},
+            '"rank_fields" must be a list of names',
+        ),
+        ({"query": "a", "texts": ["b"], "raw_scores": 1}, '"raw_scores" must be true or false'),
+        ({"query": "a", "texts": ["b"], "top_k": 1}, '"top_k" is not a known field'),
     ],
 )
 def test_what_is_no_ranking_is_a_400(rank: httpx2.Client, content: Any, sentence: str) -> None:

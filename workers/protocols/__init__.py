@@ -1,5 +1,6 @@
 """Other APIs to the same loop, one file each, found by workers/apis.py, which says what a file may offer."""
 
+from collections.abc import Collection
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -11,22 +12,23 @@ from workers.web import parsing
 from workers.web.checks import QUICK_JSON_BYTES
 
 
-async def read_json(request: Request, known: tuple[str, ...]) -> tuple[dict[str, Any], int]:
+async def read_json(request: Request, known: Collection[str]) -> tuple[dict[str, Any], int]:
     """Return the JSON object that the body is, without what is null in it, and the body's length in bytes.
 
-    Raises HTTPException 400 or 415 with a sentence, also where a field is not a known one; what `InFlight.read` raises.
+    `known`: the fields, what must be there first. Raises HTTPException 400 or 415 with a sentence, also for any other field; what `InFlight.read` raises.
     """
     service: Service = request.state.service
     context = context_of(request.scope)
     body = await service.in_flight.read(request)
     parsing.reject_encoded(context)
+    an_object = f'an object with "{next(iter(known))}"'
 
     def parse() -> Any:
-        return parsing.load_json(parsing.text_of(body), f'an object with "{known[0]}"')
+        return parsing.load_json(parsing.text_of(body), an_object)
 
     content = await service.checks.run(context, len(body), parse, QUICK_JSON_BYTES)
     if not isinstance(content, dict):
-        raise HTTPException(400, f'the JSON is not an object; send an object with "{known[0]}"')
+        raise HTTPException(400, f"the JSON is not an object; send {an_object}")
     given = {name: value for name, value in content.items() if value is not None}
     if unknown := sorted(given.keys() - set(known)):
         raise HTTPException(400, f'"{unknown[0][:100]}" is not a known field; leave it out')

@@ -1,10 +1,10 @@
-"""Hugging Face's hosted inference, for its clients: POST /hf-inference, the same as POST / where no line below says more.
+"""Hugging Face hosted inference, for its clients: POST /hf-inference, the same as POST / but for the lines below.
 
     client = huggingface_hub.InferenceClient(model="http://127.0.0.1:8000/hf-inference")
     client.text_classification("a text")           all labels: [[{"label": …, "score": …}, …]]; the pipeline: the likeliest
     client.zero_shot_classification("a text", […])  [{"label": …, "score": …}, …]; the pipeline: an object of lists
 
-POST / answers as the pipeline does, of which these clients take the first label and an error.
+POST / answers as the pipeline does: of that, these clients would take the first label, or raise an error.
 """
 
 from typing import Any
@@ -25,9 +25,13 @@ def routes(settings: Settings) -> list[Route]:
 
 
 def operations(service: Service) -> dict[str, Any]:
-    said = service.task.describe()
-    gives = f"{said.gives}, in the hosted form."
-    return {"/hf-inference": {"post": asking(f"Ask the model: {said.takes}", gives, bodies(said, service))}}
+    description = service.task.describe()
+    gives = f"{description.gives}, in the hosted form."
+    return {
+        "/hf-inference": {
+            "post": asking(f"Ask the model: {description.takes}", gives, bodies(description, service))
+        }
+    }
 
 
 async def answer(request: Request) -> Response:
@@ -45,7 +49,7 @@ async def answer(request: Request) -> Response:
 
 
 def hosted(task: str, value: Any) -> Any:
-    """An answer in the form that the clients read."""
+    """Return an answer in the form that the clients read."""
     if task == "zero-shot-classification":
         return [{"label": label, "score": score} for label, score in zip(value["labels"], value["scores"])]
     return value

@@ -1,9 +1,9 @@
-"""OpenAI's embeddings, where TASK=feature-extraction gives a vector a text: POST /v1/embeddings, GET /v1/models.
+"""OpenAI embeddings, where TASK=feature-extraction gives a vector per text: POST /v1/embeddings, GET /v1/models.
 
     client = openai.OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
     client.embeddings.create(model="any", input=["a text", "another"]).data[0].embedding
 
-Vectors have length 1, as OpenAI's own. Any `model` is taken for the one that is served: its clients insist on a name.
+Vectors have length 1, as those of OpenAI. Any `model` means the one that is served: OpenAI clients insist on a name.
 Token ids are the model's own tokenizer's, special ones included.
 """
 
@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from workers.errors import Malformed, Unprocessable
+from workers.errors import Malformed, ModelFailed, Unprocessable
 from workers.protocols import embeds, read_json, whole
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
@@ -25,8 +25,16 @@ from workers.settings import Settings
 from workers.web.replies import AnswerResponse
 
 STARTED_AT = int(time.time())
-FIELDS = {"message": {"type": "string"}, "type": {"type": "string"}, "param": {}, "code": {}}
-ERROR = an_object({"error": an_object(FIELDS, {})}, {})
+ERROR_FIELDS = {"message": {"type": "string"}, "type": {"type": "string"}, "param": {}, "code": {}}
+ERROR = an_object({"error": an_object(ERROR_FIELDS, {})}, {})
+# All fields of OpenAI's reference; null is "not given".
+FIELDS = {
+    "input": "a text, a list of texts, token ids in place of a text",
+    "model": "any name: there is one model",
+    "encoding_format": '"float" or "base64"',
+    "dimensions": "the first so many numbers of each vector, at length 1",
+    "user": "no effect",
+}
 
 
 def routes(settings: Settings) -> list[Route]:
@@ -43,8 +51,8 @@ def error_body(status: int, sentence: str) -> dict[str, Any]:
 def operations(service: Service) -> dict[str, Any]:
     if not embeds(service):
         return {}
-    said, most = service.task.describe(), service.settings.MAX_INPUTS
-    text = said.inputs["anyOf"][0]
+    description, most = service.task.describe(), service.settings.MAX_INPUTS
+    text = description.inputs["anyOf"][0]
     task: Any = service.task
     a_token = {
         "type": "integer",
@@ -57,20 +65,21 @@ def operations(service: Service) -> dict[str, Any]:
         "model": {},
         "user": {},
         "encoding_format": {"enum": ["float", "base64"]},
-        "dimensions": (said.parameters or {})["dimensions"],
+        "dimensions": (description.parameters or {})["dimensions"],
     }
     content = json_of({"input": {"anyOf": [text, ids, several]}}, optional)
     return {
-        "/v1/embeddings": {"post": asking("A vector for each text", "OpenAI's list.", content, ERROR)},
-        "/v1/models": {"get": operation("The model", {200: "OpenAI's list of it.", **STATUSES}, error=ERROR)},
+        "/v1/embeddings": {"post": asking("Embed texts", "An OpenAI list of vectors.", content, ERROR)},
+        "/v1/models": {
+            "get": operation("Models", {200: "An OpenAI list of the one model.", **STATUSES}, error=ERROR)
+        },
     }
 
 
 async def embeddings(request: Request) -> Response:
     """POST /v1/embeddings: a vector for each text."""
     service: Service = embedder(request)
-    known = ("input", "model", "encoding_format", "dimensions", "user")
-    content, n_bytes = await read_json(request, known)
+    content, n_bytes = await read_json(request, FIELDS)
     form = content.get("encoding_format", "float")
     if form not in ("float", "base64"):
         raise Malformed('"encoding_format" must be "float" or "base64"')
@@ -80,37 +89,40 @@ async def embeddings(request: Request) -> Response:
         answers, n_tokens = await service.ask(request, inputs, parameters, n_bytes)
     except (Unprocessable, Malformed) as exc:
         raise Malformed(in_openais_words(str(exc))) from exc  # it has no 422
-    data = [
-        {"object": "embedding", "index": index, "embedding": encoded(answer.value, form)}
-        for index, answer in enumerate(answers)
-    ]
+    data = []
+    for index, answer in enumerate(answers):
+        try:
+            data.append({"object": "embedding", "index": index, "embedding": encoded(answer.value, form)})
+        except ModelFailed as exc:
+            exc.index = index if len(answers) > 1 else None
+            raise
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
     reply = {"object": "list", "data": data, "model": service.settings.model_name, "usage": usage}
     return AnswerResponse(answers, reply)
 
 
 async def models(request: Request) -> Response:
-    """GET /v1/models: the one that is served."""
+    """GET /v1/models: the model that is served."""
     name = embedder(request).settings.model_name
     model = {"id": name, "object": "model", "created": STARTED_AT, "owned_by": "owner"}
     return JSONResponse({"object": "list", "data": [model]})
 
 
 def embedder(request: Request) -> Service:
-    """The service. Raises Rejected while the model loads, HTTPException 404 if it gives a vector for each token."""
+    """Return the service. Raises Rejected while the model loads, HTTPException 404 if it gives a vector per token."""
     service: Service = request.state.service
     if not embeds(service):
-        raise HTTPException(404, "this model gives no vector a text; serve a sentence-transformers model")
+        raise HTTPException(404, "this model has no sentence embeddings; serve a sentence-transformers model")
     return service
 
 
 def in_openais_words(sentence: str) -> str:
-    """The task's sentence without what is not sent here."""
+    """Return the task's sentence without what is not sent here."""
     return sentence.replace('"inputs"', '"input"').removesuffix(', or "truncate": true')
 
 
 def texts(content: dict[str, Any], most: int) -> list[Any]:
-    """The inputs: texts, or lists of token ids."""
+    """Return the inputs: texts, or lists of token ids."""
     given = content.get("input")
     alone = isinstance(given, str) or (isinstance(given, list) and given and type(whole(given[0])) is int)
     inputs = [given] if alone else given
@@ -122,5 +134,12 @@ def texts(content: dict[str, Any], most: int) -> list[Any]:
 
 
 def encoded(vector: np.ndarray, form: str) -> Any:
-    """The vector as the reply has it: numbers, or base64 of its float32 in little-endian order."""
-    return vector if form == "float" else base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    """Return the vector as the reply has it: numbers, or base64 of its float32 in little-endian order.
+
+    Raises ModelFailed for NaN and infinity, which JSON would refuse, too.
+    """
+    if form == "float":
+        return vector
+    if not np.isfinite(vector).all():
+        raise ModelFailed("the vector is not finite")
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()

@@ -1,7 +1,7 @@
-"""The contract, readable by machines: GET /openapi.json (OpenAPI 3.1) and GET /info.
+"""The API description: GET /openapi.json (OpenAPI 3.1) and GET /info.
 
-Both are made from what the task says of itself, once it is known: until then they are 503, as all else. `operations(service)`
-of another protocol's file, where there is one, are its paths as OpenAPI has them.
+Both are made from the description of the task, once it is known: until then they are 503, as all else. The paths of the other
+APIs come from the `operations(service)` of their files.
 """
 
 import os
@@ -21,7 +21,7 @@ from workers.tasks import Description
 from workers.tasks.common.text import find
 from workers.web import replies, stream
 
-SAID = (
+SHOWN = (
     "OFFLOAD",
     "INSTANCES",
     "WEB_CONCURRENCY",
@@ -32,18 +32,18 @@ SAID = (
 )
 ERROR = {"$ref": "#/components/schemas/Error"}
 STATUSES = {  # of every request, then of those to the model
-    403: "From a place that is not allowed: a foreign Host or Origin.",
+    403: "The Host or the Origin is not allowed.",
     431: "The headers are too long.",
-    503: "Not now: it loads, it stops, or there is too much work. Ask again after `Retry-After` seconds.",
+    503: "The server is loading, stopping or overloaded. Retry after `Retry-After` seconds.",
 }
-OF_THE_MODEL = {
-    400: "Not of the form that is taken; the sentence says what to send.",
+MODEL_STATUSES = {
+    400: "The request is malformed; the sentence says what to send.",
     408: "The body did not arrive in time.",
     413: "The body is too large.",
-    415: "The media type, its charset or its encoding is not understood.",
-    422: "Well-formed, but the model can't answer it; the sentence says what to change.",
+    415: "The media type, its charset or its encoding is not supported.",
+    422: "The request is well-formed, but the model can't answer it; the sentence says what to change.",
     500: "The model failed on this input; report it with the X-Request-ID.",
-    504: "No answer in time.",
+    504: "There was no answer before the deadline.",
 }
 
 
@@ -52,7 +52,7 @@ def routes(settings: Settings) -> list[Route]:
 
 
 async def openapi(request: Request) -> Response:
-    """GET /openapi.json: the whole contract."""
+    """GET /openapi.json: the OpenAPI document."""
     return JSONResponse(document(request.state.service))
 
 
@@ -60,7 +60,7 @@ async def info(request: Request) -> Response:
     """GET /info: what is served, its limits, and the settings that matter; no path and no secret."""
     service: Service = request.state.service
     settings, task = service.settings, service.task
-    said = task.describe()
+    description = task.describe()
     dtype, device = where(service)
     limits = {name: getattr(settings, name) for name in ("MAX_INPUTS", "MAX_TOP_K", "MAX_MASKS")}
     content = {
@@ -69,9 +69,9 @@ async def info(request: Request) -> Response:
         "model": {"name": settings.model_name, "revision": revision(settings)},
         "dtype": dtype,
         "device": device,
-        "takes": said.takes,
-        "gives": said.gives,
-        "example": sayable(said.example),
+        "takes": description.takes,
+        "gives": description.gives,
+        "example": sayable(description.example),
         "media": list(task.media),
         "limits": {
             "MAX_BODY_BYTES": service.in_flight.most_bytes,
@@ -79,7 +79,7 @@ async def info(request: Request) -> Response:
             **limits,
             "DEADLINE_S": settings.DEADLINE_S,
         },
-        "settings": {name: getattr(settings, name) for name in SAID},
+        "settings": {name: getattr(settings, name) for name in SHOWN},
     }
     return Response(replies.rendered(content), media_type="application/json")
 
@@ -91,7 +91,7 @@ def where(service: Service) -> tuple[str | None, str | None]:
 
 
 def revision(settings: Settings) -> str | None:
-    """The commit of a model from the hub; None for a folder and for one's own class."""
+    """Return the commit of a model from the hub; None for a folder and for a custom class."""
     if settings.is_custom or os.path.isdir(settings.MODEL):
         return None
     found = re.search(r"/snapshots/(\w+)/", find(settings.MODEL, "config.json") or "")
@@ -99,7 +99,7 @@ def revision(settings: Settings) -> str | None:
 
 
 def sayable(example: dict[str, Any]) -> Any:
-    """The example, None where JSON can't say it."""
+    """Return the example, None if JSON can't say it."""
     try:
         replies.rendered(example)
     except ModelFailed:
@@ -108,21 +108,21 @@ def sayable(example: dict[str, Any]) -> Any:
 
 
 def document(service: Service) -> dict[str, Any]:
-    """The contract as OpenAPI 3.1."""
+    """Return the OpenAPI 3.1 document."""
     settings, said = service.settings, service.task.describe()
     paths: dict[str, Any] = {
         "/": {"post": model_operation(said, service)},
         "/health": {
-            "get": operation("Whether the process should be left alone", {200: "It should.", 503: "No."})
+            "get": operation("Liveness", {200: "The server is healthy.", 503: "Restart the server."})
         },
-        "/ready": {
-            "get": operation("Whether an instance of the model is loaded", {200: "One is.", 503: "None is."})
+        "/ready": {"get": operation("Readiness", {200: "A model is loaded.", 503: "No model is loaded."})},
+        "/metrics": {"get": operation("Metrics", {200: "Prometheus text format.", **STATUSES}, "text/plain")},
+        "/info": {
+            "get": operation(
+                "Model, limits and settings", {200: "The model, limits and settings.", **STATUSES}
+            )
         },
-        "/metrics": {
-            "get": operation("Prometheus' text format", {200: "All metrics.", **STATUSES}, "text/plain")
-        },
-        "/info": {"get": operation("What is served, its limits and settings", {200: "These.", **STATUSES})},
-        "/openapi.json": {"get": operation("This document", {200: "It.", **STATUSES})},
+        "/openapi.json": {"get": operation("API description", {200: "The OpenAPI document.", **STATUSES})},
     }
     unlocked = {("/health", "get"), ("/ready", "get")} | (
         {("/metrics", "get")} if settings.METRICS_OPEN else set()
@@ -148,7 +148,7 @@ def document(service: Service) -> dict[str, Any]:
 
 
 def lock(whole: dict[str, Any], unlocked: set[tuple[str, str]]) -> None:
-    """Say where a key is needed: everywhere but at these paths with these methods."""
+    """Add that a key is needed everywhere but at these paths with these methods."""
     bearer, header = (
         {"type": "http", "scheme": "bearer"},
         {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -160,7 +160,7 @@ def lock(whole: dict[str, Any], unlocked: set[tuple[str, str]]) -> None:
                 asked["security"] = [{"bearer": []}, {"header": []}]
                 asked["responses"]["401"] = response(
                     401,
-                    "Without a key, or with a wrong one.",
+                    "The API key is missing or wrong.",
                     "",
                     asked["responses"]["503"]["content"]["application/json"]["schema"],
                 )
@@ -175,7 +175,7 @@ ERROR_SCHEMA = {
 PREFER = {
     "name": "Prefer",
     "in": "header",
-    "description": "`wait=SECONDS` (RFC 7240): an answer within these, or 504; never longer than DEADLINE_S.",
+    "description": "`wait=SECONDS` (RFC 7240): the time limit, 504 after it. It can shorten DEADLINE_S, not extend it.",
     "schema": {"type": "string", "examples": ["wait=2"]},
 }
 
@@ -186,14 +186,17 @@ def operation(
     media_type: str = "application/json",
     error: dict[str, Any] = ERROR,
 ) -> dict[str, Any]:
-    """A request without a body, or what all of them have: its responses, by status; `error`: the form of all but 200."""
+    """Return a request without a body, or the shared part of all: its responses by status; `error`: the schema of all but 200."""
     responses = {str(status): response(status, what, media_type, error) for status, what in statuses.items()}
     return {"summary": summary, "responses": responses}
 
 
 def response(status: int, what: str, media_type: str, error: dict[str, Any]) -> dict[str, Any]:
     headers = {
-        "X-Request-ID": {"schema": {"type": "string"}, "description": "Yours, if you sent a short plain one."}
+        "X-Request-ID": {
+            "schema": {"type": "string"},
+            "description": "The client's own, if it is short and plain.",
+        }
     }
     if status == 401:
         headers["WWW-Authenticate"] = {"schema": {"type": "string"}}
@@ -204,7 +207,7 @@ def response(status: int, what: str, media_type: str, error: dict[str, Any]) -> 
 
 
 def model_operation(said: Description, service: Service) -> dict[str, Any]:
-    """POST /."""
+    """Return the operation of POST /."""
     gives = f"{said.gives}: one answer, or a list of them for a list of inputs."
     asked = asking(f"Ask the model: {said.takes}", gives, bodies(said, service))
     asked["responses"]["200"]["content"] |= {form: {} for form in stream.FORMS}
@@ -217,24 +220,24 @@ def asking(
     content: dict[str, Any],
     error: dict[str, Any] = ERROR,
 ) -> dict[str, Any]:
-    """A request to the model: `content` is what may be posted, by media type."""
-    asked = operation(summary, {200: gives, **STATUSES, **OF_THE_MODEL}, error=error)
+    """Return a request to the model: `content` is what may be posted, by media type."""
+    asked = operation(summary, {200: gives, **STATUSES, **MODEL_STATUSES}, error=error)
     asked["parameters"] = [PREFER]
     asked["requestBody"] = {"required": True, "content": content}
     asked["responses"]["200"]["headers"]["Server-Timing"] = {
         "schema": {"type": "string"},
-        "description": "Where the time went: queue and model in ms, the batch's size and why it closed.",
+        "description": "Where the time went: queue and model in ms, size of the batch and why it was dispatched.",
     }
     return asked
 
 
 def json_of(required: dict[str, Any], optional: dict[str, Any]) -> dict[str, Any]:
-    """The content that is a JSON object of these fields and no others."""
+    """Return the content that is a JSON object of these fields and no others."""
     return {"application/json": {"schema": an_object(required, optional)}}
 
 
 def an_object(required: dict[str, Any], optional: dict[str, Any], is_open: bool = False) -> dict[str, Any]:
-    """The schema of an object; what is optional may be null, too."""
+    """Return the schema of an object; what is optional may be null, too."""
     return {
         "type": "object",
         "properties": required | {name: or_null(schema) for name, schema in optional.items()},
@@ -248,7 +251,7 @@ def or_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def bodies(said: Description, service: Service) -> dict[str, Any]:
-    """What may be posted, by media type."""
+    """Return what may be posted, by media type."""
     one = {} if getattr(service.task, "rank", 0) else alone(said.inputs)
     several = {"type": "array", "items": said.inputs, "minItems": 1, "maxItems": service.settings.MAX_INPUTS}
     named, is_open = said.parameters or {}, said.parameters is None
@@ -270,7 +273,7 @@ def choices(schema: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def alone(schema: dict[str, Any]) -> dict[str, Any]:
-    """An input that stands alone: no list, which would be several of them."""
+    """Return the schema of an input that is sent alone: not a list, which would be several inputs."""
     if not schema:
         return {"type": ["string", "number", "boolean", "object"]}
     return {"anyOf": [choice for choice in choices(schema) if choice["type"] != "array"]}

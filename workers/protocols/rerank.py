@@ -3,7 +3,7 @@
     {"query": "…", "texts": ["…", …]}      text-embeddings-inference: [{"index": 1, "score": 0.98}, …]
     {"query": "…", "documents": ["…", …]}  Cohere, Jina, vLLM: {"results": [{"index": 1, "relevance_score": 0.98}, …], …}
 
-Cohere's clients send it to /v1/rerank or /v2/rerank. Each pair of query and text is a job of its own in the queue. Long
+Cohere clients send it to /v1/rerank or /v2/rerank. Each pair of query and text is a job of its own in the queue. Long
 documents are cut, as Cohere and Jina do; long texts are refused unless `truncate` is true.
 """
 
@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from workers.context import context_of
 from workers.errors import Malformed
 from workers.protocols import read_json, whole
 from workers.protocols.openapi import an_object, asking
@@ -21,8 +22,24 @@ from workers.settings import Settings
 from workers.web.replies import AnswerResponse
 
 PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
-FOR_THE_TASK = ("truncate", "truncation_direction", "raw_scores")
-KNOWN = ("query", "texts", "documents", "model", "top_n", "return_text", "return_documents", *FOR_THE_TASK)
+# All fields of the references of text-embeddings-inference and of Cohere, v1 and v2; null is "not given".
+FIELDS = {
+    "query": "a text",
+    "texts": "a list of texts: text-embeddings-inference",
+    "documents": 'a list of texts, or of objects with "text" or the fields in `rank_fields`: Cohere, Jina, vLLM',
+    "model": "any name: there is one model",
+    "top_n": "the best so many only",
+    "return_text": "the texts in the reply, too",
+    "return_documents": "the same",
+    "raw_scores": "the model's own numbers, before the activation",
+    "truncate": "cut long texts; documents are always cut",
+    "truncation_direction": '"left" or "right", also capitalised',
+    "max_tokens_per_doc": "cut each document to its first so many tokens",
+    "rank_fields": "which fields of the documents to rank by, in this order",
+    "max_chunks_per_doc": "no effect: of a long document the first chunk counts",
+    "priority": "no effect",
+}
+WHOLE = ("top_n", "max_tokens_per_doc", "max_chunks_per_doc")
 
 
 def routes(settings: Settings) -> list[Route]:
@@ -32,37 +49,54 @@ def routes(settings: Settings) -> list[Route]:
 
 
 def operations(service: Service) -> dict[str, Any]:
-    parameters = service.task.describe().parameters or {}
-    query = {"query": {"type": "string", "pattern": r"\S"}}
     text = {"type": "string", "pattern": r"\S"}
-    document = {"anyOf": [text, {"type": "object", "properties": {"text": text}, "required": ["text"]}]}
-    several = {"type": "array", "items": document, "minItems": 1, "maxItems": service.settings.MAX_INPUTS}
-    free: dict[str, Any] = {name: {} for name in ("model", "return_text", "return_documents")}
-    rest = (
-        free
-        | {"top_n": {"type": "integer", "minimum": 1}}
-        | {name: parameters[name] for name in FOR_THE_TASK}
-    )
-    forms = [an_object(query | {name: several}, rest) for name in ("texts", "documents")]
-    asked = asking(
-        "Rank texts", "Their scores, the best first.", {"application/json": {"schema": {"anyOf": forms}}}
-    )
+    named = {"type": "object", "additionalProperties": True}
+    most = service.settings.MAX_INPUTS
+    several = {"type": "array", "minItems": 1, "maxItems": most}
+    flag, a_count = {"type": "boolean"}, {"type": "integer", "minimum": 1}
+    shared = {
+        "model": {},
+        "return_text": {},
+        "return_documents": {},
+        "raw_scores": flag,
+        "truncate": flag,
+        "truncation_direction": {"enum": ["left", "right", "Left", "Right"]},
+        "rank_fields": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        "priority": {},
+        **dict.fromkeys(WHOLE, a_count),
+    }
+    forms = [
+        an_object({"query": text, "texts": several | {"items": text}}, shared),
+        an_object({"query": text, "documents": several | {"items": {"anyOf": [text, named]}}}, shared),
+    ]
+    content = {"application/json": {"schema": {"anyOf": forms}}}
+    asked = asking("Rank texts by how well they answer a query", "Their scores, the best first.", content)
     return {path: {"post": asked} for path in PATHS}
 
 
 async def rerank(request: Request) -> Response:
     """POST /rerank: the texts by how well they answer the query."""
     service: Service = request.state.service
-    content, n_bytes = await read_json(request, KNOWN)
+    content, n_bytes = await read_json(request, FIELDS)
+    for name in WHOLE:
+        if name in content and (type(whole(content[name])) is not int or content[name] < 1):
+            raise Malformed(f'"{name}" must be a whole number of at least 1')
     given = texts(content, service.settings.MAX_INPUTS)
-    top_n = whole(content.get("top_n", len(given)))
-    if type(top_n) is not int or top_n < 1:
-        raise Malformed('"top_n" must be a whole number of at least 1')
-    parameters = {"truncate": "documents" in content} | {k: content[k] for k in FOR_THE_TASK if k in content}
+    task: Any = service.task
+    if (most := content.get("max_tokens_per_doc")) and "documents" in content:
+
+        def cut() -> list[Any]:
+            return [task.first_tokens(one, whole(most)) if isinstance(one, str) else one for one in given]
+
+        given = await service.checks.run(context_of(request.scope), n_bytes, cut)
+    raw_scores = content.get("raw_scores", False)
+    if type(raw_scores) is not bool:
+        raise Malformed('"raw_scores" must be true or false')
     pairs = [{"query": content.get("query"), "text": text} for text in given]
-    answers, n_tokens = await service.ask(request, pairs, parameters, n_bytes)
-    scores = [answer.value for answer in answers]
-    best = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[:top_n]
+    answers, n_tokens = await service.ask(request, pairs, parameters(content), n_bytes)
+    raw = [answer.value for answer in answers]
+    best = sorted(range(len(raw)), key=raw.__getitem__, reverse=True)[: whole(content.get("top_n", len(raw)))]
+    scores = raw if raw_scores else [task.score(one) for one in raw]
     with_text = bool(content.get("return_text") or content.get("return_documents"))
     if "texts" in content:
         ranks = [{"index": i, "score": scores[i]} | ({"text": given[i]} if with_text else {}) for i in best]
@@ -76,12 +110,32 @@ async def rerank(request: Request) -> Response:
     return AnswerResponse(answers, reply)
 
 
-def texts(content: dict[str, Any], most: int) -> list[str]:
-    """The texts to rank."""
+def parameters(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the task's parameters. The raw score is always asked for: many scores of 1.0 have an order in it."""
+    found = {"truncate": content.get("truncate", "documents" in content), "raw_scores": True}
+    if "truncation_direction" in content:
+        direction = content["truncation_direction"]
+        found["truncation_direction"] = direction.lower() if isinstance(direction, str) else direction
+    return found
+
+
+def texts(content: dict[str, Any], most: int) -> list[Any]:
+    """Return the texts to rank. Raises Malformed if there is no list of them."""
     if "texts" in content and "documents" in content:
         raise Malformed('there are "texts" and "documents"; send one of them')
     name = "texts" if "texts" in content else "documents"
     given = content.get(name)
     if not isinstance(given, list) or not 1 <= len(given) <= most:
         raise Malformed(f'"{name}" must be a list of 1 to {most} texts')
-    return [text["text"] if isinstance(text, dict) and "text" in text else text for text in given]
+    fields = content.get("rank_fields", ["text"])
+    if not isinstance(fields, list) or not fields or not all(isinstance(field, str) for field in fields):
+        raise Malformed('"rank_fields" must be a list of names of fields, such as ["text"]')
+    return [text_of(one, fields) for one in given]
+
+
+def text_of(document: Any, fields: list[str]) -> Any:
+    """Return what to rank of a document: itself, or these fields of an object, a line each."""
+    if not isinstance(document, dict):
+        return document
+    parts = [document[field] for field in fields if field in document]
+    return "\n".join(parts) if parts and all(isinstance(part, str) for part in parts) else document

@@ -3,6 +3,7 @@
 `POST /rerank`, in workers/protocols/rerank.py, asks it for many texts at once.
 """
 
+import math
 from typing import Any
 
 from workers.errors import Malformed
@@ -20,6 +21,8 @@ from workers.tasks.common.text import (
     schemas,
 )
 from workers.tasks.pipeline import load_model
+
+SIGMOID = "torch.nn.modules.activation.Sigmoid"
 
 
 class Task(SentenceTask):
@@ -53,6 +56,25 @@ class Task(SentenceTask):
         gives = "how well the text answers it"
         return Description("a query and a text", gives, {"inputs": example}, inputs, schemas(self.rules))
 
+    def score(self, raw: float) -> float:
+        """Return the score of a raw score. The raw ones have the finer order: as float32, those of 20 and of 25 are both 1.0."""
+        if self.activation == SIGMOID:
+            return 1 / (1 + math.exp(-raw)) if raw > -700 else 0.0
+        import torch  # for other activations only: where HTTP is, it may not be needed otherwise
+
+        from workers.tasks.common.pooling import activation
+
+        return float(activation(self.activation)(torch.tensor(raw)))
+
+    def first_tokens(self, text: str, n: int) -> str:
+        """Return the text up to its `n`th token; all of it if its tokenizer can't tell where that is."""
+        backend: Any = getattr(self.tokens, "backend", None)
+        if backend is None or n >= self.limit:
+            return text
+        start = text[: 64 * n]  # to tokenise all of a megabyte takes a second
+        (encoding,) = backend.encode_batch([start], add_special_tokens=False)
+        return text[: encoding.offsets[n - 1][1]] if len(encoding) > n else text
+
     @property
     def activation(self) -> str:
         """What the model's files say, as today or as once; else what sentence-transformers takes for one label."""
@@ -60,7 +82,7 @@ class Task(SentenceTask):
             self.sentence.get("activation_fn")
             or self.config.get("sentence_transformers", {}).get("activation_fn")
             or self.config.get("sbert_ce_default_activation_function")
-            or "torch.nn.modules.activation.Sigmoid"
+            or SIGMOID
         )
 
 
