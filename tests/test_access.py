@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import http.client
+import json
 import socket
 import ssl
 import subprocess
@@ -23,7 +24,7 @@ from tests.support.client import Reply, dial, get, hear, post, request, say, unt
 from workers.gunicorn.uvicorn_worker import Worker
 from workers.settings import Settings
 from workers.web import http_protocol
-from workers.web.access import AccessControl
+from workers.web.access import AccessControl, is_loopback
 
 TEXT = "a [MASK]"
 KEYS = "first-key-0123, second-key-4567"
@@ -172,9 +173,92 @@ def test_allowed_names_and_pages(mode: str) -> None:
         assert "Server-Timing" in reply.headers["Access-Control-Expose-Headers"]
         assert posted(server, "model.example", Origin="https://evil.example").status == 403
         asks = {"Origin": "https://page.example", "Access_Control_Request_Method": "POST"}
-        asks["Access_Control_Request_Headers"] = "content-type, x-api-key"
+        # OpenAI's JavaScript client sends such headers always, browsers' tracing the last one.
+        asks["Access_Control_Request_Headers"] = "content-type,x-api-key,x-stainless-os,traceparent"
+        asks["Access_Control_Request_Private_Network"] = "true"
         preflight = request("OPTIONS", "/", **asks).replace(b"localhost", b"model.example")
         assert say(server, preflight).status == 200
+
+
+@pytest.mark.parametrize("header", ["Host: evil.example", "Content-Type: text/plain"])
+def test_header_given_twice_is_a_400_whichever_is_last(server: Server, header: str) -> None:
+    """Of two Hosts one is foreign; of two Content-Types one would be read as text, the other as JSON."""
+    raw = request("POST", "/", b'{"inputs": "a [MASK]"}', Content_Type="application/json").decode()
+    first, last = (
+        raw.replace("Host", f"{header}\r\nHost", 1),
+        raw.replace("\r\n\r\n", f"\r\n{header}\r\n\r\n", 1),
+    )
+    assert say(server, first.encode()).status == say(server, last.encode()).status == 400
+
+
+def test_list_header_given_twice_is_joined(server: Server) -> None:
+    raw = request("POST", "/", TEXT.encode()).decode()
+    waits = raw.replace("Host", "Prefer: respond-async\r\nPrefer: wait=0\r\nPrefer: foo\r\nHost", 1)
+    assert say(server, waits.encode()).status == 504
+
+
+def test_host_header_is_needed_from_http_1_1_on(server: Server) -> None:
+    raw = request("POST", "/", TEXT.encode()).replace(b"Host: localhost\r\n", b"")
+    assert say(server, raw).status == 400
+    assert say(server, raw.replace(b"HTTP/1.1", b"HTTP/1.0")).status == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost#.evil.example", "localhost?.evil.example", "x@localhost", "localhost/"]
+)
+def test_host_that_is_not_a_name_is_foreign(host: str) -> None:
+    assert not AccessControl(Settings()).is_ours(host, "127.0.0.1")
+
+
+def test_origin_is_compared_with_the_host_and_needs_one() -> None:
+    access = AccessControl(Settings())
+    assert not access.foreign(b"localhost:8000", b"HTTP://LOCALHOST:8000", "127.0.0.1")
+    assert access.foreign(b"", b"x://", "127.0.0.1")
+    assert access.foreign(None, b"x://", "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    "address", ["localhost", "LOCALHOST.", "127.0.0.1", "::1", "[::1]", "::ffff:127.0.0.1"]
+)
+def test_every_spelling_of_loopback_is_loopback(address: str) -> None:
+    """Where one is not, a server bound to it answers to any name."""
+    assert is_loopback(address)
+    assert not is_loopback("localhost.example") and not is_loopback("") and not is_loopback("10.0.0.1")
+
+
+def test_long_names_of_strangers_are_not_kept() -> None:
+    access = AccessControl(Settings())
+    for host in (b"x" * 60_000, b"localhost"):
+        access({"method": "POST", "server": ("127.0.0.1", 1), "headers": [(b"host", host)]})
+    assert access.cached_foreign.cache_info().currsize == 1
+
+
+def test_target_in_absolute_form_is_served_by_its_authority(server: Server, mode: str) -> None:
+    """RFC 9112, 3.2.2: it must be accepted, and its authority counts, not the Host. Plain uvicorn does not show it."""
+    raw = request("POST", "http://localhost/", TEXT.encode())
+    assert say(server, raw).status == 200
+    if mode == "asgi":
+        assert say(server, raw.replace(b"http://localhost/", b"http://evil.example/")).status == 403
+
+
+def test_slash_at_the_end_is_the_same_endpoint(server: Server) -> None:
+    """A redirect would name http:// behind a proxy with TLS, and clients would drop their key."""
+    assert say(server, request("POST", "/hf-inference/", TEXT.encode())).status == 200
+    for path in ("/health/", "/ready/", "/metrics/", "/v2/"):
+        assert get(server, path).status == 200, path
+    assert get(server, "/nothing/").status == get(server, "/health//").status == 404
+
+
+def test_key_and_probes_work_behind_a_prefix() -> None:
+    with start(
+        Mode("prefix", "uvicorn server:app --root-path /api"), {**FILL_MASK, "API_KEY": KEYS}
+    ) as server:
+        for path in ("/health", "/ready", "/", "/docs"):
+            assert get(server, path).status == 200, path
+        assert get(server, "/info").status == post(server, TEXT).status == 401
+        assert post(server, TEXT, x_api_key="first-key-0123").status == 200
+        reply = say(server, request("POST", "/health", x_api_key="first-key-0123"))
+        assert (reply.status, reply.headers["Allow"]) == (405, "GET, HEAD")
 
 
 def test_only_loopback_is_picky_by_default() -> None:
@@ -198,6 +282,52 @@ def patient(request: pytest.FixtureRequest) -> Iterator[Server]:
     settings = {"HEADERS_TIMEOUT_S": "0.3", "MAX_CONNECTIONS": "20"}
     with start(request.param, {**FILL_MASK, **settings}) as server:
         yield server
+
+
+@pytest.mark.parametrize("endless", [b"x" * 65_536, b"a:b\r\n" * 13_000, b"a" * 60_000 + b": b\r\n"])
+def test_headers_without_an_end_are_a_431(patient: Server, endless: bytes) -> None:
+    with dial(patient) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(
+                b"POST / HTTP/1.1\r\nHost: localhost\r\n" + b"X-A: " * endless.startswith(b"x")
+            )
+            for _ in range(10):
+                connection.sendall(endless)
+        assert hear(connection).status == 431
+
+
+def test_trailers_without_an_end_close_the_connection(patient: Server) -> None:
+    with dial(patient) as connection, contextlib.suppress(ConnectionError):
+        connection.sendall(request("POST", "/", b"1\r\na\r\n0\r\n", Transfer_Encoding="chunked"))
+        for _ in range(20):
+            connection.sendall(b"a" * 60_000 + b": b\r\n")
+        assert connection.recv(1) == b""
+
+
+def test_target_with_a_foreign_authority_is_foreign(patient: Server) -> None:
+    raw = request("POST", "http://evil.example/", TEXT.encode())
+    assert say(patient, raw).status == 403
+    assert say(patient, raw.replace(b"evil.example", b"localhost:1")).status == 200
+
+
+@pytest.mark.parametrize("accept", ["*/*", "application/x-ndjson"])
+def test_replies_that_nobody_reads_are_given_up(accept: str) -> None:
+    settings = {"MODEL": "tests.support.fake_models:Obedient", "MAX_BODY_BYTES": "9000000"}
+    times = {"HEADERS_TIMEOUT_S": "0.5", "BODY_TIMEOUT_S": "0.5", "MAX_CONNECTIONS": "1"}
+    with start(PATIENT, settings | times, wait=False) as server, dial_until_ready(server) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        body = json.dumps({"inputs": ["x" * 8_000_000]}).encode()
+        connection.sendall(request("POST", "/", body, Accept=accept, Content_Type="application/json"))
+        until(lambda: is_free(server))
+
+
+@contextlib.contextmanager
+def dial_until_ready(server: Server) -> Iterator[socket.socket]:
+    """A connection, once the server is ready: the only one of its client."""
+    server.wait_until_ready()
+    until(lambda: is_free(server))
+    with dial(server) as connection:
+        yield connection
 
 
 def test_half_sent_headers_end_in_408_and_silence_in_a_close(patient: Server) -> None:
@@ -261,7 +391,7 @@ def test_a_reply_before_the_end_of_a_long_body_arrives_though_the_connection_is_
 ) -> None:
     """As behind a proxy that closes each connection: without more ado the system would reset it."""
     with dial(patient) as connection:
-        body = b"x" * 2**24
+        body = b"x" * 2**23
         connection.sendall(request("POST", "/", body, Connection="close", Origin="http://elsewhere"))
         assert hear(connection).status == 403
         assert connection.recv(1) == b""

@@ -5,28 +5,37 @@ import contextlib
 import http.client
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import textwrap
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import httpx2
 import looptime
 import numpy as np
 import pytest
 from starlette.requests import ClientDisconnect, Request
-from starlette.routing import Router
+from starlette.responses import Response
+from starlette.routing import Route, Router
 
 from loadtests.modes import MODES, ROOT, Server, start
 from tests.support.client import dial, get, hear, metric, post, request, say, until
-from workers.errors import ModelFailed
+from workers.context import RequestContext, context_of
+from workers.errors import Late, ModelFailed, Rejected
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
+from workers.service import Service
 from workers.settings import Settings
 from workers.tasks import Query
 from workers.web import replies
+from workers.web.checks import MAX_BODIES, CheckThreads
 from workers.web.inflight import InFlight
 from workers.web.middleware import HOLD_S, REJECTIONS_PER_S, TICK_S, RequestMiddleware
 
@@ -227,6 +236,111 @@ def test_a_storm_of_refusals_is_slowed_down_and_a_few_are_not_slowed_at_all() ->
     assert sum(waits_s) / 8000 > 0.8 * HOLD_S
 
 
+# --- before the queue -------------------------------------------------------------------------------------------------
+
+
+def test_long_work_before_the_queue_is_off_the_event_loop_and_short_work_is_not() -> None:
+    async def scenario() -> None:
+        checks, context = CheckThreads(), RequestContext({}, "an-id")
+        assert await checks.run(context, 1000, threading.get_ident) == threading.get_ident()
+        assert await checks.run(context, 2000, threading.get_ident) != threading.get_ident()
+        assert await checks.run(context, 2000, threading.get_ident, quick_bytes=3000) == threading.get_ident()
+
+    asyncio.run(scenario())
+
+
+def test_long_work_is_rejected_at_once_when_the_threads_are_taken_and_short_work_goes_on() -> None:
+    async def scenario() -> None:
+        checks, gate = CheckThreads(), threading.Event()
+        checks.most_bytes = 100_000
+        running = [
+            asyncio.create_task(checks.run(RequestContext({}, "an-id"), 100_000, gate.wait))
+            for _ in range(MAX_BODIES)
+        ]
+        await asyncio.sleep(0)
+        with pytest.raises(Rejected, match="too many long requests"):
+            await checks.run(RequestContext({}, "an-id"), 100_000, gate.wait)
+        assert await checks.run(RequestContext({}, "an-id"), 2000, lambda: "short") == "short"
+        gate.set()
+        assert all(await asyncio.gather(*running))
+        assert await checks.run(RequestContext({}, "an-id"), 100_000, lambda: "free again") == "free again"
+
+    asyncio.run(scenario())
+
+
+def test_work_before_the_queue_has_the_requests_deadline_and_its_place_until_it_has_ended() -> None:
+    async def scenario() -> None:
+        checks, gate = CheckThreads(), threading.Event()
+        context = RequestContext({}, "an-id", budget_s=0.01)
+        with pytest.raises(Late):
+            await checks.run(context, 100_000, gate.wait)
+        assert context.given_up, "the work can tell that nobody waits"
+        assert checks.pending_bytes == [0, 100_000], "its memory is not free yet"
+        gate.set()
+        async with asyncio.timeout(60):
+            while checks.pending_bytes != [0, 0]:
+                await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+
+
+def test_check_of_a_list_stops_when_its_client_has_left_or_its_time_is_over() -> None:
+    checked: list[Any] = []
+    context = RequestContext({}, "an-id")
+
+    def check(one: Any, parameters: Any) -> Query:
+        checked.append(one)
+        context.given_up = len(checked) == 2
+        return Query(one)
+
+    service: Any = SimpleNamespace(task=SimpleNamespace(check=check), quarantine=None)
+    with pytest.raises(Late):
+        Service.check_all(service, list("abcdef"), {}, context)
+    assert checked == ["a", "b"]
+    with pytest.raises(Late):
+        Service.check_all(service, list("abcdef"), {}, RequestContext({}, "an-id", budget_s=0))
+
+
+def test_deadline_counts_from_the_arrival() -> None:
+    seen: list[float] = []
+
+    async def endpoint(request: Request) -> Response:
+        seen.append(context_of(request.scope).left_s)
+        return Response()
+
+    async def scenario() -> None:
+        middleware = RequestMiddleware(Router([Route("/", endpoint, methods=["POST"])]), Metrics())
+        loop = ModelLoop(budget_s=10)
+        loop.instances.loaded = 1
+        for late_s, prefer in ((4, b""), (4, b"wait=5"), (7, b"wait=5")):
+            scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"prefer", prefer)]}
+            context_of(scope).arrived_at -= late_s
+            state = {"state": {"service": SimpleNamespace(loop=loop)}}
+            await middleware(scope | state, Mock(), AsyncMock())
+
+    asyncio.run(scenario())
+    assert seen == [pytest.approx(6, abs=1), pytest.approx(1, abs=1), 0]
+
+
+def test_long_paths_of_strangers_are_not_kept() -> None:
+    middleware = RequestMiddleware(Router([]), Metrics())
+    for path in ("/" + "x" * 60_000, "/short"):
+        scope = {"type": "http", "method": "GET", "path": path, "headers": []}
+        asyncio.run(middleware(scope, Mock(), AsyncMock()))
+    assert middleware.cached_error_body.cache_info().currsize == 1
+
+
+def test_what_is_optional_is_imported_only_when_it_is_asked_for() -> None:
+    program = "import sys, server; print([m for m in sys.modules if m.endswith(('request_log', 'tracing'))])"
+
+    def imported(**env: str) -> str:
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+        return subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, env=plain | env, text=True)
+
+    assert imported() == "[]\n"
+    assert "request_log" in imported(LOG_FORMAT="json")
+
+
 # --- clients ----------------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +396,15 @@ def test_an_answer_means_what_the_standard_library_would_have_written(value: Any
     assert json.loads(replies.rendered(value)) == json.loads(json.dumps(value))
 
 
+def test_null_in_an_answer_does_not_make_it_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The standard library's encoder takes ten times as long, on the event loop."""
+    monkeypatch.setattr(replies, "ENCODER", None)
+    assert (
+        replies.rendered(["a null text", None, {"a": (0.5, np.float32(1))}])
+        == b'["a null text",null,{"a":[0.5,1.0]}]'
+    )
+
+
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_an_array_reads_back_as_the_very_numbers_of_its_type(dtype: str) -> None:
     array = np.random.default_rng(0).standard_normal((3, 4)).astype(dtype)
@@ -293,7 +416,16 @@ def test_an_array_reads_back_as_the_very_numbers_of_its_type(dtype: str) -> None
 
 @pytest.mark.parametrize(
     "value",
-    [math.nan, [1.0, math.inf], np.array([1.0, math.nan]), {"a": object()}, "\ud800", {(1, 2): 3}, {1, 2}],
+    [
+        math.nan,
+        [1.0, math.inf],
+        {"a null text": [{"b": np.float32("nan")}]},
+        np.array([1.0, math.nan]),
+        {"a": object()},
+        "\ud800",
+        {(1, 2): 3},
+        {1, 2},
+    ],
 )
 def test_what_json_cannot_say_is_the_models_failure(value: Any) -> None:
     with pytest.raises(ModelFailed, match="can't be said in JSON"):

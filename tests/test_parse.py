@@ -256,6 +256,28 @@ def test_no_header_takes_long_to_read(piece: str) -> None:
     assert time.process_time() - began < 5
 
 
+@pytest.mark.parametrize(
+    "content_type", ["", "application/x-www-form-urlencoded", "application/octet-stream"]
+)
+def test_json_object_with_inputs_is_json_without_a_content_type(content_type: str) -> None:
+    """As `curl -d '{"inputs": …}'` sends it: its text would get an answer, too, and nobody would notice."""
+    body = b' {"parameters": {"top_k": 1}, "inputs": ["a", "b"]}'
+    for media in ((), IMAGES):
+        parsed = read(body, media, Content_Type=content_type)
+        assert (parsed.inputs, parsed.parameters, parsed.is_list) == (["a", "b"], {"top_k": 1}, True)
+    assert refused(b'{"inputs": []}', Content_Type=content_type)[0] == 400
+
+
+@pytest.mark.parametrize("text", ['{"input": "a"}', '{"inputs": "a"', '["inputs"]', '{"inputs"}', "{" * 9999])
+def test_text_that_is_not_such_an_object_is_a_text(text: str) -> None:
+    assert read(text.encode()).inputs == [text]
+
+
+def test_text_stays_a_text_where_it_says_so() -> None:
+    text = '{"inputs": "a"}'
+    assert read(text.encode(), Content_Type="text/plain").inputs == [text]
+
+
 # --- what the embedded task's parameters may be -----------------------------------------------------------------------
 
 

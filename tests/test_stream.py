@@ -1,5 +1,6 @@
 """Answers as they come: a line for each input of a list, as soon as it is there."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -9,9 +10,13 @@ from typing import Any
 
 import httpx2
 import pytest
+from starlette.requests import Request
 
 from loadtests.modes import MODES, Server, start
-from tests.support.client import dial, get, metric, request, until
+from tests.support.client import dial, get, metric, request, say, until
+from workers.jobs import Answer
+from workers.tasks import Query
+from workers.web.stream import Streamed
 
 NDJSON = {"Accept": "application/x-ndjson"}
 
@@ -119,6 +124,42 @@ def test_a_client_that_stops_reading_is_let_go_and_frees_the_rest(server: Server
 def test_without_asking_for_it_a_list_is_one_reply(server: Server) -> None:
     with asked(server, ["a", "b"], Accept="*/*") as reply:
         assert json.loads(reply.read()) == ["a", "b"]
+
+
+def test_http_1_0_gets_no_chunks(server: Server) -> None:
+    raw = request(
+        "POST", "/", b'{"inputs": ["a", "b"]}', Accept="application/x-ndjson", Content_Type="application/json"
+    )
+    reply = say(server, raw.replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert "Transfer-Encoding" not in reply.headers
+    assert int(reply.headers["Content-Length"]) == len(reply.body)
+    assert [json.loads(line)["answer"] for line in reply.body.splitlines()] == ["a", "b"]
+
+
+def test_slow_reader_is_noticed_before_the_next_answer() -> None:
+    """uvicorn waits for a client that reads nothing only at the next send: it must not be the next answer's."""
+
+    class OneAnswer:
+        async def submit(self, query: str, **how: Any) -> Answer:
+            if query == "never":
+                await asyncio.get_running_loop().create_future()
+            return Answer(query, 0, 0, 1, "full")
+
+    async def scenario() -> None:
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
+        queries = [Query("now"), Query("never")]
+        streamed = Streamed(OneAnswer(), 0.01, Request(scope), queries, "application/x-ndjson")  # type: ignore[arg-type]
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            if sent and sent[-1].get("body"):
+                await asyncio.get_running_loop().create_future()  # the line before is not taken
+            sent.append(message)
+
+        async with asyncio.timeout(60):
+            await streamed(scope, asyncio.get_running_loop().create_future, send)
+
+    asyncio.run(scenario())
 
 
 def test_behind_a_thread_all_lines_come_at_the_end() -> None:

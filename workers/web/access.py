@@ -1,4 +1,4 @@
-"""Who may ask: with which key, by which name of this server, from which web pages. Asked before anything is read.
+"""Access control: API keys, names of this server, web pages. Checked before anything of a body is read.
 
 A page in a browser on the same machine can post to a server on loopback, and a name that its owner points at 127.0.0.1
 makes it that page's own server (DNS rebinding). So a foreign Origin is refused, and so is a foreign Host.
@@ -22,26 +22,28 @@ from workers.settings import Settings
 from workers.web.replies import CLOSE
 
 Endpoint = Callable[..., Any]
+NOT_IN_A_HOST = "/?#@\\ \t"  # urlsplit would take what stands before them for the name
 CHALLENGE = {"WWW-Authenticate": 'Bearer realm="model"', **CLOSE}  # its body may still come
-FOREIGN_HOST = "this server does not go by that name; ask it by its own, or add it to ALLOWED_HOSTS"
-FOREIGN_ORIGIN = "web pages from there may not ask this server; its owner can add them to CORS_ORIGINS"
+FOREIGN_HOST = "Host header not allowed; use one of this server's names or add it to ALLOWED_HOSTS"
+FOREIGN_ORIGIN = "web pages of this origin are not allowed; the server's owner can add it to CORS_ORIGINS"
 NO_KEY = "send a key of this server: Authorization: Bearer KEY, or x-api-key: KEY"
+CACHED_BYTES = 512  # longer names are not kept
 
 
 def public(endpoint: Endpoint) -> Endpoint:
-    """Let everybody ask it, whatever the settings: a supervisor's probe knows no key and names any address."""
+    """Mark an endpoint as open to everybody, whatever the settings: a probe has no key and names any address."""
     endpoint.is_public = True  # type: ignore[attr-defined]
     return endpoint
 
 
 class AccessControl:
-    """Says of a request why it isn't let in, if it isn't."""
+    """Decides which requests are allowed: by key, Host and Origin."""
 
     def __init__(self, settings: Settings, routes: Iterable[BaseRoute] = ()) -> None:
         self.keys = [hashlib.sha256(key.encode()).digest() for key in words(settings.API_KEY)]
         self.hosts = words(settings.ALLOWED_HOSTS.lower())
         self.origins = words(settings.CORS_ORIGINS)
-        self.foreign = functools.lru_cache(maxsize=1024)(self._foreign)  # few clients, the same words
+        self.cached_foreign = functools.lru_cache(maxsize=1024)(self.foreign)  # few clients, the same names
         known = [route for route in routes if isinstance(route, Route)]
         locked = [route for route in known if not getattr(route.endpoint, "is_public", False)]
         self.open_paths = {route.path for route in known} - {route.path for route in locked}
@@ -50,11 +52,12 @@ class AccessControl:
         }
 
     def __call__(self, scope: Scope) -> HTTPException | None:
-        """Why it is not let in: 403 with a foreign Host or Origin, 401 without a key; None where it is."""
+        """Return why the request is not allowed: 403 with a foreign Host or Origin, 401 without a key; None if it is."""
         context, server = context_of(scope), scope.get("server")
-        sentence = self.foreign(
-            context.headers.get(b"host"), context.headers.get(b"origin"), server[0] if server else None
-        )
+        host, origin = context.headers.get(b"host"), context.headers.get(b"origin")
+        is_short = len(host or b"") + len(origin or b"") <= CACHED_BYTES
+        foreign = self.cached_foreign if is_short else self.foreign
+        sentence = foreign(host, origin, server[0] if server else None)
         if not sentence and not self.keys:
             return None
         if context.path in self.open_paths or (scope["method"], context.path) in self.public:
@@ -64,14 +67,14 @@ class AccessControl:
         return None if self.knows(context.headers) else HTTPException(401, NO_KEY, CHALLENGE)
 
     def knows(self, fields: dict[bytes, bytes]) -> bool:
-        """Whether one of the keys is there. Takes as long for a key that is nearly right as for any other."""
+        """Return whether one of the keys is there. Takes as long for a key that is nearly right as for any other."""
         scheme, _, token = fields.get(b"authorization", b"").partition(b" ")
         given = [fields.get(b"x-api-key", b""), token.strip() if scheme.lower() == b"bearer" else b""]
         digests = [hashlib.sha256(one).digest() for one in given if one]
         return any([hmac.compare_digest(digest, key) for digest in digests for key in self.keys])
 
-    def _foreign(self, host: bytes | None, origin: bytes | None, address: str | None) -> str:
-        """What is foreign of these; empty where nothing is. No Host: no browser."""
+    def foreign(self, host: bytes | None, origin: bytes | None, address: str | None) -> str:
+        """Return the sentence for a foreign Host or Origin; empty if both are allowed. A request without Host is not a browser's."""
         name = host.decode("latin-1").lower() if host else ""
         if name and not self.is_ours(name, address):
             return FOREIGN_HOST
@@ -80,43 +83,48 @@ class AccessControl:
         return "" if name and said.lower().partition("://")[2] == name else FOREIGN_ORIGIN
 
     def is_ours(self, host: str, address: str | None) -> bool:
-        """Whether we go by this name: one that was allowed; by default any, but on loopback only loopback's own."""
+        """Return whether this is a name of this server: an allowed one; by default any, but on loopback only loopback's own."""
+        if any(sign in host for sign in NOT_IN_A_HOST):
+            return False
         try:
             name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
         except ValueError:
             return False
         if self.hosts:
             return any(is_like(name, pattern) for pattern in self.hosts)
-        return not is_loopback(address or "") or name == "localhost" or is_loopback(name)
+        return not is_loopback(address or "") or is_loopback(name)
 
 
 def words(listed: str) -> list[str]:
-    """What stands between the commas."""
+    """Return what stands between the commas."""
     return [word.strip() for word in listed.split(",") if word.strip()]
 
 
 def is_like(name: str, pattern: str) -> bool:
-    """Whether it is this name; "*" is any, "*.example.com" any below example.com."""
+    """Return whether it is this name; "*" is any, "*.example.com" any below example.com."""
     return pattern in ("*", name) or (pattern.startswith("*.") and name.endswith(pattern[1:]))
 
 
 def is_loopback(address: str) -> bool:
-    """Whether it is an address of this machine for itself."""
+    """Return whether it is an address or a name of this machine for itself."""
+    if address.rstrip(".").lower() == "localhost":
+        return True
     try:
-        found = ipaddress.ip_address(address)
+        found = ipaddress.ip_address(address.removeprefix("[").removesuffix("]"))
     except ValueError:
         return False
     return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def with_cors(app: ASGIApp, settings: Settings) -> ASGIApp:
-    """The app, and what browsers want to hear of it where pages from elsewhere may ask."""
+    """Return the app, with CORS for the pages in CORS_ORIGINS. Any header may be sent: origin and key decide."""
     if not (origins := words(settings.CORS_ORIGINS)):
         return app
     return CORSMiddleware(
         app,
         allow_origins=origins,
         allow_methods=["GET", "POST"],
-        allow_headers=["Authorization", "Content-Type", "Prefer", "X-API-Key", "X-Request-ID"],
+        allow_headers=["*"],
+        allow_private_network=True,  # a page of these origins may reach a server on its own machine
         expose_headers=["Retry-After", "Server-Timing", "X-Request-ID"],
     )

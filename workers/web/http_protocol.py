@@ -1,16 +1,19 @@
-"""uvicorn's HTTP, with a limit on the time for headers, and without lost replies when a connection closes.
+"""The HTTP protocol of uvicorn, with bounds on headers and on unread replies, and without lost replies when a connection closes.
 
-    gunicorn -c gunicorn.conf.py                             # has it
-    uvicorn server:app --http workers.web.http_protocol:Protocol       # asks for it
+    gunicorn -c gunicorn.conf.py                                 # has it
+    uvicorn server:app --http workers.web.http_protocol:Protocol     # asks for it
 
-uvicorn itself keeps a connection with half a request open as long as the client does, and any number of them for one client.
-And when it closes a connection while data is still coming in, the system resets it, and the reply on its way is lost. That
-happens to a rejection before the end of a long body. And when the server stops, to a client that has just connected.
+uvicorn itself keeps a connection with half a request, or with a reply that nobody reads, open as long as the client does, and
+any number of them per client; headers without an end freeze its event loop. And when it closes a connection while data is still
+coming in, the system resets it, and the reply on its way is lost. That happens to a rejection before the end of a long body.
+And when the server stops, to a client that has just connected.
 """
 
 import asyncio
+import json
 from collections import Counter
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -18,17 +21,28 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from workers.settings import Settings
 
 settings = Settings.read()
-BODY = b'{"error":"the headers did not arrive in time; send them faster"}'
-TOO_SLOW = (
-    b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    b"content-length: %d\r\n\r\n%s" % (len(BODY), BODY)
-)
+
+
+def raw_error(status: int, sentence: str) -> bytes:
+    """Return a whole reply, for a request that never reaches the app."""
+    body = json.dumps({"error": sentence}).encode()
+    head = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+        f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+TOO_SLOW = raw_error(408, "the headers did not arrive in time; send them faster")
+MAX_HEAD_BYTES = 262_144  # of URL and headers, or between two parts of a body; the app itself takes 65,536
+TOO_LONG = raw_error(431, "the headers are too long; send at most 65536 bytes")
+LEAST_READ_BYTES = 16_384  # of a waiting reply per HEADERS_TIMEOUT_S: a client that reads less has stopped
 LINGER_S = 2.0  # for the rest of a body that nobody wants any more
 MOMENT_S = 0.3  # for the first request of a connection when the server stops
 
 
 class Discard(asyncio.Protocol):
-    """Reads on, and forgets it; closes when the client does."""
+    """Reads on and drops it; closes when the client does."""
 
     def __init__(self, connection_lost: Callable[[Exception | None], None]) -> None:
         self.connection_lost = connection_lost  # type: ignore[assignment, method-assign]
@@ -45,6 +59,7 @@ class Lingering:
         self.transport, self.protocol = transport, protocol
         self.is_closing = transport.is_closing  # often asked
         self.head = b""
+        self.written = 0  # bytes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.transport, name)
@@ -56,6 +71,7 @@ class Lingering:
             self.head = data
             self.protocol.loop.call_soon(self.flush)  # a stream's first line may come much later
             return
+        self.written += len(data)
         self.transport.write(data)
 
     def flush(self) -> None:
@@ -63,25 +79,33 @@ class Lingering:
             self.write(b"")
 
     def close(self) -> None:
-        self.flush()
         cycle = self.protocol.cycle
-        still_comes = cycle and cycle.response_complete and cycle.more_body
-        if self.is_closing() or not still_comes or not self.transport.can_write_eof():  # TLS can't
+        if cycle and cycle.response_complete and cycle.more_body:
+            cycle.more_body = False  # closed again, it closes
+            return self.linger()
+        self.flush()
+        self.transport.close()
+
+    def linger(self) -> None:
+        """End the reply now, and the reading LINGER_S later."""
+        self.flush()
+        if self.is_closing() or not self.transport.can_write_eof():  # TLS can't
             return self.transport.close()
-        cycle.more_body = False  # closed again, it closes
         self.transport.write_eof()
         self.transport.set_protocol(Discard(self.protocol.connection_lost))
         self.protocol.loop.call_later(LINGER_S, self.transport.close)
 
 
 class Protocol(HttpToolsProtocol):
-    """Looks at its connection every HEADERS_TIMEOUT_S, so half a request ends after one to two of these: no timer a request."""
+    """Checks its connection every HEADERS_TIMEOUT_S, so half a request ends after one to two of these: no timer per request."""
 
     open_by_client: ClassVar[Counter[str]] = Counter()
     host = ""
-    polled_at: Any = None
-    next_look: asyncio.TimerHandle | None = None
+    last_scope: Any = None
+    had_unread, taken = False, 0  # of its replies, at the last check
+    next_check: asyncio.TimerHandle | None = None
     stopping = False
+    loose_bytes = 0  # received since headers or a part of a body were complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(Lingering(transport, self))  # type: ignore[arg-type]
@@ -91,20 +115,40 @@ class Protocol(HttpToolsProtocol):
         self.open_by_client[self.host] += 1
         if 0 < settings.MAX_CONNECTIONS < self.open_by_client[self.host] and self.host:
             return transport.abort()
-        self.next_look = self.loop.call_later(settings.HEADERS_TIMEOUT_S, self.look)
+        self.next_check = self.loop.call_later(settings.HEADERS_TIMEOUT_S, self.check)
 
-    def look(self) -> None:
-        """End the connection if it has waited since the last look for the end of the same headers, or of a body that
-        nobody wants: its reply is sent."""
+    def check(self) -> None:
+        """Close the connection if its headers, or the unread body of an answered request, have made no progress since the last
+        check; abort it if nobody reads its reply."""
+        unread = self.transport.get_write_buffer_size()
+        taken = self.transport.written - unread  # type: ignore[attr-defined]
+        if unread and self.had_unread and taken < self.taken + LEAST_READ_BYTES:
+            return self.transport.abort()
+        self.had_unread, self.taken = unread > 0, taken
+        self.next_check = self.loop.call_later(settings.HEADERS_TIMEOUT_S, self.check)
+        if self.transport.is_closing():
+            return
         answered = not self.cycle or self.cycle.response_complete
         unwanted = self.cycle and answered and self.cycle.more_body
         waits = unwanted or self.scope is None or "method" not in self.scope
-        if waits and answered and self.polled_at is self.scope:
+        if waits and answered and self.last_scope is self.scope:
             if self.scope is not None and not unwanted:
                 self.transport.write(TOO_SLOW)
             return self.transport.close()
-        self.polled_at = self.scope
-        self.next_look = self.loop.call_later(settings.HEADERS_TIMEOUT_S, self.look)
+        self.last_scope = self.scope
+
+    def data_received(self, data: bytes) -> None:
+        self.loose_bytes += len(data)
+        super().data_received(data)
+        if self.loose_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.loose_bytes = 0
+            if not self.cycle or self.cycle.response_complete:
+                self.transport.write(TOO_LONG)
+            self.transport.linger()  # type: ignore[attr-defined]
+
+    def on_body(self, body: bytes) -> None:
+        self.loose_bytes = 0
+        super().on_body(body)
 
     def shutdown(self) -> None:
         """If no answer is due wait MOMENT_S before closing: a request on its way is told that the server stops."""
@@ -114,13 +158,19 @@ class Protocol(HttpToolsProtocol):
         self.loop.call_later(MOMENT_S, self.shutdown)
 
     def on_headers_complete(self) -> None:
+        self.loose_bytes = 0
+        if b"://" in self.url and not self.url.startswith(b"/"):
+            # Absolute-form: its authority counts, whatever Host says (RFC 9112, 3.2.2), and uvicorn drops it.
+            authority = self.url.split(b"/", 3)[2]
+            self.headers[:] = [(name, value) for name, value in self.headers if name != b"host"]
+            self.headers.append((b"host", authority))
         super().on_headers_complete()
         if self.stopping:
             self.cycle.keep_alive = False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.next_look:
-            self.next_look.cancel()
+        if self.next_check:
+            self.next_check.cancel()
         self.open_by_client[self.host] -= 1
         if not self.open_by_client[self.host]:
             del self.open_by_client[self.host]

@@ -1,7 +1,7 @@
-"""The clients of the requests in progress: whose body stalls, who has left.
+"""Requests in flight: bodies that stall, clients that have left.
 
-One sweep looks after all of them. Two timers and a task for each request would cost a quarter of what the server adds.
-A request that is still there at its second sweep gets a task that notices when the client leaves. Most are answered before.
+One sweep checks all of them. Two timers and a task per request would cost a quarter of what the server adds.
+A request that is still there at its second sweep gets a task that notices when the client leaves. Most are answered before that.
 """
 
 import asyncio
@@ -22,11 +22,11 @@ from workers.web.replies import CLOSE
 T = TypeVar("T")
 Handler = asyncio.Task[Any]
 TEXT_BYTES, MEDIA_BYTES = 2**20, 2**24
-SWEEP_S = 0.05  # whoever leaves has left the queue after two
+SWEEP_S = 0.05  # a client that disconnects has left the queue after two
 
 
 class InFlight:
-    """Reads bodies and waits for answers on the clients' behalf. `sweep` it every SWEEP_S."""
+    """Reads bodies, and ends work for clients that have left. Call `sweep` every SWEEP_S."""
 
     def __init__(self, settings: Settings, loop: ModelLoop) -> None:
         self.settings, self.loop = settings, loop
@@ -41,7 +41,7 @@ class InFlight:
 
         Raises HTTPException 413 as soon as it is known to be too large, 408 when it stalls; Rejected once the server
         stops; ClientDisconnect. (Starlette's own `max_body_size` answers in plain text, past every handler, where
-        Content-Length tells; uvicorn waits for a body for ever.)
+        Content-Length tells; uvicorn waits for a body forever.)
         """
         headers = context_of(request.scope).headers
         declared = headers.get(b"content-length", b"0")
@@ -59,7 +59,7 @@ class InFlight:
                 self.check_length(len(body))
         except asyncio.CancelledError:
             if handler in self.reading:
-                raise  # somebody else's doing
+                raise  # cancelled by the server, not by a sweep
             handler.uncancel()
             if self.loop.closing:
                 raise Rejected(STOPPING) from None
@@ -67,16 +67,16 @@ class InFlight:
         finally:
             self.reading.pop(handler, None)
         if not body and b"upgrade" in headers:
-            # uvicorn takes what comes after such headers for another protocol.
+            # uvicorn takes what comes after such headers as another protocol.
             raise HTTPException(400, "the body got lost: send no Upgrade header (curl --http1.1)", CLOSE)
         return bytes(body)
 
     def expect(self, media: tuple[str, ...]) -> None:
-        """Set how long a body may be, now that the task's media types are known. Until then: as long as a text."""
+        """Set the longest body, now that the task's media types are known. Until then it is that of a text."""
         self.most_bytes = self.settings.MAX_BODY_BYTES or (MEDIA_BYTES if media else TEXT_BYTES)
 
     def check_length(self, length: int) -> None:
-        """Raise HTTPException 413 where a body is too long."""
+        """Raise HTTPException 413 if a body is too long."""
         if length > self.most_bytes:
             sentence = f"the body is too large; send at most {self.most_bytes} bytes"
             raise HTTPException(413, sentence)
@@ -98,13 +98,13 @@ class InFlight:
                 watch.cancel()
 
     async def watch(self, handler: Handler, receive: Receive) -> None:
-        """End the waiting of `handler` when its client leaves: Starlette itself would let it run for nobody."""
+        """Cancel `handler` when its client leaves: Starlette itself would let it run on."""
         while (await receive())["type"] != "http.disconnect":
             pass
         cancel(self.waiting, [handler])
 
     def sweep(self) -> None:
-        """End the reading of stalled bodies; watch whoever waited at the last sweep and still does."""
+        """Cancel the reading of stalled bodies; start to watch the clients that waited at the last sweep and still do."""
         now = time.monotonic()
         cancel(self.reading, [handler for handler, until in self.reading.items() if until < now])
         for handler in (self.waiting.keys() & self.seen) - self.watching.keys():
@@ -112,7 +112,7 @@ class InFlight:
         self.seen = set(self.waiting)
 
     def stop_reading(self) -> None:
-        """Refuse those whose bodies are still on their way, once the loop is closing."""
+        """Reject requests whose bodies have not arrived, once the loop is closing."""
         cancel(self.reading, list(self.reading))
 
 
@@ -123,7 +123,7 @@ def this_task() -> Handler:
 
 
 def cancel(handlers: dict[Handler, Any], some: list[Handler]) -> None:
-    """Cancel `some`, which can tell by their absence from `handlers` that it was us."""
+    """Cancel `some`, which know by their absence from `handlers` that it was this."""
     for handler in some:
         del handlers[handler]
         handler.cancel()

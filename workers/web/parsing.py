@@ -40,7 +40,7 @@ IsOne = Callable[[list[Any]], bool]  # whether a JSON list is one input
 
 
 class ParsedBody(NamedTuple):
-    """What a body asks: inputs, each a query of its own, and the parameters that they share."""
+    """What a body holds: inputs, each a query of its own, and the parameters that they share."""
 
     inputs: list[Any]
     parameters: dict[str, Any]
@@ -70,9 +70,9 @@ def parse(
         return ParsedBody([body], {})
     if media_type not in (*NOT_GIVEN, "text/plain", "application/json"):
         known = ["text/plain", "application/json", *(kind + "*" * kind.endswith("/") for kind in media)]
-        raise HTTPException(415, f"{media_type[:100]} is not understood; send {' or '.join(known)}")
+        raise HTTPException(415, f"{media_type[:100]} is not supported; send {' or '.join(known)}")
     if (charset := charset_of(content_type)) not in ("utf-8", "utf8", "us-ascii"):
-        raise HTTPException(415, f"the body is said to be {charset[:100]}; send UTF-8")
+        raise HTTPException(415, f"the charset {charset[:100]} is not supported; send UTF-8")
     text = text_of(body)
     if media_type == "application/json":
         return parse_json(text, max_inputs, is_one)
@@ -99,7 +99,7 @@ def text_of(body: bytes) -> str:
 
 
 def reject_encoded(context: RequestContext) -> None:
-    """Raise HTTPException 415 where the body is compressed."""
+    """Raise HTTPException 415 if the body is compressed."""
     if context.headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
 
@@ -140,7 +140,7 @@ def parse_json(text: str, max_inputs: int, is_one: IsOne = never) -> ParsedBody:
     """
     content = load_json(text, '{"inputs": "a text"}')
     if not isinstance(content, dict) or content.get("inputs") is None:
-        raise HTTPException(400, 'there are no "inputs"; send {"inputs": "a text"}')
+        raise HTTPException(400, '"inputs" is missing; send {"inputs": "a text"}')
     inputs, parameters = content.pop("inputs"), content.pop("parameters", None)
     parameters = {} if parameters is None else parameters
     if not isinstance(parameters, dict):

@@ -1,8 +1,10 @@
 """From answers and exceptions to replies: JSON of what the model returned; `explain` for all that failed."""
 
+import asyncio
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from operator import methodcaller
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from workers.context import ErrorBody
 from workers.errors import Late, Malformed, ModelFailed, Rejected, Unprocessable
@@ -20,6 +23,7 @@ from workers.tasks import Media
 log = logging.getLogger("uvicorn.error")
 
 CLOSE = {"Connection": "close"}  # the unread rest of the body would be parsed as the next request
+PART_BYTES = 262_144  # of a reply that are sent at once
 CLIENT_GONE = 499  # nginx's status for a client that left: counted, never sent
 SENTENCES = {  # in place of Starlette's own phrases
     "Not Found": "not found; see GET /openapi.json",
@@ -67,7 +71,10 @@ def error_reply(failure: Failure, error_body: ErrorBody) -> JSONResponse:
 
 
 class AnswerResponse(Response):
-    """What is said of the answers, as JSON, and where the time of the slowest of them went."""
+    """The content as JSON, with where the time of the slowest answer went. A long one goes out in parts.
+
+    A client that takes no part within BODY_TIMEOUT_S gets no more: else anybody could fill the memory with replies.
+    """
 
     def __init__(self, answers: list[Answer], content: Any) -> None:
         self.status_code, self.background = 200, None
@@ -83,9 +90,24 @@ class AnswerResponse(Response):
             (b"server-timing", timing(answers).encode()),
         ]
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = bytes(self.body)
+        if len(body) <= PART_BYTES:
+            return await super().__call__(scope, receive, send)
+        stall_s = scope["state"]["service"].settings.BODY_TIMEOUT_S
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        with contextlib.suppress(
+            TimeoutError
+        ):  # without the end of the reply the server closes the connection
+            for start in range(0, len(body), PART_BYTES):
+                async with asyncio.timeout(stall_s):
+                    part = body[start : start + PART_BYTES]
+                    more = start + PART_BYTES < len(body)
+                    await send({"type": "http.response.body", "body": part, "more_body": more})
+
 
 def timing(answers: list[Answer]) -> str:
-    """Where the time of the slowest went, as Server-Timing has it."""
+    """Return where the time of the slowest answer went, as a Server-Timing header."""
     answer = slowest(answers)
     return (
         f"queue;dur={answer.queue_s * 1000:.2f}, model;dur={answer.model_s * 1000:.2f}, "
@@ -106,19 +128,38 @@ OPTIONS = (
 
 
 def rendered(content: Any) -> bytes:
-    """As JSON; NumPy's and torch's numbers are JSON, too. Raises ModelFailed where JSON can't say it, as NaN."""
-    with contextlib.suppress(orjson.JSONEncodeError):  # the standard library says more, ten times as slowly
-        body = orjson.dumps(content, methodcaller("tolist"), OPTIONS)
-        if b"null" not in body:  # orjson says null for NaN, too
-            return body
+    """Return it as JSON; NumPy's and torch's numbers are JSON, too. Raises ModelFailed where JSON can't say it, as NaN."""
     try:
+        with contextlib.suppress(
+            orjson.JSONEncodeError
+        ):  # the standard library says more, ten times as slowly
+            body = orjson.dumps(content, methodcaller("tolist"), OPTIONS)
+            if b"null" not in body or is_finite(content):  # orjson says null for NaN, too
+                return body
         return ENCODER.encode(content).encode()
     except Exception as exc:  # NaN, an object of its own, a text with half of a character
         raise ModelFailed(f"the answer can't be said in JSON: {exc}") from exc
 
 
+def is_finite(content: Any) -> bool:
+    """Return whether all numbers in it are finite."""
+    todo = [content]
+    while todo:
+        match one := todo.pop():
+            case float():
+                if not math.isfinite(one):
+                    return False
+            case dict():
+                todo.extend(one.values())
+            case list() | tuple():
+                todo.extend(one)
+            case _ if hasattr(one, "tolist"):
+                todo.append(one.tolist())
+    return True
+
+
 def culprit(answers: list[Answer]) -> int | None:
-    """Which of several answers JSON can't say."""
+    """Return which of several answers JSON can't say."""
     for index, answer in enumerate(answers if len(answers) > 1 else []):
         try:
             rendered(answer.value)

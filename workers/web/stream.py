@@ -1,15 +1,16 @@
-"""Answers as they come: a list of inputs with `Accept: application/x-ndjson` or `text/event-stream` gets a line for each.
+"""Answers as they come: a list of inputs with `Accept: application/x-ndjson` or `text/event-stream` gets one line per input.
 
     {"index":1,"answer":…,"queue_ms":0.1,"model_ms":8.4,"batch":"size 4, dispatched because empty"}
     {"index":0,"status":500,"error":"the model failed on input 0; …"}
 
-What is wrong with any input is a 4xx for all, before the first line. After it each input is on its own, as if it had been
-sent alone: its place in the queue, its rejection (503, with "retry_after_s"), its deadline (504), its failure (500); the others
-go on. Lines come in the order in which they are done. A client that leaves frees what still waits at once; one that stops
-reading, when it has taken nothing for BODY_TIMEOUT_S. Behind Gunicorn's sync and gthread workers all lines come at the end.
+An input with an error in it is a 4xx for all, before the first line. After that each input is on its own, as if sent
+alone: its place in the queue, its rejection (503, with "retry_after_s"), its deadline (504), its failure (500); the others
+go on. Lines come in the order in which they are done. When a client disconnects, or reads nothing for BODY_TIMEOUT_S, its
+other inputs are removed from the queue. Behind Gunicorn's sync and gthread workers all lines come at the end.
 """
 
 import asyncio
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -21,17 +22,18 @@ from workers.loop import ModelLoop
 from workers.tasks import Query
 from workers.web.replies import explain, rendered
 
+Line = asyncio.Task[Any]
 FORMS = {"application/x-ndjson": b"%s\n", "text/event-stream": b"data: %s\n\n"}
 
 
 def wanted(request: Request) -> str | None:
-    """In which form the client asks for its answers as they come; None where it doesn't."""
+    """Return in which form the client asks for its answers as they come; None if it does not."""
     accepted = context_of(request.scope).headers.get(b"accept", b"").decode("latin-1").lower()
     return next((form for form in FORMS if form in accepted), None)
 
 
 class Streamed(Response):
-    """The answers to these queries, a line each."""
+    """The answers to these queries, one line per input."""
 
     def __init__(
         self, loop: ModelLoop, stall_s: float, request: Request, queries: list[Query], form: str
@@ -47,6 +49,8 @@ class Streamed(Response):
         ]
         gone = asyncio.create_task(leaving(receive))
         try:
+            if scope.get("http_version") == "1.0":  # knows no chunks, so no reply of unknown length
+                return await self.send_at_once(lines, gone, send)
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             waiting = set(lines)
             while waiting:
@@ -66,8 +70,18 @@ class Streamed(Response):
             for task in (*lines, gone):
                 task.cancel()
 
+    async def send_at_once(self, lines: list[Line], gone: Line, send: Send) -> None:
+        """Send all lines in one reply with a length; nothing if the client leaves before."""
+        whole = asyncio.gather(*lines)
+        await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not gone.done():
+            body = b"".join(whole.result())
+            headers = [*self.raw_headers, (b"content-length", b"%d" % len(body))]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+
     async def line(self, scope: Scope, index: int, query: Query) -> bytes:
-        """What there is to say of one input."""
+        """Return the line of one input."""
         try:
             answer = await self.loop.submit(query.content, size=query.size, budget_s=self.budget_s)
             context_of(scope).answers.append(answer)
