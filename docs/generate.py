@@ -7,7 +7,7 @@ import asyncio
 import inspect
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def api_fields(known: dict[str, str]) -> str:
     return markdown(("field", "what it does"), ([f"`{name}`", what] for name, what in known.items()))
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "promises": mode_matrix.table,
     "settings": settings,
     "metrics": metrics,
