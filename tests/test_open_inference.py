@@ -205,9 +205,9 @@ def test_compressed_requests(clients: dict[str, Any], server: Server, protocol: 
     ("encoding", "body", "status"),
     [
         ("gzip", b"no gzip", 400),
-        ("gzip", gzip.compress(b"{}")[:-4], 400),
-        ("gzip", gzip.compress(b"{}") + b"more", 400),
-        ("gzip", gzip.compress(b" " * 2**25), 413),
+        ("gzip", gzip.compress(b"{}", mtime=0)[:-4], 400),
+        ("gzip", gzip.compress(b"{}", mtime=0) + b"more", 400),
+        ("gzip", gzip.compress(b" " * 2**25, mtime=0), 413),
         ("br", b"{}", 415),
         ("gzip, gzip", b"{}", 415),
     ],
