@@ -1,5 +1,6 @@
 """What command lines share: numbers that are checked before the work begins, and one line at Ctrl-C."""
 
+import logging
 import math
 import signal
 import sys
@@ -37,11 +38,22 @@ def share(text: str) -> float:
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a program to its exit code. Ctrl-C and SIGTERM end it with one line; its context managers leave no server behind."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupted = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal interrupted
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # once is enough: what was started is being ended
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         code = main()
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except BaseException:
+        if not interrupted:
+            raise
+        logging.disable()  # asyncio's complaints of tasks that ended with it
         print("\nInterrupted.", file=sys.stderr)
         code = 130
     sys.exit(code)

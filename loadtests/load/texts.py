@@ -132,7 +132,7 @@ def stream(kind: str, rng: random.Random, example: dict[str, Any] | None = None)
 
 @cache
 def example_of(settings: Settings) -> dict[str, Any] | None:
-    """A body that the task takes; None for fill-mask, whose answers tell more. May take seconds, once."""
+    """Return a body that the task takes; None for fill-mask, whose answers tell more. May take seconds, once."""
     if settings.TASK == "fill-mask" and not settings.is_custom:
         return None
     task = tasks.make(settings)
@@ -142,3 +142,9 @@ def example_of(settings: Settings) -> dict[str, Any] | None:
 def sendable(example: dict[str, Any], is_media: bool) -> dict[str, Any]:
     """Return a body that says the example in JSON. Where a text is an image in base64 another text won't do: it is sent in a list."""
     return example | {"inputs": [example["inputs"]]} if is_media else example
+
+
+def kinds_of(settings: Settings) -> tuple[str, ...]:
+    """Return the kinds of text that the task can tell apart: those that take something else have their example alone."""
+    example = example_of(settings)
+    return KINDS if example is None or isinstance(example["inputs"], str) else KINDS[:1]

@@ -14,6 +14,8 @@ import math
 import multiprocessing
 import os
 import random
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -23,7 +25,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
+from loadtests import arguments
+from loadtests.arguments import above
 from loadtests.load import generator, texts
 from loadtests.load.rows import Row
 from loadtests.modes import MODES, Mode, Server, start, with_model
@@ -34,6 +39,7 @@ from workers.loop import ModelLoop
 from workers.settings import Settings
 
 SIZES = (1, 2, 4, 8, 16, 32)
+MOST_REQUESTS = 10_000  # of one simulation: some seconds of work
 OVERHEAD_S = 0.0007  # HTTP, checks and JSON of one request, where not measured
 
 
@@ -110,6 +116,8 @@ def load_model(settings: Settings) -> tuple[Any, Any]:
     model = task.load(0)
     for batch in tasks.warm_up_batches(task, max(SIZES)):
         model([query.content for query in batch])
+    if task.media:  # an image or a sound in base64, which goes over HTTP in a list
+        return model, lambda inputs, parameters: task.check(inputs[0], parameters)
     return model, task.check
 
 
@@ -118,7 +126,7 @@ def measuring_on(cpus: set[int] | None) -> Iterator[Callable[..., pd.DataFrame]]
     """`measure` in a process of its own, on `cpus` only, where the models stay loaded from one call to the next."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, _pin, (cpus,)) as pool:
-        yield lambda settings, **options: pool.submit(measure, settings, **options).result()
+        yield lambda settings, **options: pool.submit(_measure, settings, **options).result()
 
 
 def measure_together(cores: Iterable[int], settings: Settings, **options: Any) -> pd.DataFrame:
@@ -128,7 +136,17 @@ def measure_together(cores: Iterable[int], settings: Settings, **options: Any) -
         return pd.concat(threads.map(lambda measure_there: measure_there(settings, **options), measures))
 
 
+def _measure(settings: Settings, **options: Any) -> pd.DataFrame:
+    """`measure`, which Ctrl-C ends; between measurements the parent decides when the process does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return measure(settings, **options)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _pin(cpus: set[int] | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if cpus:
         os.sched_setaffinity(0, cpus)
 
@@ -353,6 +371,7 @@ class Setting:
 
     def summary(self, rate_per_s: float, limit_s: float, duration_s: float = 30.0) -> dict[str, Any]:
         """What `generator.summary` would say of this setting at this rate."""
+        duration_s = min(duration_s, MOST_REQUESTS / rate_per_s)
         df = simulate(
             self.cost,
             batch_size=self.batch_size,
@@ -419,7 +438,7 @@ def table(choices: list[Setting], limit_s: float, duration_s: float) -> str:
     best = max(choice.capacity_per_s for choice in choices)
     rates = [best * share for share in (0.25, 0.5, 0.8)]
     rows: list[dict[str, Any]] = []
-    for choice in choices:
+    for choice in tqdm(choices, "Simulating", delay=2.0, leave=False):
         row: dict[str, Any] = {"setting": choice.name, "capacity /s": choice.capacity_per_s}
         for rate in rates:
             found = choice.summary(rate, limit_s, duration_s)
@@ -446,14 +465,16 @@ def choices_for(laws: dict[int, CostLaw], overhead: Overhead) -> list[Setting]:
     ]
 
 
-def main() -> None:
+def main() -> int:
     """Measure, then print what to expect and what to set."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--rate", type=float, help="requests a second to plan for; default: 80 %% of one by one"
+        "--rate", type=above(0.0), help="requests per second to plan for; default: 80 %% of one by one"
     )
-    parser.add_argument("--p99-ms", type=float, help="the latency to keep; default: ten single calls")
-    parser.add_argument("--limit-s", type=float, default=2.0, help="an answer after this is worth nothing")
+    parser.add_argument("--p99-ms", type=above(0.0), help="the latency to keep; default: ten single calls")
+    parser.add_argument(
+        "--limit-s", type=above(0.0), default=2.0, help="an answer after this is worth nothing"
+    )
     parser.add_argument("--kind", choices=texts.KINDS, default="short", help="the texts to plan for")
     parser.add_argument("--quick", action="store_true", help="measure for 2 seconds, simulate less")
     options = parser.parse_args()
@@ -462,15 +483,25 @@ def main() -> None:
 
     settings, cores = Settings.read(), sorted(os.sched_getaffinity(0))
     budget_s, duration_s = (2.0, 10.0) if options.quick else (8.0, 30.0)
-    print(f"Measuring {os.path.basename(settings.MODEL)} on {len(cores)} cores ...", flush=True)
-    with measuring_on(None) as measure_there:
-        measured = measure_there(settings, budget_s=budget_s)
+    name = os.path.basename(settings.MODEL)
+    print(f"Measuring {name} on {len(cores)} cores, about {2.5 * budget_s + 10:.0f} s ...", flush=True)
+    try:
+        kinds = texts.kinds_of(settings)
+        with measuring_on(None) as measure_there:
+            measured = measure_there(settings, kinds=kinds, budget_s=budget_s)
+    except Exception as exc:  # of the model, whatever it is: the server's own log says more
+        print(f"{name} can't be measured as TASK={settings.TASK}: {exc}", file=sys.stderr)
+        return 2
+    if options.kind not in kinds:
+        parser.error(f"--kind {options.kind}: this task takes no texts of other lengths; leave it out")
+    if not options.quick:
+        print("Measuring what HTTP costs a request, about 30 s ...", flush=True)
     overhead = Overhead() if options.quick else measure_overhead()
     overhead_s = overhead.overhead_s
     medians = (
         measured.assign(ms=measured["seconds"] * 1e3).groupby(["kind", "texts"])["ms"].median().unstack()
     )
-    print("\nMilliseconds a call, by how many texts it has:\n")
+    print("\nMilliseconds per call, by how many texts it has:\n")
     print(
         markdown(
             [
@@ -482,7 +513,7 @@ def main() -> None:
     of_kind = measured[measured["kind"] == options.kind]
     laws = {1: fit(of_kind)}
     print(f"\nFor {options.kind} texts: {verdict(laws[1], overhead_s)}")
-    for kind in set(texts.KINDS) - {options.kind}:
+    for kind in set(kinds) - {options.kind}:
         gain = predict_capacity(fit(measured[measured["kind"] == kind]), SIZES[-1], overhead_s=overhead_s)
         gain /= predict_capacity(fit(measured[measured["kind"] == kind]), overhead_s=overhead_s)
         print(f"For {kind} texts batches of {SIZES[-1]} give {gain:.2f} times the answers.")
@@ -493,14 +524,14 @@ def main() -> None:
 
     choices = choices_for(laws, overhead)
     shown = [c for c in choices if c.batch_size in (1, 8, 32) and (not c.window_ms or c.batch_size == 32)]
-    print("\nPredicted by the real loop on a virtual clock:\n")
+    print("\nPredicted by the real loop on a virtual clock:\n", flush=True)
     print(table(shown, options.limit_s, duration_s))
     rate = options.rate or 0.8 * choices[0].capacity_per_s
     p99_ms = options.p99_ms or 1e4 * (laws[1].seconds(1) + overhead_s)
-    print(f"\nFor {rate:.0f} requests a second with p99 below {p99_ms:.0f} ms:", end=" ")
+    print(f"\nFor {rate:.0f} requests per second with p99 below {p99_ms:.0f} ms:", end=" ")
     if not (choice := recommend(choices, rate, p99_ms, options.limit_s)):
         print("no setting on this machine does that; ask less of it, or take a faster model or machine.")
-        return
+        return 1
     found = choice.summary(rate, options.limit_s)
     offload = " OFFLOAD=process" if choice.instances > 1 else ""
     print(
@@ -508,10 +539,11 @@ def main() -> None:
         f"MAX_QUEUE={max_queue(choice.capacity_per_s, options.limit_s)} INSTANCES={choice.instances}{offload} "
         f"DEADLINE_S={options.limit_s:g}\n\n"
         f"    predicted: p50 {found['p50_ms']:.0f} ms, p99 {found['p99_ms']:.0f} ms, "
-        f"{found['goodput_per_s']:.0f} of {found['offered_per_s']:.0f} requests a second answered in time; "
+        f"{found['goodput_per_s']:.0f} of {found['offered_per_s']:.0f} requests per second answered in time; "
         f"at most {choice.capacity_per_s:.0f}"
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)
