@@ -10,6 +10,7 @@
 import argparse
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from itertools import chain, count, repeat
@@ -337,6 +338,7 @@ def begin(environment: Any, runner: Any, web_ui: Any, **_: Any) -> None:
             )
         )
         return
+    end_on_ctrl_c()
     events.worker_report.add_listener(
         lambda client_id, data: environment.goodput.merge(data["goodput"]) if data.get("goodput") else None
     )
@@ -345,6 +347,18 @@ def begin(environment: Any, runner: Any, web_ui: Any, **_: Any) -> None:
     if (options.headless or options.autostart) and (sentence := test_problem(environment, vars(options))):
         print(f"locust: {sentence}", file=sys.stderr)
         sys.exit(2)
+
+
+def end_on_ctrl_c() -> None:
+    """Let Ctrl-C interrupt Locust's main greenlet, not whichever runs, which would end with a traceback. A second one kills."""
+    main = gevent.getcurrent()
+
+    def interrupt() -> None:
+        watcher.cancel()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        gevent.kill(main, KeyboardInterrupt)
+
+    watcher = gevent.signal_handler(signal.SIGINT, interrupt)
 
 
 def count_times_of_answers_only(stats: Any) -> None:

@@ -222,10 +222,31 @@ def test_a_visit_that_fails_is_named_and_leaves_nothing_half(tmp_path: Any, monk
     assert json.loads((tmp_path / "machine.json").read_text())["failed"] == ["thread, round 1"]
 
 
-def test_a_partial_comparison_does_not_overwrite_the_full_one(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run.main(["--modes", "thread"])
-    assert "--out" in capsys.readouterr().err
+def test_partial_comparison_does_not_overwrite_the_full_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[Path] = []
+    monkeypatch.setattr(run.report, "write", drawn.append)
+    for options in ([], ["--quick"], ["--modes", "thread"], ["--quick", "--out", str(tmp_path)]):
+        run.main([*options, "--redraw"])
+    whole, *parts, asked = drawn
+    assert whole == ROOT / "loadtests" / "results" and parts == [run.PARTS] * 2 and asked == tmp_path
+
+
+def test_interrupted_comparison_keeps_its_visits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    setting = planner.Setting(planner.CostLaw(0.0, 0.01), overhead=planner.Overhead(0.001))
+    visits = iter([[("thread", 0, "capacity", "per_s", 100.0)]])
+
+    def visit(*_: Any) -> list[Any]:
+        if rows := next(visits, None):
+            return rows
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.Foresight, "setting", lambda *_: setting)
+    monkeypatch.setattr(run.Comparison, "visit", visit)
+    monkeypatch.setattr(run.report, "write", lambda out: (out / "table.md").write_text("a table"))
+    assert run.main(["--quick", "--modes", "thread", "sync-2", "--out", str(tmp_path)]) == 1
+    assert len(pd.read_csv(tmp_path / "measurements.csv")) == 1
 
 
 @pytest.mark.parametrize("program", ["compare", "plan", "bench", "bench.model"])

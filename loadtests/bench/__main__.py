@@ -1,4 +1,7 @@
+"""What the server adds to its model."""
+
+from loadtests import arguments
 from loadtests.bench.overhead import main
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
+from loadtests import arguments
 from loadtests.bench.apps import SLEEP_S
 from loadtests.bench.overhead import SERVER_CPU, measure
 from loadtests.load import generator
@@ -128,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

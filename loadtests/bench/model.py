@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 import transformers
+from tqdm import tqdm
 
+from loadtests import arguments
 from notebooks.support.l09_runtimes import FILLER, texts
 from workers import resources as memory
 from workers import tasks
@@ -205,7 +207,7 @@ def main() -> None:
     cpu = options.device == "cpu"
     batches = [1, 8, 32] if cpu else [1, 8, 32, 128, 512, 1024]
     print(f"Texts per second, stock → ours, on {'one core' if cpu else torch.cuda.get_device_name()}")
-    for name in options.task:
+    for name in tqdm(options.task, "tasks", file=sys.stderr):
         rates = measure(name, batches, 3 if options.quick else 7, options.device)
         print(f"\n### {name}\n\n{table(rates, batches)}", flush=True)
         if cpu and name == "fill-mask":
@@ -214,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

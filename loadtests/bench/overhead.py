@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import multiprocessing
 import os
-import signal
 import statistics
 import sys
 import time
@@ -24,6 +23,9 @@ from functools import partial
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
+from tqdm import tqdm
+
+from loadtests import arguments
 from loadtests.bench import grpc_calls
 from loadtests.load import generator
 from loadtests.load.raw_client import Connection, Crowd, http, on_core
@@ -267,12 +269,28 @@ def main() -> None:
         "--quick", action="store_true", help="one short round: shows that it runs, measures nothing"
     )
     quick = parser.parse_args().quick
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C does: leave no server behind
     rounds = 1 if quick else 15
-    rows = overhead(rounds, 1.0) + saturated(rounds, 2.0) + health_under_load(4.0 if quick else 8.0)
-    rows += over_grpc(rounds, 1.0)
-    print(markdown(rows + overload(1 if quick else 3, 4.0)))
+    parts: dict[str, Callable[[], list[dict[str, str]]]] = {
+        "requests/s around a no-op model": lambda: overhead(rounds, 1.0),
+        "texts/s over HTTP": lambda: saturated(rounds, 2.0),
+        "/health while saturated": lambda: health_under_load(4.0 if quick else 8.0),
+        "gRPC beside HTTP": lambda: over_grpc(rounds, 1.0),
+        "overload": lambda: overload(1 if quick else 3, 4.0),
+    }
+    print(
+        f"Five measurements, about {2 if quick else 8} minutes on two idle cores.",
+        file=sys.stderr,
+        flush=True,
+    )
+    rows: list[dict[str, str]] = []
+    try:
+        for name, part in (progress := tqdm(parts.items(), file=sys.stderr)):
+            progress.set_description(name)
+            rows += part()
+    finally:  # what was measured before Ctrl-C is kept
+        if rows:
+            print(markdown(rows))
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

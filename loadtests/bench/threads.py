@@ -11,11 +11,15 @@ import contextlib
 import multiprocessing
 import os
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 
+from tqdm import tqdm
+
+from loadtests import arguments
 from loadtests.plan.planner import markdown
 
 CORES = len(os.sched_getaffinity(0))
@@ -130,7 +134,7 @@ def main() -> None:
     scenes = {name: scene for name, scene in SCENES.items() if not options.quick or "client" not in name}
     rows = []
     with answering() as rate:
-        for name, scene in scenes.items():
+        for name, scene in tqdm(scenes.items(), "torch's threads", file=sys.stderr):
             with beside(scene):
                 for batch_size in (1, 32):
                     rates: dict[str, list[float]] = {"1": [], str(CORES): [], "ours": []}
@@ -142,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

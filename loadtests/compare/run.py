@@ -13,8 +13,8 @@ import json
 import math
 import os
 import random
-import signal
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -27,13 +27,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from loadtests import host
+from loadtests import arguments, host
 from loadtests.compare import report
 from loadtests.load import generator, texts
 from loadtests.modes import MODES, Mode, Server, start
 from loadtests.plan import planner
 from workers.settings import Settings
 
+PARTS = Path(tempfile.gettempdir()) / "comparison"
 LIMIT_S = 1.0
 TIMEOUT_S = 1.5  # then the client hangs up
 HEALTH_PER_S = 40.0
@@ -294,21 +295,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", type=int, help="rounds; default 3, with --quick 1")
     parser.add_argument(
-        "--out", type=Path, help="folder for the results; only a full run has a default, loadtests/results"
+        "--out", type=Path, help=f"folder for the results; default: loadtests/results, of a part {PARTS}"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--server-cores", type=int, default=1, help="how many cores the server gets")
     parser.add_argument("--redraw", action="store_true", help="only make the table and pictures anew")
     options = parser.parse_args(argv)
     partial = options.quick or options.repeats or options.modes != list(MODES)
-    if partial and not options.out:
-        parser.error("say --out, so that a part does not overwrite the whole")
-    out = options.out or Path(__file__).parents[1] / "results"
+    # A part must not overwrite the whole.
+    out = options.out or (PARTS if partial else Path(__file__).parents[1] / "results")
     if options.redraw:
         report.write(out)
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C does: leave no server behind
 
     scale = 0.2 if options.quick else 1.0
     visits = list(order(options.modes, options.repeats or (1 if options.quick else 3)))
@@ -342,16 +341,23 @@ def main(argv: list[str] | None = None) -> int:
         about |= {"common_per_s": round(common_per_s, 1)}
         comparison = Comparison(server_cpus, locust, foresight, common_per_s, options.device, scale)
         rows: list[tuple[Any, ...]] = []
-        for name, repeat in (progress := tqdm(visits, unit="visit", file=sys.stderr)):
-            progress.set_description(f"round {repeat + 1}: {name}")
-            try:
-                rows += comparison.visit(MODES[name], repeat)
-            except (RuntimeError, OSError, KeyError) as exc:
-                about["failed"].append(f"{name}, round {repeat + 1}")
-                progress.write(f"{name} failed: {exc}")
+        try:
+            for name, repeat in (progress := tqdm(visits, unit="visit", file=sys.stderr)):
+                progress.set_description(f"round {repeat + 1}: {name}")
+                try:
+                    rows += comparison.visit(MODES[name], repeat)
+                except (RuntimeError, OSError, KeyError) as exc:
+                    about["failed"].append(f"{name}, round {repeat + 1}")
+                    progress.write(f"{name} failed: {exc}")
+                save(out, rows, about)
+        except KeyboardInterrupt:  # the visits so far are kept
+            if not rows:
+                raise
+            about["failed"].append("interrupted")
             save(out, rows, about)
     report.write(out)
     print((out / "table.md").read_text())
+    print(f"This table and its pictures are in {out}.")
     return len(about["failed"])
 
 
@@ -367,4 +373,4 @@ def save(out: Path, rows: list[tuple[Any, ...]], about: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run(main)
