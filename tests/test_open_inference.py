@@ -156,6 +156,8 @@ def test_clients_find_the_model(clients: dict[str, Any], protocol: str) -> None:
 def test_other_method_is_405_and_other_model_404(server: Server) -> None:
     reply = get(server, f"/v2/models/{FILL_MASK}/infer")
     assert (reply.status, reply.headers["Allow"]) == (405, "POST")
+    reply = say(server, request("POST", "/v2/models/stats"))
+    assert (reply.status, "GET" in reply.headers["Allow"]) == (405, True)
     for path in ("/v2/models/another", f"/v2/models/{FILL_MASK}/versions/2/ready", "/v2/models/another/"):
         assert (reply := get(server, path)).status == 404
         assert FILL_MASK in reply.error
@@ -347,6 +349,12 @@ WRONG: list[tuple[Any, int, str]] = [  # content, status, sentence
 def test_wrong_requests_get_a_sentence(server: Server, content: Any, status: int, sentence: str) -> None:
     reply = infer(server, content)
     assert (reply.status, sentence in reply.error) == (status, True), reply
+
+
+@pytest.mark.parametrize("timeout", [None, 0, 2e6, 10**400])
+def test_timeouts_that_are_taken(server: Server, timeout: Any) -> None:
+    """An integer of any length is JSON, and 2e6 is one."""
+    assert infer(server, a_tensor() | {"parameters": {"timeout": timeout}}).status == 200
 
 
 def test_null_is_not_given(server: Server) -> None:

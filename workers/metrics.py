@@ -120,8 +120,3 @@ def mark_ended(pid: int, folder: str) -> None:
                 total.write_value(key, total.read_value(key)[0] + value, 0)  # type: ignore[no-untyped-call]
             total.close()  # type: ignore[no-untyped-call]
             os.remove(file)
-
-
-def samples(metric: Counter | Histogram, ending: str) -> list[Any]:
-    """Return this worker's own samples whose names end in `ending`."""
-    return [s for family in metric.collect() for s in family.samples if s.name.endswith(ending)]

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
+from prometheus_client import Counter, Histogram
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -43,3 +44,8 @@ def whole(number: Any) -> Any:
 def embeds(service: Service) -> bool:
     """Return whether the model returns one vector per text. Raises Rejected while it loads."""
     return bool(getattr(service.task, "embeds", False))
+
+
+def samples(metric: Counter | Histogram, ending: str) -> list[Any]:
+    """Return this worker's own samples whose names end in `ending`."""
+    return [s for family in metric.collect() for s in family.samples if s.name.endswith(ending)]

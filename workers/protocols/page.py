@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from workers.errors import LOADING
-from workers.metrics import Metrics, samples
+from workers.metrics import Metrics
+from workers.protocols import samples
 from workers.protocols.openapi import STATUSES, operation
 from workers.service import Service
 from workers.settings import Settings

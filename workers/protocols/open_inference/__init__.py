@@ -42,6 +42,7 @@ FIELDS = {  # of each object: required fields, optional ones
     "input": ({"name", "datatype", "shape"}, {"data", "parameters"}),
     "output": ({"name"}, {"parameters"}),
 }
+ALL_STATISTICS = "/v2/models/stats"
 NEEDED = ("grpc", "grpc_health", "grpc_reflection", "google.rpc", "tritonclient.grpc")
 
 
@@ -53,7 +54,7 @@ def routes(settings: Settings) -> list[Route]:
     return [
         Route("/v2", server),
         Route("/v2/repository/index", repository_index, methods=["POST"]),
-        Route("/v2/models/stats", statistics),
+        Route(ALL_STATISTICS, statistics),
         Route("/v2/health/live", live),
         Route("/v2/health/ready", ready),
         *(Route(path, model) for path in paths),
@@ -92,6 +93,25 @@ def need_key(settings: Settings) -> None:
 
 def operations(service: Service) -> dict[str, Any]:
     path = model_paths(service.settings)[0]
+    summaries = {
+        "/v2": "The server: name, version, extensions",
+        "/v2/health/live": "Whether the process should be left alone",
+        "/v2/health/ready": "Whether an instance of the model is loaded",
+        path: "The model's input and output tensors",
+        path + "/config": "The model's configuration, in Triton's form",
+        path + "/ready": "Whether an instance of the model is loaded",
+        path + "/stats": "Counts and durations of this worker since its start, in Triton's form",
+        ALL_STATISTICS: "The same",
+    }
+    paths = {
+        path: {"get": operation(summary, {200: summary, **STATUSES})} for path, summary in summaries.items()
+    }
+    paths["/v2/repository/index"] = {"post": operation("The models: one", {200: "The models.", **STATUSES})}
+    return paths | {path + "/infer": {"post": infer_operation(service)}}
+
+
+def infer_operation(service: Service) -> dict[str, Any]:
+    """Return the description of POST /v2/models/NAME/infer."""
     description, most = service.task.describe(), service.settings.MAX_INPUTS
     known, is_open = description.parameters or {}, description.parameters is None
     size = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
@@ -120,25 +140,11 @@ def operations(service: Service) -> dict[str, Any]:
         "minItems": 1,
         "maxItems": 1,
     }
-    infer = asking(
+    operation = asking(
         f"Ask the model: {description.takes}", "A tensor of answers.", json_of({"inputs": inputs}, optional)
     )
-    infer["responses"]["200"]["content"]["application/octet-stream"] = {}
-    summaries = {
-        "/v2": "The server: name, version, extensions",
-        "/v2/health/live": "Whether the process should be left alone",
-        "/v2/health/ready": "Whether an instance of the model is loaded",
-        path: "The model's input and output tensors",
-        path + "/config": "The model's configuration, in Triton's form",
-        path + "/ready": "Whether an instance of the model is loaded",
-        path + "/stats": "Counts and durations of this worker since its start, in Triton's form",
-        "/v2/models/stats": "The same",
-    }
-    paths = {
-        path: {"get": operation(summary, {200: summary, **STATUSES})} for path, summary in summaries.items()
-    }
-    paths["/v2/repository/index"] = {"post": operation("The models: one", {200: "The models.", **STATUSES})}
-    return paths | {path + "/infer": {"post": infer}}
+    operation["responses"]["200"]["content"]["application/octet-stream"] = {}
+    return operation
 
 
 @contextlib.asynccontextmanager
@@ -204,7 +210,7 @@ async def no_model(request: Request) -> Response:
     endings = ("", "/config", "/infer", "/ready", "/stats")
     paths = {context_of(request.scope).path.removesuffix(ending) for ending in endings}
     settings = request.state.service.settings
-    if paths & set(model_paths(settings)):
+    if paths & set(model_paths(settings)) or context_of(request.scope).path == ALL_STATISTICS:
         raise HTTPException(405)
     raise HTTPException(404, unknown_model(settings))
 

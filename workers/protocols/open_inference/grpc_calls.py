@@ -313,53 +313,8 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         )
 
     async def stream(self, context: Context) -> None:
-        """ModelStreamInfer: read requests, at most MAX_INPUTS ahead of their answers."""
-        unanswered: set[asyncio.Task[None]] = set()
-        failed = asyncio.get_running_loop().create_future()
-        writing, rejected = asyncio.Lock(), asyncio.Event()
-
-        async def answer(raw: bytes) -> None:
-            with self.held(len(raw)):
-                reply = await self.replied(raw, context)
-                if "retry_after_s" in reply.infer_response.parameters:
-                    rejected.set()
-                with self.held(reply.ByteSize()):
-                    async with writing:
-                        if failed.done():
-                            return
-                        try:
-                            await self.write(context, reply)
-                        except HTTPException as exc:
-                            failed.set_result(exc)
-
-        try:
-            with contextlib.suppress(TimeoutError):  # failed or stopped
-                while (
-                    raw := await self.operate(context.read(), None, failed, self.stopped)
-                ) is not grpc.aio.EOF:
-                    task = self.keep(answer(raw))
-                    unanswered.add(task)
-                    task.add_done_callback(unanswered.discard)
-                    await asyncio.sleep(0)  # let it count its bytes
-                    while self.is_full(unanswered):
-                        await asyncio.wait(unanswered, return_when=asyncio.FIRST_COMPLETED)
-                    if rejected.is_set():  # the client sends too much: let it wait
-                        await asyncio.sleep(HOLD_S)
-                        rejected.clear()
-            while unanswered:
-                await asyncio.wait(unanswered)
-        finally:
-            for task in unanswered:
-                task.cancel()
-        if failed.done():
-            raise failed.result()
-        if self.stopping.is_set():
-            raise Rejected(STOPPING)
-
-    def is_full(self, unanswered: set[asyncio.Task[None]]) -> bool:
-        """Return whether a stream with these requests must not be read for now. It may always have one."""
-        is_over = self.stream_bytes > STREAM_BYTES
-        return bool(unanswered) and (is_over or len(unanswered) >= self.settings.MAX_INPUTS)
+        """ModelStreamInfer: many requests, each answered by itself."""
+        await Stream(self, context).run()
 
     @contextlib.contextmanager
     def held(self, n_bytes: int) -> Iterator[None]:
@@ -392,6 +347,68 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 fields["retry_after_s"] = pb.InferParameter(int64_param=status.retry_after_s)
             response = pb.ModelInferResponse(id=request.id, model_name=request.model_name, parameters=fields)
             return pb.ModelStreamInferResponse(error_message=sentence, infer_response=response)
+
+
+class Stream:
+    """One ModelStreamInfer call."""
+
+    def __init__(self, servicer: InferenceServicer, context: Context) -> None:
+        self.servicer, self.context = servicer, context
+        self.unanswered: set[asyncio.Task[None]] = set()
+        self.failed: Future = asyncio.get_running_loop().create_future()
+        self.writing, self.rejected = asyncio.Lock(), asyncio.Event()
+
+    async def run(self) -> None:
+        """Read requests until the client ends the stream; return when all are answered."""
+        servicer = self.servicer
+        try:
+            with contextlib.suppress(TimeoutError):  # failed or stopped
+                while (raw := await self.read()) is not grpc.aio.EOF:
+                    task = servicer.keep(self.answer(raw))
+                    self.unanswered.add(task)
+                    task.add_done_callback(self.unanswered.discard)
+                    await asyncio.sleep(0)  # let it count its bytes
+                    while self.is_full():
+                        await asyncio.wait(self.unanswered, return_when=asyncio.FIRST_COMPLETED)
+                    if self.rejected.is_set():  # the client sends too much: let it wait
+                        await asyncio.sleep(HOLD_S)
+                        self.rejected.clear()
+            while self.unanswered:
+                await asyncio.wait(self.unanswered)
+        finally:
+            for task in self.unanswered:
+                task.cancel()
+        if self.failed.done():
+            raise self.failed.result()
+        if servicer.stopping.is_set():
+            raise Rejected(STOPPING)
+
+    async def read(self) -> Any:
+        """Return the next message. Raises TimeoutError once the stream has failed or the server stops."""
+        operation = self.context.read()
+        return await self.servicer.operate(operation, None, self.failed, self.servicer.stopped)
+
+    def is_full(self) -> bool:
+        """Return whether the stream must not be read for now. It may always have one request."""
+        is_over = self.servicer.stream_bytes > STREAM_BYTES
+        is_long = len(self.unanswered) >= self.servicer.settings.MAX_INPUTS
+        return bool(self.unanswered) and (is_over or is_long)
+
+    async def answer(self, raw: bytes) -> None:
+        """Answer one request, unless the client has stopped reading."""
+        servicer = self.servicer
+        with servicer.held(len(raw)):
+            reply = await servicer.replied(raw, self.context)
+            if "retry_after_s" in reply.infer_response.parameters:
+                self.rejected.set()
+            with servicer.held(reply.ByteSize()):
+                async with self.writing:
+                    if self.failed.done():
+                        return
+                    try:
+                        await servicer.write(self.context, reply)
+                    except HTTPException as exc:
+                        self.failed.set_result(exc)
 
 
 def prepared(request: Any, service: Service) -> tuple[list[Any], dict[str, Any], float]:

@@ -4,8 +4,7 @@ import math
 from typing import Any
 
 import workers
-from workers.metrics import samples
-from workers.protocols import embeds
+from workers.protocols import embeds, samples
 from workers.protocols.open_inference.tensors import ANSWER, VERSION
 from workers.service import Service
 

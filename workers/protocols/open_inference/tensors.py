@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from workers.errors import Malformed, ModelFailed, Unprocessable
 from workers.jobs import Answer
-from workers.protocols import embeds
+from workers.protocols import embeds, whole
 from workers.service import Service
 from workers.web import parsing, replies
 
@@ -154,11 +154,11 @@ def time_limit_s(sent: dict[str, Any], service: Service) -> float:
     for name, reason in OPTIONS.items():
         if reason and name not in own and sent.pop(name, None):
             raise Malformed(f'"{name}" is not supported: {reason}; leave it out')
-    if "timeout" in own or not (timeout_us := sent.pop("timeout", None)):
+    if "timeout" in own or not (timeout_us := whole(sent.pop("timeout", None))):
         return math.inf
     if type(timeout_us) is not int or timeout_us < 0:
         raise Malformed('"timeout" must be a whole number of microseconds')
-    return timeout_us / 1e6
+    return min(timeout_us, 2**63) / 1e6  # a longer integer does not fit a float
 
 
 def check_output(name: str, parameters: Iterable[str]) -> None:
