@@ -132,3 +132,12 @@ def test_the_advice_says_from_where_on_retries_cost_answers() -> None:
         "- some: a tenth of the answers gone from 2 times the capacity on, half of them from 3 times on."
         in said
     )
+
+
+@pytest.mark.parametrize(
+    "option", ["--rate=-5", "--rate=0", "--batch=0", "--loss=0", "--replica-ms=0", "--deadline-s=nan"]
+)
+def test_wrong_number_ends_with_a_sentence(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        replicas.main([option])
+    assert f"argument {option.partition('=')[0]}: " in capsys.readouterr().err
