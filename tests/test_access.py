@@ -254,8 +254,10 @@ def test_key_and_probes_work_behind_a_prefix() -> None:
         Mode("prefix", "uvicorn server:app --root-path /api"), {**FILL_MASK, "API_KEY": KEYS}
     ) as server:
         for path in ("/health", "/ready", "/", "/docs"):
-            assert get(server, path).status == 200, path
-        assert get(server, "/info").status == post(server, TEXT).status == 401
+            assert get(server, path).status == get(server, f"/api{path}").status == 200, path
+        assert (
+            get(server, "/info").status == get(server, "/api/info").status == post(server, TEXT).status == 401
+        )
         assert post(server, TEXT, x_api_key="first-key-0123").status == 200
         reply = say(server, request("POST", "/health", x_api_key="first-key-0123"))
         assert (reply.status, reply.headers["Allow"]) == (405, "GET, HEAD")
@@ -308,6 +310,13 @@ def test_target_with_a_foreign_authority_is_foreign(patient: Server) -> None:
     raw = request("POST", "http://evil.example/", TEXT.encode())
     assert say(patient, raw).status == 403
     assert say(patient, raw.replace(b"evil.example", b"localhost:1")).status == 200
+    for target in (b"http://localhost", b"http://localhost?a=/b"):
+        assert say(patient, raw.replace(b"http://evil.example/", target)).status == 200
+
+
+def test_what_is_not_http_gets_an_error_in_the_form_of_all_others(patient: Server) -> None:
+    reply = say(patient, b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n")
+    assert (reply.status, reply.headers["Connection"]) == (400, "close") and "well-formed" in reply.error
 
 
 @pytest.mark.parametrize("accept", ["*/*", "application/x-ndjson"])

@@ -241,6 +241,19 @@ def test_prefer_is_read_as_its_rfc_has_it_or_ignored(prefer: str, wait_s: float)
     assert parsing.client_budget_s(prefer.encode()) == wait_s
 
 
+def test_header_twice_is_one_only_with_one_value_and_never_the_host() -> None:
+    json_twice = [(b"content-type", b"application/json")] * 2
+    assert parsing.combined([*json_twice, (b"host", b"a")]) == {
+        b"content-type": b"application/json",
+        b"host": b"a",
+    }
+    for name in (b"content-type", b"authorization", b"x-api-key", b"origin", b"host"):
+        with pytest.raises(HTTPException, match="two"):
+            parsing.combined([(name, b"a"), (name, b"b")])
+    with pytest.raises(HTTPException, match="two host"):
+        parsing.combined([(b"host", b"a"), (b"host", b"a")])
+
+
 def test_prefer_may_come_in_several_headers() -> None:
     headers = parsing.combined([(b"prefer", b"wait=5"), (b"prefer", b"respond-async")])
     assert parsing.client_budget_s(headers[b"prefer"]) == 5
@@ -265,7 +278,8 @@ def test_json_object_with_inputs_is_json_without_a_content_type(content_type: st
     for media in ((), IMAGES):
         parsed = read(body, media, Content_Type=content_type)
         assert (parsed.inputs, parsed.parameters, parsed.is_list) == (["a", "b"], {"top_k": 1}, True)
-    assert refused(b'{"inputs": []}', Content_Type=content_type)[0] == 400
+    for wrong in (b'{"inputs": []}', b'{"inputs": "a", "inputs": "b"}', b'{"inputs": NaN}'):
+        assert refused(wrong, Content_Type=content_type)[0] == 400
 
 
 @pytest.mark.parametrize("text", ['{"input": "a"}', '{"inputs": "a"', '["inputs"]', '{"inputs"}', "{" * 9999])

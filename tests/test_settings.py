@@ -65,6 +65,16 @@ def test_key_in_dot_env_is_found_however_it_is_written(
     assert Settings.read().API_KEY.startswith("a-key-0123")
 
 
+def test_empty_variable_does_not_beat_the_key_in_dot_env(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a compose file passes a variable that is not set: the server would be open."""
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text("API_KEY=a-key-0123")
+    monkeypatch.setenv("API_KEY", "")
+    assert Settings.read().API_KEY == "a-key-0123"
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

@@ -223,7 +223,10 @@ class Settings:
     @classmethod
     def read(cls) -> "Settings":
         """Read the environment and `.env`; exit with one sentence where a value is wrong."""
-        config = Config(environ=read_env_file(".env") | os.environ)
+        file = read_env_file(".env")
+        # `API_KEY: ${API_KEY}` of a compose file is an empty variable where there is none: it must not beat the file's key.
+        environ = {name: value for name, value in os.environ.items() if value or name not in file}
+        config = Config(environ=file | environ)
         return cls(**{knob.name: cls._read_one(config, knob) for knob in fields(cls)})
 
     @staticmethod

@@ -11,6 +11,7 @@ And when the server stops, to a client that has just connected.
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from http import HTTPStatus
@@ -33,6 +34,7 @@ def raw_error(status: int, sentence: str) -> bytes:
     return head.encode() + body
 
 
+END_OF_AUTHORITY = re.compile(rb"[/?#]")
 TOO_SLOW = raw_error(408, "the headers did not arrive in time; send them faster")
 MAX_HEAD_BYTES = 262_144  # of URL and headers, or between two parts of a body; the app itself takes 65,536
 TOO_LONG = raw_error(431, "the headers are too long; send at most 65536 bytes")
@@ -146,6 +148,10 @@ class Protocol(HttpToolsProtocol):
                 self.transport.write(TOO_LONG)
             self.transport.linger()  # type: ignore[attr-defined]
 
+    def send_400_response(self, msg: str) -> None:
+        self.transport.write(raw_error(400, "this is not valid HTTP/1.1; send a well-formed request"))
+        self.transport.close()
+
     def on_body(self, body: bytes) -> None:
         self.loose_bytes = 0
         super().on_body(body)
@@ -161,7 +167,10 @@ class Protocol(HttpToolsProtocol):
         self.loose_bytes = 0
         if b"://" in self.url and not self.url.startswith(b"/"):
             # Absolute-form: its authority counts, whatever Host says (RFC 9112, 3.2.2), and uvicorn drops it.
-            authority = self.url.split(b"/", 3)[2]
+            target = self.url.partition(b"://")[2]
+            authority = END_OF_AUTHORITY.split(target)[0]
+            rest = target[len(authority) :]
+            self.url = rest if rest.startswith(b"/") else b"/" + rest
             self.headers[:] = [(name, value) for name, value in self.headers if name != b"host"]
             self.headers.append((b"host", authority))
         super().on_headers_complete()

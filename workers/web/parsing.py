@@ -31,9 +31,10 @@ def combined(raw: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     lines: dict[bytes, list[bytes]] = {}
     for name, value in raw:
         lines.setdefault(name, []).append(value)
-    if twice := sorted(name for name in lines if len(lines[name]) > 1 and name in SINGLE):
-        raise HTTPException(400, f"there are two {twice[0].decode()} headers; send one", CLOSE)
-    return {name: b", ".join(values) for name, values in lines.items()}
+    twice = [name for name in SINGLE if len(set(lines.get(name, ()))) > 1]
+    if len(lines.get(b"host", ())) > 1 or twice:
+        raise HTTPException(400, f"there are two {(twice or [b'host'])[0].decode()} headers; send one", CLOSE)
+    return {name: values[0] if name in SINGLE else b", ".join(values) for name, values in lines.items()}
 
 
 IsOne = Callable[[list[Any]], bool]  # whether a JSON list is one input
@@ -84,9 +85,11 @@ def parse(
 def is_inputs(body: bytes) -> bool:
     """Return whether the body, of no known type, is a JSON object with "inputs": what `curl -d '{"inputs": …}'` sends."""
     try:
-        content = JSON.decode(text_of(body))
-    except (ValueError, RecursionError, HTTPException):
+        content = JSON.decode(body.removeprefix(BOM).decode())
+    except (ValueError, RecursionError):
         return False
+    except HTTPException:  # NaN, or a field twice: to be told
+        return b'"inputs"' in body
     return isinstance(content, dict) and "inputs" in content
 
 
