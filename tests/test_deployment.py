@@ -1,6 +1,7 @@
 """What deployments promise beyond the contract: consistent times, shared cores, shared metrics, no orphans."""
 
 import asyncio
+import contextlib
 import os
 import runpy
 import signal
@@ -8,7 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +21,11 @@ import pytest
 
 from deploy import cluster
 from loadtests.modes import MODES, ROOT, Mode, Server, start
-from tests.support.client import PARIS, SLOW, Crowd, metric, post, until
+from tests.support.client import PARIS, SLOW, Crowd, dial, hear, metric, post, request, until
+from tests.support.fake_models import BROKEN
 from workers import resources as memory
+from workers.gunicorn import gthread_worker
+from workers.gunicorn.succession import answered
 from workers.metrics import Metrics, mark_ended
 from workers.settings import Settings
 
@@ -49,7 +54,10 @@ def test_times_of_a_config_agree_with_the_settings(config: Path) -> None:
     assert found["timeout"] > ours.HANG_S, "inline, a call that is no hang must not be killed"
     assert found["timeout"] > ours.BODY_TIMEOUT_S + ours.DEADLINE_S, "sync: the deadline answers first"
     assert found["graceful_timeout"] > ours.GRACE_S, "the worker ends by itself first"
-    assert found["keepalive"] < ours.GRACE_S, "an idle connection must not hold SIGTERM"
+    if "uvicorn_worker" in str(found["worker_class"]):  # closes idle connections when it stops
+        assert found["keepalive"] > 60, "a proxy's pool must close idle connections first"
+    elif found["worker_class"] != "sync":  # which keeps none
+        assert found["keepalive"] < ours.GRACE_S, "an idle connection must not hold SIGTERM"
     assert not found.get("preload_app"), "torch hangs in a fork that comes after its first op"
     assert found.get("dirty_timeout", ours.HANG_S) == ours.HANG_S
     assert found["bind"].startswith("127.0.0.1:"), "nobody else's host by default"
@@ -60,12 +68,12 @@ def test_an_idle_connection_does_not_outlast_a_short_grace_time_either(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GRACE_S", "2")
-    assert read(ROOT / "workers" / "gunicorn" / "common.py")["keepalive"] < 2
+    assert read(ROOT / "workers" / "gunicorn" / "gthread.conf.py")["keepalive"] < 2
 
 
 def test_ctrl_c_ends_a_gthread_worker_that_is_just_handing_a_request_over() -> None:
     """There the interrupted code holds the lock of its threads. It would hang until the master kills it."""
-    worker = object.__new__(read(ROOT / "workers" / "gunicorn" / "gthread.conf.py")["worker_class"])
+    worker = object.__new__(gthread_worker.Worker)
     worker.cfg, worker.tpool = SimpleNamespace(worker_int=lambda _: None), ThreadPoolExecutor(1)
     ended = Future[None]()
 
@@ -150,6 +158,190 @@ def test_counts_outlive_a_killed_worker_and_end_with_the_server(
         until(lambda: metric(server, "model_queue_depth") == 0)  # what waited has died with its worker
         assert [*tmp_path.glob("metrics-*")]
     assert not [*tmp_path.glob("metrics-*")]
+
+
+# --- SIGHUP, max_requests, stops --------------------------------------------------------------------------------------
+
+ONE_WORKER = ["recommended", "asgi", "gthread-1x8"]
+
+
+@contextlib.contextmanager
+def steady(server: Server, crowd: Crowd) -> Iterator[Counter[int]]:
+    """Eight users ask, each on a new connection, while the block lasts: the statuses; 0 where there is no reply."""
+    statuses: Counter[int] = Counter()
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            try:
+                reply = post(server, PARIS)
+                statuses[reply.status] += 1
+                if reply.status != 200:
+                    print(reply.error)
+            except OSError:
+                statuses[0] += 1
+
+    users = [crowd.submit(ask) for _ in range(8)]
+    try:
+        until(lambda: statuses.total() > 20)
+        yield statuses
+    finally:
+        over.set()
+    for user in users:
+        user.result()
+
+
+@pytest.mark.parametrize("mode", ONE_WORKER)
+def test_reload_serves_with_the_old_worker_until_the_new_one_has_loaded(
+    mode: str, crowd: Crowd, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    gate.touch()
+    slow = {"MODEL": "tests.support.fake_models:SlowToLoad", "GATE": str(gate)}
+    with start(MODES[mode], slow) as server, steady(server, crowd) as statuses:
+        gate.unlink()
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: server.log().count("loading") == 2)
+        n = statuses.total()
+        until(lambda: statuses.total() > n + 50)
+        assert "Worker exiting" not in server.log()
+        gate.touch()
+        until(lambda: "Worker exiting" in server.log())
+    assert statuses.keys() == {200}
+
+
+def test_reload_with_a_release_that_cannot_load_leaves_the_old_worker(crowd: Crowd, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    env = {"MODEL": "tests.support.fake_models:Obedient", BROKEN: str(broken)}
+    with start(MODES["recommended"], env) as server:
+        broken.touch()
+        server.process.send_signal(signal.SIGHUP)
+        until(lambda: "Too many open files" in server.log())
+        until(lambda: len(server.processes()) == 2)
+        assert post(server, "a text").status == 200
+
+
+def test_worker_that_has_answered_max_requests_serves_until_another_has_loaded(crowd: Crowd) -> None:
+    mode = Mode("worn", "gunicorn -c gunicorn.conf.py --max-requests 50")
+    with start(mode, STAND_IN) as server, steady(server, crowd) as statuses:
+        until(lambda: server.log().count("has answered max_requests") == 2)
+        until(lambda: server.log().count("Worker exiting") == 2)
+    assert statuses.keys() == {200}
+
+
+def test_rejected_requests_do_not_count_as_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "from workers.metrics import Metrics; m = Metrics(); import os; print(os.getpid())\n"
+        "for status in (200, 200, 503, 504): m.requests_with(status).inc()"
+    )
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    assert answered(int(ended.stdout)) == 3
+    assert answered(1) == 0, "one that has not begun"
+
+
+@pytest.mark.parametrize("mode", ONE_WORKER)
+def test_client_that_connects_while_the_server_stops_is_refused_or_answered_but_not_reset(
+    mode: str, crowd: Crowd, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    with start(MODES[mode], STAND_IN) as server:
+        admitted = crowd.post(server, *[f"{PARIS} until:{gate}"] * 2)
+        until(lambda: metric(server, "model_running") > 0)
+        server.process.terminate()
+        until(lambda: "Handling signal: term" in server.log())
+        ends = Counter(how_it_ends(server) for _ in range(20))
+        gate.touch()
+        assert {reply.result().status for reply in admitted} == {200}
+        server.process.wait(30)
+        assert ends.keys() <= {"refused", "503"}, ends
+
+
+def how_it_ends(server: Server) -> str:
+    """What a client gets that connects now."""
+    try:
+        return str(post(server, PARIS).status)
+    except ConnectionRefusedError:
+        return "refused"
+    except OSError as exc:
+        return type(exc).__name__
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_clean_stop_logs_no_error_and_waits_for_no_idle_connection(number: signal.Signals) -> None:
+    with start(MODES["recommended"], {**STAND_IN, "GRACE_S": "50"}) as server, dial(server) as idle:
+        idle.sendall(request("GET", "/health"))
+        assert hear(idle).status == 200
+        server.process.send_signal(number)
+        assert server.process.wait(40) == 0
+        log = server.log()
+        assert "Error" not in log and "was sent" not in log and "SIGKILL" not in log
+
+
+def test_change_of_a_file_reloads_where_reload_is_asked_for(tmp_path: Path) -> None:
+    module = tmp_path / "my_reloaded_model.py"
+    source = "class Model:\n    example = 'a'\n    def __call__(self, inputs): return [%d for _ in inputs]\n"
+    module.write_text(source % 1)
+    mode = Mode("reload", "gunicorn -c gunicorn.conf.py --reload --reload-engine poll")
+    env = {"MODEL": "my_reloaded_model:Model", "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    with start(mode, env) as server:
+        for answer in (1, 2, 3):
+            until(lambda n=answer: answers(server) == n)
+            module.write_text(source % (answer + 1))
+            os.utime(module, (answer * 1000, answer * 1000))
+
+
+def answers(server: Server) -> Any:
+    with contextlib.suppress(OSError):
+        return post(server, "a").json
+
+
+# --- what ends the start ----------------------------------------------------------------------------------------------
+
+
+def test_port_that_is_taken_ends_the_start_at_once_with_a_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with start(MODES["recommended"], STAND_IN, wait=False, port=port) as server:
+            assert server.process.wait(30) == 1
+            assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in server.log()
+            assert "Traceback" not in server.log() and "Retrying" not in server.log()
+
+
+@pytest.mark.parametrize("config", ["gunicorn.conf.py", "workers/gunicorn/gthread.conf.py"])
+def test_preload_is_refused(config: str) -> None:
+    with start(Mode("preload", f"gunicorn -c {config} --preload"), STAND_IN, wait=False) as server:
+        assert server.process.wait(30) == 1
+        assert "--preload is not supported" in server.log() and "Traceback" not in server.log()
+
+
+def test_log_begins_with_what_is_not_used_and_how_to_see_requests() -> None:
+    with start(MODES["recommended"], {**STAND_IN, "WEB_CONCURRENCY": "2"}) as server:
+        assert "WEB_CONCURRENCY=2 is not used" in server.log()
+        assert "--access-logfile -" in server.log()
+    mode = Mode("logged", "gunicorn -c gunicorn.conf.py --access-logfile -")
+    with start(mode, STAND_IN) as server:
+        post(server, PARIS)
+        assert "--access-logfile -" not in server.log()
+        until(lambda: '"POST / HTTP/1.1" 200' in server.log())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
+def test_workers_of_another_user_share_their_metrics(crowd: Crowd) -> None:
+    mode = Mode("nobody", "gunicorn -c gunicorn.conf.py --user nobody --group nogroup")
+    with start(mode, STAND_IN) as server:
+        assert workers_of(server)[0].username() == "nobody"
+        assert metrics_add_up(server, crowd)
+
+
+@pytest.mark.parametrize("name", ["sync", "gthread", "asgi", "uvicorn", "dirty"])
+def test_config_at_its_old_path_works_for_one_release(name: str) -> None:
+    old, new = (read(ROOT / "workers" / folder / f"{name}.conf.py") for folder in ("", "gunicorn"))
+    for setting in ("wsgi_app", "worker_class", "workers", "keepalive", "bind"):
+        assert old[setting] == new[setting]
 
 
 def test_no_healthy_worker_is_killed_by_the_heartbeat(crowd: Crowd) -> None:

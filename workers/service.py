@@ -49,6 +49,7 @@ from workers.web.parsing import ParsedBody
 log = logging.getLogger("uvicorn.error")
 
 LAST_S = 0.5  # of the grace time: for the exit itself
+HANDOVER_S = 2.0  # to answer requests on connections that a worker has taken before its successor took over
 
 
 class Service:
@@ -281,10 +282,19 @@ class Service:
     def stop(self) -> None:
         """Reject new work and finish what is admitted, within the grace time less a second to send the answers."""
         self.stops_at = time.monotonic()
+        self.started.set()  # nobody needs to wait for it any more
+        grace_s = self.settings.GRACE_S
+        handover_s = min(HANDOVER_S, grace_s / 4) if is_relieved() else 0.0
+        if handover_s:
+            self.event_loop.call_later(handover_s, self.stop_admitting, grace_s - 1 - handover_s)
+        else:
+            self.stop_admitting(grace_s - 1)
+
+    def stop_admitting(self, drain_s: float) -> None:
+        """Reject new work from now on, and fail in `drain_s` what is not answered by then."""
         self.loop.stop_admitting()
         self.in_flight.stop_reading()
-        self.started.set()  # nobody needs to wait for it any more
-        self.draining = asyncio.create_task(self.loop.drain(max(0.0, self.settings.GRACE_S - 1)))
+        self.draining = asyncio.create_task(self.loop.drain(max(0.0, drain_s)))
 
     async def close(self) -> None:
         """Let every instance of the model close itself, in what is left of the grace time."""
@@ -335,8 +345,8 @@ class Service:
         self.stop_on_signals()
         self.work = asyncio.create_task(self.run(), name="model loop")
         try:
-            if self.settings.WEB_CONCURRENCY > 1:
-                # The other workers answer meanwhile: take no request only to refuse it.
+            if self.settings.WEB_CONCURRENCY > 1 or os.environ.get("OTHERS_ANSWER"):
+                # Other workers answer meanwhile: take no request only to reject it.
                 await self.started.wait()
             yield self
             self.stops_at = min(
@@ -355,6 +365,11 @@ class Service:
 def counted(n: int, noun: str) -> str:
     """Return "1 thread", "2 threads"."""
     return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def is_relieved() -> bool:
+    """Return whether another worker answers from now on: see `gunicorn/succession.py`."""
+    return os.path.exists(f"{os.environ.get('PROMETHEUS_MULTIPROC_DIR', '')}/relieved-{os.getpid()}")
 
 
 def model_stacks() -> str:

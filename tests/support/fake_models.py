@@ -41,6 +41,14 @@ class FillMask:
         return [answer(text) for text in inputs]
 
 
+class SlowToLoad(FillMask):
+    """It loads once the file is there that GATE names."""
+
+    def __init__(self) -> None:
+        print("loading", flush=True)
+        wait_for(os.environ["GATE"])
+
+
 class Obedient:
     """Answers with its input; {"until": path} waits for a file, {"nan": 1} answers with no JSON, {"bug": 1} raises."""
 

@@ -6,3 +6,4 @@ from workers.gunicorn.common import *  # noqa: F403  what all modes share, each 
 wsgi_app = "server:app"
 worker_class = "asgi"
 workers = 1
+keepalive = idle_s  # noqa: F405  idle connections hold up SIGTERM
