@@ -1,2 +1,2 @@
 # Moved to workers/gunicorn/dirty.conf.py; this path goes with the next release.
-exec(open(__file__.replace("workers/", "workers/gunicorn/")).read())  # noqa: SIM115
+globals().update(__import__("runpy").run_path(__file__.rpartition("/")[0] + "/gunicorn/dirty.conf.py"))
