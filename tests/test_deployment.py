@@ -117,6 +117,19 @@ def test_a_shared_model_ends_with_its_killed_arbiter() -> None:
         assert models and not alive
 
 
+def test_service_recovers_from_a_killed_arbiter_of_a_shared_model() -> None:
+    """Gunicorn starts another one at another address, which only new workers learn."""
+    with start(MODES["dirty"], STAND_IN) as server:
+        next(p for p in server.processes()[1:] if p.children()).kill()
+        until(lambda: [post_or_none(server) for _ in range(10)] == [200] * 10)
+
+
+def post_or_none(server: Server) -> int | None:
+    with contextlib.suppress(OSError):
+        return post(server, PARIS).status
+    return None
+
+
 def test_workers_share_the_cores_and_say_so(crowd: Crowd) -> None:
     cores = len(os.sched_getaffinity(0))
     mode = Mode("gthread 2x4", "gunicorn -c workers/gunicorn/gthread.conf.py --workers 2 --threads 4")

@@ -16,6 +16,7 @@ from loadtests.modes import MODES, start
 from tests.support.client import POISON, post, post_json, request, say
 from workers.context import context_of
 from workers.jobs import Answer
+from workers.observability import leave_out_polls
 from workers.observability.request_log import REJECTIONS_PER_S, Json, RequestLog, logged
 from workers.observability.tracing import Traces, traced
 from workers.settings import Settings
@@ -69,6 +70,22 @@ def test_whoever_logs_speaks_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "lastResort", last)
     logged(App(), Settings(LOG_FORMAT="json"))
     assert isinstance(last.formatter, Json)
+
+
+@pytest.mark.parametrize("name", ["uvicorn.access", "gunicorn.access"])
+def test_polls_of_an_open_page_have_no_access_line(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    leave_out_polls()
+    leave_out_polls()
+    log = logging.getLogger(name)
+    log.propagate = True
+    with caplog.at_level("INFO", logger=name):
+        for method, path in (("GET", "/live"), ("GET", "/prefix/live?a"), ("POST", "/live"), ("POST", "/")):
+            if name == "uvicorn.access":
+                log.info('%s - "%s %s HTTP/%s" %d', "127.0.0.1", method, path, "1.1", 200)
+            else:
+                log.info('"%(m)s %(U)s" %(s)s', {"m": method, "U": path, "s": 200})
+    assert len(caplog.records) == 2
+    assert "GET" not in caplog.text
 
 
 def test_by_default_the_app_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

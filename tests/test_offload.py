@@ -435,6 +435,26 @@ def test_a_replacement_that_cannot_even_be_started_is_tried_again(
 
 
 @pytest.mark.parametrize("idle", [False, True])
+def test_replacement_is_tried_again_whatever_kept_it_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no more threads can be started, for one: that is not an OSError."""
+
+    async def scenario(offload: Process, metrics: Metrics) -> None:
+        spawn, failures = offload._spawn, iter([RuntimeError("can't start new thread")])
+
+        async def failing() -> str:
+            for failure in failures:
+                raise failure
+            return await spawn()
+
+        monkeypatch.setattr(offload, "_spawn", failing)
+        kill(offload)
+        await eventually(lambda: restarts(metrics) == 2 and offload.loaded.is_set())
+        assert (await offload.run(["a"]))[0][0] == "a"
+
+    monkeypatch.setattr(process, "PAUSE_S", 0.001)
+    with_process(scenario)
+
+
 def test_a_replacement_that_cannot_load_is_tried_again_and_is_trouble_after_a_few_tries(
     idle: bool, plan: Path
 ) -> None:

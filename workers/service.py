@@ -37,6 +37,7 @@ from workers.isolation import make_instances, make_quarantine
 from workers.jobs import Answer
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
+from workers.observability import leave_out_polls
 from workers.observability.process_metrics import ProcessMetrics
 from workers.offload import Offload, attempt_load, in_thread, in_words
 from workers.scheduling.instances import stuck
@@ -343,6 +344,7 @@ class Service:
     async def running(self) -> AsyncIterator["Service"]:
         """Run it as long as the context lasts."""
         self.stop_on_signals()
+        leave_out_polls()
         self.work = asyncio.create_task(self.run(), name="model loop")
         try:
             if self.settings.WEB_CONCURRENCY > 1 or os.environ.get("OTHERS_ANSWER"):

@@ -57,9 +57,7 @@ class Dirty(Offload):
         except DirtyAppError as exc:
             raise ModelFailed(str(exc)) from exc
         except DirtyError as exc:
-            if isinstance(exc.__cause__, FileNotFoundError):
-                # Its arbiter was replaced by one with another address, which only a new worker learns.
-                signal.raise_signal(signal.SIGTERM)
+            leave_if_lost(exc)
             self.loaded.clear()
             self.asking = asyncio.create_task(self._ask())
             raise ModelDied(str(exc)) from exc
@@ -76,8 +74,15 @@ class Dirty(Offload):
         while True:
             try:
                 description = await self.client.execute_async(APP, "describe")
-            except DirtyError:
+            except DirtyError as exc:
+                leave_if_lost(exc)
                 await asyncio.sleep(0.2)
             else:
                 self.loaded.set()
                 return description + ", shared"
+
+
+def leave_if_lost(exc: DirtyError) -> None:
+    """End this worker where the arbiter has been replaced by one with another address, which only a new worker learns."""
+    if isinstance(exc.__cause__, FileNotFoundError | ConnectionRefusedError):
+        signal.raise_signal(signal.SIGTERM)

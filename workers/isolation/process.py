@@ -182,7 +182,7 @@ class Process(Offload):
             try:
                 async with asyncio.timeout(self.load_limit_s):
                     log.info("Serving %s", await self._spawn())
-            except (TimeoutError, CannotLoad) as exc:
+            except Exception as exc:  # whatever it is: nobody else would try again
                 reason = str(exc) or f"it did not load within {self.load_limit_s:.0f} s"
                 self._kill()
                 log.error("the model process was not replaced: %s", reason)
