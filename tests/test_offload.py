@@ -434,7 +434,6 @@ def test_a_replacement_that_cannot_even_be_started_is_tried_again(
     with_process(scenario)
 
 
-@pytest.mark.parametrize("idle", [False, True])
 def test_replacement_is_tried_again_whatever_kept_it_from_starting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no more threads can be started, for one: that is not an OSError."""
 
@@ -455,6 +454,7 @@ def test_replacement_is_tried_again_whatever_kept_it_from_starting(monkeypatch: 
     with_process(scenario)
 
 
+@pytest.mark.parametrize("idle", [False, True])
 def test_a_replacement_that_cannot_load_is_tried_again_and_is_trouble_after_a_few_tries(
     idle: bool, plan: Path
 ) -> None:

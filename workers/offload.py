@@ -141,7 +141,7 @@ def one_line(exc: BaseException) -> str:
     """Return its name and its message's first line, and those of its root cause where they say more."""
     try:
         lines = str(exc).strip().splitlines()
-    except Exception:  # a class of one's own may do anything
+    except Exception:  # a custom class may do anything
         lines = []
     if not lines:
         return in_words(exc)

@@ -85,7 +85,7 @@ class Service:
         metrics.watch("model_instances_loaded", "Instances of the model", lambda: self.loop.instances.loaded)
         metrics.watch(
             "model_stuck_seconds",
-            "How long a call has been running that may never end",
+            "How long a call has been running that may never return",
             lambda: self.loop.instances.stuck_s,
             "livemax",
         )
@@ -93,7 +93,7 @@ class Service:
 
     @property
     def task(self) -> tasks.Task:
-        """What is served. Raises Rejected while that is being made."""
+        """Return what is served. Raises Rejected while that is being made."""
         if self._task is None:
             raise Rejected(LOADING)
         return self._task
@@ -240,7 +240,7 @@ class Service:
         return min((seconds for _, seconds in typical), default=0.0)
 
     async def tick(self) -> None:
-        """Every SWEEP_S look after the clients, the gauges and the master.
+        """Every SWEEP_S look after the requests in flight, the gauges and the master.
 
         The gauges must be fresh for scrapes that come to another worker. A worker must not outlive its master: Gunicorn's
         watch theirs in `gunicorn/common.py`, but those of `uvicorn --workers` would go on serving.
@@ -269,13 +269,13 @@ class Service:
         signal.raise_signal(signal.SIGTERM)
 
     def trouble(self) -> str:
-        """Why this process should be restarted; empty while it should be left alone."""
+        """Return why this process should be restarted; empty while it should be left alone."""
         if stuck_s := self.loop.instances.stuck_s:
             return f"{stuck(stuck_s)}; restart this server"
         return self.failure
 
     def unready(self) -> str:
-        """Why no request at all can be answered now; empty while an instance is loaded, not stuck, not stopping."""
+        """Return why no request at all can be answered now; empty while an instance is loaded, not stuck, not stopping."""
         if reason := self.loop.unready():
             return reason
         return "" if any(instance.loaded.is_set() for instance in self.instances) else LOADING
@@ -283,7 +283,7 @@ class Service:
     def stop(self) -> None:
         """Reject new work and finish what is admitted, within the grace time less a second to send the answers."""
         self.stops_at = time.monotonic()
-        self.started.set()  # nobody needs to wait for it any more
+        self.started.set()  # nothing needs to wait for it any more
         grace_s = self.settings.GRACE_S
         handover_s = min(HANDOVER_S, grace_s / 4) if is_relieved() else 0.0
         if handover_s:
@@ -328,7 +328,7 @@ class Service:
             # interpreter holds this handler, too: there only the supervisor's SIGKILL helps.)
             signal.setitimer(signal.ITIMER_REAL, self.settings.GRACE_S)
         with contextlib.suppress(RuntimeError):  # the event loop is closed
-            # A second Ctrl-C waits for nobody, and Gunicorn's worker is gone before its lifespan ends.
+            # A second Ctrl-C waits for nothing, and Gunicorn's worker is gone before its lifespan ends.
             at_once = again and number == signal.SIGINT
             self.event_loop.call_soon_threadsafe(self.let_go if at_once else self.stop)
         if callable(previous):
@@ -398,7 +398,7 @@ def is_supervised() -> bool:
 
 
 def where(exc: CannotLoad) -> str:
-    """The line of an own class's file at which loading it failed, where this process knows it."""
+    """Return the line of a custom class's file at which loading it failed, where this process knows it."""
     frames = traceback.extract_tb(exc.__cause__.__traceback__) if exc.__cause__ else []
     ours = (os.path.dirname(__file__), os.path.dirname(os.__file__), "<")  # and Python's
     own = [one for one in frames if not one.filename.startswith(ours) and "site-packages" not in one.filename]

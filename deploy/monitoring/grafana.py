@@ -16,7 +16,7 @@ SOURCE = {"type": "prometheus", "uid": "${source}"}
 
 @dataclass(frozen=True)
 class Panel:
-    """A title, the unit as Grafana names it, what it shows (PromQL by its legend), and what to make of it."""
+    """A title, the unit as Grafana names it, what it shows (PromQL by its legend), and how to read it."""
 
     title: str
     unit: str
@@ -37,23 +37,23 @@ ROWS = {
             "Replies by status",
             "reqps",
             {"{{status}}": f"sum by (status) (rate(model_requests_total[{RATE}]))"},
-            "200: answered; 503: refused at once; 504: late; 500: the model raised; 499: the client left.",
+            "200: answered; 503: rejected at once; 504: late; 500: the model raised; 499: the client disconnected.",
         ),
         Panel(
-            "Not answered right and in time",
+            "Not answered correctly and in time",
             "percentunit",
             {
-                "all of it": "model:bad:ratio5m",
-                "refused": "model:refused:ratio5m",
+                "together": "model:bad:ratio5m",
+                "rejected": "model:rejected:ratio5m",
                 "failed": "model:failed:ratio5m",
             },
-            "Of what could be answered, over 5 minutes. The objective is below 1 % over 30 days.",
+            "Share of the requests without an error of the client, over 5 minutes. The objective is below 1 % over 30 days.",
         ),
         Panel(
             "Inputs that the model answers",
             "cps",
             {"inputs/s": f"sum(rate(model_batch_size_sum[{RATE}]))"},
-            "A list of inputs is one request and many of these.",
+            "A list of inputs is one request with many inputs.",
         ),
     ],
     "Waits": [
@@ -67,13 +67,13 @@ ROWS = {
             "A model call",
             "s",
             quantiles("model_call_seconds"),
-            "Of a whole batch. Slower than it was: longer texts, or others on the same cores.",
+            "Duration for a whole batch. It rises with longer inputs, or with other load on the same cores.",
         ),
         Panel(
             "How late the event loop wakes up",
             "s",
             quantiles("model_event_loop_lag_seconds"),
-            "Above 0.1 s something computes on it: replies and probes are late.",
+            "Above 0.1 s something computes on the event loop: replies and probes are late.",
         ),
     ],
     "The queue and its batches": [
@@ -81,7 +81,7 @@ ROWS = {
             "In the queue, in the model",
             "short",
             {"waiting": "sum(model_queue_depth)", "running": "sum(model_running)"},
-            "A full queue refuses: MAX_QUEUE, or what can be answered in time.",
+            "A full queue rejects: its bound is MAX_QUEUE, or what can be answered in time.",
         ),
         Panel(
             "Batch sizes",
@@ -91,22 +91,22 @@ ROWS = {
             "heatmap",
         ),
         Panel(
-            "Why batches closed",
+            "Why batches were dispatched",
             "short",
             {"{{reason}}": f"sum by (reason) (increase(model_batches_total[{RATE}]))"},
-            "empty: the queue had no more; full: BATCH_SIZE; retry: a batch failed, each alone; draining: it stops.",
+            "empty: the queue was empty; full: BATCH_SIZE; retry: a batch failed, so each input ran alone; draining: the server stops.",
             "heatmap",
         ),
     ],
     "Saturation": [
         Panel(
-            "How busy the instances are",
+            "Utilization of the instances",
             "percentunit",
             {
                 "of their time": f"sum(rate(model_call_seconds_sum[{RATE}])) / sum(model_instances_loaded)",
                 "GPU {{device}}": "max by (device) (gpu_busy_ratio)",
             },
-            "At 100 % more replicas, or larger batches, are all that helps.",
+            "At 100 % only more replicas or larger batches help.",
             most=1,
         ),
         Panel(
@@ -116,7 +116,7 @@ ROWS = {
                 "{{instance}}": 'sum by (instance) (process_resident_memory_bytes{job="model"})',
                 "GPU {{device}}": "max by (device) (gpu_memory_used_bytes)",
             },
-            "The server with its model processes. Flat, once the longest texts have been there.",
+            "The server with its model processes. Flat, once the longest inputs have been served.",
         ),
         Panel(
             "Processor, cores",
@@ -133,7 +133,7 @@ ROWS = {
                 "instances": "sum(model_instances_loaded)",
                 "ready for HAProxy": 'sum(haproxy_backend_active_servers{proxy="replicas"})',
             },
-            "One that dies is missing until it is replaced.",
+            "One that died is missing until it is replaced.",
         ),
         Panel(
             "Restarts",
@@ -142,16 +142,16 @@ ROWS = {
                 "model processes": "sum(increase(model_process_restarts_total[15m]))",
                 "servers": 'sum(changes(process_start_time_seconds{job="model"}[15m]))',
             },
-            "Within a quarter of an hour.",
+            "In the last 15 minutes.",
         ),
         Panel(
-            "What HAProxy tells clients",
+            "Replies of HAProxy to clients",
             "reqps",
             {
                 "{{code}}": f'sum by (code) (rate(haproxy_frontend_http_responses_total{{proxy="clients"}}[{RATE}]))',
-                "asked again": f'sum(rate(haproxy_backend_retry_warnings_total{{proxy="replicas"}}[{RATE}]))',
+                "retried": f'sum(rate(haproxy_backend_retry_warnings_total{{proxy="replicas"}}[{RATE}]))',
             },
-            "Fewer 5xx than the replicas' own: it asks another one once.",
+            "Fewer 5xx than the replicas' own: HAProxy retries once, on another replica.",
         ),
     ],
 }

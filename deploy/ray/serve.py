@@ -8,9 +8,9 @@ from starlette.types import Message, Receive, Scope, Send
 from workers.settings import Settings
 
 settings = Settings.read()  # a wrong one ends `serve run`, with one sentence
-told = {name: os.environ[name] for name in Settings.__annotations__ if name in os.environ}
-# WEB_CONCURRENCY above 1: the lifespan waits for the model. Else Serve would prefer a replica that can only refuse.
-env = {"TORCH_THREADS": "1", **told, "WEB_CONCURRENCY": "2"}
+given = {name: os.environ[name] for name in Settings.__annotations__ if name in os.environ}
+# WEB_CONCURRENCY above 1: the lifespan waits for the model. Else Serve would prefer a replica that can only reject.
+env = {"TORCH_THREADS": "1", **given, "WEB_CONCURRENCY": "2"}
 
 
 class Hosted:
@@ -33,7 +33,7 @@ class Hosted:
 
 @serve.deployment(
     num_replicas=int(os.environ.get("REPLICAS", 2)),
-    max_ongoing_requests=settings.MAX_QUEUE + 1000,  # the app itself says no, and when to come back
+    max_ongoing_requests=settings.MAX_QUEUE + 1000,  # the app itself rejects, with Retry-After
     graceful_shutdown_timeout_s=settings.GRACE_S + 5,  # ray.env keeps it reachable for 3 s before it stops
     health_check_period_s=2,
     ray_actor_options={"num_cpus": 1, "runtime_env": {"env_vars": env}},

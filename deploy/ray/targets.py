@@ -1,6 +1,6 @@
 """Where Prometheus finds each replica: through the proxy /metrics is a random one's. Behind deploy/ray/ray.env only.
 
-$ python -m deploy.ray.targets targets.json  # anew every 10 s; without a file once, to the terminal
+$ python -m deploy.ray.targets targets.json  # again every 10 s; without a file once, to the terminal
   # prometheus.yml: scrape_configs: [{job_name: models, file_sd_configs: [{files: [targets.json]}]}]
 """
 

@@ -1,6 +1,6 @@
-"""One name, several versions, each an application of its own: a share of the requests for each, instances for a shadow.
+"""Traffic splitting: one name, several versions, each an application of its own; shadow traffic for one more.
 
-deploy/ray/serve.yaml says which. The shadow's answers nobody sees; its metrics tell how it fares.
+deploy/ray/serve.yaml says which. The shadow version's answers are dropped; its metrics tell how it does.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ OURS = {"connection", "content-length", "date", "host", "server", "transfer-enco
 class Split:
     def __init__(self, shares: dict[str, float], shadow: str = "") -> None:
         self.shares, self.shadow = shares, shadow
-        self.instances: set[asyncio.Task[Response]] = set()
+        self.shadow_requests: set[asyncio.Task[Response]] = set()
 
     async def __call__(self, request: Request) -> Response:
         body = await request.body()
         (version,) = random.choices(list(self.shares), list(self.shares.values()))
         if self.shadow:
-            self.instances.add(instance := asyncio.create_task(self.ask(self.shadow, request, body)))
-            instance.add_done_callback(self.instances.discard)
+            self.shadow_requests.add(task := asyncio.create_task(self.ask(self.shadow, request, body)))
+            task.add_done_callback(self.shadow_requests.discard)
         return await self.ask(version, request, body)
 
     async def ask(self, version: str, request: Request, body: bytes) -> Response:

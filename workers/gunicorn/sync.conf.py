@@ -1,6 +1,6 @@
 # gunicorn -c workers/gunicorn/sync.conf.py
-"""One request a worker: no batch, no queue of ours. Others wait in the kernel's backlog, unseen: they get no 503, and a
-reset on SIGTERM. While all workers compute, /health waits too.
+"""One request per worker: no batch, and no queue of this server. Other requests wait unseen in the accept backlog: they get no 503, and a
+reset on SIGTERM. While all workers compute, /health waits, too.
 
 The heartbeat comes between requests only. DEADLINE_S answers (504) long before `timeout` would kill the worker.
 """

@@ -1,5 +1,5 @@
 # gunicorn -c workers/gunicorn/uvicorn.conf.py
-"""Several uvicorn workers: each has its own model, queue and share of the cores; the kernel deals out connections."""
+"""Several uvicorn workers: each has its own model, queue and share of the cores; the kernel distributes connections."""
 
 from workers.gunicorn.common import *  # noqa: F403  what all modes share, each with its why
 

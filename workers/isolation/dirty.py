@@ -1,4 +1,4 @@
-"""OFFLOAD=dirty: inference in one of Gunicorn's "dirty" workers, which all web workers share. See dirty.conf.py."""
+"""OFFLOAD=dirty: inference in one of Gunicorn's "dirty" workers, which all web workers share. See gunicorn/dirty.conf.py."""
 
 import asyncio
 import os

@@ -1,10 +1,10 @@
-"""OFFLOAD=process: inference in a process that loads the model itself. A crash or a hang costs its own batch, no more.
+"""OFFLOAD=process: inference in a process that loads the model itself. A crash or a hang costs only its own batch.
 
     server                                     model process
     Process.run   -- length, pickled queries ->   main
                   <- length, pickled answers --
 
-A new interpreter, no fork: after torch has run, a fork hangs at its first op. No multiprocessing.Process either: the model
+A new interpreter, not a fork: after torch has run, a fork hangs at its first op. Not multiprocessing.Process either: the model
 could then have no processes of its own (a DataLoader has), and a second helper process would come with it.
 """
 
@@ -32,13 +32,13 @@ from workers.offload import Offload, attempt_load, close, in_words
 
 log = logging.getLogger("uvicorn.error")
 
-TRIES = 4  # to replace a process, one after the other, before that counts as trouble
+TRIES = 4  # replacements in a row, before that counts as trouble
 PAUSE_S = 1.0  # after the first of them; twice as long after each further one
 LONGEST_PAUSE_S = 60.0
 
 
 class Process(Offload):
-    """One model process; one that has died or hung is killed, with whatever it has started, and replaced.
+    """One model process; when it dies or hangs it is killed, with all that it has started, and replaced.
 
     Start it from a thread that lives as long as the server: the kernel kills the model with that thread.
     """
@@ -256,7 +256,7 @@ async def unpacked(reader: asyncio.StreamReader) -> Any:
     body = await reader.readexactly(int.from_bytes(await reader.readexactly(8)))
     try:
         return pickle.loads(body)
-    except BaseException as exc:  # a class of one's own may do anything, also cancel us
+    except BaseException as exc:  # a custom class may do anything, also cancel us
         raise ModelFailed(f"its answer can't be unpickled: {in_words(exc)}") from exc
 
 

@@ -1,11 +1,11 @@
-"""Queries that models die of: after the third time they are refused, for a while.
+"""Reject inputs that repeatedly crash the model's process, for a while.
 
-When a model's process dies nobody can see what killed it: one of its queries, or something else. So all queries that were
-in it are suspect. A suspect runs alone from then on, so that nobody dies with it again. An answer clears it. If its process
-dies three times in a row it is refused until it is forgotten. Two of these times it was alone, in a process that had
+When the process dies, nothing shows what crashed it: one of its queries, or something else. So all queries that were
+in it are suspects. A suspect runs alone from then on, so that no other query dies with it. An answer clears it. If its process
+dies three times in a row, the query is rejected until it is forgotten. Two of these times it was alone, in a process that had
 answered the task's examples. Queries that were beside it the first time are answered when they are sent again.
 
-What is kept of a query is a digest, of MOST queries at most. Each web worker learns for itself.
+Only a digest of a query is kept, of MAX_SUSPECTS queries at most. Each web worker learns for itself.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ log = logging.getLogger("uvicorn.error")
 
 DEATHS = 3
 FORGET_S = 600.0  # after the last of them
-MOST = 1024
+MAX_SUSPECTS = 1024
 
 
 class Quarantine:
@@ -36,15 +36,18 @@ class Quarantine:
         self.suspects: OrderedDict[bytes, tuple[int, float]] = OrderedDict()
 
     def around(self, run: Run) -> Run:
-        """`run`, with an eye on who is in it when its process dies."""
+        """Wrap `run` to record which queries were in a batch when its process died.
+
+        It raises ModelFailed for a batch with a suspect in it: the loop then runs the queries one by one.
+        """
 
         async def watched(contents: list[Any]) -> Sequence[Any]:
             if self.suspects:
                 suspects = sum(self.deaths(content) > 0 for content in contents)
                 if suspects and len(contents) > 1:
-                    raise ModelFailed("some of it is suspect: each runs alone")
+                    raise ModelFailed("a query of this batch is a suspect: each runs alone")
                 if suspects:
-                    self.check(contents[0])  # it has come since it was admitted
+                    self.check(contents[0])  # its third death came after it was admitted
             try:
                 answers = await run(contents)
             except ModelDied:
@@ -58,7 +61,7 @@ class Quarantine:
         return watched
 
     def check(self, content: Any) -> None:
-        """Raise Quarantined where this query is refused. Any thread may ask; costs nothing while no process dies."""
+        """Raise Quarantined where this query is rejected. Any thread may ask; costs nothing while no process dies."""
         if self.suspects and self.deaths(content) >= DEATHS:
             self.metrics.quarantined.inc()
             raise Quarantined(
@@ -67,7 +70,7 @@ class Quarantine:
             )
 
     def deaths(self, content: Any) -> int:
-        """In how many processes that died it was, in a row."""
+        """Return in how many processes in a row it was when they died."""
         n, at = self.suspects.get(digest(content), (0, 0.0))
         return n if self.now() < at + FORGET_S else 0
 
@@ -79,11 +82,11 @@ class Quarantine:
             n = self.suspects.pop(key, (0, now))[0] + 1
             self.suspects[key] = n, now
             if n == DEATHS:
-                log.error("one query has ended %d model processes: it is refused for %g s", n, FORGET_S)
-        while len(self.suspects) > MOST:
+                log.error("one query has crashed %d model processes; it is rejected for %g s", n, FORGET_S)
+        while len(self.suspects) > MAX_SUSPECTS:
             self.suspects.popitem(last=False)
 
 
 def digest(content: Any) -> bytes:
-    """Different for different queries; what is in them can't be read from it."""
+    """Return what differs for different queries, but does not show what is in them."""
     return hashlib.blake2b(pickled(content), digest_size=16).digest()
