@@ -25,7 +25,7 @@ import sys
 import time
 from pathlib import Path
 
-from workers.metrics import mark_ended
+from workers.metrics_folder import mark_ended
 from workers.resources import temporary_folder
 from workers.settings import Settings
 from workers.web.access import is_loopback

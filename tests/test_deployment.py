@@ -27,7 +27,8 @@ from tests.support.fake_models import BROKEN
 from workers import resources as memory
 from workers.gunicorn import gthread_worker
 from workers.gunicorn.succession import answered
-from workers.metrics import Metrics, mark_ended
+from workers.metrics import Metrics
+from workers.metrics_folder import mark_ended
 from workers.settings import Settings
 
 CONFIGS = [ROOT / "gunicorn.conf.py", *sorted((ROOT / "workers" / "gunicorn").glob("*.conf.py"))]

@@ -92,7 +92,7 @@ async def test_an_answer_acquits_whom_somebody_else_had_killed_and_a_failure_doe
 
 @on_virtual_clock
 async def test_what_is_kept_is_bounded_and_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quarantine, "MOST", 3)
+    monkeypatch.setattr(quarantine, "MAX_SUSPECTS", 3)
     ward = Quarantine(Metrics(), now)
     for text in "abcdbbe":
         ward.note_death([text, text])

@@ -3,15 +3,12 @@
 Under Gunicorn, where PROMETHEUS_MULTIPROC_DIR is set, every worker shows the sum over all of them.
 """
 
-import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.mmap_dict import MmapedDict
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -83,40 +80,6 @@ class Metrics:
         self.sample()
         if not (folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR")):
             return generate_latest(self.registry)
-        everybody = CollectorRegistry()
-        MultiProcessCollector(everybody)  # type: ignore[no-untyped-call]
-        with folder_lock(folder, "LOCK_SH"):
-            return generate_latest(everybody)
+        from workers.metrics_folder import text
 
-
-@contextlib.contextmanager
-def folder_lock(folder: str, how: str) -> Iterator[None]:
-    """Hold the lock of the workers' metrics folder: LOCK_SH to read all files, LOCK_EX to move counts between them."""
-    import fcntl  # not on Windows
-
-    lock = os.open(f"{folder}/counts.lock", os.O_CREAT | os.O_RDONLY, 0o666)
-    try:
-        fcntl.flock(lock, getattr(fcntl, how))
-        yield
-    finally:
-        os.close(lock)
-
-
-def mark_ended(pid: int, folder: str) -> None:
-    """Forget the gauges of a worker that has ended, and move its counts into one file for all that have.
-
-    Else each restart would leave 131 KB that every scrape reads. Where that can't be done the file stays.
-    """
-    mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]
-    with contextlib.suppress(OSError, RuntimeError), folder_lock(folder, "LOCK_EX"):
-        for kind in ("counter", "histogram"):
-            file, ended = f"{folder}/{kind}_{pid}.db", f"{folder}/{kind}_ended.db"
-            with open(
-                ended, "ab"
-            ) as space:  # on a full disk a write to mapped memory would kill this process
-                os.posix_fallocate(space.fileno(), 0, max(os.path.getsize(file), os.path.getsize(ended)))
-            total = MmapedDict(ended)  # type: ignore[no-untyped-call]
-            for key, value, *_ in MmapedDict.read_all_values_from_file(file):  # type: ignore[no-untyped-call]
-                total.write_value(key, total.read_value(key)[0] + value, 0)  # type: ignore[no-untyped-call]
-            total.close()  # type: ignore[no-untyped-call]
-            os.remove(file)
+        return text(folder)

@@ -154,7 +154,7 @@ def post_fork(server: Any, worker: Any) -> None:
 
 def child_exit(server: Any, worker: Any) -> None:
     """In the master, when a worker has ended: its gauges end with it, its counters stay."""
-    from workers.metrics import mark_ended
+    from workers.metrics_folder import mark_ended
 
     folder = os.environ["PROMETHEUS_MULTIPROC_DIR"]
     mark_ended(worker.pid, folder)
