@@ -23,7 +23,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 # What tells the modes apart, said to each, whatever the environment or `.env` says.
-BASE = {"OFFLOAD": "thread", "BATCH_SIZE": "1", "BATCH_WINDOW_MS": "0", "INSTANCES": "1", "FAST": "1"}
+BASE = {"OFFLOAD": "thread", "BATCH_SIZE": "1", "INSTANCES": "1", "FAST": "1"}
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,13 @@ def start(
 ) -> Iterator[Server]:
     """Start `mode` on a free port of the loopback interface with extra settings, on `cpus` only; stop it at the end.
 
-    The app is that of `folder`; `base` are the settings that the environment doesn't change.
+    The app is that of `folder`; `base` are the settings that the environment doesn't change. With FIXED_DELAY_MS in `env`
+    it holds each partial batch for so long, to compare.
     """
     port = port or free_port()
     environ = {**os.environ, "PYTHONUNBUFFERED": "1", **base, **mode.env, **(env or {})}
+    if "FIXED_DELAY_MS" in environ:
+        mode = replace(mode, command=mode.command.replace("server:app", "loadtests.plan.fixed_delay:app"))
     with tempfile.NamedTemporaryFile(prefix=f"{mode.name}-", suffix=".log") as log_file:
         process = subprocess.Popen(
             mode.argv(port),

@@ -95,8 +95,8 @@ law = laws["fast"]
 singly, batched, waiting, static = serve_all(
     {},
     {"BATCH_SIZE": 32},
-    {"BATCH_SIZE": 32, "BATCH_WINDOW_MS": 10},
-    {"BATCH_SIZE": 8, "BATCH_WINDOW_MS": 600_000, "DEADLINE_S": 600, "QUEUE_TARGET_S": 0},
+    {"BATCH_SIZE": 32, "FIXED_DELAY_MS": 10},
+    {"BATCH_SIZE": 8, "FIXED_DELAY_MS": 600_000, "DEADLINE_S": 600, "QUEUE_TARGET_S": 0},
     cores=SERVER_CORES,
 )
 
@@ -334,7 +334,7 @@ loads = {"low": 0.2 * per_s[1], "middle": 0.7 * per_s[1], "high": 0.9 * foreseen
 
 def median_ms(window, rate):
     """The simulated median: the middle one of some runs, and half of how far these are apart."""
-    options = {"batch_size": 32, "window_ms": window, "rate_per_s": rate, "duration_s": quick(5, 25)}
+    options = {"batch_size": 32, "delay_ms": window, "rate_per_s": rate, "duration_s": quick(5, 25)}
     medians = sorted(simulate(law, seed=seed, **options).latency_ms.median() for seed in range(3))
     return medians[1], (medians[2] - medians[0]) / 2
 
@@ -453,7 +453,7 @@ around_ms = float((late_ms + http_ms).median())
 knobs = {
     "no batching": {},
     "no window": {"batch_size": 32},
-    "window 10 ms": {"batch_size": 32, "window_ms": 10},
+    "window 10 ms": {"batch_size": 32, "delay_ms": 10},
 }
 
 
@@ -550,7 +550,7 @@ rates, giant_windows = (10, 50, 200), (0, 10, 50)
 giant_ms = {
     rate: [
         simulate(
-            giant, batch_size=64, window_ms=w, rate_per_s=rate, duration_s=quick(10, 40)
+            giant, batch_size=64, delay_ms=w, rate_per_s=rate, duration_s=quick(10, 40)
         ).latency_ms.mean()
         for w in giant_windows
     ]

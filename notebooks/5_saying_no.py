@@ -683,7 +683,7 @@ async def batch_of(contents):
     import asyncio
 
     calls.clear()
-    loop = ModelLoop(batch_size=8, window_s=0.2)
+    loop = ModelLoop(batch_size=8)
     consumer = asyncio.create_task(loop.consume(timed))
     fates = await asyncio.gather(*(loop.submit(one) for one in contents), return_exceptions=True)
     consumer.cancel()

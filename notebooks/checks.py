@@ -296,7 +296,7 @@ def exercise_4_3(mean_wait_s: Any) -> None:
             CostLaw(0, 0),
             overhead_s=0,
             batch_size=10_000,
-            window_ms=50,
+            delay_ms=50,
             rate_per_s=rate_per_s,
             duration_s=100,
         )

@@ -99,16 +99,16 @@ def server(mode: str) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def sick(mode: str) -> Iterator[Server]:
     """Its batches, on which one word is poison, wait for company."""
-    window_ms = "0" if exception(GATHERS, mode) == NEVER else "500"
-    with started(mode, BATCH_SIZE="4", BATCH_WINDOW_MS=window_ms, DEADLINE_S="20") as server:
+    delay_ms = "0" if exception(GATHERS, mode) == NEVER else "500"
+    with started(mode, BATCH_SIZE="4", FIXED_DELAY_MS=delay_ms, DEADLINE_S="20") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def patient(mode: str) -> Iterator[Server]:
     """It waits as good as for ever until a batch is full, where one ever is."""
-    window_ms = {ITS_THREADS: "1000", NEVER: "50"}.get(exception(GATHERS, mode) or "", "60000")
-    with started(mode, BATCH_SIZE="16", BATCH_WINDOW_MS=window_ms, DEADLINE_S="90", GRACE_S="30") as server:
+    delay_ms = {ITS_THREADS: "1000", NEVER: "50"}.get(exception(GATHERS, mode) or "", "60000")
+    with started(mode, BATCH_SIZE="16", FIXED_DELAY_MS=delay_ms, DEADLINE_S="90", GRACE_S="30") as server:
         yield server
 
 

@@ -360,7 +360,7 @@ def test_config_at_its_old_path_works_for_one_release(name: str) -> None:
 def test_no_healthy_worker_is_killed_by_the_heartbeat(crowd: Crowd) -> None:
     """One call that takes longer than the heartbeat may."""
     mode = Mode("heartbeat", "gunicorn -c gunicorn.conf.py --timeout 5")
-    batches = {"BATCH_SIZE": "60", "BATCH_WINDOW_MS": "20000", "DEADLINE_S": "60"}
+    batches = {"BATCH_SIZE": "60", "FIXED_DELAY_MS": "20000", "DEADLINE_S": "60"}
     with start(mode, {**STAND_IN, **batches}) as server:
         replies = [reply.result() for reply in crowd.post(server, *[SLOW] * 60)]
         assert {reply.status for reply in replies} == {200}

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loadtests.plan.fixed_delay import FixedDelay
 from tests.support.virtual_clock import (
     FakeModel,
     now,
@@ -63,56 +64,11 @@ async def test_a_batch_never_exceeds_its_size_and_closes_when_full() -> None:
 
 
 @on_virtual_clock
-async def test_a_window_is_one_deadline_counted_from_the_first_arrival() -> None:
-    model = FakeModel()
-    async with serving(model, batch_size=9, window_s=1.0) as loop:
-        tasks = submit_all(loop, "a")
-        for query in "bc":
-            await asyncio.sleep(0.4)
-            tasks += submit_all(loop, query)
-        await asyncio.sleep(0.3)  # after the window
-        tasks += submit_all(loop, "late")
-        answers = await asyncio.gather(*tasks)
-    assert model.calls == [["a", "b", "c"], ["late"]]
-    assert model.started[0] == pytest.approx(1.0)
-    assert answers[0].dispatched_because == "window"
-
-
-@on_virtual_clock
-async def test_a_window_closes_at_once_when_the_batch_is_full() -> None:
-    model = FakeModel()
-    async with serving(model, batch_size=2, window_s=50.0) as loop:
-        answers = await asyncio.gather(*submit_all(loop, "a", "b"))
-    assert model.started == [0]
-    assert answers[0].dispatched_because == "full"
-
-
-@on_virtual_clock
-async def test_a_window_closes_early_enough_for_its_tightest_deadline() -> None:
-    model = FakeModel()
-    async with serving(model, batch_size=9, window_s=50.0) as loop:
-        await loop.submit("teaches the loop that a call takes 1 s", budget_s=55)
-        answer = await loop.submit("a", budget_s=10)
-    assert answer.dispatched_because == "deadline"
-    assert answer.queue_s + answer.model_s <= 10
-
-
-@on_virtual_clock
 async def test_two_copies_share_one_queue_and_the_free_one_takes_the_next_job() -> None:
     slow, quick = FakeModel(b=10), FakeModel(b=1)
     async with serving(slow, quick) as loop:
         await outcomes(submit_all(loop, *range(8)))
     assert (len(slow.calls), len(quick.calls)) == (1, 7)
-
-
-@on_virtual_clock
-async def test_two_copies_do_not_split_the_batch_of_one_window() -> None:
-    first, second = FakeModel(), FakeModel()
-    async with serving(first, second, batch_size=4, window_s=1.0) as loop:
-        tasks = submit_all(loop, 0)
-        await asyncio.sleep(0.5)
-        await outcomes(tasks + submit_all(loop, 1, 2, 3))
-    assert [first.calls, second.calls] == [[[0, 1, 2, 3]], []]
 
 
 @on_virtual_clock
@@ -425,17 +381,6 @@ async def test_a_client_that_leaves_frees_its_place_and_the_model_never_sees_its
     assert model.calls == [["running"], ["next"]]
 
 
-@on_virtual_clock
-async def test_a_client_that_leaves_an_open_window_is_not_run() -> None:
-    model = FakeModel()
-    async with serving(model, batch_size=3, window_s=2.0) as loop:
-        leaver, stays = submit_all(loop, "leaver", "stays")
-        await asyncio.sleep(1)
-        leaver.cancel()
-        await stays
-    assert model.calls == [["stays"]]
-
-
 # --- what the model throws --------------------------------------------------------------------------------------------
 
 
@@ -721,16 +666,6 @@ async def test_after_the_grace_time_the_queued_and_the_running_are_refused_not_l
         assert now() == pytest.approx(10)
 
 
-@on_virtual_clock
-async def test_stopping_closes_an_open_window_at_once() -> None:
-    async with serving(FakeModel(), batch_size=4, window_s=50.0) as loop:
-        (task,) = submit_all(loop, "a")
-        await asyncio.sleep(1)
-        await loop.drain(grace_s=10)
-        assert (await task).dispatched_because == "draining"
-        assert now() == pytest.approx(2)
-
-
 # --- whatever happens -------------------------------------------------------------------------------------------------
 
 arrivals = st.lists(
@@ -750,14 +685,20 @@ arrivals = st.lists(
 @given(
     arrivals=arrivals,
     batch_size=st.integers(1, 5),
-    window_s=st.sampled_from([0.0, 0.3, 2.0]),
+    delay_s=st.none() | st.sampled_from([0.3, 2.0]),  # None: as served; else every partial batch is held
     max_queue=st.integers(1, 12),
     instances=st.integers(1, 3),
     a=st.sampled_from([0.0, 0.2, 3.0]),
     b=st.sampled_from([0.01, 0.4]),
 )
 def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
-    arrivals: list[Any], batch_size: int, window_s: float, max_queue: int, instances: int, a: float, b: float
+    arrivals: list[Any],
+    batch_size: int,
+    delay_s: float | None,
+    max_queue: int,
+    instances: int,
+    a: float,
+    b: float,
 ) -> None:
     left: set[int] = set()
     in_vain: list[int] = []  # ran for somebody who had left
@@ -816,7 +757,9 @@ def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
             assert isinstance(end, Late | Rejected | asyncio.CancelledError)
 
     async def everything() -> None:
-        options = {"batch_size": batch_size, "window_s": window_s, "max_queue": max_queue}
+        options = {"batch_size": batch_size, "max_queue": max_queue}
+        if delay_s is not None:
+            options |= {"loop": FixedDelay, "delay_s": delay_s}
         async with serving(*[run] * instances, **options) as loop:
             await asyncio.gather(*(client(loop, i, *arrival[:4]) for i, arrival in enumerate(arrivals)))
             await loop.drain(grace_s=100)

@@ -51,7 +51,7 @@ STAND_IN = {"MODEL": "tests.support.fake_models:FillMask", "MAX_BODY_BYTES": "16
 APPS = {
     "real": {"MODEL": str(MODEL), "TORCH_THREADS": "1", "BODY_TIMEOUT_S": "1"},
     "server": {"MAX_QUEUE": "1", "BODY_TIMEOUT_S": "1"},
-    "sick": {"BATCH_SIZE": "4", "BATCH_WINDOW_MS": "500", "DEADLINE_S": "20"},
+    "sick": {"BATCH_SIZE": "4", "FIXED_DELAY_MS": "500", "DEADLINE_S": "20"},
     "spawning": {"OFFLOAD": "process", "DEADLINE_S": "20", "BODY_TIMEOUT_S": "60", "HANG_S": "5"},
 }
 

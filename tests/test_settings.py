@@ -15,8 +15,8 @@ from workers.settings import Settings
         ("BATCH_SIZE", "many", "from 1 to 1000000000"),
         ("BATCH_SIZE", "1.5", "from 1 to 1000000000"),
         ("BATCH_SIZE", "1" + "0" * 20, "from 1 to 1000000000"),
-        ("BATCH_WINDOW_MS", "-1", "at least 0"),
-        ("BATCH_WINDOW_MS", "nan", "at least 0"),
+        ("QUEUE_TARGET_S", "-1", "at least 0"),
+        ("QUEUE_TARGET_S", "nan", "at least 0"),
         ("DEADLINE_S", "0", "above 0"),
         ("DEADLINE_S", "inf", "above 0"),
         ("GRACE_S", "5e9", "below a million"),
@@ -35,6 +35,12 @@ def test_a_wrong_value_is_refused_with_its_name_the_value_and_what_is_allowed(
     with pytest.raises(SystemExit) as refused:
         Settings.read()
     assert name in str(refused.value) and repr(value) in str(refused.value) and allowed in str(refused.value)
+
+
+def test_setting_that_is_gone_is_answered_by_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCH_WINDOW_MS", "5")
+    with pytest.raises(SystemExit, match="BATCH_WINDOW_MS is not a setting any more: remove it"):
+        Settings.read()
 
 
 def test_an_environment_variable_beats_dot_env_beats_the_default(

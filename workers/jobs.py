@@ -54,6 +54,9 @@ class Job:
     future: asyncio.Future[Answer]
     running: bool = False
     index: int | None = None  # in its list
+    ends_request_of: int = (
+        1  # how many jobs its client may send again once it is answered: a list's last one has all
+    )
 
     @property
     def alive(self) -> bool:
@@ -93,7 +96,7 @@ class JobQueue:
         self.singles, self.lists = Lane(), Lane()
         self.turn, self.other = self.singles, self.lists
         self._waiter: asyncio.Future[None] | None = None
-        self._awaited = self._length = 0
+        self._length = 0
 
     def __len__(self) -> int:
         return self._length
@@ -110,7 +113,7 @@ class JobQueue:
         job.lane.jobs[job] = None
         job.lane.size += job.size
         self._length += 1
-        if self._waiter and self._length >= self._awaited and not self._waiter.done():
+        if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
 
     def first(self) -> Job:
@@ -131,10 +134,10 @@ class JobQueue:
             job.lane.size -= job.size
             self._length -= 1
 
-    async def at_least(self, n: int) -> None:
-        """Wait until `n` jobs are in. For one caller at a time."""
-        while len(self) < n:
-            self._waiter, self._awaited = asyncio.get_running_loop().create_future(), n
+    async def not_empty(self) -> None:
+        """Wait until a job is in. For one caller at a time."""
+        while not self._length:
+            self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:

@@ -8,6 +8,7 @@ and `async run(queries) -> answers` is the model: so the tests run it on a virtu
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from workers.errors import LOADING, STOPPING, TOO_SHORT, Late, ModelDied, ModelF
 from workers.jobs import Answer, Job, JobQueue, Lane, expire, fail_together
 from workers.metrics import Metrics
 from workers.scheduling.admission import Admission
+from workers.scheduling.anticipation import Anticipation
 from workers.scheduling.cost_model import CostModel, Run
 from workers.scheduling.instances import Instances, Ready, stuck
 
@@ -30,7 +32,6 @@ class ModelLoop:
     """Feeds `run` from one queue, at most `batch_size` queries at a time; several `run`s share the same queue."""
 
     batch_size: int = 1
-    window_s: float = 0.0
     max_queue: int = 256  # jobs in each lane
     budget_s: float = 10.0
     target_s: float = 0.5  # the wait to aim at while the queue never empties; 0: none
@@ -44,12 +45,15 @@ class ModelLoop:
         self.admission = Admission(
             self.queue, self.cost_model, self.batch_size, self.max_queue, self.budget_s, self.target_s
         )
-        self.estimate = self.admission.estimate
+        self.estimate, self.anticipation = self.admission.estimate, Anticipation()
         self.live: set[Job] = set()  # admitted and not yet answered
         self.running = 0  # those of them that the model works on
         self.closing = False
         self._taking = asyncio.Lock()  # one consumer gathers a batch at a time, or two would split it
-        self._window: asyncio.Timeout | None = None
+        self._news = (
+            asyncio.Event()
+        )  # ends the sleep of a hold: a job came or left, an instance is free, or we stop
+        self._held_deadline = math.inf  # the earliest one of the jobs that are held
         self._drained = asyncio.Event()
 
     # --- what a handler calls -----------------------------------------------------------------------------------------
@@ -126,11 +130,15 @@ class ModelLoop:
             Job(q, s, now, deadline, lane, loop.create_future()) for q, s in zip(queries, sizes, strict=True)
         ]
         self.live.update(jobs)
+        self.anticipation.arrived(now, len(jobs))
+        self._held_deadline = min(self._held_deadline, deadline)
+        self._news.set()
         for index, job in enumerate(jobs):
             self.queue.put(job)
             if len(jobs) > 1:
-                job.index = index
+                job.index, job.ends_request_of = index, 0
                 job.future.add_done_callback(partial(fail_together, jobs))
+        jobs[-1].ends_request_of = len(jobs)
         return jobs
 
     def _rejection(self, lane: Lane, jobs: int, size: float, budget_s: float) -> Rejected | None:
@@ -168,34 +176,55 @@ class ModelLoop:
         return self._take(), dispatched_because
 
     async def _gather(self) -> str:
-        """Wait until a batch is due; tell why it closes. Its jobs stay in the queue: their clients may still leave.
+        """Wait until a batch is due; return why. Its jobs stay in the queue: their clients may still leave.
 
-        Without a window the loop never waits while there is work: the batch is what came while the model ran. With a
-        window it waits until that is over, counted from the first job, or until a job would miss its deadline.
+        A batch is due when the model is free and there is a job, unless it pays to hold it for clients that were just
+        answered. A hold ends at once when all of its jobs have left, another instance is free, or the server stops; and
+        early enough for every deadline.
         """
-        queue = self.queue
         while True:
-            await queue.at_least(1)
-            if len(queue) >= self.batch_size:
+            await self.queue.not_empty()
+            held_s, enough = await self._hold()
+            if len(self.queue) >= self.batch_size:
                 return "full"
             if self.closing:
                 return "draining"
-            if not self.window_s:
-                return "empty"
-            waiting = list(queue)
+            if self.queue:
+                return "empty" if not held_s else "returned" if len(self.queue) >= enough else "waited"
+
+    async def _hold(self) -> tuple[float, int]:
+        """Hold what is queued for as long as that pays; return for how long it was, and how many jobs were expected."""
+        queue, held_at, first = self.queue, self.now(), len(self.queue)
+        hold_s, enough = self.plan_hold()
+        self.estimate.hold_s = hold_s
+        self._held_deadline = min(job.deadline for job in queue) if hold_s else math.inf
+        while queue and len(queue) < enough and not self.closing and self.next_free_s():
             run_s = self.cost_model.predict_s(queue.size) * self.cost_model.margin
-            closes_at, dispatched_because = min(
-                (min(job.enqueued_at for job in waiting) + self.window_s, "window"),
-                (min(job.deadline for job in waiting) - run_s, "deadline"),
-            )
-            try:
-                async with asyncio.timeout(closes_at - self.now()) as self._window:
-                    await queue.at_least(len(queue) + 1)
-            except TimeoutError:
-                if queue:
-                    return "draining" if self.closing else dispatched_because
-            finally:
-                self._window = None
+            left_s = min(held_at + hold_s, self._held_deadline - run_s) - self.now()
+            if left_s < 1e-6:  # no timer is finer
+                break
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._news.wait()
+        held_s = self.now() - held_at
+        if held_s:
+            self.metrics.held(held_s, len(queue) - first)
+        return held_s, enough
+
+    def plan_hold(self) -> tuple[float, int]:
+        """Return how long to hold what is queued, and how many jobs in the queue end that."""
+        queued, usual_size = len(self.queue), self.estimate.usual_size
+        most = min(self.batch_size, self.estimate.affordable / (usual_size or 1))
+        if queued >= most or self.closing:
+            return 0.0, 0
+        a, b = self.cost_model.a, self.cost_model.b * usual_size
+        return self.anticipation.hold(self.now(), queued, int(most) - queued, a, b, self.next_free_s())
+
+    def next_free_s(self) -> float:
+        """Return in how many seconds an instance other than the one that gathers a batch is free; inf if there is none."""
+        free_s = self.instances.free_s()
+        return free_s[1] if len(free_s) > 1 else math.inf
 
     def _take(self) -> list[Job]:
         """Take the next batch. A job that can't be in time fails now: to run it would make the others late."""
@@ -237,7 +266,8 @@ class ModelLoop:
         """Run the model on `batch` and answer every job of it, whatever the model throws."""
         call = self.instances.start(sum(job.size for job in batch))
         for job in batch:
-            self.running += not job.running  # run again singly, it is counted already
+            if not job.running:  # a job that is run again singly is counted already
+                self.running += 1
             job.running = True
         error: BaseException | None = None
         try:
@@ -250,11 +280,14 @@ class ModelLoop:
             error = exc
         finally:
             self.instances.end(call)
+            self._news.set()
         model_s = self.now() - call.started_at
         waits_s = [call.started_at - job.enqueued_at for job in batch]
         self.metrics.batch(len(batch), dispatched_because, model_s, waits_s)
         if error is None:
             self.cost_model.observe(call.size, model_s)
+            returning = sum(job.ends_request_of for job in batch if job.alive)
+            self.anticipation.answered(self.now(), returning, model_s, self.instances.loaded)
             for job, wait_s, value in zip(batch, waits_s, values, strict=True):
                 if job.alive:
                     job.future.set_result(Answer(value, wait_s, model_s, len(batch), dispatched_because))
@@ -282,18 +315,19 @@ class ModelLoop:
         """`job` has been answered, or nobody waits for it any more."""
         job.future.cancel()
         self.queue.discard(job)
+        self._news.set()
         self.live.discard(job)
-        self.running -= job.running
+        if job.running:
+            self.running -= 1
         if not self.live:
             self._drained.set()
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 
     def stop_admitting(self) -> None:
-        """Refuse new jobs from now on, and end the wait of a batch for company."""
+        """Reject new jobs from now on, and end a hold."""
         self.closing = True
-        if self._window and not self._window.expired():
-            self._window.reschedule(0)
+        self._news.set()
 
     async def drain(self, grace_s: float) -> None:
         """Let what is admitted finish within `grace_s`, then refuse the rest: nobody is left without an answer."""

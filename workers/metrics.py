@@ -40,6 +40,15 @@ class Metrics:
         self.batches = Counter(
             "model_batches", "Model calls by why the batch was dispatched", ["reason"], registry=registry
         )
+        self.hold = Histogram(
+            "model_hold_seconds",
+            "How long a partial batch was held for clients that were just answered",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.joined = Counter(
+            "model_hold_joined", "Jobs that joined a batch while it was held", registry=registry
+        )
         # A look-up of labels is half the cost of a count.
         self.requests_with = functools.cache(self.requests.labels)
         for status in (200, 500, 503, 504):
@@ -70,6 +79,11 @@ class Metrics:
             self.queue_wait.observe(wait_s)
         if self.observer:
             self.observer(size, dispatched_because, model_s, waits_s)
+
+    def held(self, seconds: float, joined: int) -> None:
+        """Count one hold of a partial batch, which ended with `joined` more jobs."""
+        self.hold.observe(seconds)
+        self.joined.inc(max(0, joined))
 
     def abandoned(self) -> None:
         """Count a job whose client left before the answer."""

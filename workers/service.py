@@ -62,7 +62,6 @@ class Service:
         self.event_loop = asyncio.get_running_loop()
         self.loop = ModelLoop(
             batch_size=settings.BATCH_SIZE,
-            window_s=settings.BATCH_WINDOW_MS / 1000,
             max_queue=settings.MAX_QUEUE,
             budget_s=settings.DEADLINE_S,
             target_s=settings.QUEUE_TARGET_S,

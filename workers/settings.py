@@ -16,6 +16,8 @@ from workers.resources import usable_cores
 HERE = Path(__file__).resolve().parent.parent
 EMBEDDED = str(HERE / "models" / "minilm-mlm")
 MOST = 10**9
+# Settings of earlier releases, and what to do instead.
+GONE = {"BATCH_WINDOW_MS": "remove it; the server learns by itself when holding a batch pays"}
 
 
 def knob(default: Any, allowed: str, is_allowed: Callable[[Any], bool]) -> Any:
@@ -147,8 +149,6 @@ class Settings:
 
     # opt-in: `make plan` tells whether it pays for your model
     BATCH_SIZE: int = at_least(1, 1)
-    # how long to hold a partial batch for more requests
-    BATCH_WINDOW_MS: float = zero_or_more("milliseconds", 0.0)
     # maximum number of waiting jobs, of single requests and of lists each; the deadline bounds the wait
     MAX_QUEUE: int = at_least(1, 256)
     # wait of an admitted job to aim at while the queue never empties; 0: as long as the deadline allows
@@ -227,6 +227,9 @@ class Settings:
         # `API_KEY: ${API_KEY}` of a compose file is an empty variable where there is none: it must not beat the file's key.
         environ = {name: value for name, value in os.environ.items() if value or name not in file}
         config = Config(environ=file | environ)
+        for name, now in GONE.items():
+            if config(name, default=None) is not None:
+                raise SystemExit(f"{name} is not a setting any more: {now}")
         return cls(**{knob.name: cls._read_one(config, knob) for knob in fields(cls)})
 
     @staticmethod

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,6 +32,7 @@ from loadtests.arguments import above
 from loadtests.load import generator, texts
 from loadtests.load.rows import Row
 from loadtests.modes import MODES, Mode, Server, start, with_model
+from loadtests.plan.fixed_delay import FixedDelay
 from workers import tasks
 from workers.errors import Late, Rejected
 from workers.jobs import Answer
@@ -213,7 +214,7 @@ def simulate(
     cost: CostLaw,
     *,
     batch_size: int = 1,
-    window_ms: float = 0.0,
+    delay_ms: float | None = None,
     max_queue: int = 256,
     deadline_s: float = 10.0,
     queue_target_s: float = Settings.QUEUE_TARGET_S,
@@ -229,7 +230,8 @@ def simulate(
     """Run the real ModelLoop on a virtual clock; same columns as `generator.Generator.run`.
 
     Requests come by a Poisson process of `rate_per_s` for `duration_s`, or at `arrivals_s` where given. The model's core
-    also does the work around the model, see Overhead: it is added to the next call.
+    also does the work around the model, see Overhead: it is added to the next call. `delay_ms`: a fixed batching delay
+    instead of what the server does.
     """
     rng = random.Random(seed)
     arrivals_s = poisson(rng, rate_per_s, duration_s) if arrivals_s is None else arrivals_s
@@ -259,9 +261,9 @@ def simulate(
         rows.append(Row(due_s, due_s, latency_ms, outcome, "model", *times, retry_after_s, 0))
 
     async def traffic() -> list[Row]:
-        loop = ModelLoop(
+        make = ModelLoop if delay_ms is None else partial(FixedDelay, delay_s=delay_ms / 1000)
+        loop = make(
             batch_size=batch_size,
-            window_s=window_ms / 1000,
             max_queue=max_queue,
             budget_s=deadline_s,
             target_s=queue_target_s,
@@ -350,13 +352,11 @@ class Setting:
     cost: CostLaw
     overhead: Overhead
     batch_size: int = 1
-    window_ms: float = 0.0
     instances: int = 1
 
     @property
     def name(self) -> str:
-        window = f", window {self.window_ms:g} ms" if self.window_ms else ""
-        return f"batch {self.batch_size}{window}" + (f", {self.instances} instances" * (self.instances > 1))
+        return f"batch {self.batch_size}" + (f", {self.instances} instances" * (self.instances > 1))
 
     @property
     def capacity_per_s(self) -> float:
@@ -375,7 +375,6 @@ class Setting:
         df = simulate(
             self.cost,
             batch_size=self.batch_size,
-            window_ms=self.window_ms,
             max_queue=max_queue(self.capacity_per_s, limit_s),
             deadline_s=limit_s,
             instances=self.instances,
@@ -456,12 +455,11 @@ def table(choices: list[Setting], limit_s: float, duration_s: float) -> str:
 
 
 def choices_for(laws: dict[int, CostLaw], overhead: Overhead) -> list[Setting]:
-    """All that is considered, the simplest first: one instance, no window, small batches."""
+    """All that is considered, the simplest first: one instance, small batches."""
     return [
-        Setting(law, overhead, batch_size, window_ms, instances)
+        Setting(law, overhead, batch_size, instances)
         for instances, law in sorted(laws.items())
-        for window_ms in (0.0, 5.0)
-        for batch_size in (SIZES if not window_ms else SIZES[2:])
+        for batch_size in SIZES
     ]
 
 
@@ -523,7 +521,7 @@ def main() -> int:
         laws[len(cores)] = fit(measure_together(cores, single, kinds=[options.kind], budget_s=budget_s / 2))
 
     choices = choices_for(laws, overhead)
-    shown = [c for c in choices if c.batch_size in (1, 8, 32) and (not c.window_ms or c.batch_size == 32)]
+    shown = [c for c in choices if c.batch_size in (1, 8, 32)]
     print("\nPredicted by the real loop on a virtual clock:\n", flush=True)
     print(table(shown, options.limit_s, duration_s))
     rate = options.rate or 0.8 * choices[0].capacity_per_s
@@ -535,7 +533,7 @@ def main() -> int:
     found = choice.summary(rate, options.limit_s)
     offload = " OFFLOAD=process" if choice.instances > 1 else ""
     print(
-        f"\n\n    BATCH_SIZE={choice.batch_size} BATCH_WINDOW_MS={choice.window_ms:g} "
+        f"\n\n    BATCH_SIZE={choice.batch_size} "
         f"MAX_QUEUE={max_queue(choice.capacity_per_s, options.limit_s)} INSTANCES={choice.instances}{offload} "
         f"DEADLINE_S={options.limit_s:g}\n\n"
         f"    predicted: p50 {found['p50_ms']:.0f} ms, p99 {found['p99_ms']:.0f} ms, "

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.bench.apps import answer
+from loadtests.plan import fixed_delay
 
 MASK, POISON = "[MASK]", "[POISON]"
 WORD_S = 0.0003
+if "FIXED_DELAY_MS" in os.environ:  # so that a test decides which requests share a batch
+    fixed_delay.install(float(os.environ["FIXED_DELAY_MS"]) / 1000)
 BROKEN = "BROKEN"  # names the file whose presence keeps Obedient from loading
 
 

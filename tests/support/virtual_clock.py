@@ -47,8 +47,8 @@ def on_virtual_clock(test: Callable[..., Awaitable[None]]) -> Callable[..., None
 class serving:
     """A loop with its consumers, for the length of a with block."""
 
-    def __init__(self, *models: Any, **options: Any) -> None:
-        self.loop = ModelLoop(**{"budget_s": 1000.0} | options)
+    def __init__(self, *models: Any, loop: type[ModelLoop] = ModelLoop, **options: Any) -> None:
+        self.loop = loop(**{"budget_s": 1000.0} | options)
         self.models = models
 
     async def __aenter__(self) -> ModelLoop:

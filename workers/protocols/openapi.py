@@ -26,7 +26,6 @@ SHOWN = (
     "INSTANCES",
     "WEB_CONCURRENCY",
     "BATCH_SIZE",
-    "BATCH_WINDOW_MS",
     "MAX_QUEUE",
     "QUEUE_TARGET_S",
 )

@@ -24,6 +24,7 @@ class WaitEstimate:
         self.full_size = 0.0  # of the largest batch that will be taken
         self.full_s = 0.0  # how long it takes
         self.usual_s = 0.0  # how much of that is one job's
+        self.hold_s = 0.0  # for how long the last partial batch was to be held
 
     def offer(self, lane: Lane, jobs: int, size: float) -> None:
         """Note that somebody came with `jobs` of `size` altogether, admitted or not."""
@@ -67,6 +68,8 @@ class WaitEstimate:
             last_s, before = self._starts_in_s(free_s, lane, *ahead, own)
         # Those who come until then make its batch longer.
         after = last_s * (self.queue.singles.rate + self.queue.lists.rate)
+        if len(lane.jobs) + jobs < self.batch_size:
+            wait_s += self.hold_s  # but a hold ends in time for every deadline, so `last_s` is without it
         return wait_s, last_s + self.cost_model.predict_s(max(own, min(before + own + after, self.full_size)))
 
     def _starts_in_s(

@@ -1,0 +1,215 @@
+"""Does holding a batch pay? The real loop on a virtual clock, with greedy batching and fixed delays beside it.
+
+    $ python -m loadtests.plan.anticipation
+
+Writes loadtests/results/anticipation.md: five cost laws, closed and open loops and both at once, 1, 2 and 4 instances, and
+loads that change. Deterministic: the same code gives the same page.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from loadtests.plan.fixed_delay import FixedDelay
+from loadtests.plan.planner import Silent, VirtualClock, markdown
+from workers.loop import ModelLoop
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "anticipation.md"
+BATCH_SIZE = 32
+LAWS = ((100, 0), (10, 1), (20, 0.2), (5, 3), (2, 5))  # ms a call + ms an input
+USERS = (2, 8, 32, 64)
+Think = Callable[[random.Random], float]
+THINKS: dict[str, Think] = {  # seconds from an answer to the next request
+    "1-3 ms": lambda rng: rng.uniform(0.001, 0.003),
+    "about 10 ms": lambda rng: rng.expovariate(100),
+    "about 100 ms": lambda rng: rng.expovariate(10),
+}
+LOADS = (0.05, 0.3, 0.7, 0.95)
+DELAYS_MS = (0, 2, 5, 10)  # 0: greedy
+POLICIES: dict[str, Callable[..., ModelLoop]] = {
+    **{f"{ms} ms" if ms else "greedy": partial(FixedDelay, delay_s=ms / 1000) for ms in DELAYS_MS},
+    "learnt": ModelLoop,
+}
+
+
+class Load(NamedTuple):
+    """Closed loops of `users` who think for so long, and open arrivals at `rate` per second, from one time to another."""
+
+    users: int = 0
+    think: str = "1-3 ms"
+    rate: float = 0.0
+    from_s: float = 0.0
+    to_s: float = math.inf
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the table."""
+
+    name: str
+    a_ms: float
+    b_ms: float
+    instances: int
+    loads: tuple[Load, ...]
+
+
+class Outcome(NamedTuple):
+    per_s: float
+    mean_ms: float
+    p99_ms: float
+
+
+def cells(instances: int) -> Iterator[Cell]:
+    """The 85 cells for so many instances: each law with closed loops, open loops, and both at once."""
+    for a, b in LAWS:
+        capacity = instances * BATCH_SIZE / (a + b * BATCH_SIZE) * 1000
+        law = f"{a} + {b} n"
+        for think in THINKS:
+            for users in USERS:
+                yield Cell(f"{law}, {users} users, {think}", a, b, instances, (Load(users, think),))
+        for load in LOADS:
+            yield Cell(f"{law}, open, {load:.0%}", a, b, instances, (Load(rate=load * capacity),))
+        both = (Load(8), Load(rate=0.3 * capacity))
+        yield Cell(f"{law}, 8 users and open, 30%", a, b, instances, both)
+
+
+def changes() -> Iterator[Cell]:
+    """Loads that change in the middle of 20 seconds."""
+    for a, b in LAWS[:3]:
+        open_load = Load(rate=0.3 * BATCH_SIZE / (a + b * BATCH_SIZE) * 1000)
+        law = f"{a} + {b} n"
+        cases = {
+            "32 users appear beside strangers": (open_load, Load(32, from_s=10)),
+            "32 users leave, strangers stay": (open_load, Load(32, to_s=10)),
+            "32 users become strangers": (Load(32, to_s=10), Load(32, "about 100 ms", from_s=10)),
+            "2 users become 32": (Load(2, to_s=10), Load(32, from_s=10)),
+        }
+        for name, loads in cases.items():
+            yield Cell(f"{law}, {name}", a, b, 1, loads)
+
+
+def run(cell: Cell, policy: str, duration_s: float) -> Outcome:
+    """Return what the clients of `cell` see on a virtual clock."""
+    rng = random.Random(0)
+
+    async def model(inputs: list[Any]) -> list[Any]:
+        await asyncio.sleep((cell.a_ms + cell.b_ms * len(inputs)) / 1000)
+        return inputs
+
+    async def ask(loop: ModelLoop, latencies_s: list[float]) -> None:
+        began = loop.now()
+        await loop.submit(None)
+        if loop.now() <= duration_s:
+            latencies_s.append(loop.now() - began)
+
+    async def user(loop: ModelLoop, load: Load, latencies_s: list[float]) -> None:
+        await asyncio.sleep(load.from_s + rng.uniform(0, 0.005))
+        while loop.now() < min(load.to_s, duration_s):
+            await ask(loop, latencies_s)
+            await asyncio.sleep(THINKS[load.think](rng))
+
+    async def strangers(loop: ModelLoop, load: Load, latencies_s: list[float]) -> None:
+        async with asyncio.TaskGroup() as requests:
+            while loop.now() < min(load.to_s, duration_s):
+                await asyncio.sleep(rng.expovariate(load.rate))
+                requests.create_task(ask(loop, latencies_s))
+
+    async def traffic() -> list[float]:
+        options = {"batch_size": BATCH_SIZE, "max_queue": 10**6, "budget_s": 1e6, "target_s": 0.0}
+        loop = POLICIES[policy](**options, metrics=Silent())
+        consumers = [asyncio.create_task(loop.consume(model)) for _ in range(cell.instances)]
+        for n in (1, 8, BATCH_SIZE):  # a server has warmed up
+            loop.cost_model.observe(n, (cell.a_ms + cell.b_ms * n) / 1000)
+        latencies_s: list[float] = []
+        async with asyncio.TaskGroup() as clients:
+            for load in cell.loads:
+                for _ in range(load.users):
+                    clients.create_task(user(loop, load, latencies_s))
+                if load.rate:
+                    clients.create_task(strangers(loop, load, latencies_s))
+        for consumer in consumers:
+            consumer.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*consumers)
+        return latencies_s
+
+    with asyncio.Runner(loop_factory=VirtualClock) as runner:
+        latencies_ms = np.array(runner.run(traffic())) * 1000
+    return Outcome(
+        len(latencies_ms) / duration_s, float(latencies_ms.mean()), float(np.quantile(latencies_ms, 0.99))
+    )
+
+
+def row(cell: Cell, duration_s: float) -> dict[str, str]:
+    """Return the table's row: requests/s, mean and p99 of each policy, and the learnt one's share of the best fixed delay."""
+    outcomes = {policy: run(cell, policy, duration_s) for policy in POLICIES}
+    learnt = outcomes.pop("learnt")
+    best = max(outcome.per_s for outcome in outcomes.values())
+    as_fast = [o for o in outcomes.values() if o.per_s >= 0.99 * max(best, learnt.per_s)]
+    greedy = outcomes["greedy"]
+    return {
+        "load": cell.name,
+        **{
+            name: f"{o.per_s:.0f} / {o.mean_ms:.0f} / {o.p99_ms:.0f}"
+            for name, o in [*outcomes.items(), ("learnt", learnt)]
+        },
+        "requests/s": f"{learnt.per_s / best:.3f}",
+        "mean": f"{learnt.mean_ms / min(o.mean_ms for o in as_fast):.2f}" if as_fast else "",
+        "p99": f"{learnt.p99_ms / greedy.p99_ms:.2f}" if greedy in as_fast else "",
+    }
+
+
+def summary(rows: list[dict[str, str]]) -> str:
+    """Return one sentence about the last three columns of `rows`."""
+    shares = [float(row["requests/s"]) for row in rows]
+    means = [float(row["mean"]) for row in rows if row["mean"]]
+    p99s = [float(row["p99"]) for row in rows if row["p99"]]
+    return (
+        f"Requests/s as a share of the best fixed delay of each cell: worst {min(shares):.3f}, mean "
+        f"{sum(shares) / len(shares):.3f}; below 0.97 in {sum(s < 0.97 for s in shares)} of {len(rows)} cells. Mean latency "
+        f"above 1.03 of the best at equal throughput: {sum(m > 1.03 for m in means)} cells, worst {max(means):.2f}. p99 above "
+        f"1.05 of greedy where greedy is the best: {sum(p > 1.05 for p in p99s)} cells, worst {max(p99s):.2f}."
+    )
+
+
+PAGE = """# When does holding a batch pay?
+
+Generated by `python -m loadtests.plan.anticipation`: the server's own loop on a virtual clock, BATCH_SIZE=32, 20 simulated
+seconds per cell, 6 with several instances. A law `10 + 1 n` is a call of 10 ms and 1 ms per input. Users of a closed loop ask again after a think time;
+open loops are Poisson arrivals at a share of the capacity. Each entry: requests/s / mean ms / p99 ms. *greedy* takes what has
+queued as soon as the model is free, *2 ms* holds each partial batch for 2 ms from its first job, *learnt* is the server
+(`workers/scheduling/anticipation.py`). The last three columns are *learnt* relative to the best fixed delay (throughput),
+to the best mean latency among the delays of equal throughput, and to greedy's p99 where greedy is the best.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--processes", type=int, default=1, help="run so many cells at once; default 1")
+    options = parser.parse_args()
+    parts = {f"{n} instance{'s' * (n > 1)}": list(cells(n)) for n in (1, 2, 4)} | {
+        "The load changes": list(changes())
+    }
+    page = PAGE
+    with ProcessPoolExecutor(options.processes) as pool:
+        for title, part in parts.items():
+            duration_s = 20.0 if part[0].instances == 1 else 6.0
+            rows = list(pool.map(partial(row, duration_s=duration_s), part))
+            print(f"{title}: {summary(rows)}", flush=True)
+            page += f"\n## {title}\n\n{summary(rows)}\n\n{markdown(rows)}\n"
+    RESULTS.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
