@@ -113,7 +113,11 @@ def test_a_pickled_model_is_not_loaded(tmp_path: Path) -> None:
         ("no mask at all", {}, r"has no \[MASK\]; put \[MASK\] where"),
         ("[MASK] " * 9, {}, r"has 9 \[MASK\]; send at most 8"),
         ("word " * 600 + "[MASK]", {}, "has 603 tokens; send at most 512"),
-        ("a [MASK]", {"targets": ["\u200d", "\u0301"]}, "no words to this model; send others"),
+        (
+            "a [MASK]",
+            {"targets": ["\u200d", "\u0301"]},
+            "the model knows none of the targets; send other words",
+        ),
         ("a [MASK]", {"top_k": 40_000}, "the model knows 30522 tokens"),
     ],
 )

@@ -1,6 +1,7 @@
 """Fill-mask is audited against the plain pipeline, which is asked text by text: its answers are the promise."""
 
 import random
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import pipeline
 
 from tests.support.small_models import SPACED, make_model, save
 from workers import tasks
+from workers.errors import Malformed
 from workers.settings import Settings
 from workers.tasks import fill_mask
 from workers.tasks.common.packed import PackedLinear
@@ -145,7 +147,7 @@ def test_embedded_model_answers_as_the_plain_pipeline_does(embedded):
 )
 def test_each_family_of_heads_answers_as_the_plain_pipeline_does(family, tmp_path):
     plain, ours = pair(save(tmp_path, family, make_model(family, "MaskedLM")))
-    assert ours.model.encoder.way.packed and not ours.model.encoder.way.whole
+    assert ours.model.encoder.strategy.prepacked and not ours.model.encoder.strategy.whole
     audit(plain, ours, queries(plain.tokenizer.mask_token, 60))
 
 
@@ -180,19 +182,32 @@ def test_every_token_of_the_vocabulary_is_written_as_the_plain_pipeline_writes_i
         assert_same(plain(text, top_k=count), ours([(text, count, ())])[0])
 
 
-def test_targets_are_the_plain_pipelines_without_listing_the_vocabulary_again(small, monkeypatch):
+def test_targets_are_the_plain_pipelines(small):
     plain, ours = small
-    cases = [["dog"], ["dog", "dog"], ["river", "nosuchword", "the"], ["\u2603", "old"]]
-    expected = [set(plain.get_target_ids(targets)) for targets in cases]
-    monkeypatch.setattr(ours.model.tokenizer, "get_vocab", lambda: pytest.fail("listed the vocabulary"))
-    assert [ours.model.target_ids(targets) for targets in cases] == expected
+    for targets in (["dog"], ["dog", "dog"], ["river", "nosuchword", "the"], ["\u2603", "old"]):
+        query = ours.task.check("the [MASK]", {"targets": targets})
+        assert set(query.content.targets) == set(plain.get_target_ids(targets))
 
 
-def test_an_unknown_target_is_logged_once_and_short(small, caplog):
-    fill_mask.tell_unknown.cache_clear()
-    for _ in range(3):
-        small[1]([("the [MASK]", 5, ("x" * 9_000, "dog"))])
-    assert [len(record.getMessage()) < 150 for record in caplog.records] == [True]
+@pytest.mark.parametrize("fast", [True, False])
+def test_words_of_a_client_stay_out_of_the_log(folder, fast, caplog):
+    Ours(folder, FAST=fast)([("the [MASK]", 5, ("diagnosis", "dog"))])
+    assert "diagnosis" not in caplog.text
+
+
+def test_targets_are_bounded_and_tokenised_once_per_request(small, monkeypatch):
+    task = small[1].task
+    with pytest.raises(Malformed, match=r'"targets" must be a list of .* words of at most 100 characters'):
+        task.check("the [MASK]", {"targets": ["dog", "." * 101]})
+    seen = []
+    part = task.tokens._part
+    monkeypatch.setattr(
+        task.tokens, "short_part", lru_cache(128)(lambda text: seen.append(text) or part(text))
+    )
+    words = [f"nosuchword{n}" for n in range(90)]
+    for _ in range(64):
+        task.check("the [MASK]", {"targets": words})
+    assert seen == words
 
 
 def test_the_head_runs_once_and_sees_the_masked_tokens_only(small):
@@ -221,7 +236,7 @@ def test_a_head_that_mixes_positions_sees_whole_texts(folder, monkeypatch):
         pipe.model.cls = Mixing(pipe.model.cls)
     monkeypatch.setattr(fill_mask, "load_pipeline", lambda settings, instance: ours)
     mixing = Ours(folder)
-    assert mixing.model.encoder.way.whole
+    assert mixing.model.encoder.strategy.whole
     audit(plain, mixing, queries("[MASK]", 40))
 
 

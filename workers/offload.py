@@ -23,8 +23,8 @@ class Offload(Protocol):
     trouble: str = ""  # why it could not be loaded again, after several tries; empty as a rule
     pid: int = 0  # of the model's own process; 0 where it has none
 
-    async def start(self) -> str:
-        """Load the model; return what was loaded, in one line. Raises CannotLoad."""
+    async def start(self) -> Any:
+        """Load the model; return its description, one line as a text. Raises CannotLoad."""
 
     async def run(self, queries: list[Any]) -> list[Any]:
         """Answer the queries, one call at a time. Raises ModelFailed whatever the model raised."""
@@ -42,7 +42,7 @@ class Inline(Offload):
     def __init__(self, load: Callable[[], Any]) -> None:
         self.load, self.loaded = load, asyncio.Event()
 
-    async def start(self) -> str:
+    async def start(self) -> Any:
         self.model = attempt_load(self.load)
         self.loaded.set()
         return getattr(self.model, "description", "")
@@ -68,7 +68,7 @@ class Thread(Offload):
         self.load, self.loaded = load, asyncio.Event()
         self.todo: queue.SimpleQueue[Todo | None] = queue.SimpleQueue()
 
-    async def start(self) -> str:
+    async def start(self) -> Any:
         threading.Thread(target=self._work, name="model", daemon=True).start()
         self.model, exc = await self._call(lambda: attempt_load(self.load))
         if exc is not None:

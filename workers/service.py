@@ -70,7 +70,7 @@ class Service:
             now=time.monotonic,  # uvloop's own time has whole milliseconds only
         )
         self.instances: list[Offload] = []
-        self.descriptions: list[str] = []  # of each: what, how large, where
+        self.descriptions: list[Any] = []  # of each instance: a `tasks.ModelInfo`
         self.in_flight = InFlight(settings, self.loop)
         self.checks = CheckThreads()
         self.quarantine = make_quarantine(settings, metrics)

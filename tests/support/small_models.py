@@ -12,8 +12,9 @@ torch.set_num_threads(1)  # beside other tests' processes two that wait for each
 
 SPACED = "the of old dog runs isn't quickly , . unbelievable caf\u00e9 \u4e2d river ! 42 'tis over it's"
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-BYTE_LEVEL = {"modernbert", "mpnet", "roberta", "xlm-roberta"}
 EDGES = {"cls_token_id": 0, "bos_token_id": 0, "sep_token_id": 2, "eos_token_id": 2}
+LIKE_ROBERTA: dict[str, Any] = {"max_position_embeddings": 514, "type_vocab_size": 1, **EDGES}
+LIKE_XLM = {"emb_dim": 32, "n_layers": 2, "n_heads": 4}
 # The configuration's class, without its last word, and what it needs besides SIZE.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", {}),
@@ -29,6 +30,58 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "modernbert": ("ModernBert", {"local_attention": 16, **EDGES}),
     "albert": ("Albert", {"embedding_size": 16}),
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+}
+# All other encoders of Transformers that can be made small and take texts alone.
+ARCHITECTURES = FAMILIES | {
+    "big_bird": ("BigBird", {}),
+    "camembert": ("Camembert", LIKE_ROBERTA),
+    "canine": ("Canine", {"num_hash_buckets": 512, "local_transformer_stride": 16}),
+    "convbert": ("ConvBert", {"embedding_size": 16}),
+    "data2vec-text": ("Data2VecText", LIKE_ROBERTA),
+    "deberta": ("Deberta", {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
+    "ernie": ("Ernie", {"use_task_id": True}),
+    "esm": ("Esm", {"position_embedding_type": "rotary", "max_position_embeddings": 514}),
+    "eurobert": ("EuroBert", {"max_position_embeddings": 512, "mask_token_id": 4, **EDGES}),
+    "flaubert": ("Flaubert", LIKE_XLM),
+    "fnet": ("FNet", {}),
+    "funnel": ("Funnel", {"block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64}),
+    "gte": ("Gte", {}),
+    "ibert": ("IBert", LIKE_ROBERTA),
+    "jina_embeddings_v3": ("JinaEmbeddingsV3", {}),
+    "layoutlm": ("LayoutLM", {}),
+    "layoutlmv3": (
+        "LayoutLMv3",
+        LIKE_ROBERTA | {"coordinate_size": 6, "shape_size": 4, "visual_embed": False},
+    ),
+    "longformer": ("Longformer", LIKE_ROBERTA | {"attention_window": 16}),
+    "luke": ("Luke", LIKE_ROBERTA | {"entity_vocab_size": 8, "entity_emb_size": 8}),
+    "markuplm": ("MarkupLM", LIKE_ROBERTA),
+    "megatron-bert": ("MegatronBert", {}),
+    "mobilebert": ("MobileBert", {"embedding_size": 16, "intra_bottleneck_size": 16}),
+    "mra": ("Mra", {}),
+    "nomic_bert": ("NomicBert", {}),
+    "nystromformer": ("Nystromformer", {"max_position_embeddings": 510}),
+    "perceiver": (
+        "Perceiver",
+        {"num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 2},
+    ),
+    "reformer": (
+        "Reformer",
+        {"attention_head_size": 8, "axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
+    ),
+    "rembert": ("RemBert", {"input_embedding_size": 16, "output_embedding_size": 16, **EDGES}),
+    "roberta-prelayernorm": ("RobertaPreLayerNorm", LIKE_ROBERTA),
+    "roc_bert": ("RoCBert", {"pronunciation_vocab_size": 200, "shape_vocab_size": 200}),
+    "roformer": ("RoFormer", {"embedding_size": 16, "max_position_embeddings": 512}),
+    "squeezebert": ("SqueezeBert", {"embedding_size": 32}),
+    "xlm": ("XLM", LIKE_XLM),
+    "xlm-roberta-xl": ("XLMRobertaXL", LIKE_ROBERTA),
+    "xlnet": ("XLNet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}),
+    "xmod": ("Xmod", LIKE_ROBERTA | {"languages": ["en_XX"], "default_language": "en_XX"}),
+    "yoso": ("Yoso", {}),
+}
+BYTE_LEVEL = {
+    name for name, (_, config) in ARCHITECTURES.items() if "cls_token_id" in config and name != "rembert"
 }
 ENTITIES = dict(enumerate(["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]))
 ENTAILMENT = dict(enumerate(["contradiction", "neutral", "entailment"]))
@@ -82,15 +135,24 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     return wordpiece_tokenizer(clean_up=family == "electra")
 
 
+def class_name(name: str, head: str) -> str:
+    """Return the name of the class that Transformers' automatic classes take for this head."""
+    if name in ("XLM", "Flaubert", "XLNet"):
+        if head == "MaskedLM" and name != "XLNet":
+            return f"{name}WithLMHeadModel"
+        head = head.replace("QuestionAnswering", "QuestionAnsweringSimple")
+    return f"{name}Model" if head == "Model" else f"{name}For{head}"
+
+
 def make_model(family: str, head: str, **config: Any) -> Any:
     """A model whose scores differ much: as initialised all are nearly equal, and any head would look right."""
-    name, more = FAMILIES[family]
+    name, more = ARCHITECTURES[family]
     tokenizer = make_tokenizer(family)
-    sizes = {} if {"dim", "n_embd"} & more.keys() else SIZE
+    sizes = {} if {"dim", "n_embd", "emb_dim", "d_model", "d_latents"} & more.keys() else SIZE
     ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     made = getattr(transformers, f"{name}Config")(**sizes | ids | more | config)
     torch.manual_seed(1)
-    model = getattr(transformers, f"{name}For{head}")(made)
+    model = getattr(transformers, class_name(name, head))(made)
     with torch.no_grad():
         for weights in model.parameters():
             weights.normal_(0, 0.3) if weights.dim() > 1 else weights.add_(torch.randn_like(weights) * 0.1)

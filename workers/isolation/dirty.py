@@ -29,8 +29,8 @@ class DirtyModel(DirtyApp):  # type: ignore[misc]
     def close(self) -> None:
         close(self.model)
 
-    def describe(self) -> str:
-        return self.model.description
+    def describe(self) -> list[Any]:
+        return [*self.model.description]  # its protocol knows no types of ours
 
     def answer(self, queries: bytes) -> bytes:
         return pickled(self.model(pickle.loads(queries)))
@@ -44,7 +44,7 @@ class Dirty(Offload):
         self.loaded = asyncio.Event()
         self.asking: asyncio.Task[str] | None = None
 
-    async def start(self) -> str:
+    async def start(self) -> Any:
         try:
             self.client = DirtyClient(get_dirty_socket_path(), timeout=self.hang_s)
         except DirtyError as exc:
@@ -69,17 +69,18 @@ class Dirty(Offload):
         if self.asking:
             self.asking.cancel()
 
-    async def _ask(self) -> str:
+    async def _ask(self) -> Any:
         """Ask what it is until it answers: it may still load; Gunicorn restarts one that can't."""
         while True:
             try:
-                description = await self.client.execute_async(APP, "describe")
+                fields = await self.client.execute_async(APP, "describe")
             except DirtyError as exc:
                 leave_if_lost(exc)
                 await asyncio.sleep(0.2)
             else:
                 self.loaded.set()
-                return description + ", shared"
+                info = tasks.ModelInfo(*fields)
+                return info._replace(strategy=f"{info.strategy}, shared")
 
 
 def leave_if_lost(exc: DirtyError) -> None:

@@ -29,6 +29,7 @@ from typing import Any
 from workers.errors import CannotLoad, ModelDied, ModelFailed
 from workers.metrics import Metrics
 from workers.offload import Offload, attempt_load, close, in_words
+from workers.tasks import ModelInfo
 
 log = logging.getLogger("uvicorn.error")
 
@@ -57,7 +58,7 @@ class Process(Offload):
         self.from_model: asyncio.StreamReader
         self.to_model: asyncio.StreamWriter
 
-    async def start(self) -> str:
+    async def start(self) -> Any:
         began = time.monotonic()
         description = await self._spawn()
         # For replacements: one that takes five times as long as this load counts as hung.
@@ -116,7 +117,7 @@ class Process(Offload):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.to_model.transport.abort()
 
-    async def _spawn(self) -> str:
+    async def _spawn(self) -> Any:
         """Start a process and wait until it has loaded the model; return what it is. Raises CannotLoad."""
         try:
             ours, theirs = socket.socketpair()
@@ -143,6 +144,8 @@ class Process(Offload):
             self._kill()
             raise CannotLoad(error)
         self.loaded.set()
+        if isinstance(description, ModelInfo):
+            return description._replace(process_id=process.pid)
         return f"{description}, process {process.pid}"
 
     def _watch(

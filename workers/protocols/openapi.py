@@ -17,7 +17,7 @@ from workers.apis import discover
 from workers.errors import ModelFailed
 from workers.service import Service
 from workers.settings import Settings
-from workers.tasks import Description
+from workers.tasks import Description, ModelInfo
 from workers.tasks.common.text import find
 from workers.web import replies, stream
 
@@ -85,8 +85,8 @@ async def info(request: Request) -> Response:
 
 def where(service: Service) -> tuple[str | None, str | None]:
     """The dtype and the device that a loaded instance says it has; None where it says nothing, as one's own class."""
-    found = re.search(r"torch\.(\w+), (\w+(?::\d+)?)", " ".join(service.descriptions))
-    return (found[1], found[2]) if found else (None, None)
+    infos = [info for info in service.descriptions if isinstance(info, ModelInfo) and info.dtype]
+    return (infos[0].dtype, infos[0].device) if infos else (None, None)
 
 
 def revision(settings: Settings) -> str | None:

@@ -46,10 +46,31 @@ class Media:
         return base64.b64encode(self.body).decode()
 
 
+class ModelInfo(NamedTuple):
+    """What is loaded, and where; as a text, one line for the log."""
+
+    task: str
+    name: str  # MODEL
+    kind: str = ""  # its class
+    size_bytes: int = 0
+    dtype: str = ""
+    device: str = ""
+    threads: int = 0
+    strategy: str = ""  # how it computes a batch
+    process_id: int = 0  # 0: the server's own
+
+    def __str__(self) -> str:
+        parts = [self.name, self.strategy]
+        if self.kind:
+            size = f"{self.kind} from {self.name}: {self.size_bytes / 1e6:.0f} MB"
+            parts = [size, self.dtype, self.device, f"{self.threads} threads", self.strategy]
+        return ", ".join(filter(None, [*parts, f"process {self.process_id}" * bool(self.process_id)]))
+
+
 class Model(Protocol):
     """A loaded instance of the model. It may have a `close()`, called in its own thread when the server stops."""
 
-    description: str  # one line for the log: what, how large, where
+    description: ModelInfo
 
     def __call__(self, contents: list[Any]) -> list[Any]:
         """Answer each query's content as if it were alone, in JSON's types, NumPy's or torch's. May raise anything."""

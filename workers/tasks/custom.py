@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NoReturn, Protocol
 
 from workers.errors import Malformed, Unprocessable
 from workers.settings import MOST, Settings
-from workers.tasks import Description, Media, Query, unknown_parameters
+from workers.tasks import Description, Media, ModelInfo, Query, unknown_parameters
 
 log = logging.getLogger("uvicorn.error")
 
@@ -149,7 +149,7 @@ class Own:
     """An instance of the class, as a model."""
 
     def __init__(self, instance: Any, name: str) -> None:
-        self.instance, self.description = instance, name
+        self.instance, self.description = instance, ModelInfo("custom", name)
         self.media_type: str | None = getattr(instance, "media_type", None)
         if callable(close := getattr(instance, "close", None)):
             self.close = close

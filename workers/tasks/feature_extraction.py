@@ -15,14 +15,13 @@ from workers.tasks.common.text import (
     TEXT_RULE,
     TEXT_SCHEMA,
     Content,
-    Row,
     Rule,
     check_parameters,
-    ids_and_types,
     number_rule,
     require_text,
     schemas,
 )
+from workers.tasks.common.tokens import Row
 from workers.tasks.pipeline import load_model
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Task(SentenceTask):
         return Row("", None, ids)
 
     def load(self, instance: int) -> "FeatureExtraction":
-        return FeatureExtraction(self, load_model(self.settings, instance, "AutoModel"), self.recipe)
+        return FeatureExtraction(self, load_model(self.settings, instance, self.kind), self.recipe)
 
     def examples(self) -> list[Query]:
         return [self.check("a text " * n, {"truncate": True}) for n in (1, 20, 100)]
@@ -89,7 +88,7 @@ class FeatureExtraction(SentenceModel):
         if self.task.embeds:
             found = zip(self.vectors(contents), contents)
             return [self.shaped(vector, **content.parameters).numpy() for vector, content in found]
-        ids, types = ids_and_types([content.rows[0] for content in contents])
+        ids, types = self.batch([content.rows[0] for content in contents])
         states = self.encoder(ids, None, types).float().cpu()
         return [part[None].numpy() for part in states.split([len(row) for row in ids])]
 

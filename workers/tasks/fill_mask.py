@@ -8,7 +8,6 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -28,9 +27,8 @@ from workers.tasks.common.text import (
 )
 from workers.tasks.pipeline import Stock, load_pipeline
 
-log = logging.getLogger("uvicorn.error")
-
-Want = tuple[int, tuple[int, ...] | None]  # top_k, the ids of the targets
+LONGEST_TARGET = 100  # characters: a target is a word
+Want = tuple[int, tuple[int, ...]]  # top_k, the ids of the targets, if any
 Candidates = list[tuple[float, int]]  # (score, token), best first
 
 
@@ -40,29 +38,42 @@ class Task(TextTask):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self.mask = self.special("mask_token") or ""
-        mask_id = self.tokens.id(self.mask)
-        if mask_id is None:
-            raise ValueError(f"{settings.MODEL} has no mask token; it can't fill one")
-        self.mask_id = mask_id
-        self.around = len(self.tokens("").ids)  # tokens around every text
+        if self.tokens.id(self.mask) is None:
+            raise ValueError(
+                f"{settings.MODEL} has no mask token, so it can't fill one; set another TASK or MODEL"
+            )
         most = settings.MAX_TOP_K
-        self.rules = {"top_k": number_rule(1, most), "targets": words_rule(most)}
+        self.rules = {"top_k": number_rule(1, most), "targets": words_rule(most, longest=LONGEST_TARGET)}
+
+    def adopt(self, tokenizer: Any) -> None:
+        super().adopt(tokenizer)
+        self.mask = tokenizer.mask_token or ""
+
+    def agrees(self, tokenizer: Any) -> bool:
+        return super().agrees(tokenizer) and self.mask == tokenizer.mask_token
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
         if isinstance(targets := parameters.get("targets"), str):
             parameters = parameters | {"targets": [targets]}
         check_parameters(parameters, self.rules)
         row = self.row(require_text(inputs))
-        masks = row.ids.count(self.mask_id)
+        mask_id = self.tokens.id(self.mask)
+        masks = sum(token == mask_id for token in row.ids)
         if not masks:
             raise Unprocessable(f"the text has no {self.mask}; put {self.mask} where the missing word is")
         if masks > self.settings.MAX_MASKS:
             raise Unprocessable(f"the text has {masks} {self.mask}; send at most {self.settings.MAX_MASKS}")
         if parameters.get("top_k", 1) > len(self.tokens):
             raise Unprocessable(f"top_k is {parameters['top_k']}; the model knows {len(self.tokens)} tokens")
-        if targets and all(len(self.tokens(word).ids) == self.around for word in parameters["targets"]):
-            raise Unprocessable("the targets are no words to this model; send others")
-        return self.query(inputs, parameters, row)
+        return self.query(inputs, parameters, row, targets=self.target_ids(parameters.get("targets", ())))
+
+    def target_ids(self, targets: Sequence[str]) -> tuple[int, ...]:
+        """Return the ids of the targets: of a word that is not in the vocabulary that of its first piece, as the pipeline does."""
+        known = {word: self.tokens.id(word) for word in targets}
+        ids = {self.tokens.first_id(word) if token is None else token for word, token in known.items()}
+        if targets and ids == {None}:
+            raise Unprocessable("the model knows none of the targets; send other words")
+        return tuple(token for token in ids if token is not None)
 
     def load(self, instance: int) -> Any:
         kind = FillMask if self.settings.FAST else StockFillMask
@@ -84,6 +95,11 @@ class Task(TextTask):
 class StockFillMask(Stock):
     """The stock pipeline, in batches: what the fast one is measured against."""
 
+    def __init__(self, task: TextTask, pipe: Any) -> None:
+        super().__init__(task, pipe)
+        # It logs targets that are not in the vocabulary, and what clients send stays out of the log.
+        logging.getLogger("transformers.pipelines.fill_mask").setLevel(logging.ERROR)
+
     def __call__(self, contents: list[Content]) -> list[Any]:
         # It takes one top_k and one list of targets a call, and unwraps a list of one.
         answers: dict[int, Any] = {}
@@ -104,9 +120,9 @@ class FillMask(TextModel):
         import torch
 
         super().__init__(task, pipe)
+        self.mask_id = pipe.tokenizer.mask_token_id
         self.float32, self.tokenizer = torch.float32, pipe.tokenizer
         self.pieces: dict[int, tuple[str, str, str]] = {}
-        self.vocab: dict[str, int] = pipe.tokenizer.get_vocab()
         # This decoder, and only this one of those in use, turns each token into text by itself.
         decoder = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "decoder", None)
         self.is_piecewise = (
@@ -115,34 +131,18 @@ class FillMask(TextModel):
 
     def answers(self, contents: list[Content]) -> list[Any]:
         rows = [content.rows[0] for content in contents]
-        mask = self.tokenizer.mask_token_id
-        masks = [[i for i, token in enumerate(row.ids) if token == mask] for row in rows]
-        wants = [self.want(content.parameters) for content in contents]
-        logits = self.encoder.logits([row.ids for row in rows], masks)
+        masks = [[i for i, token in enumerate(row.ids) if token == self.mask_id] for row in rows]
+        wants = [(content.parameters.get("top_k", 5), content.targets) for content in contents]
+        ids, types = self.batch(rows)
+        logits = self.encoder.logits(ids, masks, types)
         best = self.best(logits, [want for want, found in zip(wants, masks) for _ in found])
         ends = accumulate(map(len, masks))
         return [
             self.answer(row.ids, at, best[end - len(at) : end]) for row, at, end in zip(rows, masks, ends)
         ]
 
-    def want(self, parameters: dict[str, Any]) -> Want:
-        targets = parameters.get("targets")
-        return parameters.get("top_k", 5), tuple(self.target_ids(targets)) if targets else None
-
-    def target_ids(self, targets: Sequence[str]) -> set[int]:
-        """The stock ids of the targets, without the 10 ms that the stock class spends on listing the vocabulary."""
-        ids: list[int] = []
-        for target in targets:
-            if target in self.vocab:
-                ids.append(self.vocab[target])
-            else:
-                tell_unknown(target[:50])
-                first = {"add_special_tokens": False, "max_length": 1, "truncation": True}
-                ids += self.tokenizer(target, **first)["input_ids"][:1]
-        return set(ids)
-
     def best(self, logits: Any, wants: list[Want]) -> list[Candidates]:
-        """The candidates for each row of logits. Softmax before top-k, as in the stock class: ties fall alike."""
+        """Return the candidates for each row of logits. Softmax before top-k, as in the stock class: ties fall alike."""
         alike: dict[Want, list[int]] = defaultdict(list)  # the rows that one top-k can serve
         for row, want in enumerate(wants):
             alike[want].append(row)
@@ -150,7 +150,7 @@ class FillMask(TextModel):
         for (top_k, targets), rows in alike.items():
             scores = logits if len(alike) == 1 else logits[self.encoder.tensor(rows)]
             scores = scores.softmax(-1, dtype=self.float32)
-            ids = None if targets is None else self.encoder.tensor(targets)
+            ids = self.encoder.tensor(targets) if targets else None
             scores = scores if ids is None else scores[:, ids]
             values, tokens = scores.topk(min(top_k, scores.shape[-1]))
             tokens = tokens if ids is None else ids[tokens]
@@ -171,7 +171,7 @@ class FillMask(TextModel):
         return found[0] if len(masks) == 1 else found
 
     def sequences(self, ids: Sequence[int], mask: int, tokens: list[int], skip: bool) -> Iterator[str]:
-        """The text with each of `tokens` at the mask; special tokens are left out if `skip`, padding always."""
+        """Yield the text with each of `tokens` at the mask; special tokens are left out if `skip`, padding always."""
         pad, after, before = self.tokenizer.pad_token_id, None, ""
         if self.is_piecewise:
             before = self.decode([token for token in ids[:mask] if token != pad], skip)
@@ -186,7 +186,7 @@ class FillMask(TextModel):
             yield text
 
     def piece(self, token: int) -> tuple[str, str, str]:
-        """The token's `token_str`; its share in a text where it is first, and later: empty if only the whole tells."""
+        """Return the token's `token_str`; its part of a text where it is first, and later: empty if only the whole text tells."""
         if token not in self.pieces:
             first = later = ""
             if self.is_piecewise:
@@ -197,9 +197,3 @@ class FillMask(TextModel):
 
     def decode(self, ids: list[int], skip: bool) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=skip)
-
-
-@lru_cache(maxsize=1024)
-def tell_unknown(target: str) -> None:
-    """Log it, but not at every request."""
-    log.warning("target %r is not in the vocabulary: its first piece is taken, if any", target)

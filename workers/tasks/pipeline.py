@@ -206,10 +206,8 @@ class Stock:
     """A loaded pipeline: one answer for each input, as the pipeline gives for that alone."""
 
     def __init__(self, task: TextTask, pipe: Any) -> None:
-        self.pipe, self.description = (
-            pipe,
-            f"{describe(pipe.model, task.settings)}, the stock pipeline, one by one",
-        )
+        self.pipe = pipe
+        self.description = describe(pipe.model, task.settings, "the stock pipeline, one by one")
 
     def __call__(self, contents: list[Content]) -> list[Any]:
         return [in_json(self.pipe(self.opened(content.inputs), **content.parameters)) for content in contents]

@@ -3,6 +3,7 @@
 Transformers 5 dropped its pipeline. This answers as that of 4.57 did, from the model's start and end of every window.
 """
 
+from itertools import groupby
 from typing import Any
 
 from workers.errors import Malformed, Unprocessable
@@ -12,7 +13,6 @@ from workers.tasks.common.text import (
     BOOLEAN_RULE,
     TEXT_SCHEMA,
     Content,
-    Row,
     TextModel,
     TextTask,
     check_parameters,
@@ -21,11 +21,16 @@ from workers.tasks.common.text import (
     require_text,
     schemas,
 )
+from workers.tasks.common.tokens import Row
 from workers.tasks.pipeline import load_model
+
+Edges = tuple[int, int] | None  # the first and the last token of a word
 
 
 class Task(TextTask):
     """What `pipeline("question-answering")` took and gave."""
+
+    keeps_encodings = True
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -34,8 +39,8 @@ class Task(TextTask):
             "max_answer_len": number_rule(1, self.longest),
             "handle_impossible_answer": BOOLEAN_RULE,
             "align_to_words": BOOLEAN_RULE,
-            "doc_stride": number_rule(0, self.longest),
-            "max_seq_len": number_rule(1, self.longest),
+            "doc_stride": number_rule(0, self.limit),
+            "max_seq_len": number_rule(1, self.limit),
             "max_question_len": number_rule(1, self.longest),  # never had an effect with today's tokenizers
         }
 
@@ -47,7 +52,7 @@ class Task(TextTask):
         length = parameters.get("max_seq_len", min(self.longest, 384))
         stride = parameters.get("doc_stride", min(length // 2, 128))
         try:
-            windows = self.tokens.windows(self.settings.MAX_INPUTS, length, stride, question, context)
+            windows = self.windows(length, stride, question, context)
         except Unprocessable:
             raise
         except ValueError:
@@ -79,26 +84,29 @@ class QuestionAnswering(TextModel):
         return [self.answer(content, [next(logits).numpy() for _ in content.rows]) for content in contents]
 
     def answer(self, content: Content, logits: list[Any]) -> Any:
-        found: list[dict[str, Any]] = []
+        answers: dict[str, dict[str, Any]] = {}  # by their text in lower case: those that read alike add up
         top_k, no_answer = content.parameters.get("top_k", 1), 1.0
         for row, window in zip(content.rows, logits):
-            no_answer = min(no_answer, self.add(found, row, window, top_k, content.parameters))
+            no_answer = min(no_answer, self.add(answers, row, window, top_k, content.parameters))
+        candidates = [*answers.values()]
         if content.parameters.get("handle_impossible_answer"):
-            found.append({"score": no_answer, "start": 0, "end": 0, "answer": ""})
-        best = sorted(found, key=lambda answer: answer["score"], reverse=True)[:top_k]
+            candidates.append({"score": no_answer, "start": 0, "end": 0, "answer": ""})
+        best = sorted(candidates, key=lambda answer: answer["score"], reverse=True)[:top_k]
         return best[0] if len(best) == 1 else best
 
     def add(
-        self, found: list[dict[str, Any]], row: Row, logits: Any, top_k: int, parameters: dict[str, Any]
+        self,
+        answers: dict[str, dict[str, Any]],
+        row: Row,
+        logits: Any,
+        top_k: int,
+        parameters: dict[str, Any],
     ) -> float:
-        """Add a window's best spans to what was found; return the score of there being no answer in it."""
+        """Add a window's best spans to the answers; return the score of there being no answer in it."""
         from transformers.pipelines.document_question_answering import select_starts_ends
 
-        whole_words, offsets, words = (
-            parameters.get("align_to_words", True),
-            row.each("offsets"),
-            row.each("word_ids"),
-        )
+        offsets, whole_words = row.each("offsets"), parameters.get("align_to_words", True)
+        edges: list[Edges] = word_edges(row.each("word_ids")) if whole_words else [None] * len(offsets)
         cls = self.pipe.tokenizer.cls_token_id
         outside = [part != 1 and token != cls for part, token in zip(row.each("sequence_ids"), row.ids)]
         *spans, no_answer = select_starts_ends(
@@ -111,21 +119,26 @@ class QuestionAnswering(TextModel):
             max_answer_len=parameters.get("max_answer_len", 15),
         )
         for first, last, score in zip(*spans):
-            start, end = place(offsets, words if whole_words else None, first.item(), last.item())
+            start, end = place(offsets, edges, first.item(), last.item())
             text = str(row.pair)[start:end]
-            same = next((answer for answer in found if answer["answer"].lower() == text.lower()), None)
-            if same:
+            if same := answers.get(text.lower()):
                 same["score"] += score.item()
             else:
-                found.append({"score": score.item(), "start": start, "end": end, "answer": text})
+                answers[text.lower()] = {"score": score.item(), "start": start, "end": end, "answer": text}
         return no_answer
 
 
-def place(offsets: list[Any], words: list[int | None] | None, first: int, last: int) -> tuple[int, int]:
-    """Where in the context the tokens `first` to `last` stand, or the whole words that they belong to."""
-    if words and words[first] is not None and words[last] is not None:
-        while words[first - 1] == words[first]:
-            first -= 1
-        while words[last + 1 : last + 2] == [words[last]]:
-            last += 1
+def word_edges(words: list[int | None]) -> list[Edges]:
+    """Return for each token the first and the last token of the word that it belongs to; None where it belongs to none."""
+    edges: list[Edges] = []
+    for word, group in groupby(range(len(words)), words.__getitem__):
+        tokens = [*group]
+        edges += [None if word is None else (tokens[0], tokens[-1])] * len(tokens)
+    return edges
+
+
+def place(offsets: list[Any], edges: list[Edges], first: int, last: int) -> tuple[int, int]:
+    """Return where in the context the tokens `first` to `last` stand, or the whole words that they belong to."""
+    if (first_word := edges[first]) and (last_word := edges[last]):
+        first, last = first_word[0], last_word[1]
     return offsets[first][0], offsets[last][1]

@@ -10,12 +10,12 @@ from workers.tasks.common.text import (
     TEXT_RULE,
     TEXT_SCHEMA,
     Content,
-    Row,
     check_parameters,
     object_schema,
     require_text,
     schemas,
 )
+from workers.tasks.common.tokens import Row
 from workers.tasks.pipeline import load_model
 
 FORM = '{"source_sentence": "a text", "sentences": ["another", ...]}'
@@ -53,7 +53,7 @@ class Task(SentenceTask):
             raise Unprocessable(f"{name}: {exc}") from exc
 
     def load(self, instance: int) -> "Similarity":
-        return Similarity(self, load_model(self.settings, instance, "AutoModel"), self.recipe)
+        return Similarity(self, load_model(self.settings, instance, self.kind), self.recipe)
 
     def examples(self) -> list[Query]:
         inputs = [{"source_sentence": "a text", "sentences": ["a text " * n]} for n in (1, 20, 100)]

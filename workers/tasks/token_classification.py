@@ -8,7 +8,6 @@ from workers.tasks import Description, Query
 from workers.tasks.common.text import (
     TEXT_SCHEMA,
     Content,
-    Row,
     TextModel,
     TextTask,
     check_parameters,
@@ -18,11 +17,14 @@ from workers.tasks.common.text import (
     schemas,
     words_rule,
 )
+from workers.tasks.common.tokens import Row
 from workers.tasks.pipeline import Stock, load_pipeline
 
 
 class Task(TextTask):
     """What `pipeline("token-classification")` takes and gives."""
+
+    keeps_encodings = True
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -41,8 +43,7 @@ class Task(TextTask):
             raise Malformed(
                 '"stride" joins what overlaps: it needs an "aggregation_strategy" other than none'
             )
-        windows = self.tokens.windows(self.settings.MAX_INPUTS, self.longest, stride, text)
-        return self.query(inputs, parameters, *windows)
+        return self.query(inputs, parameters, *self.windows(self.longest, stride, text))
 
     def load(self, instance: int) -> Any:
         pipe = load_pipeline(self.settings, instance)

@@ -17,6 +17,7 @@ from workers.tasks.common.text import (
     schemas,
     words_rule,
 )
+from workers.tasks.common.tokens import Row
 from workers.tasks.pipeline import Stock, load_pipeline
 
 TEMPLATE = "This example is {}."
@@ -44,7 +45,15 @@ class Task(TextTask):
         # Not more than that: `str.format` would obey a client who asks for a width of a billion.
         if template.count("{}") != 1 or set("{}") & set(template.replace("{}", "")):
             raise Malformed('"hypothesis_template" must have one {} where the label goes, and no other brace')
-        return self.query(text, parameters, *(self.row(text, template.format(label)) for label in labels))
+        return self.query(text, parameters, *self.pairs(text, [template.format(label) for label in labels]))
+
+    def pairs(self, text: str, hypotheses: list[str]) -> list[Row]:
+        """Return a row for each hypothesis. The text is tokenised once, and each hypothesis once per request."""
+        premise, rows = self.tokens.start(text, self.limit), []
+        for hypothesis in hypotheses:
+            pair = premise, self.tokens.start(hypothesis, self.limit)
+            rows.append(self.fits(self.tokens.join(*pair), is_whole=pair == (text, hypothesis)))
+        return rows
 
     def load(self, instance: int) -> Any:
         kind = ZeroShotClassification if self.settings.FAST else Stock

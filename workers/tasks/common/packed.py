@@ -1,4 +1,4 @@
-"""What makes a forward pass fast on a CPU: packed Linears, and BERT's layers over texts laid end to end.
+"""What makes a forward pass fast on a CPU: prepacked Linears, and BERT's layers over packed sequences, without padding.
 
 oneDNN compiles code for every number of rows, and keeps it: 290 KB and more each; for attention in bfloat16 for every
 length, 700 KB. So both are rounded up, to a few numbers: memory stays flat.
@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workers.errors import UnsupportedArchitecture
-
-Rows = Sequence[Sequence[int]]
+from workers.tasks.common.probe import Rows, differ
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_dtype(name: str, device: str | torch.device) -> torch.dtype:
-    """The dtype for a DTYPE setting; `auto` is bfloat16 where the device multiplies it natively, else float32."""
+    """Return the dtype for a DTYPE setting; `auto` is bfloat16 where the device multiplies it natively, else float32."""
     if name != "auto":
         return DTYPES[name]
     device = torch.device(device)
@@ -33,42 +32,43 @@ def pick_dtype(name: str, device: str | torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def few(most: int) -> list[int]:
-    """The numbers that those from 1 to `most` are rounded up to."""
-    return sorted(set(map(rounded, range(1, most + 1))))
+def row_buckets(most: int) -> list[int]:
+    """Return the numbers that those from 1 to `most` are rounded up to."""
+    return sorted(set(map(round_up, range(1, most + 1))))
 
 
-def rounded(rows: int) -> int:
-    """A row count or a length, rounded up: to a multiple of 4 up to 64, of 32 up to 512, then 8 steps a doubling."""
+def round_up(rows: int) -> int:
+    """Round up a row count or a length: to a multiple of 4 up to 64, of 32 up to 512, then to 8 steps per doubling."""
     step = 4 if rows <= 64 else max(32, 1 << (rows - 1).bit_length() - 4)
     return -(-rows // step) * step
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]
-    """A Linear for CPU inference that holds its weights in oneDNN's own layout, by the ops that inductor uses."""
+    """Hold a Linear's weights in oneDNN's own layout, for CPU inference, by the ops that inductor uses."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.packed, self.bias = nn.Parameter(packed, requires_grad=False), linear.bias
+        self.n_in, self.n_out = linear.in_features, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[:-1].numel()
-        if extra := rounded(rows) - rows:
+        if extra := round_up(rows) - rows:
             padded = F.pad(x.reshape(rows, -1), (0, 0, 0, extra))
-            return self.then(padded)[:rows].view(*x.shape[:-1], -1)
-        return self.then(x)
+            return self.linear_activation(padded)[:rows].view(*x.shape[:-1], -1)
+        return self.linear_activation(x)
 
-    def then(self, x: Tensor, activation: str = "none", algorithm: str = "none") -> Tensor:
-        """The activation of the product, in one go."""
+    def linear_activation(self, x: Tensor, activation: str = "none", algorithm: str = "none") -> Tensor:
+        """Return the activation of the product, in one go."""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, activation, [], algorithm)
 
-    def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        """The product plus `other`, in one go."""
+    def linear_add(self, x: Tensor, other: Tensor) -> Tensor:
+        """Return the product plus `other`, in one go."""
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, "add")
 
 
-# Where the layers are and what is in one: query, key, value, out, its norm, up, down, its norm.
+# The first layer's attention, and the parts of a layer: query, key, value, out, its norm, up, down, its norm.
 LAYOUTS = {
     "encoder.layer.0.attention.self": (
         "attention.self.query attention.self.key attention.self.value attention.output.dense "
@@ -92,23 +92,23 @@ ACTIVATIONS = {  # as oneDNN calls them
 
 
 class Group(NamedTuple):
-    """Texts, one behind the other, whose attention is computed together as [texts, length]."""
+    """Neighbouring texts whose attention is computed together as [texts, length]."""
 
     rows: slice
     texts: int
     length: int
-    # If some are shorter: the row of each place in [texts, length], behind a text's end its last one.
+    # If some are shorter: the row of each position in [texts, length]; after a text's end its last one.
     padded: Tensor | None = None
-    # Which of these places hold a token.
+    # Which of these positions hold a token.
     real: Tensor | None = None
     # What is added to the attention's scores.
     bias: Tensor | None = None
 
 
-class EndToEnd:
-    """The forward pass of BERT, and of the models built like it, over texts laid end to end.
+class PaddingFree:
+    """The forward pass of BERT, and of the models built like it, over packed sequences: nothing is padded.
 
-    Raises UnsupportedArchitecture for any other. Its Linears must be packed.
+    Raises UnsupportedArchitecture for any other. Its Linears must be prepacked.
     """
 
     def __init__(self, base: Any) -> None:
@@ -137,14 +137,14 @@ class EndToEnd:
         ids, lengths = list(chain(*rows)), list(map(len, rows))
         starts = [0, *accumulate(lengths)]
         total, kept = starts[-1], [start + i for start, row in zip(starts, keep) for i in row]
-        more = [0] * (rounded(total) - total)  # rows that belong to no text
-        at = [*chain.from_iterable(map(self.places, rows)), *more]
+        more = [0] * (round_up(total) - total)  # rows outside of every text
+        at = [*chain.from_iterable(map(self.position_ids, rows)), *more]
         x = F.embedding(torch.tensor(ids + more), self.words) + F.embedding(torch.tensor(at), self.positions)
         if types is not None and self.types is not None:
             x = x + F.embedding(torch.tensor([*chain(*types), *more]), self.types)
         x = self.norm(x)
         if self.project is not None:
-            x = self.project.then(x)
+            x = self.project.linear_activation(x)
         groups = [
             self.group(x, starts, list(texts))
             for _, texts in groupby(range(len(rows)), lambda text: self.attended(lengths[text]))
@@ -153,20 +153,28 @@ class EndToEnd:
             x = self.layer(x, layer, groups)
         wanted = None
         if kept != list(range(total)):
-            wanted = torch.tensor([*kept, *[0] * (rounded(len(kept)) - len(kept))])
+            wanted = torch.tensor([*kept, *[0] * (round_up(len(kept)) - len(kept))])
         return self.layer(x, self.layers[-1], groups, wanted)[: len(kept)]
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def compile(self, most: int) -> None:
-        """Have oneDNN compile now what passes of up to so many tokens need, so that no request waits for it."""
-        for rows in few(most):
-            x = self.words.new_zeros(rows, self.layers[0][0].bias.shape[0])
-            self.layer(
-                x, self.layers[0], [Group(slice(rows), 1, rows)] if self.attended(rows) == rows else []
-            )
+    def prove_row_buckets(self, most: int) -> None:
+        """Run a layer on every number of rows that passes of up to `most` tokens round up to.
 
-    def places(self, row: Sequence[int]) -> Sequence[int]:
-        """The rows of a text's tokens in the table of positions."""
+        So oneDNN compiles their kernels now, not while a request waits. Raises ArithmeticError where one of them gives
+        other results than the largest.
+        """
+        width = self.layers[0][0].bias.shape[0]
+        x = torch.randn(round_up(most), width, generator=torch.Generator().manual_seed(0)).to(
+            self.words.dtype
+        )
+        expected = self.layer(x, self.layers[0], [Group(slice(len(x)), len(x), 1)])  # texts of one token
+        for rows in row_buckets(most):
+            check_equal(self.layer(x[:rows], self.layers[0], [Group(slice(rows), rows, 1)]), expected[:rows])
+            if self.attended(rows) == rows:
+                self.attend(x[:rows], x[:rows], x[:rows], [Group(slice(rows), 1, rows)])
+
+    def position_ids(self, row: Sequence[int]) -> Sequence[int]:
+        """Return the rows of a text's tokens in the table of positions."""
         if self.pad is None:
             return range(len(row))
         if self.pad not in row:
@@ -175,20 +183,22 @@ class EndToEnd:
         return [self.pad + count * (token != self.pad) for token, count in zip(row, seen)]
 
     def layer(self, x: Tensor, layer: list[Any], groups: list[Group], wanted: Tensor | None = None) -> Tensor:
-        """One layer; behind its attention for the wanted rows only."""
+        """Run one layer; after its attention for the wanted rows only."""
         query, key, value, out, norm, up, down, last_norm = layer
-        seen = self.attend(query.then(x), key.then(x), value.then(x), groups)
+        seen = self.attend(
+            query.linear_activation(x), key.linear_activation(x), value.linear_activation(x), groups
+        )
         if wanted is not None:
             x, seen = x[wanted], seen[wanted]
-        x = norm(out.plus(seen, x))
-        return last_norm(down.plus(up.then(x, *self.activation), x))
+        x = norm(out.linear_add(seen, x))
+        return last_norm(down.linear_add(up.linear_activation(x, *self.activation), x))
 
     def attended(self, length: int) -> int:
-        """The length that a text's attention is computed at."""
-        return length if self.words.dtype == torch.float32 else rounded(-(-length // 16) * 16)
+        """Return the length that a text's attention is computed at."""
+        return length if self.words.dtype == torch.float32 else round_up(-(-length // 16) * 16)
 
     def group(self, x: Tensor, starts: list[int], texts: list[int]) -> Group:
-        """Texts whose attention has the same length, as a group."""
+        """Return neighbouring texts whose attention has the same length as a group."""
         first, count = starts[texts[0]], len(texts)
         lengths = [starts[text + 1] - starts[text] for text in texts]
         length = self.attended(lengths[-1])
@@ -196,15 +206,15 @@ class EndToEnd:
         bias = self.bias(x.new_empty(1, length)) if self.bias else None
         if lengths[0] == length:
             return Group(rows, count, length, bias=bias)
-        places, sizes = torch.arange(length), torch.tensor(lengths)[:, None]
-        is_real = places < sizes
-        padded = torch.tensor([starts[text] for text in texts])[:, None] + places.minimum(sizes - 1)
+        positions, sizes = torch.arange(length), torch.tensor(lengths)[:, None]
+        is_real = positions < sizes
+        padded = torch.tensor([starts[text] for text in texts])[:, None] + positions.minimum(sizes - 1)
         hidden = torch.zeros(is_real.shape, dtype=x.dtype).masked_fill_(~is_real, -torch.inf)[:, None, None]
         bias = hidden if bias is None else hidden + bias
         return Group(rows, count, length, padded.flatten(), is_real.flatten().nonzero().flatten(), bias)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, groups: list[Group]) -> Tensor:
-        """The attention of each text within itself: [tokens, hidden]."""
+        """Return the attention of each text within itself: [tokens, hidden]."""
         seen = torch.zeros_like(query)
         for rows, texts, length, padded, real, bias in groups:
             q, k, v = (
@@ -221,11 +231,34 @@ class EndToEnd:
 
 
 def packable(model: Any) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Every Linear to pack, as (parent, name, Linear); none on a GPU, or in a dtype that the CPU does not multiply natively.
+    """Return every Linear to prepack, as (parent, name, Linear); none on a GPU, or in a dtype that the CPU does not multiply natively.
 
-    Packed, float32 is twice as fast on AMD as by MKL. Elsewhere each call saves laying out the weights.
+    Prepacked, float32 is twice as fast on AMD as by MKL. Elsewhere each call saves laying out the weights.
     """
     native = model.dtype in (torch.float32, pick_dtype("auto", model.device))
     if model.device.type != "cpu" or not native or not torch.backends.mkldnn.is_available():
         return []
     return [(m, name, c) for m in model.modules() for name, c in m.named_children() if type(c) is nn.Linear]
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]
+def prove_row_buckets(linears: Sequence[PackedLinear], most: int, most_cells: int) -> None:
+    """Run a Linear of each shape on every number of rows that a pass can have: at most `most`, of `most_cells` numbers.
+
+    Raises ArithmeticError where one gives other results than the largest.
+    """
+    shapes = {(linear.n_in, linear.n_out): linear for linear in linears}
+    for (n_in, n_out), linear in shapes.items():
+        rows = max(4, min(most, most_cells // n_out))
+        x = torch.randn(round_up(rows), n_in, generator=torch.Generator().manual_seed(0)).to(
+            linear.packed.dtype
+        )
+        expected = linear(x)
+        for count in row_buckets(rows):
+            check_equal(linear(x[:count]), expected[:count])
+
+
+def check_equal(outputs: Tensor, expected: Tensor) -> None:
+    """Raise ArithmeticError where results differ by more than rounding."""
+    if problem := differ(outputs, expected):
+        raise ArithmeticError(f"{len(outputs)} rows are {problem}")

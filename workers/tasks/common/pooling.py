@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from workers.settings import Settings
 from workers.tasks.common.encoder import Encoder
-from workers.tasks.common.packed import Rows
+from workers.tasks.common.probe import Rows
 from workers.tasks.common.text import find
 
 SENTENCE = "sentence_embedding"  # the name of a text's vector among modules

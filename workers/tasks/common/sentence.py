@@ -7,14 +7,12 @@ from workers.settings import Settings
 from workers.tasks.common.text import (
     BOOLEAN_RULE,
     Content,
-    Row,
-    SlowTokens,
     TextModel,
     TextTask,
     choice_rule,
-    ids_and_types,
     read_model_json,
 )
+from workers.tasks.common.tokens import Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +68,10 @@ def read_modules(settings: Settings) -> list[tuple[str, str]]:
     return [(module["type"].rpartition(".")[2], module["path"]) for module in modules]
 
 
+# Of these sentence-transformers takes the encoder alone: AutoModel would want a decoder, too.
+ENCODER_OF = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+
+
 class SentenceTask(TextTask):
     """What the tasks on models of sentence-transformers share: prompts, the limit, cutting what is longer."""
 
@@ -82,6 +84,7 @@ class SentenceTask(TextTask):
         self.lowers = bool(bert.get("do_lower_case"))
         if self.lowers:
             lower_case(self.tokens.backend)
+        self.kind = ENCODER_OF.get(self.config.get("model_type", ""), "AutoModel")
 
     def prompt(self, parameters: dict[str, Any]) -> str:
         """What `prompt_name` puts before a text; where there is none, what the model's default does."""
@@ -93,34 +96,17 @@ class SentenceTask(TextTask):
 
     def cut(self, parameters: dict[str, Any], text: str, pair: str | None = None) -> Row:
         """The tokens of a text, or of a pair; those that the model can take where `truncate` says so."""
-        row = self.tokens(text, pair)
-        if len(row.ids) <= self.limit:
-            return row
-        if not parameters.get("truncate"):
-            sentence = f"the text has {len(row.ids)} tokens; send at most {self.limit}"
-            raise Unprocessable(f'{sentence}, or "truncate": true')
-        return self.longest_first(parameters.get("truncation_direction", "right"), text, pair)
-
-    def longest_first(self, direction: str, text: str, pair: str | None) -> Row:
-        """What the truncation of that name leaves of a text or a pair: the longer is cut first."""
-        if isinstance(self.tokens, SlowTokens):
-            raise Unprocessable(f"the text has more than {self.limit} tokens; send a shorter one")
-        backend: Any = self.tokens.backend  # its stubs know less than it does
-        texts = [text] if pair is None else [text, pair]
-        parts = backend.encode_batch(texts, add_special_tokens=False)
-        room = self.limit - backend.num_special_tokens_to_add(pair is not None)
-        for number, part in enumerate(sorted(parts, key=len)):  # the first where they are equal
-            kept = min(len(part), room // (len(parts) - number))
-            part.truncate(kept, direction=direction)
-            room -= kept
-        encoding = backend.post_process(*parts)
-        types = encoding.type_ids if self.tokens.has_types and any(encoding.type_ids) else None
-        return Row(text, pair, encoding.ids, types)
+        direction = parameters.get("truncation_direction", "right")
+        start, pair_start = self.starts(self.limit, text, pair, direction == "left")
+        row = self.tokens.join(start, pair_start)
+        if len(row.ids) > self.limit and parameters.get("truncate"):
+            return self.tokens.join(start, pair_start, self.limit, direction)
+        is_whole = (start, pair_start) == (text, pair)
+        return self.fits(row, is_whole, or_else=', or "truncate": true')
 
     def skip(self, prompt: str) -> int:
         """How many tokens a prompt puts before a text's own, as sentence-transformers counts them."""
-        row = self.tokens(prompt)
-        return len(row.ids) - (row.encoding is None or row.encoding.special_tokens_mask[-1])
+        return self.tokens.count(prompt) - self.tokens.ends_special
 
 
 class SentenceModel(TextModel):
@@ -143,7 +129,7 @@ class SentenceModel(TextModel):
         skips = [self.skip(content) if self.leaves_prompt_out else 0 for content in contents]
         rows = [row for content in contents for row in content.rows]
         per_row = [skip for skip, content in zip(skips, contents) for _ in content.rows]
-        return self.embed(*ids_and_types(rows), per_row).cpu()
+        return self.embed(*self.batch(rows), per_row).cpu()
 
     def skip(self, content: Content) -> int:
         """How many tokens of each row are a prompt's."""
