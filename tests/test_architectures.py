@@ -4,13 +4,16 @@ The quick tests ask each model's own forward, one text at a time. The slow ones 
 """
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from tests.support.small_models import ARCHITECTURES, class_name, make_model, make_tokenizer
+from tests.support.small_models import ARCHITECTURES, ENTAILMENT, class_name, make_model, make_tokenizer, save
+from workers import tasks
+from workers.settings import Settings
 from workers.tasks.common.encoder import Encoder, scores
 
 HEADS = ("Model", "MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering")
@@ -63,3 +66,79 @@ def test_batch_of_any_texts_gives_each_what_the_model_gives_it_alone(family: str
             torch.testing.assert_close(
                 outputs, torch.cat([expected[n] for n in batch]), atol=2e-3 * scale, rtol=0
             )
+
+
+LABELS = {"id2label": ENTAILMENT, "label2id": {label: n for n, label in ENTAILMENT.items()}}
+# Of each task: the model's head, its configuration, the inputs made of a text, the parameters.
+TASKS: dict[str, tuple[str, dict[str, Any], Any, dict[str, Any]]] = {
+    "fill-mask": ("MaskedLM", {}, lambda text, mask: f"{mask} {text}", {}),
+    "text-classification": ("SequenceClassification", {"num_labels": 3}, lambda text, _: text, {}),
+    "token-classification": ("TokenClassification", {"num_labels": 5}, lambda text, _: text, {}),
+    "zero-shot-classification": (
+        "SequenceClassification",
+        LABELS,
+        lambda text, _: text,
+        {"candidate_labels": ["dog", "the river"]},
+    ),
+    "question-answering": (
+        "QuestionAnswering",
+        {},
+        lambda text, _: {"question": "who runs?", "context": text},
+        {"top_k": 3},
+    ),
+    "feature-extraction": ("Model", {}, lambda text, _: text, {}),
+    "sentence-similarity": (
+        "Model",
+        {},
+        lambda text, _: {"source_sentence": "the dog runs", "sentences": [text, "a river", text * 2]},
+        {},
+    ),
+    "text-ranking": (
+        "SequenceClassification",
+        {"num_labels": 1},
+        lambda text, _: {"query": "who runs?", "text": text},
+        {},
+    ),
+}
+NO_PIPELINE = {"question-answering", "sentence-similarity", "text-ranking"}
+
+
+def same(found: Any, expected: Any) -> bool:
+    """Return whether both are the same, numbers within 2e-3 of the largest."""
+    if isinstance(expected, dict):
+        return list(found) == list(expected) and all(same(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    if isinstance(expected, str | int):
+        return found == expected
+    found, expected = torch.as_tensor(found), torch.as_tensor(expected)
+    return bool((found - expected).abs().max() <= 2e-3 * max(1.0, float(expected.abs().max())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_every_task_answers_as_its_plain_pipeline_alone_and_in_batches(
+    family: str, name: str, tmp_path: Path
+) -> None:
+    head, config, make_input, parameters = TASKS[name]
+    if not has(family, head):
+        return
+    folder = save(tmp_path, family, make_model(family, head, **config))
+    settings = {"MODEL": folder, "TASK": name, "TORCH_THREADS": 1}
+    task = tasks.make(Settings(**settings))
+    mask = getattr(task, "mask", "")
+    inputs = [make_input(text, mask) for text in TEXTS]
+    contents = [task.check(one, parameters).content for one in inputs]
+    if name in NO_PIPELINE:  # the model's own forward, text by text
+        own = tasks.make(Settings(**settings, FAST=False)).load(0)
+        expected = [own([content])[0] for content in contents]
+    else:
+        pipe = transformers.pipeline(name, model=folder, dtype=torch.float32, device="cpu")
+        expected = [pipe(one, **parameters) for one in inputs]
+    model, draw = task.load(0), random.Random(0)
+    for batch in [[n] for n in range(len(inputs))] + [
+        draw.choices(range(len(inputs)), k=k) for k in (2, 5, 8)
+    ]:
+        for n, answer in zip(batch, model([contents[n] for n in batch]), strict=True):
+            assert same(answer, expected[n]), (str(model.description), inputs[n])

@@ -173,7 +173,7 @@ def test_a_parameter_that_makes_no_sense_is_refused_with_a_sentence(
 def test_token_ids_give_the_vector_of_their_text_and_foreign_ones_are_refused(minilm: Served) -> None:
     ids = minilm.task.check("a text", {}).content.rows[0].ids
     assert_same(minilm(ids)[0], minilm("a text")[0])
-    with pytest.raises(Unprocessable, match="30522 is no token of this model"):
+    with pytest.raises(Unprocessable, match="30522 is not a token of this model"):
         minilm([101, 30522, 102])
 
 
@@ -211,8 +211,8 @@ def test_a_module_that_is_not_known_is_refused_at_start(tmp_path: Path) -> None:
     [
         ({"use_residual": True}, "2_Dense: a Dense of this kind is not known here"),
         ({"module_input_name": "token_embeddings"}, "2_Dense: a Dense of this kind is not known here"),
-        ({"activation_function": "this.Zen"}, r"this\.Zen is no activation of torch\.nn"),
-        ({"activation_function": "torch.nn.init.zeros_"}, r"zeros_ is no activation of torch\.nn"),
+        ({"activation_function": "this.Zen"}, r"this\.Zen is not an activation of torch\.nn"),
+        ({"activation_function": "torch.nn.init.zeros_"}, r"zeros_ is not an activation of torch\.nn"),
     ],
 )
 def test_a_dense_that_asks_for_more_is_refused_at_start(

@@ -144,7 +144,7 @@ def test_fewer_dimensions_are_the_first_ones_at_length_1(client: httpx2.Client) 
         ({"input": ["a"] * 5}, '"input" must be a text, a list of 1 to 4 texts'),
         ({"input": ["a", ""]}, 'input 1: "input" is empty'),
         ({"input": ["a", 1]}, 'input 1: "input" must be a text'),
-        ({"input": [99999]}, "99999 is no token of this model"),
+        ({"input": [99999]}, "99999 is not a token of this model"),
         ({"input": "a", "encoding_format": "hex"}, '"encoding_format" must be "float" or "base64"'),
         ({"input": "a", "dimensions": 1536}, '"dimensions" must be a whole number from 1 to 32'),
         ({"input": "a", "temperature": 1}, '"temperature" is not a known field'),

@@ -1,7 +1,7 @@
 """TASK=feature-extraction: a text's vector.
 
-A sentence-transformers model (it has a modules.json) gives one vector a text, that of `SentenceTransformer.encode`. Any
-other gives a vector a token, those of the stock pipeline: [1, tokens, hidden].
+A sentence-transformers model (it has a modules.json) gives one vector per text, that of `SentenceTransformer.encode`. Any
+other gives one per token, those of the stock pipeline: [1, tokens, hidden].
 """
 
 from typing import TYPE_CHECKING, Any
@@ -56,11 +56,11 @@ class Task(SentenceTask):
         return self.query(inputs, parameters, self.cut(parameters, prompt + require_text(inputs)))
 
     def known(self, ids: list[int]) -> Row:
-        """Token ids, if they are this model's, special ones included: many of another tokenizer's are larger."""
+        """Return the row of token ids, if they are this model's, special ones included: many of another tokenizer's are larger."""
         size = self.config.get("vocab_size") or len(self.tokens)
         if foreign := [token for token in ids if not 0 <= token < size]:
             raise Unprocessable(
-                f"{foreign[0]} is no token of this model; send texts, or its ids, below {size}"
+                f"{foreign[0]} is not a token of this model; send texts, or its ids, below {size}"
             )
         if len(ids) > self.limit:
             raise Unprocessable(f"there are {len(ids)} tokens; send at most {self.limit}")
@@ -80,7 +80,7 @@ class Task(SentenceTask):
 
 
 class FeatureExtraction(SentenceModel):
-    """A vector a text, or one a token, as NumPy's float32."""
+    """The loaded model: a vector per text, or one per token, as NumPy's float32."""
 
     task: Task
 
@@ -95,7 +95,7 @@ class FeatureExtraction(SentenceModel):
     def shaped(
         self, vector: "Tensor", normalize: bool = False, dimensions: int | None = None, **_: Any
     ) -> "Tensor":
-        """The first `dimensions` of it, of length 1 where asked for or where the whole was."""
+        """Return the first `dimensions` of it, of length 1 where the client asks for it or where the whole was."""
         is_unit = self.embed.normalizes
         if dimensions is not None:
             vector, normalize, is_unit = vector[:dimensions], normalize or is_unit, False

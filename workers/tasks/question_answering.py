@@ -52,7 +52,8 @@ class Task(TextTask):
         length = parameters.get("max_seq_len", min(self.longest, 384))
         stride = parameters.get("doc_stride", min(length // 2, 128))
         try:
-            windows = self.windows(length, stride, question, context)
+            or_else = f', or "max_seq_len": {self.limit}'
+            windows = self.windows(length, stride, question, context, or_else)
         except Unprocessable:
             raise
         except ValueError:
@@ -63,8 +64,8 @@ class Task(TextTask):
         return QuestionAnswering(self, load_model(self.settings, instance, "AutoModelForQuestionAnswering"))
 
     def examples(self) -> list[Query]:
-        pairs = (("Who?", "It was me."), ("What is it?", "It is a text. " * 40))
-        return [self.check({"question": question, "context": context}, {}) for question, context in pairs]
+        short = {"question": "Who?", "context": "It was me."}
+        return self.fitting(short, {"question": "What is it?", "context": "It is a text. " * 40})
 
     def describe(self) -> Description:
         example = {"inputs": {"question": "Where does Ada live?", "context": "Ada lives in London."}}

@@ -45,7 +45,7 @@ class Task(SentenceTask):
         return self.query(inputs, parameters, *rows)
 
     def named_row(self, name: str, text: Any, parameters: dict[str, Any]) -> Row:
-        """Its tokens; an error names it."""
+        """Return its tokens; an error names it."""
         text = self.prompt(parameters) + require_text(text, name)
         try:
             return self.cut(parameters, text)
@@ -72,7 +72,7 @@ class Task(SentenceTask):
 
 
 class Similarity(SentenceModel):
-    """Similarities, as NumPy's float32."""
+    """The loaded model: similarities, as NumPy's float32."""
 
     def answers(self, contents: list[Content]) -> list[Any]:
         from workers.tasks.common.pooling import SIMILARITIES

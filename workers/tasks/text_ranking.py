@@ -77,7 +77,7 @@ class Task(SentenceTask):
 
     @property
     def activation(self) -> str:
-        """What the model's files say, as today or as once; else what sentence-transformers takes for one label."""
+        """The activation that the model's files name, as today or as once; else what sentence-transformers takes for one label."""
         return (
             self.sentence.get("activation_fn")
             or self.config.get("sentence_transformers", {}).get("activation_fn")
@@ -87,7 +87,7 @@ class Task(SentenceTask):
 
 
 class Ranker(TextModel):
-    """Scores. `raw_scores`: the model's own number, without the activation."""
+    """The loaded model: scores. `raw_scores`: the model's own number, without the activation."""
 
     per_text = True
 

@@ -64,7 +64,7 @@ class TokenClassification(TextModel):
         return [self.answer(content, [next(outputs) for _ in content.rows]) for content in contents]
 
     def output(self, row: Row, logits: Any) -> dict[str, Any]:
-        """What the pipeline's model says of a row."""
+        """Return what the pipeline's own forward gives for a row."""
         return {
             "sentence": row.text,
             "logits": logits[None],

@@ -19,7 +19,7 @@ ONE_TOKEN = {"cls": 0, "lasttoken": -1}
 
 
 class Embedder:
-    """Token ids in, a float32 vector a text out. For one thread at a time."""
+    """Make a float32 vector of each text's token ids."""
 
     def __init__(self, encoder: Encoder, settings: Settings, recipe: Any) -> None:
         self.encoder, self.modes = encoder, recipe.modes
@@ -44,7 +44,7 @@ class Embedder:
 
 
 def pooled(x: Tensor, skip: int, mode: str) -> Tensor:
-    """One vector of those of a text's tokens [tokens, hidden], before which `skip` others stand."""
+    """Return one vector of those of a text's tokens [tokens, hidden], before which `skip` others stand."""
     match mode:
         case "cls" | "lasttoken":
             return x[ONE_TOKEN[mode]]
@@ -57,18 +57,18 @@ def pooled(x: Tensor, skip: int, mode: str) -> Tensor:
         case "weightedmean":
             weights = torch.arange(skip + 1.0, skip + 1.0 + len(x), device=x.device)
             return weights @ x / weights.sum()
-    raise ValueError(f"{mode} is no pooling mode that is known here")
+    raise ValueError(f"{mode} is not a pooling mode that this server knows")
 
 
 class Normalize(nn.Module):  # type: ignore[misc]
-    """To length 1."""
+    """Scale vectors to length 1."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1)
 
 
 def module(settings: Settings, kind: str, folder: str, config: dict[str, Any]) -> nn.Module:
-    """A Dense or a Normalize. Raises ValueError where the configuration asks for more than is known here."""
+    """Return a Dense or a Normalize. Raises ValueError where the configuration asks for more than is known here."""
     known = {"module_input_name", "module_output_name"}
     names = {config.get(name) or SENTENCE for name in known}
     if kind == "Dense":
@@ -79,11 +79,11 @@ def module(settings: Settings, kind: str, folder: str, config: dict[str, Any]) -
 
 
 def dense(settings: Settings, folder: str, config: dict[str, Any]) -> nn.Module:
-    """A Linear and its activation."""
+    """Return a Linear and its activation."""
     path = find(settings.MODEL, f"{folder}/model.safetensors")
     if not path:
         raise ValueError(
-            f"{folder} has no model.safetensors; save it anew with today's sentence-transformers"
+            f"{folder} has no model.safetensors; save the model again with today's sentence-transformers"
         )
     linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
     linear.load_state_dict({name.removeprefix("linear."): w for name, w in load_file(path).items()})
@@ -92,11 +92,11 @@ def dense(settings: Settings, folder: str, config: dict[str, Any]) -> nn.Module:
 
 
 def activation(name: str) -> nn.Module:
-    """The activation of torch.nn that a configuration names. Raises ValueError for anything else: it would be run."""
+    """Return the activation of torch.nn that a configuration names. Raises ValueError for anything else: it would be run."""
     module, _, kind = name.rpartition(".")
     found = getattr(importlib.import_module(module), kind, None) if module.startswith("torch.nn") else None
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"{name} is no activation of torch.nn")
+        raise ValueError(f"{name} is not an activation of torch.nn")
     return found()
 
 

@@ -40,7 +40,7 @@ class Recipe(NamedTuple):
 
     @classmethod
     def read(cls, settings: Settings) -> "Recipe | None":
-        """None where there is no modules.json. Raises ValueError where it names what is not known here."""
+        """Return the model's; None where there is no modules.json. Raises ValueError where it names what is not known here."""
         recipe = None
         for kind, folder in read_modules(settings):
             config = read_model_json(settings, f"{folder}/config.json") if folder else {}
@@ -55,7 +55,7 @@ class Recipe(NamedTuple):
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Recipe":
-        """That of a Pooling's configuration, in its old form or its new one."""
+        """Return that of a Pooling's configuration, in its old form or its new one."""
         modes = config.get("pooling_mode") or [mode for name, mode in MODES.items() if config.get(name)]
         modes = [modes] if isinstance(modes, str) else modes or ["mean"]
         size = config.get("embedding_dimension") or config["word_embedding_dimension"]
@@ -63,7 +63,7 @@ class Recipe(NamedTuple):
 
 
 def read_modules(settings: Settings) -> list[tuple[str, str]]:
-    """What modules.json, where there is one, names: kind and folder of each."""
+    """Return what modules.json names, where there is one: kind and folder of each."""
     modules: Any = read_model_json(settings, "modules.json")
     return [(module["type"].rpartition(".")[2], module["path"]) for module in modules]
 
@@ -87,7 +87,7 @@ class SentenceTask(TextTask):
         self.kind = ENCODER_OF.get(self.config.get("model_type", ""), "AutoModel")
 
     def prompt(self, parameters: dict[str, Any]) -> str:
-        """What `prompt_name` puts before a text; where there is none, what the model's default does."""
+        """Return what `prompt_name` puts before a text; without one, what the model's default does."""
         name = parameters.get("prompt_name", self.sentence.get("default_prompt_name"))
         if name and name not in self.prompts:
             known = ", ".join(f'"{known}"' for known in sorted(self.prompts))
@@ -95,7 +95,7 @@ class SentenceTask(TextTask):
         return self.prompts.get(name) or ""
 
     def cut(self, parameters: dict[str, Any], text: str, pair: str | None = None) -> Row:
-        """The tokens of a text, or of a pair; those that the model can take where `truncate` says so."""
+        """Return the tokens of a text, or of a pair; those that the model can take where `truncate` says so."""
         direction = parameters.get("truncation_direction", "right")
         start, pair_start = self.starts(self.limit, text, pair, direction == "left")
         row = self.tokens.join(start, pair_start)
@@ -105,7 +105,7 @@ class SentenceTask(TextTask):
         return self.fits(row, is_whole, or_else=', or "truncate": true')
 
     def skip(self, prompt: str) -> int:
-        """How many tokens a prompt puts before a text's own, as sentence-transformers counts them."""
+        """Return how many tokens a prompt puts before a text's own, as sentence-transformers counts them."""
         return self.tokens.count(prompt) - self.tokens.ends_special
 
 
@@ -125,25 +125,25 @@ class SentenceModel(TextModel):
             self.embed = Embedder(self.encoder, task.settings, recipe)
 
     def vectors(self, contents: list[Content]) -> "Tensor":
-        """[rows of all contents, dimensions], float32, on the CPU."""
+        """Return the vectors: [rows of all contents, dimensions], float32, on the CPU."""
         skips = [self.skip(content) if self.leaves_prompt_out else 0 for content in contents]
         rows = [row for content in contents for row in content.rows]
         per_row = [skip for skip, content in zip(skips, contents) for _ in content.rows]
         return self.embed(*self.batch(rows), per_row).cpu()
 
     def skip(self, content: Content) -> int:
-        """How many tokens of each row are a prompt's."""
+        """Return how many tokens of each row are a prompt's."""
         prompt = "" if is_ids(content.inputs) else self.task.prompt(content.parameters)
         return self.task.skip(prompt) if prompt else 0
 
 
 def lower_case(backend: Any) -> None:
-    """Make a tokenizer take every text in lower case."""
+    """Make a tokenizer read every text in lower case."""
     from tokenizers.normalizers import Lowercase, Sequence
 
     backend.normalizer = Sequence([Lowercase(), *filter(None, [backend.normalizer])])
 
 
 def is_ids(inputs: Any) -> bool:
-    """Whether it is a list of token ids."""
+    """Return whether it is a list of token ids."""
     return isinstance(inputs, list) and bool(inputs) and all(type(one) is int for one in inputs)

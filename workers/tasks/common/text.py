@@ -206,12 +206,14 @@ class TextTask:
             raise Unprocessable(f"the text has {count} tokens; send at most {self.limit}{or_else}")
         return row
 
-    def windows(self, length: int, stride: int, text: str, pair: str | None = None) -> list[Row]:
+    def windows(
+        self, length: int, stride: int, text: str, pair: str | None = None, or_else: str = ""
+    ) -> list[Row]:
         """Return the windows of `Tokens.windows`. Raises Unprocessable if the server doesn't take so many, or so long ones."""
         most = self.settings.MAX_INPUTS
         tokens = most * min(length, self.limit)  # of more than that, no window is looked at
         windows = self.tokens.windows(most, length, stride, *self.starts(tokens, text, pair))
-        return [self.fits(window) for window in windows]
+        return [self.fits(window, or_else=or_else) for window in windows]
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
         """Return the query that asks this. Raises Malformed or Unprocessable."""
