@@ -210,9 +210,12 @@ class TextTask:
         self, length: int, stride: int, text: str, pair: str | None = None, or_else: str = ""
     ) -> list[Row]:
         """Return the windows of `Tokens.windows`. Raises Unprocessable if the server doesn't take so many, or so long ones."""
-        most = self.settings.MAX_INPUTS
-        tokens = most * min(length, self.limit)  # of more than that, no window is looked at
-        windows = self.tokens.windows(most, length, stride, *self.starts(tokens, text, pair))
+        most, longest = self.settings.MAX_INPUTS, min(length, self.limit)
+        text = self.tokens.start(
+            text, longest if pair else most * longest
+        )  # beyond that, no window is looked at
+        pair = pair and self.tokens.start(pair, most * longest)
+        windows = self.tokens.windows(most, length, stride, text, pair)
         return [self.fits(window, or_else=or_else) for window in windows]
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
