@@ -114,7 +114,7 @@ def api_fields(known: dict[str, str]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "promises": mode_matrix.table,
+    "guarantees": mode_matrix.table,
     "settings": settings,
     "metrics": metrics,
     "layers": layers,

@@ -1,4 +1,4 @@
-"""Takes docs/page.png and docs/page-dark.png of the page as it serves the embedded model: `python -m docs.screenshot`.
+"""Takes docs/page.png and docs/page-dark.png of the page as it serves the bundled model: `python -m docs.screenshot`.
 
 It needs Chromium: apt-get install chromium.
 """

@@ -23,7 +23,7 @@ def error_body(status: int, sentence: str) -> dict[str, str]:
 
 @dataclass(slots=True, eq=False)
 class RequestContext:
-    """Made by whoever sees the request first: request log, tracing or the middleware, which then fills it."""
+    """Made by the first that sees the request: request log, tracing or the middleware, which then fills it."""
 
     headers: dict[bytes, bytes]  # names in lower case: Starlette's own look-ups walk through all of them
     request_id: str  # the client's own if it is short and plain

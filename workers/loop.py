@@ -161,7 +161,7 @@ class ModelLoop:
                 batch, dispatched_because = await self.take_batch(ready)
                 if batch:
                     await self._run(run, batch, dispatched_because)
-                await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out for ever
+                await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out forever
         finally:
             self.instances.loaded -= 1
 

@@ -30,7 +30,7 @@ class Offload(Protocol):
         """Answer the queries, one call at a time. Raises ModelFailed whatever the model raised."""
 
     async def close(self) -> None:
-        """Let the model close itself, after a call in progress. Whoever waits bounds how long, then calls `stop`."""
+        """Let the model close itself, after a call in progress. The caller bounds how long it waits, then calls `stop`."""
 
     def stop(self) -> None:
         """Let go of it, without waiting for a call in progress."""

@@ -57,7 +57,7 @@ class Checked:
 
 
 class Stuck:
-    """Never returns, so that whoever comes is refused."""
+    """Never returns, so that every request is rejected."""
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         time.sleep(3600)

@@ -1,4 +1,4 @@
-"""What HAProxy and Ray cost, and whether the fleet's twin foretells two replicas: `python -m loadtests.bench.cluster`.
+"""What HAProxy and Ray cost, and whether the fleet simulator predicts two replicas: `python -m loadtests.bench.cluster`.
 
 1. Requests a second of a model that returns at once, one replica alone and `make cluster N=2`, in turns; the time
    that HAProxy adds to a request on one connection and on 32; the memory of all processes. With `--modes thread ray-2`
@@ -31,7 +31,7 @@ RAY = {"ray-2": cluster.ray_env, "ray-2-python": lambda: {"RAY_worker_niceness":
 
 @contextlib.contextmanager
 def started(name: str) -> Iterator[Server]:
-    """A server of an instant model in this mode."""
+    """A server of a no-op model in this mode."""
     if name not in RAY:
         with start(MODES[name], INSTANT) as server:
             yield server
@@ -69,8 +69,8 @@ def price(servers: dict[str, Server], rounds: int, seconds: float) -> str:
     return markdown(rows)
 
 
-def twin(seconds: float) -> str:
-    """A row a load: measured, and foretold from the model's own times and when the requests came."""
+def simulated(seconds: float) -> str:
+    """A row a load: measured, and predicted from the model's own times and when the requests came."""
     rows = []
     with start(MODES["haproxy-2"], SLEEPS) as server, generator.generator() as locust:
         server.wait_until_idle()
@@ -99,7 +99,7 @@ def twin(seconds: float) -> str:
                 ("503", "refused"),
             ):
                 off = f" ({found[told] / measured[name] - 1:+.0%})" if measured[name] else ""
-                row[told] = f"{measured[name]:.0f}, foretold {found[told]:.0f}{off}"
+                row[told] = f"{measured[name]:.0f}, predicted {found[told]:.0f}{off}"
             rows.append(row)
     return markdown(rows)
 
@@ -111,7 +111,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement of the price")
-    parser.add_argument("--no-twin", action="store_true", help="the price only")
+    parser.add_argument("--no-simulation", action="store_true", help="the price only")
     options = parser.parse_args()
     everywhere = os.sched_getaffinity(0)
     with contextlib.ExitStack() as stack:
@@ -125,7 +125,7 @@ def main() -> None:
                 server.wait_until_idle()
             print(f"{where}:\n\n{price(servers, options.rounds, options.seconds)}\n", flush=True)
     if not options.no_twin:
-        print(twin(10 * options.seconds))
+        print(simulated(10 * options.seconds))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from workers.tasks.common.packed import PackedLinear
 from workers.tasks.pipeline import load_model, load_pipeline
 
 FOLDER = HERE / "models" / "minilm-mlm"
-HEADS = {  # the embedded model's encoder under another head, whose weights are random
+HEADS = {  # the bundled model's encoder under another head, whose weights are random
     "text-classification": ("BertForSequenceClassification", 3),
     "token-classification": ("BertForTokenClassification", 9),
     "zero-shot-classification": ("BertForSequenceClassification", 3),
@@ -145,7 +145,7 @@ def peak(dtype: str, seconds: float = 1.0) -> float:
 
 
 def shares_of_peak(rates: dict[Case, float], batches: list[int]) -> str:
-    """How much of that the embedded model's fill-mask does: 21.2 million operations a token, 23.7 a mask."""
+    """How much of that the bundled model's fill-mask does: 21.2 million operations a token, 23.7 a mask."""
     task, lines = tasks.make(Settings()), []
     for dtype in DTYPES:
         limit = peak(dtype)

@@ -157,7 +157,7 @@ def row(what: str, rates: Rates, measured: str, against: str) -> dict[str, str]:
 
 
 def overhead(rounds: int, duration_s: float) -> list[dict[str, str]]:
-    """Requests per second of the server around an instant model, against a bare handler."""
+    """Requests per second of the server around a no-op model, against a bare handler."""
     instant, names = {"MODEL": "loadtests.bench.apps:Instant"}, ("batch 1", "batch 32")
     with (
         serving("bare", 32, "loadtests.bench.apps:bare") as bare,
@@ -166,7 +166,7 @@ def overhead(rounds: int, duration_s: float) -> list[dict[str, str]]:
     ):
         measures = {"bare Starlette": bare, "batch 1": batch_1, "batch 32": batch_32}
         rates = side_by_side(measures, rounds, duration_s)
-    return [row(f"requests/s, instant model, {name}", rates, name, "bare Starlette") for name in names]
+    return [row(f"requests/s, no-op model, {name}", rates, name, "bare Starlette") for name in names]
 
 
 def saturated(rounds: int, duration_s: float) -> list[dict[str, str]]:

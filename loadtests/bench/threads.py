@@ -36,7 +36,7 @@ SCENES: dict[str, Scene] = {
 
 
 def neighbour(share: float) -> None:
-    """Want `share` of a core, for ever."""
+    """Want `share` of a core, forever."""
     while True:
         until = time.perf_counter() + share * PERIOD_S
         while time.perf_counter() < until:

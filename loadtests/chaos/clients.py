@@ -31,7 +31,7 @@ class Question:
     deadline_s: float = DEADLINE_S
     leaves_after_s: float | None = None
     reads_after_s: float = 0.0
-    texts: tuple[str, ...] = ()  # for the doors of other protocols; none where only HTTP can send it
+    texts: tuple[str, ...] = ()  # for the APIs of other protocols; none where only HTTP can send it
 
 
 class Reply(NamedTuple):
@@ -201,7 +201,7 @@ def wrong_content(asked: Question, reply: Reply) -> str:
 
 
 # Where the server is, what is sent -> the reply; over HTTP here, over gRPC in chaos_grpc.py.
-Door = Callable[[str, Question], Any]
+API = Callable[[str, Question], Any]
 
 
 async def over_http(url: str, question: Question) -> Reply:
@@ -237,8 +237,8 @@ async def over_http(url: str, question: Question) -> Reply:
             writer.transport.abort()
 
 
-async def asked(url: str, question: Question, door: Door = over_http) -> Outcome:
-    """Ask it through this door; what came of it."""
+async def asked(url: str, question: Question, api: API = over_http) -> Outcome:
+    """Ask it through this API; return what came of it."""
     sent_at = time.monotonic()
-    reply = await door(url, question)
+    reply = await api(url, question)
     return judged(question, reply, sent_at, time.monotonic())

@@ -1,4 +1,4 @@
-"""The gRPC doors of a chaotic run: a question's texts as one tensor by ModelInfer, or each as a request of one stream.
+"""The gRPC APIs of a chaotic run: a question's texts as one tensor by ModelInfer, or each as a request of one stream.
 
 The client's own deadline goes with the hurried ones only: of the others one sees whether the server keeps its own.
 """

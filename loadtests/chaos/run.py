@@ -34,6 +34,7 @@ import psutil
 
 from loadtests.chaos import clients, faults
 from loadtests.chaos.clients import (
+    API,
     HUNG,
     KINDS,
     LEFT,
@@ -41,7 +42,6 @@ from loadtests.chaos.clients import (
     NOBODY,
     TWICE,
     UNHEARD,
-    Door,
     Outcome,
     asked,
     good,
@@ -67,7 +67,7 @@ EXECUTOR = (os.cpu_count() or 1) + 4  # asyncio's threads for long texts: they s
 COMPLAINTS = re.compile(r"never retrieved|Exception in callback|this is a bug|never awaited|Fatal Python")
 
 # How often each is taken. grpcio's client costs the core many times what a socket does.
-DOORS: dict[Door, int] = {over_http: 16, partial(over_grpc, by_call): 3, partial(over_grpc, by_stream): 1}
+APIS: dict[API, int] = {over_http: 16, partial(over_grpc, by_call): 3, partial(over_grpc, by_stream): 1}
 
 PATIENT = " --http workers.web.http_protocol:Protocol"  # uvicorn itself resets connections when it stops
 DEPLOYMENTS = {
@@ -262,17 +262,17 @@ class Storm:
             if due_at > ends_at:
                 break
             (kind,) = chance.choices(list(kinds), list(kinds.values()))
-            question, (door,) = kind(str(i), chance), chance.choices(list(DOORS), list(DOORS.values()))
-            door = door if question.texts else over_http
+            question, (api,) = kind(str(i), chance), chance.choices(list(APIS), list(APIS.values()))
+            api = api if question.texts else over_http
             await asyncio.sleep(max(0.0, due_at - time.monotonic()))
-            task = asyncio.create_task(asked(self.address(door), question, door))
+            task = asyncio.create_task(asked(self.address(api), question, api))
             tasks.add(task)
             task.add_done_callback(done)
         while tasks:
             await asyncio.wait(tasks)
 
-    def address(self, door: Door) -> str:
-        return self.target.server.url if door is over_http else f"127.0.0.1:{self.grpc_port}"
+    def address(self, api: API) -> str:
+        return self.target.server.url if api is over_http else f"127.0.0.1:{self.grpc_port}"
 
     async def befalls(self, seconds: float) -> None:
         """One after the other, each kind as often as any, now and then two at once."""

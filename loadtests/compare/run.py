@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--server-cores", type=int, default=1, help="how many cores the server gets")
-    parser.add_argument("--redraw", action="store_true", help="only make the table and pictures anew")
+    parser.add_argument("--redraw", action="store_true", help="only make the table and pictures again")
     options = parser.parse_args(argv)
     partial = options.quick or options.repeats or options.modes != list(MODES)
     # A part must not overwrite the whole.

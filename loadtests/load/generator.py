@@ -105,7 +105,7 @@ def summary(df: pd.DataFrame, limit_s: float = 2.0) -> dict[str, Any]:
     """Rates, percentiles of all right answers (late ones too), a count for every outcome, the generator's lateness.
 
     Goodput is counted while the load lasts, from `limit_s` after its start (or half of it): in overload a queue that was
-    empty at first, or is emptied afterwards, is no speed.
+    empty at first, or is emptied afterwards, is not a speed.
     """
     model = df[df["kind"] == "model"]
     duration_s = df.attrs.get("duration_s") or float(df["due_s"].max())

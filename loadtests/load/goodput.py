@@ -127,7 +127,7 @@ class Goodput:
     def per_s(self, limit_s: float) -> tuple[float, float]:
         """Return offered load and goodput while the load lasted.
 
-        Both count from `limit_s` on (or from half of the time): in overload a queue that was empty at first is no speed.
+        Both count from `limit_s` on (or from half of the time): in overload a queue that was empty at first is not a speed.
         """
         duration_s = max(self.ended_s - self.began_s, 1e-3)
         since_s = self.began_s + min(limit_s, duration_s / 2)

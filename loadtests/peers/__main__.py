@@ -139,14 +139,14 @@ def expected_answers(models: set[str]) -> dict[str, str]:
 
 
 def without(out: Path, names: list[str], models: list[str], about: dict[str, Any]) -> list[Row]:
-    """The rows in `out` but those of these peers with these models, which are measured anew; `about` becomes theirs."""
+    """The rows in `out` but those of these peers with these models, which are measured again; `about` becomes theirs."""
     here = dict(about)
     about |= json.loads((out / "peers.json").read_text())
     if set(models) - {"tricks"}:
         about["added"] = sorted({*about.get("added", []), *names})
     about["failed"] = {name: why for name, why in about["failed"].items() if name not in names}
     if different := [key for key in ("processor", "versions") if about[key] != here[key]]:
-        raise SystemExit(f"those results have another {different[0]}: run all of it anew")
+        raise SystemExit(f"those results have another {different[0]}: run all of it again")
     old = pd.read_csv(out / "peers.csv")
     kept = old[~(old["peer"].isin(names) & old["model"].isin(models))]
     return [Row(*values) for values in kept.itertuples(index=False)]
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         "--add", action="store_true", help="the chosen peers only, put among the results that are there"
     )
     parser.add_argument("--out", type=Path, help="folder for the results; only a whole run has a default")
-    parser.add_argument("--redraw", action="store_true", help="only make the tables and pictures anew")
+    parser.add_argument("--redraw", action="store_true", help="only make the tables and pictures again")
     options = parser.parse_args(argv)
     partial = options.quick or options.peers or set(options.models) != set(ROUNDS)
     if partial and not options.add and not options.out:

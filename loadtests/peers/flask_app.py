@@ -3,7 +3,7 @@
     gunicorn -k sync -w 2 loadtests.peers.flask_app:app
     gunicorn -k gthread --threads 8 loadtests.peers.flask_app:app
 
-A copy of the model in each worker, loaded there: torch hangs in a fork that comes after its first op.
+An instance of the model in each worker, loaded there: torch hangs in a fork that comes after its first op.
 """
 
 from flask import Flask, jsonify, request

@@ -277,7 +277,7 @@ def costs(results: Results) -> str:
             "installed, MB": lambda peer: f"{size[peer]['installed_mb']:,}" if peer in size else "-",
             "lines to write": lambda peer: str(size[peer]["lines"]) if peer in size else "-",
         },
-        "With an instant model, 1 and 32 connections": overhead,
+        "With a no-op model, 1 and 32 connections": overhead,
     }
     files = [ROOT / "server.py", *ROOT.glob("workers/**/*.py")]
     own = sum(bool(line.strip()) for file in files for line in file.read_text().splitlines())
@@ -306,7 +306,7 @@ def losses(results: Results) -> str:
         *(("float32", what, "goodput_per_s", True, f"right answers/s within 1 s {what}") for what in ("at 2 x", "at 10 x")),
         ("float32", "start", "first_answer_s", False, "seconds to the first answer"),
         ("float32", "memory", "mb", False, "memory, MB"),
-        *(("instant", f"instant {n}", "per_s", True, f"requests/s of an instant model, {n} connections") for n in (1, 32)),
+        *(("instant", f"instant {n}", "per_s", True, f"requests/s of a no-op model, {n} connections") for n in (1, 32)),
     ]  # fmt: skip
     lines = []
     for model, what, metric, more_is_better, title in asked:

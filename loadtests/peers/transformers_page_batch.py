@@ -2,7 +2,7 @@
 
     uvicorn loadtests.peers.transformers_page_batch:app
 
-As printed it loses the first text of each batch; here it is kept. The wait of 1 ms starts anew with every text.
+As printed it loses the first text of each batch; here it is kept. The wait of 1 ms starts again with every text.
 """
 
 import asyncio

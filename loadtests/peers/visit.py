@@ -126,7 +126,7 @@ class Visit:
             prober.join()
         found, health = generator.summary(df, LIMIT_S), df[df["kind"] == "health"]
         in_time = generator.good(health, LIMIT_S)
-        # At twice its load a queue without a bound answers in time until the second second: that is no speed.
+        # At twice its load a queue without a bound answers in time until the second second: that is not a speed.
         skip_s = min(2 * LIMIT_S, seconds / 2)
         model = df[(df["kind"] == "model") & generator.good(df, LIMIT_S)]
         done_s = model["due_s"] + model["latency_ms"] / 1000
@@ -156,7 +156,7 @@ class Visit:
         return math.inf
 
     def overhead(self) -> None:
-        """Requests a second of an instant model, from raw connections: Locust's client would be the slower side."""
+        """Requests a second of a no-op model, from raw connections: Locust's client would be the slower side."""
         form = self.peer.asked
         for users in (1, 32):
             with self.watch() as others:

@@ -1,4 +1,4 @@
-"""The fixed batching delay that other servers have, to compare with: a partial batch is held for so long, whoever comes.
+"""The fixed batching delay that other servers have, to compare with: a partial batch is held for so long, whether or not anybody comes.
 
     FIXED_DELAY_MS=10 BATCH_SIZE=32 uvicorn loadtests.plan.fixed_delay:app
 

@@ -63,7 +63,7 @@ class Fleet:
     deadline_s: float = 1.0
     target_s: float = 0.5
     cold_start_s: float = 10.0
-    # The balancer asks another replica once when one has died or says no, while fewer than a fifth are refused.
+    # The balancer asks another replica once when one has died or rejects it, while fewer than a fifth are rejected.
     failover: bool = True
     kills: tuple[tuple[float, int], ...] = ()  # when, and how many at once
     retries: Retries = field(default_factory=Retries)

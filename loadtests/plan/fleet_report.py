@@ -1,4 +1,4 @@
-"""What the fleet's twin advises, with its picture: make plan FLEET=--report."""
+"""What the fleet simulator advises, with its picture: make plan FLEET=--report."""
 
 import math
 from dataclasses import replace
@@ -218,7 +218,7 @@ def storm_advice(times: list[float], goodput: dict[str, list[float]]) -> str:
         "\n"
         + "\n".join(lines)
         + "\n\nThe load that counts is offered, times 1 + retries, times what a no costs. Honest refusals keep the answers coming for long; what "
-        "kills a fleet is the retrying that nothing bounds. Heed Retry-After, or keep a budget. (The twin is cautious: the server holds "
+        "kills a fleet is the retrying that nothing bounds. Follow Retry-After, or keep a budget. (The simulator is cautious: the server holds "
         "each rejection for up to 0.1 s once there are more than 1,000 a second, which slows such clients down.)\n"
     )
 

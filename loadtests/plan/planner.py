@@ -477,7 +477,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="measure for 2 seconds, simulate less")
     options = parser.parse_args()
 
-    import torch  # takes seconds: not where only the twin is wanted
+    import torch  # takes seconds: not where only the simulator is wanted
 
     settings, cores = Settings.read(), sorted(os.sched_getaffinity(0))
     budget_s, duration_s = (2.0, 10.0) if options.quick else (8.0, 30.0)

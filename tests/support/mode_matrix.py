@@ -1,6 +1,6 @@
 """Mode x promise: what every deployment mode keeps, and what it can't by its nature.
 
-The tests read it: what is kept is asserted, and so is what is not. `make docs` writes it to docs/promises.md.
+The tests read it: what is kept is asserted, and so is what is not. `make docs` writes it to docs/guarantees.md.
 """
 
 TESTED = ["thread", "recommended", "uvicorn-2", "asgi", "gthread-1x8", "sync-2", "dirty", "haproxy-2"]
@@ -68,7 +68,7 @@ def exception(promise: str, mode: str) -> str | None:
 def table() -> str:
     """All of it in Markdown."""
     rows = [
-        ["promise", *TESTED],
+        ["guarantee", *TESTED],
         ["---", *[":---:"] * len(TESTED)],
         *([promise, *(why.get(mode, "✓") for mode in TESTED)] for promise, why in EXCEPTIONS.items()),
     ]

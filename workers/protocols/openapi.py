@@ -84,7 +84,7 @@ async def info(request: Request) -> Response:
 
 
 def where(service: Service) -> tuple[str | None, str | None]:
-    """The dtype and the device that a loaded instance says it has; None where it says nothing, as one's own class."""
+    """The dtype and the device that a loaded instance says it has; None where it says nothing, as a custom class."""
     infos = [info for info in service.descriptions if isinstance(info, ModelInfo) and info.dtype]
     return (infos[0].dtype, infos[0].device) if infos else (None, None)
 

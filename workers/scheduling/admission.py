@@ -11,7 +11,7 @@ from workers.jobs import JobQueue, Lane
 from workers.scheduling.cost_model import CostModel
 from workers.scheduling.estimate import WaitEstimate
 
-# PATIENCE: a queue that was not empty for this many targets is no burst any more.
+# PATIENCE: a queue that was not empty for this many targets is not a burst any more.
 # FEW: a wait as long as this many requests like it take is always allowed, however slow the model is.
 PATIENCE, FEW = 2, 6
 

@@ -61,7 +61,7 @@ class Anticipation:
         """Return how long to hold the `queued` jobs, and how many queued jobs end the hold; (0, 0) to run them now.
 
         A call with n jobs takes `a + b * n` seconds; `places` more fit in; another instance will be free in `next_free_s`,
-        inf if there is none. Whoever arrives after the call has started waits for the next call. A hold of t saves them
+        inf if there is none. Jobs that arrive after the call has started wait for the next call. A hold of t saves them
         that wait, and costs the jobs that wait already t; with one instance it costs all clients t, since all calls to come start later.
         """
         if not self.jobs or not self.recent or next_free_s <= 0:

@@ -58,7 +58,7 @@ class CostModel:
             self.error += (min(1.0, abs(ratio - 1)) - self.error) / 20
             if self._follow_change(ratio):
                 return
-            # An outlier counts a little: where the law is no line, it may be right.
+            # An outlier counts a little: where the law is not a line, it may be right.
             most = CHANGED if 1 / CHANGED < ratio < CHANGED else 1.1
             seconds = min(max(seconds, expected_s / most), expected_s * most)
         mean_size, mean_s = self.typical.get(octave, (size, expected_s if is_law else seconds))
