@@ -28,7 +28,7 @@ from workers import resources as memory
 from workers.gunicorn import gthread_worker
 from workers.gunicorn.succession import answered
 from workers.metrics import Metrics
-from workers.metrics_folder import mark_ended
+from workers.metrics_folder import KINDS, mark_ended
 from workers.settings import Settings
 
 CONFIGS = [ROOT / "gunicorn.conf.py", *sorted((ROOT / "workers" / "gunicorn").glob("*.conf.py"))]
@@ -541,12 +541,29 @@ def test_counts_of_ended_workers_are_kept_in_one_file(
         ended = subprocess.run(
             [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True
         )
+        its = {file.name for file in tmp_path.glob(f"*_{int(ended.stdout)}.db")}
+        assert its == {f"{kind}_{int(ended.stdout)}.db" for kind in KINDS}, "those that were reserved"
         mark_ended(int(ended.stdout), str(tmp_path))
     assert {file.name for file in tmp_path.glob("*.db")} == {"counter_ended.db", "histogram_ended.db"}
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     text = Metrics().text().decode()
     assert 'model_requests_total{status="200"} 6.0' in text
     assert "model_batch_size_sum 12.0" in text
+
+
+def test_worker_serves_with_metrics_of_its_own_where_the_disk_is_full(tmp_path: Path) -> None:
+    """A write to a file that is mapped into memory would kill it, and all that come after it."""
+    code = (
+        "import os, errno\n"
+        "def full(*_): raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "os.posix_fallocate = full\n"
+        "from workers.metrics import Metrics; m = Metrics(); m.requests_with(200).inc(2); print(m.text().decode())"
+    )
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    worker = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert 'model_requests_total{status="200"} 2.0' in worker.stdout
+    assert "has no space left" in worker.stderr
+    assert not [*tmp_path.glob("*.db")]
 
 
 def test_memory_that_will_not_fit_is_said_in_plain_words() -> None:

@@ -4,11 +4,16 @@ Under Gunicorn, where PROMETHEUS_MULTIPROC_DIR is set, every worker shows the su
 """
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+
+from workers.metrics_folder import FOLDER, reserve, text
+
+log = logging.getLogger("uvicorn.error")
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -18,6 +23,13 @@ class Metrics:
     """The counters of one model loop, in a registry of their own, so that two loops can't mix their counts."""
 
     def __init__(self) -> None:
+        if (folder := os.environ.get(FOLDER)) and not reserve(folder):
+            log.warning(
+                "%s has no space left: the metrics of this worker are not added to those of the others",
+                folder,
+            )
+            del os.environ[FOLDER]
+            values.ValueClass = values.MutexValue
         self.registry = registry = CollectorRegistry()
         self.gauges: list[tuple[Gauge, Callable[[], float]]] = []
         # Who wants to see each model call: called with what `batch` is.
@@ -92,8 +104,5 @@ class Metrics:
     def text(self) -> bytes:
         """Return all of it in Prometheus text format; with several workers this reads files, so call it in a thread."""
         self.sample()
-        if not (folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR")):
-            return generate_latest(self.registry)
-        from workers.metrics_folder import text
-
-        return text(folder)
+        folder = os.environ.get(FOLDER)
+        return text(folder) if folder else generate_latest(self.registry)

@@ -9,6 +9,25 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+KINDS = ("counter", "histogram", "gauge_liveall", "gauge_livemax", "gauge_livesum")  # the files of a worker
+FILE_BYTES = 65_536  # as prometheus_client makes them
+
+
+def reserve(folder: str) -> bool:
+    """Return whether there is space for this process's files: on a full disk a write to mapped memory would kill it (SIGBUS)."""
+    files = [f"{folder}/{kind}_{os.getpid()}.db" for kind in KINDS]
+    try:
+        for file in files:
+            with open(file, "ab") as space:
+                os.posix_fallocate(space.fileno(), 0, FILE_BYTES)
+    except OSError:
+        for file in files:
+            with contextlib.suppress(OSError):
+                os.remove(file)
+        return False
+    return True
+
 
 def text(folder: str) -> bytes:
     """Return the sum over all workers in Prometheus text format."""
