@@ -104,6 +104,9 @@ def test_burst_of_a_hundred_shows_batches(visit: Visit) -> None:
     visit.page.get_by_role("button", name="100", exact=True).click()
     expect(visit.page.locator("#sent")).to_have_text("100 answered, 0 rejected (503).", timeout=20_000)
     expect(visit.page.locator("#blocks div").filter(has_text="8").first).to_be_attached()
+    expect(visit.page.locator("#rows")).to_contain_text(
+        "200 \N{MULTIPLICATION SIGN} 64"
+    )  # a list, answered one by one
     visit.page.get_by_role("button", name="Steady rate").click()
     expect(visit.page.locator("#rate")).not_to_have_text("0")
     visit.page.get_by_role("button", name="Steady rate").click()
