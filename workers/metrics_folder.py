@@ -1,7 +1,6 @@
 """The folder, PROMETHEUS_MULTIPROC_DIR, in which the workers of one server keep their metrics: files of each worker."""
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 
@@ -19,8 +18,7 @@ def reserve(folder: str) -> bool:
     files = [f"{folder}/{kind}_{os.getpid()}.db" for kind in KINDS]
     try:
         for file in files:
-            with open(file, "ab") as space:
-                os.posix_fallocate(space.fileno(), 0, FILE_BYTES)
+            allocate(file, FILE_BYTES)
     except OSError:
         for file in files:
             with contextlib.suppress(OSError):
@@ -29,11 +27,18 @@ def reserve(folder: str) -> bool:
     return True
 
 
+def allocate(file: str, n_bytes: int) -> None:
+    """Let the file have at least so many bytes on the disk. Raises OSError where that is full; on macOS nothing is done."""
+    if hasattr(os, "posix_fallocate"):
+        with open(file, "ab") as space:
+            os.posix_fallocate(space.fileno(), 0, max(n_bytes, os.path.getsize(file)))
+
+
 def text(folder: str) -> bytes:
     """Return the sum over all workers in Prometheus text format."""
     everybody = CollectorRegistry()
     MultiProcessCollector(everybody, folder)  # type: ignore[no-untyped-call]
-    with locked(folder, fcntl.LOCK_SH):
+    with locked(folder, "LOCK_SH"):
         return generate_latest(everybody)
 
 
@@ -43,13 +48,10 @@ def mark_ended(pid: int, folder: str) -> None:
     Else each restart would leave 131 KB that every scrape reads. Where that can't be done the file stays.
     """
     mark_process_dead(pid, folder)  # type: ignore[no-untyped-call]
-    with contextlib.suppress(OSError, RuntimeError), locked(folder, fcntl.LOCK_EX):
+    with contextlib.suppress(OSError, RuntimeError), locked(folder, "LOCK_EX"):
         for kind in ("counter", "histogram"):
             file, ended = f"{folder}/{kind}_{pid}.db", f"{folder}/{kind}_ended.db"
-            with open(
-                ended, "ab"
-            ) as space:  # on a full disk a write to mapped memory would kill this process
-                os.posix_fallocate(space.fileno(), 0, max(os.path.getsize(file), os.path.getsize(ended)))
+            allocate(ended, os.path.getsize(file))
             total = MmapedDict(ended)  # type: ignore[no-untyped-call]
             for key, value, *_ in MmapedDict.read_all_values_from_file(file):  # type: ignore[no-untyped-call]
                 total.write_value(key, total.read_value(key)[0] + value, 0)  # type: ignore[no-untyped-call]
@@ -58,11 +60,13 @@ def mark_ended(pid: int, folder: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: str, how: int) -> Iterator[None]:
+def locked(folder: str, how: str) -> Iterator[None]:
     """Hold the folder's lock: LOCK_SH to read all files, LOCK_EX to move counts between them."""
+    import fcntl  # not on Windows
+
     lock = os.open(f"{folder}/counts.lock", os.O_CREAT | os.O_RDONLY, 0o666)
     try:
-        fcntl.flock(lock, how)
+        fcntl.flock(lock, getattr(fcntl, how))
         yield
     finally:
         os.close(lock)
