@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from loadtests.plan.planner import Silent, VirtualClock
 from workers.errors import Late, Rejected
-from workers.jobs import Answer
+from workers.jobs import Answer, Job, JobQueue
 from workers.loop import ModelLoop
+from workers.scheduling.admission import Admission
 from workers.scheduling.cost_model import CostModel
+from workers.scheduling.estimate import WaitEstimate
 
 
 class End(NamedTuple):
@@ -342,3 +344,56 @@ def test_a_server_that_warmed_up_on_a_busy_machine_admits_what_it_can_do() -> No
 
     with asyncio.Runner(loop_factory=VirtualClock) as runner:
         runner.run(everything())
+
+
+# --- the constants ----------------------------------------------------------------------------------------------------
+
+
+def test_queue_that_is_empty_because_of_rejections_is_not_taken_for_a_burst() -> None:
+    """Twenty full batches long; of a slow model the targets alone are too short to tell."""
+    admission = Admission(JobQueue(), CostModel(), 8, 256, 10.0, 0.5)
+    admission.refused_at, admission.estimate.full_s = 0.0, 1.0
+    admission.note_drained(1.0 + 19)
+    assert admission.drained_at == -math.inf
+    admission.note_drained(1.0 + 21)
+    assert admission.drained_at == 22.0
+
+
+def test_arrivals_are_shared_by_the_instances_when_the_batch_is_planned() -> None:
+    def affordable(instances: int) -> float:
+        estimate = WaitEstimate(queue := JobQueue(), model := CostModel(), 64, 11.0)
+        model.a, model.b = 1.0, 0.1
+        for second in range(20):
+            estimate.plan(float(second), instances)
+            for _ in range(20):
+                estimate.offer(queue.singles, 1, 1)
+        estimate.plan(20.0, instances)
+        return estimate.affordable
+
+    assert affordable(1) == pytest.approx(60, abs=1)
+    assert affordable(2) == pytest.approx(45, abs=1)
+
+
+def test_other_lane_takes_no_more_than_every_second_turn() -> None:
+    estimate = WaitEstimate(queue := JobQueue(), model := CostModel(), 7, 10.0)
+    model.a, model.b, estimate.usual_size = 1.0, 0.0, 1.0
+    queue.lists.rate = 1e6
+    estimate.full_s = estimate.full_size = 1.0
+    for _ in range(3):
+        job = Job(None, 1, 0.0, 10.0, queue.singles, asyncio.Future(loop=asyncio.new_event_loop()))
+        queue.put(job)
+    wait_s, _ = estimate([0.0], queue.singles, 1, 1)
+    assert wait_s == 0.0, (
+        "three before it and three of the other lane: it is the seventh, and in the first batch"
+    )
+
+
+def test_three_outliers_change_nothing_and_the_fourth_says_that_the_speed_has_changed() -> None:
+    model = CostModel()
+    for size in (1, 8, 32):
+        model.observe(size, 1.0)
+    for _ in range(3):
+        model.observe(8, 10.0)
+    assert model.predict_s(8) < 1.5
+    model.observe(8, 10.0)
+    assert model.predict_s(8) > 8

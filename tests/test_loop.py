@@ -1,6 +1,7 @@
 """The promises of the model loop, on a virtual clock with a model that is a formula: exact, no sleeps, no flakes."""
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
@@ -125,6 +126,44 @@ async def test_a_wrong_estimate_cannot_lock_an_idle_server_shut() -> None:
         model.b = 0.1
         await asyncio.sleep(200)
         assert await outcomes(submit_all(loop, "next")) == ["answer to next"]
+
+
+@on_virtual_clock
+async def test_hopeless_job_on_an_idle_server_is_rejected_and_keeps_nobody_out() -> None:
+    """One client sends a job of 300 s each second, the deadline is 10 s: others used to find the model taken."""
+    async with serving(FakeModel(b=0.01), budget_s=10, hang_s=60) as loop:
+        for size in (1, 8, 32):
+            loop.cost_model.observe(size, size * 0.1)
+        ends = []
+        for i in range(100):
+            with pytest.raises(Rejected, match="longer than this server's limit of 10 s"):
+                await loop.submit("giant", size=3000)
+            ends += await outcomes(submit_all(loop, i))
+            await asyncio.sleep(1)
+        assert ends == [f"answer to {i}" for i in range(100)]
+
+
+@on_virtual_clock
+async def test_wrong_law_corrects_itself_by_sizes_that_it_has_measured() -> None:
+    async with serving(FakeModel(b=0.1), budget_s=10, hang_s=60) as loop:
+        for size in (1, 8, 32):
+            loop.cost_model.observe(size, 100)  # as measured while the machine slept
+        assert await outcomes(submit_all(loop, "a")) == ["answer to a"], "tried"
+        for _ in range(6):
+            await loop.submit("b")
+        assert loop.cost_model.predict_s(1) < 10
+
+
+@on_virtual_clock
+async def test_job_that_did_take_far_too_long_is_not_tried_again_soon() -> None:
+    async with serving(FakeModel(b=30), budget_s=10, hang_s=600) as loop:
+        for size in (1, 8, 32):
+            loop.cost_model.observe(size, 30)
+        assert await outcomes(submit_all(loop, "a")) == [Late]
+        await asyncio.sleep(100)
+        assert await outcomes(submit_all(loop, "b")) == [Rejected]
+        await asyncio.sleep(20 * 30)
+        assert await outcomes(submit_all(loop, "c")) == [Late], "tried again, once in 20 times its length"
 
 
 @on_virtual_clock
@@ -637,6 +676,56 @@ async def test_of_those_who_are_late_in_any_case_whoever_has_just_left_is_not_ru
     batch, _ = await loop.take_batch()
     assert [job.query for job in batch] == ["other"]
     await asyncio.gather(leaver, other, return_exceptions=True)
+
+
+@on_virtual_clock
+async def test_late_jobs_that_are_run_all_the_same_are_no_more_than_a_batch() -> None:
+    loop = ModelLoop(batch_size=2, budget_s=10)
+    loop.instances.loaded = 1
+    tasks = submit_all(loop, "a", "b", "c")
+    await asyncio.sleep(0)
+    loop.cost_model.observe(1, 30)
+    batch, _ = await loop.take_batch()
+    assert [job.query for job in batch] == ["a", "b"]
+    for job in batch:
+        job.future.set_result(Answer("late", 0, 0, 2, "full"))
+    assert await outcomes(tasks) == ["late", "late", Late]
+
+
+@on_virtual_clock
+async def test_job_of_a_failed_batch_is_run_alone_though_late_when_nobody_waits() -> None:
+    model, poison = FakeModel(b=4), ValueError("no mask")
+    async with serving(model, batch_size=2, budget_s=10) as loop:
+        loop.cost_model.observe(1, 4)
+        await asyncio.gather(*submit_all(loop, poison, "b"), return_exceptions=True)
+    assert model.calls == [[poison, "b"], [poison]], (
+        "at 8 s no single call of 4 s is in time, but the queue is empty"
+    )
+
+
+@on_virtual_clock
+async def test_client_that_leaves_as_its_job_fails_leaves_no_complaint_in_the_log() -> None:
+    complaints: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
+    async with serving(FakeModel()) as loop:
+        task = submit_all(loop, "a")[0]
+        await asyncio.sleep(0.5)
+        loop.reject_all("any reason")
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        del task
+        gc.collect()
+    assert not complaints
+
+
+@on_virtual_clock
+async def test_first_burst_of_all_is_admitted_whole() -> None:
+    async with serving(FakeModel(b=0.1), budget_s=100, target_s=0.5) as loop:
+        for n in (1, 8, 32):
+            loop.cost_model.observe(n, n * 0.1)
+        loop.estimate.plan(now(), 1)
+        await asyncio.sleep(5)
+        assert await outcomes(submit_all(loop, *range(100))) == [f"answer to {i}" for i in range(100)]
 
 
 # --- stopping ---------------------------------------------------------------------------------------------------------

@@ -43,7 +43,13 @@ class ModelLoop:
         self.queue, self.cost_model = JobQueue(), CostModel()
         self.instances = Instances(self.cost_model, self.hang_s, self.now, self._reject_hopeless)
         self.admission = Admission(
-            self.queue, self.cost_model, self.batch_size, self.max_queue, self.budget_s, self.target_s
+            self.queue,
+            self.cost_model,
+            self.batch_size,
+            self.max_queue,
+            self.budget_s,
+            self.target_s,
+            self.hang_s,
         )
         self.estimate, self.anticipation = self.admission.estimate, Anticipation()
         self.live: set[Job] = set()  # admitted and not yet answered
@@ -284,6 +290,7 @@ class ModelLoop:
         model_s = self.now() - call.started_at
         waits_s = [call.started_at - job.enqueued_at for job in batch]
         self.metrics.batch(len(batch), dispatched_because, model_s, waits_s)
+        self.admission.note_call(self.now(), model_s)
         if error is None:
             self.cost_model.observe(call.size, model_s)
             returning = sum(job.ends_request_of for job in batch if job.alive)

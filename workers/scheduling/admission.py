@@ -14,6 +14,9 @@ from workers.scheduling.estimate import WaitEstimate
 # PATIENCE: a queue that was not empty for this many targets is not a burst any more.
 # FEW: a wait as long as this many requests like it take is always allowed, however slow the model is.
 PATIENCE, FEW = 2, 6
+# An idle server rejects a job that would take so many times the limit, and after a call that did take so long the next
+# such job for so many times that call's length: one such client can take 1/20 of the model's time.
+HOPELESS_FACTOR, RETRIAL_FACTOR = 2, 20
 
 
 class Admission:
@@ -27,11 +30,13 @@ class Admission:
         max_queue: int,
         budget_s: float,
         target_s: float,
+        hang_s: float = math.inf,
     ) -> None:
         self.queue, self.cost_model = queue, cost_model
         self.max_queue, self.target_s = max_queue, target_s
         self.estimate = WaitEstimate(queue, cost_model, batch_size, budget_s)
-        self.drained_at = self.refused_at = -math.inf
+        self.budget_s, self.hopeless_s = budget_s, min(HOPELESS_FACTOR * budget_s, hang_s)
+        self.drained_at = self.refused_at = self.no_trial_until = -math.inf
 
     def rejection(
         self, now: float, free_s: list[float], lane: Lane, jobs: int, size: float, budget_s: float
@@ -44,7 +49,9 @@ class Admission:
             self.note_drained(now)
         idle = not free_s[0] and not self.queue
         if idle and jobs == 1:
-            return None  # always when idle: a slow estimate must not lock the server shut
+            return self._hopeless(
+                now, size
+            )  # the only reason when idle: a wrong estimate must not lock the server shut
         # At worst each job runs by itself on the instance that is free last, and then comes a full batch. If even that is
         # soon enough, as it mostly is, there is no need for the estimate.
         singly_s = free_s[-1] + self.cost_model.predict_s(self.queue.size + size, len(self.queue) + jobs)
@@ -55,6 +62,8 @@ class Admission:
         wait_s, done_s = self.estimate(free_s, lane, jobs, size)
         if len(lane.jobs) + jobs > self.max_queue and not idle:
             return Rejected("the queue is full; retry after the time given", wait_s)
+        if (run_s := self.cost_model.predict_s(size / jobs)) > self.budget_s:
+            return self._too_long(run_s)
         if done_s * self.cost_model.margin > budget_s:
             return Rejected(f"it would take {math.ceil(done_s)} s; retry after the time given", wait_s)
         stands = self.target_s and now - self.drained_at > PATIENCE * self.target_s
@@ -62,6 +71,32 @@ class Admission:
             self.refused_at = now
             return Rejected("too much is waiting; retry after the time given", wait_s)
         return None
+
+    def _hopeless(self, now: float, size: float) -> Rejected | None:
+        """Return why an idle server rejects a job of `size`: it would keep the model from others far beyond all deadlines.
+
+        A wrong cost model corrects itself by jobs of sizes that it has measured: those are tried now and then.
+        """
+        run_s, is_measured = self.cost_model.predict_s(size), size <= self.cost_model.largest_size
+        if (
+            run_s <= self.hopeless_s
+            or not self.cost_model.is_law
+            or (is_measured and now >= self.no_trial_until)
+        ):
+            return None
+        return self._too_long(run_s)
+
+    def _too_long(self, run_s: float) -> Rejected:
+        limit = f"this server's limit of {self.budget_s:g} s"
+        return Rejected(
+            f"one call with this input takes about {run_s:.0f} s, longer than {limit}; send a shorter input",
+            run_s,
+        )
+
+    def note_call(self, now: float, call_s: float) -> None:
+        """Note that a call ended now which took `call_s`."""
+        if call_s > self.hopeless_s:
+            self.no_trial_until = now + RETRIAL_FACTOR * call_s
 
     def _limit_s(self, jobs: int) -> float:
         """How long `jobs` of one request may wait where there is always a queue.

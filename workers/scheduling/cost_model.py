@@ -52,7 +52,7 @@ class CostModel:
         """Learn that a call of `size` took `seconds`."""
         seconds = max(seconds, LEAST_S)
         octave, expected_s = int(size).bit_length(), self.predict_s(size)
-        is_law = len(self.typical) >= 3
+        is_law = self.is_law
         if octave in self.typical or is_law:
             ratio = seconds / max(expected_s, 1e-9)
             self.error += (min(1.0, abs(ratio - 1)) - self.error) / 20
@@ -68,6 +68,16 @@ class CostModel:
     def predict_s(self, size: float, calls: int = 1) -> float:
         """Seconds that `calls` calls with `size` altogether will take."""
         return self.a * calls + self.b * size
+
+    @property
+    def is_law(self) -> bool:
+        """Whether calls of enough sizes were measured to predict others."""
+        return len(self.typical) >= 3
+
+    @property
+    def largest_size(self) -> float:
+        """The largest typical size of a call so far."""
+        return max((size for size, _ in self.typical.values()), default=0.0)
 
     @property
     def margin(self) -> float:
