@@ -68,7 +68,7 @@ class Job:
         if self.alive:
             error.index = self.index if error.index is None else error.index
             self.future.set_exception(error)
-            # Its client may leave in this very tick. Then nobody reads the exception, and asyncio would complain.
+            # Of a list only the first failure is read, and asyncio complains about exceptions that are not.
             self.future.exception()
 
 
