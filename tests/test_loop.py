@@ -1,7 +1,6 @@
 """The promises of the model loop, on a virtual clock with a model that is a formula: exact, no sleeps, no flakes."""
 
 import asyncio
-import gc
 from typing import Any
 
 import pytest
@@ -701,20 +700,6 @@ async def test_job_of_a_failed_batch_is_run_alone_though_late_when_nobody_waits(
     assert model.calls == [[poison, "b"], [poison]], (
         "at 8 s no single call of 4 s is in time, but the queue is empty"
     )
-
-
-@on_virtual_clock
-async def test_list_that_fails_leaves_no_complaint_about_its_other_jobs_in_the_log() -> None:
-    complaints: list[Any] = []
-    asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context))
-    async with serving(FakeModel()) as loop:
-        task = asyncio.create_task(loop.submit_all("abc", [1, 1, 1]))
-        await asyncio.sleep(0.5)
-        loop.reject_all("any reason")
-        await asyncio.gather(task, return_exceptions=True)
-        del task
-    gc.collect()
-    assert not complaints
 
 
 @on_virtual_clock

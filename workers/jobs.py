@@ -68,8 +68,6 @@ class Job:
         if self.alive:
             error.index = self.index if error.index is None else error.index
             self.future.set_exception(error)
-            # Of a list only the first failure is read, and asyncio complains about exceptions that are not.
-            self.future.exception()
 
 
 def expire(jobs: list[Job]) -> None:
