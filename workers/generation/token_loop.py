@@ -1,0 +1,453 @@
+"""The token loop: one queue, one model, and every sequence ended exactly once, with a reason.
+
+    submit(prompt) -> waiting -> [ plan -> run(step) -> hand out tokens ] -> each sequence's own stream
+
+It is `workers/loop.py` one level down, with the same life: admission, deadlines, failures, stopping. All of this file runs on
+one event loop, so there are no locks; only `run`, the model, is elsewhere (a thread, a process). Between two steps arrivals
+and departures take effect. The next step is on its way before those who read the last one's tokens are woken up, so that
+HTTP's work is done while the model computes.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Sequence as Several
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from workers.generation.counts import Counts
+from workers.generation.forecast import Forecast
+from workers.generation.scheduler import Scheduler, Sequence, Step, work
+from workers.generation.step_cost import StepCost, Work
+from workers.generation.steps import Choice, Limits, Options, Outcome, Row, Token
+from workers.jobs import (
+    LOADING,
+    STOPPING,
+    Answer,
+    Late,
+    ModelDied,
+    ModelFailed,
+    Refused,
+    Unanswered,
+)
+from workers.metrics import Metrics
+from workers.scheduling.instances import Copies, Ready, stuck
+
+log = logging.getLogger("uvicorn.error")
+
+Run = Callable[[list[Any]], Awaitable[list[Any]]]
+MOST_UNREAD = 64  # tokens that a slow reader may leave unread before its sequence pauses
+HOPELESS = (
+    2.0  # an idle server still admits what it expects to be that much too late: the estimate may be wrong
+)
+
+
+class TextOf(Protocol):
+    """Turns a sequence's tokens into its text; see `text.py`."""
+
+    stopped: bool  # a stop string is complete
+
+    def push(self, token: int) -> str:
+        """Return the text that this token completes."""
+
+    def rest(self) -> str:
+        """Return what was held back: there will be no more tokens."""
+
+
+class Piece(NamedTuple):
+    """What is new of a sequence. The last piece has the reason why it ended: stop or length."""
+
+    text: str
+    tokens: list[Token]
+    reason: str = ""
+
+
+class Stream(AsyncIterator[Piece]):
+    """A sequence's pieces as they come. Close it when nobody reads it any more; an `async with` does.
+
+    Raises an `Unanswered` where the sequence ends for any other reason than its own end.
+    """
+
+    def __init__(self, loop: "TokenLoop", sequence: Sequence, text: TextOf | None) -> None:
+        self.loop, self.sequence, self.text = loop, sequence, text
+        self.unread: list[tuple[str, Token]] = []
+        self.rest = ""
+        self.error: Unanswered | None = None
+        self.first_at = self.last_at = 0.0  # when its first and its last token came
+        self.is_read = False  # its last piece was
+        self.news = asyncio.Event()
+        self.timer: asyncio.TimerHandle | None = None
+
+    async def __anext__(self) -> Piece:
+        if self.is_read:
+            raise StopAsyncIteration
+        while not self.unread and not self.sequence.reason:
+            self.news.clear()
+            await self.news.wait()
+        if self.error and not self.unread:
+            self.is_read = True
+            raise self.error
+        unread, self.unread = self.unread, []
+        reason = "" if self.error else self.sequence.reason
+        self.is_read = bool(reason)
+        if self.sequence.paused:
+            self.sequence.paused = False
+            self.loop.wake.set()
+        text = "".join(text for text, _ in unread) + (self.rest if reason else "")
+        return Piece(text, [token for _, token in unread], reason)
+
+    def close(self) -> None:
+        """Free its slot at the end of the running step: nobody reads it any more."""
+        self.loop.end(self, "cancelled")
+
+    async def __aenter__(self) -> "Stream":
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass(eq=False)
+class TokenLoop:
+    """Feeds `run` with steps. `most_waiting`: tokens of prompts in the queue; `budget_s`: until the first token."""
+
+    most_waiting: int = 100_000
+    step_tokens: int = 0
+    prefill_first: bool = False
+    budget_s: float = 10.0
+    hang_s: float = math.inf
+    metrics: Metrics = field(default_factory=Metrics)
+    now: Callable[[], float] = lambda: asyncio.get_running_loop().time()
+    # What a whole answer is made of, for `submit_all`: of a query the arguments of `submit`, of its pieces the answer.
+    opened: Callable[[Any], dict[str, Any]] = lambda query: {"prompt": query}
+    answered: Callable[[Any, Piece], Any] = lambda query, piece: [token.id for token in piece.tokens]
+
+    def __post_init__(self) -> None:
+        self.cost = StepCost()
+        self.scheduler = Scheduler(0, self.cost, self.step_tokens, self.prefill_first)
+        self.copies = Copies(self.cost, self.hang_s, self.now, self._refuse_hopeless)
+        self.counts = Counts(self.metrics)
+        self.streams: dict[Sequence, Stream] = {}  # admitted and not yet ended
+        self.limits = Limits(0, 0)
+        self.length = 1.0  # what part of its max_tokens a sequence uses
+        self.usual_prompt = 0.0
+        self.waiting_tokens = 0
+        self.step_ends_at = 0.0  # as predicted
+        self.closing = False
+        self.wake = asyncio.Event()  # something may have come that can run
+        self._drained = asyncio.Event()
+        self._forecast: Forecast | None = None
+
+    # --- what a handler calls -----------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: list[int],
+        options: Options = Options(),  # noqa: B008  immutable
+        text: TextOf | None = None,
+        *,
+        budget_s: float = math.inf,
+        owner: str = "",
+    ) -> Stream:
+        """Return the stream of what is generated after `prompt`, its first token within `budget_s` (never more than the
+        loop's own). Raises Refused where that can't be had."""
+        budget_s = min(budget_s, self.budget_s)
+        self.usual_prompt += (len(prompt) - self.usual_prompt) * (0.05 if self.usual_prompt else 1)
+        if refused := self._refusal(len(prompt), budget_s):
+            raise refused
+        now = self.now()
+        sequence = Sequence(prompt, options, now, now + budget_s, owner)
+        stream = self.streams[sequence] = Stream(self, sequence, text)
+        late = Late(f"no token within {budget_s:g} s; allow more time")
+        stream.timer = asyncio.get_running_loop().call_later(budget_s, self.end, stream, "late", late)
+        self.scheduler.add(sequence)
+        self.waiting_tokens += len(prompt)
+        if self._forecast:
+            self._forecast.add(len(prompt), options.max_tokens)
+        self.wake.set()
+        return stream
+
+    async def submit_all(
+        self, queries: Several[Any], sizes: Several[float], *, budget_s: float = math.inf
+    ) -> list[Answer]:
+        """Return the whole answers to all `queries`, in order, or raise the first failure; its `index` says whose it is.
+
+        All are admitted or none; when one fails or the client leaves, the others end.
+        """
+        streams: list[Stream] = []
+        try:
+            for query in queries:
+                streams.append(self.submit(**self.opened(query), budget_s=budget_s))
+            pieces = []
+            for index, stream in enumerate(streams):
+                try:
+                    pieces.append(await whole(stream))
+                except Unanswered as exc:
+                    exc.index = index if len(streams) > 1 else None
+                    raise
+            return [self._answer(*each) for each in zip(queries, streams, pieces, strict=True)]
+        finally:
+            for stream in streams:
+                stream.close()
+
+    def refusal(self, budget_s: float = math.inf) -> Refused | None:
+        """Why one more prompt of the usual length would be refused now; None where it would not.
+
+        Costs a few microseconds: ask before anything of a request is read.
+        """
+        return self._refusal(int(self.usual_prompt), min(budget_s, self.budget_s))
+
+    def unready(self) -> str:
+        """Why no request at all can be answered; empty while the model is loaded, not stuck, not stopping."""
+        if self.closing:
+            return STOPPING
+        if not self.copies.loaded:
+            return LOADING
+        return stuck(stuck_s) if (stuck_s := self.copies.stuck_s) else ""
+
+    @property
+    def depth(self) -> int:
+        """How many sequences wait for a slot."""
+        return len(self.scheduler.waiting)
+
+    @property
+    def running(self) -> int:
+        """How many sequences have one."""
+        return len(self.scheduler.running)
+
+    # --- admission ----------------------------------------------------------------------------------------------------
+
+    def _refusal(self, prompt: int, budget_s: float) -> Refused | None:
+        """Why a prompt of so many tokens is not admitted now; None where it is."""
+        if self.closing:
+            return Refused(STOPPING)
+        free_s = self.copies.free_s()
+        if unfit := self.copies.unfit(free_s):
+            return unfit
+        scheduler = self.scheduler
+        if not self._forecast:
+            self._forecast = Forecast(scheduler, self.length)
+        first_s = free_s[0] + self._forecast.first_token_s(max(1, prompt))
+        needed_s = first_s * self.cost.margin
+        if not scheduler.running and not scheduler.waiting and needed_s < HOPELESS * budget_s:
+            return None
+        retry_after_s = first_s - budget_s / 2  # when half of the backlog that is too much is gone, and a bit
+        if scheduler.waiting and self.waiting_tokens + prompt > self.most_waiting:
+            return Refused("the queue is full; retry after the time given", first_s)
+        if needed_s > budget_s:
+            sentence = f"the first token would take {math.ceil(first_s)} s; retry after the time given"
+            return Refused(sentence, retry_after_s)
+        return None
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    async def consume(self, run: Run, ready: Ready | None = None) -> None:
+        """Run steps whenever there is work and the model is `ready`, until cancelled."""
+        self.copies.loaded += 1
+        try:
+            while True:
+                await self.copies.until(ready)
+                self._end_hopeless()
+                step = self.scheduler.plan(self.now())
+                if step:
+                    await self._run(run, step)
+                else:
+                    self.wake.clear()
+                    await self.wake.wait()
+                await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out for ever
+        finally:
+            self.copies.loaded -= 1
+
+    async def warm_up(self, run: Run) -> None:
+        """Ask the loaded model for its limits, and time steps of several kinds: the law of a step's cost."""
+        (self.limits,) = await run([None])
+        self.scheduler.slots = type(self.scheduler.slots)(self.limits.slots)
+        timed: list[tuple[Work, float]] = []
+        for rows in warm_up_steps(self.limits) * 3:
+            began = self.now()
+            await run([rows])
+            timed.append((work(rows), self.now() - began))
+            await asyncio.sleep(0)
+        n = len(timed) // 3
+        # The first time is the kernels'. Of the others the shorter: nothing else makes a step shorter than it is.
+        self.cost.warm_up([(w, min(s, again)) for (w, s), (_, again) in zip(timed[n:-n], timed[-n:])])
+
+    async def _run(self, run: Run, step: Step) -> None:
+        """Run a step and hand out its tokens, whatever the model throws."""
+        for sequence in step.started:
+            self.waiting_tokens -= len(sequence.prompt)
+        self._forecast = None
+        call = self.copies.start(step.work)
+        error: BaseException | None = None
+        try:
+            (outcomes,) = await run([step.rows])
+            if len(outcomes) != len(step.rows):
+                raise ModelFailed(f"the model gave {len(outcomes)} outcomes for {len(step.rows)} rows")
+        except asyncio.CancelledError:
+            raise  # the server has stopped: every sequence has ended
+        except BaseException as exc:  # also SystemExit and MemoryError: no sequence may end the loop
+            error = exc
+        finally:
+            self.copies.end(call)
+        self._forecast = None
+        step_s = self.now() - call.started_at
+        waits_s = [call.started_at - sequence.arrived_at for sequence in step.started]
+        self.metrics.batch(len(step.rows), "step" if len(step.sequences) > 1 else "alone", step_s, waits_s)
+        if error is None:
+            self.cost.observe(step.work, step_s)
+            self._hand_out(step, outcomes)
+        elif isinstance(error, ModelDied):
+            self._lose(error)
+        elif len(step.rows) > 1:
+            await self._run_singly(run, step)
+        else:
+            self._fail(step.sequences[0], error)
+
+    async def _run_singly(self, run: Run, step: Step) -> None:
+        """One of the rows made it raise: run each alone, once, so that only the culprit pays."""
+        log.warning("a step of %d sequences failed; running them one by one", len(step.rows))
+        for sequence, row in zip(step.sequences, step.rows, strict=True):
+            if not sequence.reason:
+                await self._run(run, Step([sequence], [row], work([row]), []))
+
+    def _hand_out(self, step: Step, outcomes: list[Outcome]) -> None:
+        """Give each sequence of the step its token; end those that are done. What nobody waits for any more is wasted."""
+        now = self.now()
+        for sequence, row in zip(step.sequences, step.rows):
+            if sequence.reason:
+                self.counts.wasted.inc(len(row.ids))
+            elif not sequence.tokens:
+                self.counts.prompt.inc(len(row.ids))
+        for sequence, outcome, reason in self.scheduler.advance(step, outcomes):
+            if isinstance(outcome, str):
+                self._fail(sequence, ModelFailed(outcome))
+                continue
+            stream = self.streams[sequence]
+            self._time(stream, now)
+            text = ""
+            if stream.text:
+                text = "" if reason == "stop" else stream.text.push(outcome.id)
+                reason = "stop" if stream.text.stopped else reason
+            stream.unread.append((text, outcome))
+            sequence.paused = len(stream.unread) >= MOST_UNREAD
+            if reason:
+                self.end(stream, reason)
+            stream.news.set()
+
+    def _time(self, stream: Stream, now: float) -> None:
+        """Count a token, and how long it took to come."""
+        self.counts.generated.inc()
+        if stream.last_at:
+            self.counts.between_tokens.observe(now - stream.last_at)
+        else:
+            stream.first_at = now
+            self.counts.first_token.observe(now - stream.sequence.arrived_at)
+            if stream.timer:
+                stream.timer.cancel()
+        stream.last_at = now
+
+    # --- how sequences end --------------------------------------------------------------------------------------------
+
+    def end(self, stream: Stream, reason: str, error: Unanswered | None = None) -> None:
+        """End a sequence, unless it has ended: its slot is free, its reader gets what is left, then the `error`."""
+        sequence = stream.sequence
+        waited = sequence in self.scheduler.waiting
+        if not self.scheduler.end(sequence, reason):
+            return
+        del self.streams[sequence]
+        self.waiting_tokens -= waited * len(sequence.prompt)
+        self._forecast = None
+        self.counts.sequences.labels(reason).inc()
+        if reason == "cancelled":
+            self.metrics.abandoned()
+        elif stream.text and reason == "length":
+            stream.rest = stream.text.rest()
+        if reason in ("stop", "length"):
+            used = len(sequence.tokens) / sequence.options.max_tokens
+            self.length += (used - self.length) * 0.05
+        if stream.timer:
+            stream.timer.cancel()
+        stream.error = error
+        stream.news.set()
+        self.wake.set()
+        if not self.streams:
+            self._drained.set()
+
+    def _fail(self, sequence: Sequence, error: BaseException) -> None:
+        if stream := self.streams.get(sequence):
+            failed = (type(error) if isinstance(error, ModelFailed) else ModelFailed)(str(error))
+            failed.__cause__ = error
+            self.end(stream, "failed", failed)
+
+    def _lose(self, error: ModelDied) -> None:
+        """The model is gone, and with it all that was in the slots. Those who wait will be answered by the next one."""
+        for sequence in list(self.scheduler.running):
+            self._fail(sequence, error)
+        self.scheduler.slots.forget()
+
+    def _end_hopeless(self) -> None:
+        """End those who wait and can't have their first token in time: to read their prompts would make others late."""
+        now, scheduler = self.now(), self.scheduler
+        for sequence in list(scheduler.waiting):
+            if sequence.deadline < now + self.cost.predict_s(Work(min(len(sequence.prompt), 64))):
+                late = Late("the time left is shorter than the model takes; allow more time")
+                self.end(self.streams[sequence], "late", late)
+
+    # --- stopping -----------------------------------------------------------------------------------------------------
+
+    def stop_admitting(self) -> None:
+        """Refuse new sequences from now on, and those that have not started."""
+        self.closing = True
+        for sequence in list(self.scheduler.waiting):
+            self.end(self.streams[sequence], "stopping", Refused(STOPPING))
+
+    async def drain(self, grace_s: float) -> None:
+        """Let running sequences finish within `grace_s`, then end them: nobody is left without a last word."""
+        self.stop_admitting()
+        try:
+            async with asyncio.timeout(grace_s):
+                while self.streams:
+                    self._drained.clear()
+                    await self._drained.wait()
+        except TimeoutError:
+            self.refuse_all("the server stopped before the text was complete; try another one")
+
+    def refuse_all(self, reason: str) -> None:
+        """End every sequence."""
+        for stream in list(self.streams.values()):
+            self.end(stream, "stopping", Refused(reason))
+
+    def _refuse_hopeless(self) -> None:
+        """While no model is loaded, refuse those who can't wait until it is again."""
+        if self.copies.loaded:
+            return
+        load_s = self.copies.load_s
+        for sequence in list(self.scheduler.waiting):
+            if sequence.deadline < self.now() + load_s:
+                self.end(self.streams[sequence], "stopping", Refused(LOADING, load_s))
+
+    def _answer(self, query: Any, stream: Stream, piece: Piece) -> Answer:
+        sequence = stream.sequence
+        queue_s, model_s = (
+            sequence.started_at - sequence.arrived_at,
+            stream.last_at - sequence.started_at,
+        )
+        return Answer(self.answered(query, piece), queue_s, model_s, max(1, self.running), piece.reason)
+
+
+async def whole(stream: Stream) -> Piece:
+    """Return all of it as one piece."""
+    pieces = [piece async for piece in stream]
+    tokens = [token for piece in pieces for token in piece.tokens]
+    return Piece("".join(piece.text for piece in pieces), tokens, pieces[-1].reason)
+
+
+def warm_up_steps(limits: Limits) -> list[list[Row]]:
+    """Steps of different kinds: a token alone, of many sequences, with much in the cache, chunks of prompts."""
+    choice, far = Choice(Options(), 1), limits.capacity - 1
+    several = sorted({1, min(4, limits.slots), min(16, limits.slots), limits.slots})
+    decode = [[Row(slot, 8, [1], choice) for slot in range(n)] for n in several if far >= 8]
+    decode += [[Row(slot, min(far, 256), [1], choice) for slot in range(n)] for n in several[-2:]]
+    prompts = [[Row(0, 0, [1] * n, Choice(Options(), 0))] for n in (8, 32, 128, 256) if n <= far]
+    return decode + prompts
