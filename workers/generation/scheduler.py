@@ -164,7 +164,7 @@ def work(rows: Iterable[Row]) -> Work:
     """Return what there is to do in these rows, in the terms of the cost law."""
     prompt = sequences = cached = 0
     for row in rows:
-        if row.choice and row.choice.index:
+        if row.choice and row.choice.generated:
             sequences += 1
             cached += row.start
         else:

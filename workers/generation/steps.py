@@ -31,7 +31,7 @@ class Choice(NamedTuple):
     """That a row's last token is followed by a new one, and by which rules that is chosen."""
 
     options: Options
-    index: int  # how many tokens the sequence has generated before
+    generated: int  # tokens of the sequence so far
     prompt: list[int] | None = None  # where there are penalties
     tokens: list[int] | None = None
 

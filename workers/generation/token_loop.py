@@ -16,23 +16,24 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from workers.errors import (
+    LOADING,
+    STOPPING,
+    TOO_SHORT,
+    Late,
+    ModelDied,
+    ModelFailed,
+    Rejected,
+    Unanswered,
+)
 from workers.generation.counts import Counts
 from workers.generation.forecast import Forecast
 from workers.generation.scheduler import Scheduler, Sequence, Step, work
 from workers.generation.step_cost import StepCost, Work
 from workers.generation.steps import Choice, Limits, Options, Outcome, Row, Token
-from workers.jobs import (
-    LOADING,
-    STOPPING,
-    Answer,
-    Late,
-    ModelDied,
-    ModelFailed,
-    Refused,
-    Unanswered,
-)
+from workers.jobs import Answer
 from workers.metrics import Metrics
-from workers.scheduling.instances import Copies, Ready, stuck
+from workers.scheduling.instances import Instances, Ready, stuck
 
 log = logging.getLogger("uvicorn.error")
 
@@ -126,7 +127,7 @@ class TokenLoop:
     def __post_init__(self) -> None:
         self.cost = StepCost()
         self.scheduler = Scheduler(0, self.cost, self.step_tokens, self.prefill_first)
-        self.copies = Copies(self.cost, self.hang_s, self.now, self._refuse_hopeless)
+        self.instances = Instances(self.cost, self.hang_s, self.now, self._reject_hopeless)
         self.counts = Counts(self.metrics)
         self.streams: dict[Sequence, Stream] = {}  # admitted and not yet ended
         self.limits = Limits(0, 0)
@@ -151,11 +152,11 @@ class TokenLoop:
         owner: str = "",
     ) -> Stream:
         """Return the stream of what is generated after `prompt`, its first token within `budget_s` (never more than the
-        loop's own). Raises Refused where that can't be had."""
+        loop's own). Raises Rejected where that can't be had."""
         budget_s = min(budget_s, self.budget_s)
         self.usual_prompt += (len(prompt) - self.usual_prompt) * (0.05 if self.usual_prompt else 1)
-        if refused := self._refusal(len(prompt), budget_s):
-            raise refused
+        if rejected := self._rejection(len(prompt), budget_s):
+            raise rejected
         now = self.now()
         sequence = Sequence(prompt, options, now, now + budget_s, owner)
         stream = self.streams[sequence] = Stream(self, sequence, text)
@@ -191,20 +192,20 @@ class TokenLoop:
             for stream in streams:
                 stream.close()
 
-    def refusal(self, budget_s: float = math.inf) -> Refused | None:
-        """Why one more prompt of the usual length would be refused now; None where it would not.
+    def rejection(self, budget_s: float = math.inf) -> Rejected | None:
+        """Why one more prompt of the usual length would be rejected now; None where it would not.
 
         Costs a few microseconds: ask before anything of a request is read.
         """
-        return self._refusal(int(self.usual_prompt), min(budget_s, self.budget_s))
+        return self._rejection(int(self.usual_prompt), min(budget_s, self.budget_s))
 
     def unready(self) -> str:
         """Why no request at all can be answered; empty while the model is loaded, not stuck, not stopping."""
         if self.closing:
             return STOPPING
-        if not self.copies.loaded:
+        if not self.instances.loaded:
             return LOADING
-        return stuck(stuck_s) if (stuck_s := self.copies.stuck_s) else ""
+        return stuck(stuck_s) if (stuck_s := self.instances.stuck_s) else ""
 
     @property
     def depth(self) -> int:
@@ -218,12 +219,12 @@ class TokenLoop:
 
     # --- admission ----------------------------------------------------------------------------------------------------
 
-    def _refusal(self, prompt: int, budget_s: float) -> Refused | None:
+    def _rejection(self, prompt: int, budget_s: float) -> Rejected | None:
         """Why a prompt of so many tokens is not admitted now; None where it is."""
         if self.closing:
-            return Refused(STOPPING)
-        free_s = self.copies.free_s()
-        if unfit := self.copies.unfit(free_s):
+            return Rejected(STOPPING)
+        free_s = self.instances.free_s()
+        if unfit := self.instances.unfit(free_s):
             return unfit
         scheduler = self.scheduler
         if not self._forecast:
@@ -234,20 +235,20 @@ class TokenLoop:
             return None
         retry_after_s = first_s - budget_s / 2  # when half of the backlog that is too much is gone, and a bit
         if scheduler.waiting and self.waiting_tokens + prompt > self.most_waiting:
-            return Refused("the queue is full; retry after the time given", first_s)
+            return Rejected("the queue is full; retry after the time given", first_s)
         if needed_s > budget_s:
             sentence = f"the first token would take {math.ceil(first_s)} s; retry after the time given"
-            return Refused(sentence, retry_after_s)
+            return Rejected(sentence, retry_after_s)
         return None
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     async def consume(self, run: Run, ready: Ready | None = None) -> None:
         """Run steps whenever there is work and the model is `ready`, until cancelled."""
-        self.copies.loaded += 1
+        self.instances.loaded += 1
         try:
             while True:
-                await self.copies.until(ready)
+                await self.instances.until(ready)
                 self._end_hopeless()
                 step = self.scheduler.plan(self.now())
                 if step:
@@ -257,7 +258,7 @@ class TokenLoop:
                     await self.wake.wait()
                 await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out for ever
         finally:
-            self.copies.loaded -= 1
+            self.instances.loaded -= 1
 
     async def warm_up(self, run: Run) -> None:
         """Ask the loaded model for its limits, and time steps of several kinds: the law of a step's cost."""
@@ -278,7 +279,7 @@ class TokenLoop:
         for sequence in step.started:
             self.waiting_tokens -= len(sequence.prompt)
         self._forecast = None
-        call = self.copies.start(step.work)
+        call = self.instances.start(step.work)
         error: BaseException | None = None
         try:
             (outcomes,) = await run([step.rows])
@@ -289,7 +290,7 @@ class TokenLoop:
         except BaseException as exc:  # also SystemExit and MemoryError: no sequence may end the loop
             error = exc
         finally:
-            self.copies.end(call)
+            self.instances.end(call)
         self._forecast = None
         step_s = self.now() - call.started_at
         waits_s = [call.started_at - sequence.arrived_at for sequence in step.started]
@@ -391,16 +392,16 @@ class TokenLoop:
         now, scheduler = self.now(), self.scheduler
         for sequence in list(scheduler.waiting):
             if sequence.deadline < now + self.cost.predict_s(Work(min(len(sequence.prompt), 64))):
-                late = Late("the time left is shorter than the model takes; allow more time")
+                late = Late(TOO_SHORT)
                 self.end(self.streams[sequence], "late", late)
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 
     def stop_admitting(self) -> None:
-        """Refuse new sequences from now on, and those that have not started."""
+        """Reject new sequences from now on, and those that have not started."""
         self.closing = True
         for sequence in list(self.scheduler.waiting):
-            self.end(self.streams[sequence], "stopping", Refused(STOPPING))
+            self.end(self.streams[sequence], "stopping", Rejected(STOPPING))
 
     async def drain(self, grace_s: float) -> None:
         """Let running sequences finish within `grace_s`, then end them: nobody is left without a last word."""
@@ -411,21 +412,21 @@ class TokenLoop:
                     self._drained.clear()
                     await self._drained.wait()
         except TimeoutError:
-            self.refuse_all("the server stopped before the text was complete; try another one")
+            self.reject_all("the server stopped before the text was complete; try another one")
 
-    def refuse_all(self, reason: str) -> None:
+    def reject_all(self, reason: str) -> None:
         """End every sequence."""
         for stream in list(self.streams.values()):
-            self.end(stream, "stopping", Refused(reason))
+            self.end(stream, "stopping", Rejected(reason))
 
-    def _refuse_hopeless(self) -> None:
-        """While no model is loaded, refuse those who can't wait until it is again."""
-        if self.copies.loaded:
+    def _reject_hopeless(self) -> None:
+        """While no model is loaded, reject those who can't wait until it is again."""
+        if self.instances.loaded:
             return
-        load_s = self.copies.load_s
+        load_s = self.instances.load_s
         for sequence in list(self.scheduler.waiting):
             if sequence.deadline < self.now() + load_s:
-                self.end(self.streams[sequence], "stopping", Refused(LOADING, load_s))
+                self.end(self.streams[sequence], "stopping", Rejected(LOADING, load_s))
 
     def _answer(self, query: Any, stream: Stream, piece: Piece) -> Answer:
         sequence = stream.sequence
@@ -445,7 +446,7 @@ async def whole(stream: Stream) -> Piece:
 
 def warm_up_steps(limits: Limits) -> list[list[Row]]:
     """Steps of different kinds: a token alone, of many sequences, with much in the cache, chunks of prompts."""
-    choice, far = Choice(Options(), 1), limits.capacity - 1
+    choice, far = Choice(Options(), generated=1), limits.capacity - 1
     several = sorted({1, min(4, limits.slots), min(16, limits.slots), limits.slots})
     decode = [[Row(slot, 8, [1], choice) for slot in range(n)] for n in several if far >= 8]
     decode += [[Row(slot, min(far, 256), [1], choice) for slot in range(n)] for n in several[-2:]]

@@ -2,10 +2,9 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from workers.errors import LOADING, Rejected
-from workers.scheduling.cost_model import CostModel
 
 Ready = Callable[[], Awaitable[Any]]
 
@@ -17,11 +16,17 @@ def stuck(seconds: float) -> str:
     return f"the model has not returned for {seconds:.0f} s"
 
 
+class Predictor(Protocol):
+    """A cost model: of calls by their size, or of steps by what is in them."""
+
+    def predict_s(self, size: Any, /) -> float: ...
+
+
 class Call(NamedTuple):
     """An instance at work."""
 
     started_at: float
-    size: float
+    size: Any
     ends_at: float  # as predicted
     overdue_at: float
 
@@ -30,7 +35,7 @@ class Instances:
     """`now` tells the time; `on_lost` is called soon after an instance began to wait, as one that was lost does."""
 
     def __init__(
-        self, cost_model: CostModel, hang_s: float, now: Callable[[], float], on_lost: Callable[[], None]
+        self, cost_model: Predictor, hang_s: float, now: Callable[[], float], on_lost: Callable[[], None]
     ) -> None:
         self.cost_model, self.hang_s, self.now, self.on_lost = cost_model, hang_s, now, on_lost
         self.loaded = 0
@@ -50,7 +55,7 @@ class Instances:
         finally:
             self.loaded += 1
 
-    def start(self, size: float) -> Call:
+    def start(self, size: Any) -> Call:
         """Note a call of `size` that starts now; `end` it."""
         now, predicted_s = self.now(), self.cost_model.predict_s(size)
         # Until a call was measured nothing is predicted, and the first one builds kernels: it may take long.
