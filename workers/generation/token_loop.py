@@ -76,6 +76,7 @@ class Stream(AsyncIterator[Piece]):
         self.rest = ""
         self.error: Unanswered | None = None
         self.first_at = self.last_at = 0.0  # when its first and its last token came
+        self.promised_at = 0.0  # when its first token was predicted
         self.is_read = False  # its last piece was
         self.news = asyncio.Event()
         self.timer: asyncio.TimerHandle | None = None
@@ -133,6 +134,8 @@ class TokenLoop:
         self.limits = Limits(0, 0)
         self.length = 1.0  # what part of its max_tokens a sequence uses
         self.usual_prompt = 0.0
+        self.first_s = 0.0  # the last prediction
+        self.slack_s = 0.0  # how much later than predicted a first token may come: for 99 in 100
         self.waiting_tokens = 0
         self.step_ends_at = 0.0  # as predicted
         self.closing = False
@@ -160,6 +163,7 @@ class TokenLoop:
         now = self.now()
         sequence = Sequence(prompt, options, now, now + budget_s, owner)
         stream = self.streams[sequence] = Stream(self, sequence, text)
+        stream.promised_at = now + self.first_s * self.cost.margin
         late = Late(f"no token within {budget_s:g} s; allow more time")
         stream.timer = asyncio.get_running_loop().call_later(budget_s, self.end, stream, "late", late)
         self.scheduler.add(sequence)
@@ -229,8 +233,8 @@ class TokenLoop:
         scheduler = self.scheduler
         if not self._forecast:
             self._forecast = Forecast(scheduler, self.length)
-        first_s = free_s[0] + self._forecast.first_token_s(max(1, prompt))
-        needed_s = first_s * self.cost.margin
+        self.first_s = first_s = free_s[0] + self._forecast.first_token_s(max(1, prompt))
+        needed_s = first_s * self.cost.margin + self.slack_s
         if not scheduler.running and not scheduler.waiting and needed_s < HOPELESS * budget_s:
             return None
         retry_after_s = first_s - budget_s / 2  # when half of the backlog that is too much is gone, and a bit
@@ -343,10 +347,16 @@ class TokenLoop:
             self.counts.between_tokens.observe(now - stream.last_at)
         else:
             stream.first_at = now
+            self._learn_slack(now > stream.promised_at + self.slack_s)
             self.counts.first_token.observe(now - stream.sequence.arrived_at)
             if stream.timer:
                 stream.timer.cancel()
         stream.last_at = now
+
+    def _learn_slack(self, is_later: bool) -> None:
+        """Let one in a hundred first tokens come later than predicted and the slack: as often up by much as down by little."""
+        step_s = self.budget_s / 20
+        self.slack_s = max(0.0, self.slack_s + step_s * (0.99 if is_later else -0.01))
 
     # --- how sequences end --------------------------------------------------------------------------------------------
 
@@ -362,6 +372,8 @@ class TokenLoop:
         self.counts.sequences.labels(reason).inc()
         if reason == "cancelled":
             self.metrics.abandoned()
+        elif reason == "late":
+            self._learn_slack(True)
         elif stream.text and reason == "length":
             stream.rest = stream.text.rest()
         if reason in ("stop", "length"):
