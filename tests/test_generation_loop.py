@@ -23,6 +23,7 @@ from tests.support.fake_steps import (
 from tests.support.virtual_clock import now, on_virtual_clock
 from workers.errors import Late, ModelDied, ModelFailed, Rejected, Unanswered
 from workers.generation.scheduler import Scheduler, Sequence
+from workers.generation.slots import OWNER
 from workers.generation.step_cost import StepCost, Work
 from workers.generation.steps import Options, Token
 from workers.generation.token_loop import MOST_UNREAD
@@ -199,7 +200,7 @@ async def test_next_turn_starts_where_the_last_one_ended() -> None:
         tokens, _ = await read(loop.submit(first, options()))
         model.steps.clear()
         second = first + tokens[:-1] + [7, 7, 7]
-        assert (await read(loop.submit(second, options(), owner="")))[1] == "stop"
+        assert (await read(loop.submit(second, options())))[1] == "stop"
         assert model.steps[0][0].start == len(first) + len(tokens) - 1
         assert loop.scheduler.reused == len(first) + len(tokens) - 1
 
@@ -208,9 +209,11 @@ async def test_next_turn_starts_where_the_last_one_ended() -> None:
 async def test_nobody_starts_in_what_another_owner_left() -> None:
     model = FakeSteps()
     async with generating(model) as loop:
-        await read(loop.submit(prompt(20, 500), options(), owner="a"))
+        OWNER.set("a")
+        await read(loop.submit(prompt(20, 500), options()))
         model.steps.clear()
-        await read(loop.submit(prompt(20, 500), options(), owner="b"))
+        OWNER.set("b")
+        await read(loop.submit(prompt(20, 500), options()))
         assert model.steps[0][0].start == 0
 
 

@@ -156,6 +156,17 @@ class Settings:
     # longest time from a request's arrival to its answer, 504 after it; clients may ask for less
     DEADLINE_S: float = seconds(10.0)
 
+    # Text generation (TASK=text-generation)
+
+    # prompt and new tokens of one sequence; or fewer, where the model takes fewer
+    CONTEXT_TOKENS: int = at_least(16, 1024)
+    # sequences that run at once; or fewer, where the KV cache has room for fewer
+    MAX_SEQUENCES: int = at_least(1, 64)
+    # for keys and values, taken at the start; 0: an eighth of the memory that the container may use
+    KV_CACHE_MB: int = at_least(0, 0)
+    # per step, prompts and next tokens together; 0: as many as let nobody's next token wait for three steps
+    STEP_TOKENS: int = at_least(0, 0)
+
     # Where inference runs
 
     # process survives a crash or a hang; inline blocks the event loop, for comparison; dirty: see gunicorn/dirty.conf.py
@@ -250,6 +261,11 @@ class Settings:
     def is_custom(self) -> bool:
         """Return whether MODEL names a Python class."""
         return bool(CUSTOM_CLASS.fullmatch(self.MODEL)) and not os.path.isdir(self.MODEL)
+
+    @property
+    def is_token_by_token(self) -> bool:
+        """Whether the token loop serves the model."""
+        return self.TASK == "text-generation" and self.FAST and not self.is_custom
 
     @property
     def model_name(self) -> str:

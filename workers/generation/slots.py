@@ -6,8 +6,13 @@ somebody needs the room: a chat's next turn sends its whole history again, and s
 """
 
 from collections import OrderedDict
+from contextvars import ContextVar
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
+
+
+# On whose behalf this code runs: a digest of the API key, empty where none is needed.
+OWNER: ContextVar[str] = ContextVar("owner", default="")
 
 
 class Kept(NamedTuple):

@@ -29,6 +29,7 @@ from workers.errors import (
 from workers.generation.counts import Counts
 from workers.generation.forecast import Forecast
 from workers.generation.scheduler import Scheduler, Sequence, Step, work
+from workers.generation.slots import OWNER
 from workers.generation.step_cost import StepCost, Work
 from workers.generation.steps import Choice, Limits, Options, Outcome, Row, Token
 from workers.jobs import Answer
@@ -57,11 +58,19 @@ class TextOf(Protocol):
 
 
 class Piece(NamedTuple):
-    """What is new of a sequence. The last piece has the reason why it ended: stop or length."""
+    """What is new of a sequence: its tokens, each with the text that it completed."""
 
-    text: str
-    tokens: list[Token]
-    reason: str = ""
+    parts: list[tuple[str, Token]]
+    rest: str = ""  # text that was held back
+    reason: str = ""  # why it ended, stop or length; empty while it goes on
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.parts) + self.rest
+
+    @property
+    def tokens(self) -> list[Token]:
+        return [token for _, token in self.parts]
 
 
 class Stream(AsyncIterator[Piece]):
@@ -96,8 +105,7 @@ class Stream(AsyncIterator[Piece]):
         if self.sequence.paused:
             self.sequence.paused = False
             self.loop.wake.set()
-        text = "".join(text for text, _ in unread) + (self.rest if reason else "")
-        return Piece(text, [token for _, token in unread], reason)
+        return Piece(unread, self.rest if reason else "", reason)
 
     def close(self) -> None:
         """Free its slot at the end of the running step: nobody reads it any more."""
@@ -152,7 +160,6 @@ class TokenLoop:
         text: TextOf | None = None,
         *,
         budget_s: float = math.inf,
-        owner: str = "",
     ) -> Stream:
         """Return the stream of what is generated after `prompt`, its first token within `budget_s` (never more than the
         loop's own). Raises Rejected where that can't be had."""
@@ -161,7 +168,7 @@ class TokenLoop:
         if rejected := self._rejection(len(prompt), budget_s):
             raise rejected
         now = self.now()
-        sequence = Sequence(prompt, options, now, now + budget_s, owner)
+        sequence = Sequence(prompt, options, now, now + budget_s, OWNER.get())
         stream = self.streams[sequence] = Stream(self, sequence, text)
         stream.promised_at = now + self.first_s * self.cost.margin
         late = Late(f"no token within {budget_s:g} s; allow more time")
@@ -191,7 +198,7 @@ class TokenLoop:
                 except Unanswered as exc:
                     exc.index = index if len(streams) > 1 else None
                     raise
-            return [self._answer(*each) for each in zip(queries, streams, pieces, strict=True)]
+            return [self.answer(*each) for each in zip(queries, streams, pieces, strict=True)]
         finally:
             for stream in streams:
                 stream.close()
@@ -374,7 +381,7 @@ class TokenLoop:
             self.metrics.abandoned()
         elif reason == "late":
             self._learn_slack(True)
-        elif stream.text and reason == "length":
+        elif stream.text and reason in ("stop", "length"):
             stream.rest = stream.text.rest()
         if reason in ("stop", "length"):
             used = len(sequence.tokens) / sequence.options.max_tokens
@@ -440,20 +447,18 @@ class TokenLoop:
             if sequence.deadline < self.now() + load_s:
                 self.end(self.streams[sequence], "stopping", Rejected(LOADING, load_s))
 
-    def _answer(self, query: Any, stream: Stream, piece: Piece) -> Answer:
+    def answer(self, query: Any, stream: Stream, piece: Piece) -> Answer:
+        """Return the whole answer that a stream has come to, and where its time went."""
         sequence = stream.sequence
-        queue_s, model_s = (
-            sequence.started_at - sequence.arrived_at,
-            stream.last_at - sequence.started_at,
-        )
+        queue_s = sequence.started_at - sequence.arrived_at
+        model_s = stream.last_at - sequence.started_at
         return Answer(self.answered(query, piece), queue_s, model_s, max(1, self.running), piece.reason)
 
 
 async def whole(stream: Stream) -> Piece:
     """Return all of it as one piece."""
     pieces = [piece async for piece in stream]
-    tokens = [token for piece in pieces for token in piece.tokens]
-    return Piece("".join(piece.text for piece in pieces), tokens, pieces[-1].reason)
+    return Piece([part for piece in pieces for part in piece.parts], pieces[-1].rest, pieces[-1].reason)
 
 
 def warm_up_steps(limits: Limits) -> list[list[Row]]:

@@ -112,6 +112,8 @@ class Task(Protocol):
 def make(settings: Settings) -> Task:
     """Return the task that the settings name. Raises whatever reading its files raises."""
     name = "custom" if settings.is_custom else file_of(ALIASES.get(settings.TASK, settings.TASK))
+    if name == "text_generation" and not settings.FAST:
+        name = "pipeline"
     task: Callable[[Settings], Task] = importlib.import_module(f"{__name__}.{name or 'pipeline'}").Task
     return task(settings)
 

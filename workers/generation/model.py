@@ -1,0 +1,90 @@
+"""The model's half of a step: a forward pass over its rows, then a token for each that gets one."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.generation.sampling import choose
+from workers.generation.steps import Choice, Limits, Options, Outcome, Row
+from workers.generation.stock import StockForward
+
+log = logging.getLogger("uvicorn.error")
+
+Forward = Callable[[Sequence[Row]], Tensor]
+
+
+class TokenModel:
+    """A loaded language model: a step's rows in, what each of them gives out. None in: its limits out."""
+
+    def __init__(self, forward: Forward, limits: Limits, description: str) -> None:
+        self.forward, self.limits, self.description = forward, limits, description
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def __call__(self, contents: list[list[Row] | None]) -> list[Any]:
+        return [self.limits if rows is None else self.step(rows) for rows in contents]
+
+    def step(self, rows: list[Row]) -> list[Outcome]:
+        """Return the outcome of each row. Raises whatever the model raises."""
+        choices = [row.choice for row in rows if row.choice]
+        tokens = iter(choose(self.forward(rows), choices))
+        return [next(tokens) if row.choice else None for row in rows]
+
+
+def bytes_per_token(config: Any, itemsize: int) -> int:
+    """Return how much of the KV cache a token takes, in all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * int(heads) * int(size) * itemsize
+
+
+def limits_of(model: Any, capacity: int, cache_bytes: int, most_slots: int) -> Limits:
+    """Return how many slots of this capacity fit into so much memory. Raises ValueError where not even one does."""
+    each = capacity * bytes_per_token(model.config.get_text_config(), model.dtype.itemsize)
+    if cache_bytes < each:
+        raise ValueError(
+            f"a KV cache of {cache_bytes / 1e6:.0f} MB has no room for one sequence of {capacity} tokens "
+            f"({each / 1e6:.0f} MB); raise KV_CACHE_MB or lower CONTEXT_TOKENS"
+        )
+    return Limits(min(most_slots, cache_bytes // each), capacity)
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]
+def probe(forward: Forward, limits: Limits, vocabulary: int) -> Tensor:
+    """Return the logits of a few steps with everything in them: prompts, chunks, single tokens, different lengths."""
+    last = Choice(Options(), 0)
+
+    def ids(start: int, n: int) -> list[int]:
+        return [(7 * i * i + 31 * i + 5) % vocabulary for i in range(start, start + n)]
+
+    far = min(limits.capacity - 4, 40)
+    steps = [
+        [Row(0, 0, ids(0, far), last)],
+        [Row(0, far, ids(far, 1), last), Row(limits.slots - 1, 0, ids(3, far // 2))],
+        [Row(limits.slots - 1, far // 2, ids(50, far // 4), last), Row(0, far + 1, ids(9, 1), last)],
+        [Row(0, far + 2, ids(4, 1), last), Row(limits.slots - 1, far // 2 + far // 4, ids(8, 1), last)],
+    ]
+    if limits.slots == 1:
+        steps = [[row for row in rows if row.start >= far or not row.start][:1] for rows in steps]
+    return torch.cat([forward(rows).float() for rows in steps])
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    """Whether both ways give the same logits, as far as the number format allows."""
+    tolerance = 1e-3 * float(expected.std()) + 1e-6
+    return bool((found - expected).abs().max() <= tolerance)
+
+
+def load(
+    read: Callable[[], Any], capacity: int, cache_bytes: int, most_slots: int, fast: bool = True
+) -> TokenModel:
+    """Return the model that `read` reads, on the fastest way that gives its own forward pass's logits."""
+    model = read()
+    limits = limits_of(model, capacity, cache_bytes, most_slots)
+    size_mb = sum(weights.numel() * weights.element_size() for weights in model.parameters()) / 1e6
+    what = f"{type(model).__name__}: {size_mb:.0f} MB, {model.dtype}, {model.device}"
+    tokens = limits.slots * limits.capacity
+    room = f"{limits.slots} slots of {limits.capacity} tokens ({tokens} tokens, {tokens * bytes_per_token(model.config.get_text_config(), model.dtype.itemsize) / 1e6:.0f} MB)"
+    return TokenModel(StockForward(model, limits), limits, f"{what}, stock forward pass, {room}")

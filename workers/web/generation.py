@@ -1,0 +1,131 @@
+"""Text generation over HTTP: what protocols ask the token loop by, and a text as a stream of events.
+
+    POST / {"inputs": "Paris is", "stream": true}
+
+    data: {"index":0,"token":{"id":253,"text":" the","logprob":-1.2,"special":false},"generated_text":null,"details":null}
+    ...
+    data: {"index":4,"token":{...},"generated_text":" the capital of France.","details":{"finish_reason":"length",...}}
+
+That is the form of Hugging Face's text-generation-inference, which its clients know. The first event comes with the first
+token; until then an error has its own status. Afterwards it is an event, the last one: {"error": "..."}.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from workers.errors import Unanswered
+from workers.generation.token_loop import Piece, Stream, TokenLoop
+from workers.tasks.text_generation import Prompt, Task
+from workers.web.contract import client_budget_s, rendered
+from workers.web.stream import failure, leaving
+
+EVENT_STREAM = [
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx would wait until it has a buffer full
+]
+
+
+class Generation:
+    """What a protocol needs to generate text: prompts in, streams out."""
+
+    def __init__(self, loop: TokenLoop, task: Task, stall_s: float) -> None:
+        self.loop, self.task, self.stall_s = loop, task, stall_s
+
+    def submit(self, prompt: Prompt, budget_s: float = math.inf) -> Stream:
+        """Return the stream of what follows this prompt. Raises Rejected. Close it: `async with` does."""
+        return self.loop.submit(**self.task.opened(prompt), budget_s=budget_s)
+
+    async def chat_prompt(self, messages: list[dict[str, Any]], **more: Any) -> list[int]:
+        """Return a chat as token ids, by the model's template. Raises Unprocessable, which says what to change."""
+        return await asyncio.to_thread(self.task.chat_prompt, messages, **more)
+
+
+Events = Callable[[Piece], bytes]
+
+
+class EventStream(Response):
+    """A sequence's pieces as server-sent events; `events` says how a piece reads.
+
+    A client that leaves frees its slot at the end of the running step, and so does one that takes nothing for `stall_s`.
+    """
+
+    def __init__(self, stream: Stream, events: Events, stall_s: float, failed: Callable[[Any], Any]) -> None:
+        self.stream, self.events, self.stall_s, self.failed = stream, events, stall_s, failed
+        self.status_code, self.background = 200, None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.create_task(leaving(receive))
+        gone.add_done_callback(lambda _: self.stream.close())
+        try:
+            async with self.stream:
+                piece = await anext(self.stream)  # until it is there, an error has its own status
+                await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+                while piece.reason != "cancelled":
+                    await self.put(send, self.events(piece))
+                    if piece.reason:
+                        return await send({"type": "http.response.body", "body": b""})
+                    piece = await self.next_piece(scope, send)
+        except TimeoutError:
+            pass  # it has stopped reading: without an end of the reply the server closes the connection
+        finally:
+            gone.cancel()
+
+    async def next_piece(self, scope: Scope, send: Send) -> Piece:
+        """Return the next piece; where there is none, tell why in a last event."""
+        try:
+            return await anext(self.stream)
+        except Unanswered as exc:
+            await self.put(send, event(self.failed(failure(scope, exc))))
+            await send({"type": "http.response.body", "body": b""})
+            return Piece([], "", "cancelled")
+
+    async def put(self, send: Send, body: bytes) -> None:
+        async with asyncio.timeout(self.stall_s):
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            # uvicorn waits for a slow client only at the next send. So send once more, nothing.
+            await send({"type": "http.response.body", "body": b"", "more_body": True})
+
+
+def event(content: Any) -> bytes:
+    """Return JSON as a server-sent event."""
+    return b"data:%s\n\n" % rendered(content)
+
+
+class HuggingFaceEvents:
+    """An event per token; the last one has the whole text."""
+
+    def __init__(self, task: Task, prompt: Prompt) -> None:
+        self.task, self.prompt = task, prompt
+        self.texts: list[str] = []
+        self.tokens: list[Any] = []
+
+    def __call__(self, piece: Piece) -> bytes:
+        events = []
+        for text, token in piece.parts:
+            self.texts.append(text)
+            self.tokens.append(token)
+            shown = self.task.shown(token, text)
+            events.append(
+                {"index": len(self.tokens) - 1, "token": shown, "generated_text": None, "details": None}
+            )
+        if piece.reason and events:
+            self.texts.append(piece.rest)
+            events[-1]["token"]["text"] += piece.rest
+            whole = "".join(self.texts)
+            events[-1]["generated_text"] = self.prompt.text + whole if self.prompt.full_text else whole
+            events[-1]["details"] = self.task.details(self.prompt, self.tokens, piece.reason)
+        return b"".join(map(event, events))
+
+
+def streamed(generation: Generation, request: Request, prompt: Prompt) -> Response:
+    """Return the reply that streams what follows this prompt, in Hugging Face's form. Raises Rejected."""
+    stream = generation.submit(prompt, client_budget_s(request))
+    events = HuggingFaceEvents(generation.task, prompt)
+    return EventStream(stream, events, generation.stall_s, lambda error: error)
