@@ -27,7 +27,7 @@ from workers.errors import Rejected
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import Settings
-from workers.web import stream
+from workers.web import generation, stream
 from workers.web.access import AccessControl, public, with_cors
 from workers.web.middleware import RequestMiddleware
 from workers.web.replies import AnswerResponse
@@ -45,6 +45,10 @@ async def answer(request: Request) -> Response:
         check = service.check(context_of(request.scope), asked.inputs, asked.parameters, len(body))
         queries = await service.in_flight.unless_left(request, check)
         return stream.Streamed(service.loop, settings.BODY_TIMEOUT_S, request, queries, form)
+    if service.generation and not asked.is_list and asked.parameters.get("stream") is True:
+        check = service.check(context_of(request.scope), asked.inputs, asked.parameters, len(body))
+        (query,) = await service.in_flight.unless_left(request, check)
+        return generation.streamed(service.generation, request, query.content)
     answers, _ = await service.ask(request, asked.inputs, asked.parameters, len(body))
     values = [answer.value for answer in answers]
     return AnswerResponse(answers, values if asked.is_list else values[0])

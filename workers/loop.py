@@ -118,6 +118,11 @@ class ModelLoop:
         return stuck(stuck_s) if (stuck_s := self.instances.stuck_s) else ""
 
     @property
+    def oldest_at(self) -> float | None:
+        """When the job that has waited longest came; None where none waits."""
+        return min((job.enqueued_at for job in self.queue), default=None)
+
+    @property
     def depth(self) -> int:
         """How many admitted jobs wait for the model."""
         return len(self.queue)

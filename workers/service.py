@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from itertools import chain
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 from starlette.requests import Request
 
@@ -33,6 +33,7 @@ from workers.errors import (
     Rejected,
     Unprocessable,
 )
+from workers.generation.token_loop import TokenLoop
 from workers.isolation import make_instances, make_quarantine
 from workers.jobs import Answer
 from workers.loop import ModelLoop
@@ -44,6 +45,7 @@ from workers.scheduling.instances import stuck
 from workers.settings import Settings
 from workers.web import parsing
 from workers.web.checks import QUICK_JSON_BYTES, CheckThreads
+from workers.web.generation import Generation
 from workers.web.inflight import SWEEP_S, InFlight
 from workers.web.parsing import ParsedBody
 
@@ -60,15 +62,7 @@ class Service:
         self.settings, self.metrics = settings, metrics
         self.started_at = time.monotonic()
         self.event_loop = asyncio.get_running_loop()
-        self.loop = ModelLoop(
-            batch_size=settings.BATCH_SIZE,
-            max_queue=settings.MAX_QUEUE,
-            budget_s=settings.DEADLINE_S,
-            target_s=settings.QUEUE_TARGET_S,
-            hang_s=settings.HANG_S,
-            metrics=metrics,
-            now=time.monotonic,  # uvloop's own time has whole milliseconds only
-        )
+        self.loop = make_loop(settings, metrics)
         self.instances: list[Offload] = []
         self.descriptions: list[Any] = []  # of each instance: a `tasks.ModelInfo`
         self.in_flight = InFlight(settings, self.loop)
@@ -79,6 +73,7 @@ class Service:
         self.alarmed = False
         self.stops_at = math.inf  # when it was told to stop
         self._task: tasks.Task | None = None
+        self.generation: Generation | None = None  # where the model writes text, token by token
         metrics.watch("model_queue_depth", "Jobs that wait for the model", lambda: self.loop.depth)
         metrics.watch("model_running", "Jobs that the model works on", lambda: self.loop.running)
         metrics.watch("model_instances_loaded", "Instances of the model", lambda: self.loop.instances.loaded)
@@ -123,6 +118,11 @@ class Service:
         self._task = task = await in_thread(lambda: attempt_load(make))
         self.in_flight.expect(task.media)
         self.checks.most_bytes = self.in_flight.most_bytes
+        if isinstance(self.loop, TokenLoop):
+            self.generation = generation = Generation(
+                self.loop, cast(Any, task), self.settings.BODY_TIMEOUT_S
+            )
+            await in_thread(lambda: attempt_load(generation.task.read_chat_template))
         self.instances = make_instances(self.settings, self.metrics, task)
         self.descriptions = await asyncio.gather(*(instance.start() for instance in self.instances))
         for description in self.descriptions:
@@ -134,7 +134,9 @@ class Service:
         gc.freeze()
         self.report()
         self.started.set()
-        around = self.quarantine.around if self.quarantine else lambda run: run
+        # A step is not an input: what crashed the process in one won't come again.
+        watch = self.quarantine and isinstance(self.loop, ModelLoop)
+        around = self.quarantine.around if self.quarantine and watch else lambda run: run
         await asyncio.gather(
             *(self.loop.consume(around(instance.run), instance.loaded.wait) for instance in self.instances)
         )
@@ -144,6 +146,9 @@ class Service:
         batches = await in_thread(lambda: tasks.warm_up_batches(task, self.settings.BATCH_SIZE))
         try:
             for instance in self.instances:
+                if isinstance(self.loop, TokenLoop):
+                    await self.loop.warm_up(instance.run)
+                    continue
                 await self.loop.cost_model.warm_up(instance.run, batches, self.loop.now)
         except ModelFailed as exc:
             raise CannotLoad(f"it fails on its own example: {exc}") from exc
@@ -235,8 +240,7 @@ class Service:
 
     def shortest_call_s(self) -> float:
         """Return how long the model takes for its smallest example, 0 where it has none."""
-        typical = self.loop.cost_model.typical.values()
-        return min((seconds for _, seconds in typical), default=0.0)
+        return self.loop.cost_model.shortest_s
 
     async def tick(self) -> None:
         """Every SWEEP_S look after the requests in flight, the gauges and the master.
@@ -394,6 +398,28 @@ def is_one_of_uvicorns_workers() -> bool:
 def is_supervised() -> bool:
     """Whether something that never asks /health starts another server when this one ends: Gunicorn, uvicorn, a container."""
     return bool(os.environ.get("SERVER_SOFTWARE")) or is_one_of_uvicorns_workers() or os.getpid() == 1
+
+
+def make_loop(settings: Settings, metrics: Metrics) -> ModelLoop | TokenLoop:
+    """Return the loop that the settings ask for: whole answers in batches, or text token by token."""
+    if settings.is_token_by_token:
+        return TokenLoop(
+            most_waiting=settings.MAX_QUEUE * settings.MAX_TOKENS,
+            step_tokens=settings.STEP_TOKENS,
+            budget_s=settings.DEADLINE_S,
+            hang_s=settings.HANG_S,
+            metrics=metrics,
+            now=time.monotonic,
+        )
+    return ModelLoop(
+        batch_size=settings.BATCH_SIZE,
+        max_queue=settings.MAX_QUEUE,
+        budget_s=settings.DEADLINE_S,
+        target_s=settings.QUEUE_TARGET_S,
+        hang_s=settings.HANG_S,
+        metrics=metrics,
+        now=time.monotonic,  # uvloop's own time has whole milliseconds only
+    )
 
 
 def where(exc: CannotLoad) -> str:

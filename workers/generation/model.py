@@ -77,14 +77,23 @@ def same(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() <= tolerance)
 
 
-def load(
-    read: Callable[[], Any], capacity: int, cache_bytes: int, most_slots: int, fast: bool = True
-) -> TokenModel:
+def make(read: Callable[[], Any], limits: Limits, fast: bool = True) -> TokenModel:
     """Return the model that `read` reads, on the fastest way that gives its own forward pass's logits."""
+    model = read()
+    return TokenModel(StockForward(model, limits), limits, "stock forward pass")
+
+
+def load(read: Callable[[], Any], capacity: int, cache_bytes: int, most_slots: int) -> TokenModel:
+    """Return the model that `read` reads, with as many slots as there is room for; its description says what it became."""
     model = read()
     limits = limits_of(model, capacity, cache_bytes, most_slots)
     size_mb = sum(weights.numel() * weights.element_size() for weights in model.parameters()) / 1e6
     what = f"{type(model).__name__}: {size_mb:.0f} MB, {model.dtype}, {model.device}"
     tokens = limits.slots * limits.capacity
-    room = f"{limits.slots} slots of {limits.capacity} tokens ({tokens} tokens, {tokens * bytes_per_token(model.config.get_text_config(), model.dtype.itemsize) / 1e6:.0f} MB)"
-    return TokenModel(StockForward(model, limits), limits, f"{what}, stock forward pass, {room}")
+    cache_mb = tokens * bytes_per_token(model.config.get_text_config(), model.dtype.itemsize) / 1e6
+    made = make(lambda: model, limits)
+    made.description = (
+        f"{what}, {made.description}, KV cache of {cache_mb:.0f} MB: {tokens} tokens, "
+        f"{limits.slots} slots of {limits.capacity}"
+    )
+    return made

@@ -10,7 +10,6 @@ from contextvars import ContextVar
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
-
 # On whose behalf this code runs: a digest of the API key, empty where none is needed.
 OWNER: ContextVar[str] = ContextVar("owner", default="")
 

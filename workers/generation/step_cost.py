@@ -37,6 +37,11 @@ class StepCost:
         return a + b * work.prompt + c * work.sequences + d * work.cached
 
     @property
+    def shortest_s(self) -> float:
+        """How long a step with one sequence takes."""
+        return self.predict_s(Work(sequences=1))
+
+    @property
     def margin(self) -> float:
         """Factor to lengthen a prediction by before anything is promised on it."""
         return 1.1 + self.error

@@ -102,20 +102,26 @@ class StockForward:
     def _mask(self, at: Tensor) -> Any:
         """Which keys each token at these positions sees: those before it, as far as the layer's window reaches."""
         keys = torch.arange(self.places.longest, device=at.device)
-        full = (keys <= at[..., None])[:, None]
-        if not self.windows:
-            return full
+        seen = (keys <= at[..., None])[:, None]
         masks = {
-            kind: full if window is None else full & (keys > at[..., None] - window)[:, None]
+            kind: self._as_taken(seen if window is None else seen & (keys > at[..., None] - window)[:, None])
             for kind, window in self.windows.items()
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
+    def _as_taken(self, seen: Tensor) -> Tensor:
+        """The mask as the model's attention takes it: PyTorch's own which keys are seen, others what to add to their scores."""
+        if self.model.config._attn_implementation == "sdpa":
+            return seen
+        return torch.zeros_like(seen, dtype=self.model.dtype).masked_fill(
+            ~seen, torch.finfo(self.model.dtype).min
+        )
+
 
 def windows(config: Any) -> dict[str, int | None]:
-    """How far back each kind of layer looks, None for all the way; empty where all layers look all the way."""
+    """How far back each kind of layer looks; None: all the way."""
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):
-        return {}
+        return {"full_attention": None}
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])
     return {kind: window if kind == "sliding_attention" else None for kind in kinds}

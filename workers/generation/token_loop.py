@@ -11,7 +11,7 @@ HTTP's work is done while the model computes.
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -34,14 +34,15 @@ from workers.generation.step_cost import StepCost, Work
 from workers.generation.steps import Choice, Limits, Options, Outcome, Row, Token
 from workers.jobs import Answer
 from workers.metrics import Metrics
+from workers.scheduling.cost_model import Run
 from workers.scheduling.instances import Instances, Ready, stuck
 
 log = logging.getLogger("uvicorn.error")
 
-Run = Callable[[list[Any]], Awaitable[list[Any]]]
 MOST_UNREAD = 64  # tokens that a slow reader may leave unread before its sequence pauses
+WARM_UP_TURNS, WARM_UP_S = 4, 3.0  # at most so many, and no further one after so long
 HOPELESS = (
-    2.0  # an idle server still admits what it expects to be that much too late: the estimate may be wrong
+    2.0  # an idle server still admits what it expects to be so much too late: the estimate may be wrong
 )
 
 
@@ -134,9 +135,9 @@ class TokenLoop:
     answered: Callable[[Any, Piece], Any] = lambda query, piece: [token.id for token in piece.tokens]
 
     def __post_init__(self) -> None:
-        self.cost = StepCost()
-        self.scheduler = Scheduler(0, self.cost, self.step_tokens, self.prefill_first)
-        self.instances = Instances(self.cost, self.hang_s, self.now, self._reject_hopeless)
+        self.cost_model = StepCost()
+        self.scheduler = Scheduler(0, self.cost_model, self.step_tokens, self.prefill_first)
+        self.instances = Instances(self.cost_model, self.hang_s, self.now, self._reject_hopeless)
         self.counts = Counts(self.metrics)
         self.streams: dict[Sequence, Stream] = {}  # admitted and not yet ended
         self.limits = Limits(0, 0)
@@ -170,7 +171,7 @@ class TokenLoop:
         now = self.now()
         sequence = Sequence(prompt, options, now, now + budget_s, OWNER.get())
         stream = self.streams[sequence] = Stream(self, sequence, text)
-        stream.promised_at = now + self.first_s * self.cost.margin
+        stream.promised_at = now + self.first_s * self.cost_model.margin
         late = Late(f"no token within {budget_s:g} s; allow more time")
         stream.timer = asyncio.get_running_loop().call_later(budget_s, self.end, stream, "late", late)
         self.scheduler.add(sequence)
@@ -219,6 +220,12 @@ class TokenLoop:
         return stuck(stuck_s) if (stuck_s := self.instances.stuck_s) else ""
 
     @property
+    def oldest_at(self) -> float | None:
+        """When the sequence that has waited longest came; None where none waits."""
+        first = next(iter(self.scheduler.waiting), None)
+        return first.arrived_at if first else None
+
+    @property
     def depth(self) -> int:
         """How many sequences wait for a slot."""
         return len(self.scheduler.waiting)
@@ -241,7 +248,7 @@ class TokenLoop:
         if not self._forecast:
             self._forecast = Forecast(scheduler, self.length)
         self.first_s = first_s = free_s[0] + self._forecast.first_token_s(max(1, prompt))
-        needed_s = first_s * self.cost.margin + self.slack_s
+        needed_s = first_s * self.cost_model.margin + self.slack_s
         if not scheduler.running and not scheduler.waiting and needed_s < HOPELESS * budget_s:
             return None
         retry_after_s = first_s - budget_s / 2  # when half of the backlog that is too much is gone, and a bit
@@ -275,20 +282,26 @@ class TokenLoop:
         """Ask the loaded model for its limits, and time steps of several kinds: the law of a step's cost."""
         (self.limits,) = await run([None])
         self.scheduler.slots = type(self.scheduler.slots)(self.limits.slots)
-        timed: list[tuple[Work, float]] = []
-        for rows in warm_up_steps(self.limits) * 3:
-            began = self.now()
-            await run([rows])
-            timed.append((work(rows), self.now() - began))
-            await asyncio.sleep(0)
-        n = len(timed) // 3
-        # The first time is the kernels'. Of the others the shorter: nothing else makes a step shorter than it is.
-        self.cost.warm_up([(w, min(s, again)) for (w, s), (_, again) in zip(timed[n:-n], timed[-n:])])
+        steps = warm_up_steps(self.limits)
+        took_s: list[list[float]] = [[] for _ in steps]
+        began = self.now()
+        for turn in range(WARM_UP_TURNS):
+            for rows, times_s in zip(steps, took_s):
+                started_at = self.now()
+                await run([rows])
+                if turn:  # the first time is the kernels'
+                    times_s.append(self.now() - started_at)
+                await asyncio.sleep(0)
+            if turn and self.now() - began > WARM_UP_S:
+                break
+        # The shortest: nothing else makes a step shorter than it is.
+        self.cost_model.warm_up([(work(rows), min(times_s)) for rows, times_s in zip(steps, took_s)])
 
     async def _run(self, run: Run, step: Step) -> None:
         """Run a step and hand out its tokens, whatever the model throws."""
         for sequence in step.started:
             self.waiting_tokens -= len(sequence.prompt)
+            self.counts.reused.inc(sequence.cached)
         self._forecast = None
         call = self.instances.start(step.work)
         error: BaseException | None = None
@@ -307,7 +320,7 @@ class TokenLoop:
         waits_s = [call.started_at - sequence.arrived_at for sequence in step.started]
         self.metrics.batch(len(step.rows), "step" if len(step.sequences) > 1 else "alone", step_s, waits_s)
         if error is None:
-            self.cost.observe(step.work, step_s)
+            self.cost_model.observe(step.work, step_s)
             self._hand_out(step, outcomes)
         elif isinstance(error, ModelDied):
             self._lose(error)
@@ -410,7 +423,7 @@ class TokenLoop:
         """End those who wait and can't have their first token in time: to read their prompts would make others late."""
         now, scheduler = self.now(), self.scheduler
         for sequence in list(scheduler.waiting):
-            if sequence.deadline < now + self.cost.predict_s(Work(min(len(sequence.prompt), 64))):
+            if sequence.deadline < now + self.cost_model.predict_s(Work(min(len(sequence.prompt), 64))):
                 late = Late(TOO_SHORT)
                 self.end(self.streams[sequence], "late", late)
 
@@ -464,7 +477,7 @@ async def whole(stream: Stream) -> Piece:
 def warm_up_steps(limits: Limits) -> list[list[Row]]:
     """Steps of different kinds: a token alone, of many sequences, with much in the cache, chunks of prompts."""
     choice, far = Choice(Options(), generated=1), limits.capacity - 1
-    several = sorted({1, min(4, limits.slots), min(16, limits.slots), limits.slots})
+    several = sorted({min(n, limits.slots) for n in (1, 4, 16)})
     decode = [[Row(slot, 8, [1], choice) for slot in range(n)] for n in several if far >= 8]
     decode += [[Row(slot, min(far, 256), [1], choice) for slot in range(n)] for n in several[-2:]]
     prompts = [[Row(0, 0, [1] * n, Choice(Options(), 0))] for n in (8, 32, 128, 256) if n <= far]

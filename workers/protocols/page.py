@@ -91,7 +91,7 @@ class RecentBatches:
                 "size": size,
                 "dispatched_because": dispatched_because,
                 "model_s": round(model_s, 4),
-                "wait_s": round(max(waits_s), 4),
+                "wait_s": round(max(waits_s, default=0.0), 4),
             }
         )
 
@@ -107,7 +107,7 @@ async def live(request: Request) -> Response:
     loop, metrics, now = service.loop, service.metrics, time.monotonic()
     counts = {s.labels["status"]: int(s.value) for s in samples(metrics.requests, "_total")}
     unready = service.unready()
-    oldest = min((job.enqueued_at for job in loop.queue), default=now)
+    oldest = loop.oldest_at or now
     content = {
         "worker": os.getpid(),
         "workers": service.settings.WEB_CONCURRENCY,
@@ -115,7 +115,7 @@ async def live(request: Request) -> Response:
         "unready": unready,
         "is_loading": unready == LOADING,
         "depth": loop.depth,
-        "running": sum(job.running and job.alive for job in loop.live),
+        "running": loop.running,
         "running_s": round(loop.instances.longest_s, 4),
         "oldest_s": round(now - oldest, 4),
         "requests": counts,

@@ -80,6 +80,11 @@ class CostModel:
         return max((size for size, _ in self.typical.values()), default=0.0)
 
     @property
+    def shortest_s(self) -> float:
+        """How long the smallest call so far takes, 0 before the first."""
+        return min((seconds for _, seconds in self.typical.values()), default=0.0)
+
+    @property
     def margin(self) -> float:
         """By how much to lengthen what is predicted: an admitted job that ends late has cost model time for nothing."""
         return 1.1 + self.error

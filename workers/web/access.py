@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Scope
 
 from workers.context import context_of
+from workers.generation.slots import OWNER
 from workers.settings import Settings
 from workers.web.replies import CLOSE
 
@@ -71,7 +72,10 @@ class AccessControl:
         scheme, _, token = fields.get(b"authorization", b"").partition(b" ")
         given = [fields.get(b"x-api-key", b""), token.strip() if scheme.lower() == b"bearer" else b""]
         digests = [hashlib.sha256(one).digest() for one in given if one]
-        return any([hmac.compare_digest(digest, key) for digest in digests for key in self.keys])
+        known = [digest for digest in digests for key in self.keys if hmac.compare_digest(digest, key)]
+        # No text begins in what another key's left in the KV cache.
+        OWNER.set(known[0].hex() if known else "")
+        return bool(known)
 
     def foreign(self, host: bytes | None, origin: bytes | None, address: str | None) -> str:
         """Return the sentence for a foreign Host or Origin; empty if both are allowed. A request without Host is not a browser's."""

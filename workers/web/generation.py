@@ -15,15 +15,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from workers.context import context_of
 from workers.errors import Unanswered
 from workers.generation.token_loop import Piece, Stream, TokenLoop
 from workers.tasks.text_generation import Prompt, Task
-from workers.web.contract import client_budget_s, rendered
-from workers.web.stream import failure, leaving
+from workers.web.replies import Failure, explain, rendered
+from workers.web.stream import leaving
 
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream"),
@@ -37,6 +38,8 @@ class Generation:
 
     def __init__(self, loop: TokenLoop, task: Task, stall_s: float) -> None:
         self.loop, self.task, self.stall_s = loop, task, stall_s
+        loop.opened = task.opened
+        loop.answered = lambda prompt, piece: task.answered(prompt, piece.text, piece.tokens, piece.reason)
 
     def submit(self, prompt: Prompt, budget_s: float = math.inf) -> Stream:
         """Return the stream of what follows this prompt. Raises Rejected. Close it: `async with` does."""
@@ -56,7 +59,9 @@ class EventStream(Response):
     A client that leaves frees its slot at the end of the running step, and so does one that takes nothing for `stall_s`.
     """
 
-    def __init__(self, stream: Stream, events: Events, stall_s: float, failed: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, stream: Stream, events: Events, stall_s: float, failed: Callable[[Failure], Any]
+    ) -> None:
         self.stream, self.events, self.stall_s, self.failed = stream, events, stall_s, failed
         self.status_code, self.background = 200, None
 
@@ -66,6 +71,8 @@ class EventStream(Response):
         try:
             async with self.stream:
                 piece = await anext(self.stream)  # until it is there, an error has its own status
+                if piece.reason == "cancelled":
+                    raise ClientDisconnect
                 await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
                 while piece.reason != "cancelled":
                     await self.put(send, self.events(piece))
@@ -82,7 +89,7 @@ class EventStream(Response):
         try:
             return await anext(self.stream)
         except Unanswered as exc:
-            await self.put(send, event(self.failed(failure(scope, exc))))
+            await self.put(send, event(self.failed(explain(exc, context_of(scope).request_id))))
             await send({"type": "http.response.body", "body": b""})
             return Piece([], "", "cancelled")
 
@@ -107,7 +114,7 @@ class HuggingFaceEvents:
         self.tokens: list[Any] = []
 
     def __call__(self, piece: Piece) -> bytes:
-        events = []
+        events: list[dict[str, Any]] = []
         for text, token in piece.parts:
             self.texts.append(text)
             self.tokens.append(token)
@@ -126,6 +133,11 @@ class HuggingFaceEvents:
 
 def streamed(generation: Generation, request: Request, prompt: Prompt) -> Response:
     """Return the reply that streams what follows this prompt, in Hugging Face's form. Raises Rejected."""
-    stream = generation.submit(prompt, client_budget_s(request))
+    stream = generation.submit(prompt, context_of(request.scope).left_s)
     events = HuggingFaceEvents(generation.task, prompt)
-    return EventStream(stream, events, generation.stall_s, lambda error: error)
+    return EventStream(
+        stream,
+        events,
+        generation.stall_s,
+        lambda failure: {"error": failure.sentence, "error_type": "generation"},
+    )

@@ -15,6 +15,7 @@ from starlette.types import Receive
 
 from workers.context import context_of
 from workers.errors import STOPPING, Rejected
+from workers.generation.token_loop import TokenLoop
 from workers.loop import ModelLoop
 from workers.settings import Settings
 from workers.web.replies import CLOSE
@@ -28,7 +29,7 @@ SWEEP_S = 0.05  # a client that disconnects has left the queue after two
 class InFlight:
     """Reads bodies, and ends work for clients that have left. Call `sweep` every SWEEP_S."""
 
-    def __init__(self, settings: Settings, loop: ModelLoop) -> None:
+    def __init__(self, settings: Settings, loop: ModelLoop | TokenLoop) -> None:
         self.settings, self.loop = settings, loop
         self.most_bytes = settings.MAX_BODY_BYTES or TEXT_BYTES
         self.reading: dict[Handler, float] = {}  # until when

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from workers.context import context_of
 from workers.errors import Unanswered
+from workers.generation.token_loop import TokenLoop
 from workers.loop import ModelLoop
 from workers.tasks import Query
 from workers.web.replies import explain, rendered
@@ -36,7 +37,12 @@ class Streamed(Response):
     """The answers to these queries, one line per input."""
 
     def __init__(
-        self, loop: ModelLoop, stall_s: float, request: Request, queries: list[Query], form: str
+        self,
+        loop: ModelLoop | TokenLoop,
+        stall_s: float,
+        request: Request,
+        queries: list[Query],
+        form: str,
     ) -> None:
         self.loop, self.stall_s, self.queries, self.form = loop, stall_s, queries, form
         self.budget_s = context_of(request.scope).left_s
@@ -83,7 +89,7 @@ class Streamed(Response):
     async def line(self, scope: Scope, index: int, query: Query) -> bytes:
         """Return the line of one input."""
         try:
-            answer = await self.loop.submit(query.content, size=query.size, budget_s=self.budget_s)
+            (answer,) = await self.loop.submit_all([query.content], [query.size], budget_s=self.budget_s)
             context_of(scope).answers.append(answer)
             batch = f"size {answer.batch_size}, dispatched because {answer.dispatched_because}"
             times = {"queue_ms": round(answer.queue_s * 1000, 2), "model_ms": round(answer.model_s * 1000, 2)}

@@ -1,0 +1,216 @@
+"""Text generation through the real server: POST / whole and streamed, admission, clients that leave, stopping, keys."""
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from huggingface_hub import InferenceClient
+
+from loadtests.modes import MODES, Server, start
+from tests.support.client import Crowd, get, metric, post, post_json, until
+
+PARIS = "the old dog runs over"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from tests.support.small_language_models import save
+
+    return save(tmp_path_factory.mktemp("model"), max_position_embeddings=2048)
+
+
+def served(folder: str, **settings: str) -> dict[str, str]:
+    return {
+        "MODEL": folder,
+        "TASK": "text-generation",
+        "TORCH_THREADS": "1",
+        "KV_CACHE_MB": "20",
+        "DEADLINE_S": "60",
+        "BODY_TIMEOUT_S": "2",
+        **settings,
+    }
+
+
+@pytest.fixture(scope="module", params=["thread", "process"])
+def server(request: pytest.FixtureRequest, folder: str) -> Iterator[Server]:
+    with start(MODES[request.param], served(folder)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def oracle(folder: str) -> Any:
+    """The text that `generate` gives."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def text(prompt: str, n: int) -> str:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            out = model.generate(ids, max_new_tokens=n, do_sample=False, attention_mask=torch.ones_like(ids))
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    return text
+
+
+def events(server: Server, prompt: str, **parameters: Any) -> list[dict[str, Any]]:
+    body = {"inputs": prompt, "parameters": parameters, "stream": True}
+    with httpx2.Client(timeout=60) as client, client.stream("POST", server.url, json=body) as reply:
+        assert reply.status_code == 200, reply.read()
+        assert reply.headers["content-type"] == "text/event-stream"
+        return [json.loads(line[5:]) for line in reply.iter_lines() if line]
+
+
+def test_answer_is_that_of_generate_and_has_the_form_of_the_pipeline(server: Server, oracle: Any) -> None:
+    reply = post_json(server, {"inputs": PARIS, "parameters": {"max_new_tokens": 12}})
+    assert reply.status == 200
+    assert reply.json == [{"generated_text": PARIS + oracle(PARIS, 12)}]
+    assert "queue;dur=" in reply.headers["server-timing"]
+    raw = post(server, PARIS)
+    assert raw.json[0]["generated_text"].startswith(reply.json[0]["generated_text"])
+
+
+def test_list_of_prompts_gets_a_list_of_answers(server: Server, oracle: Any) -> None:
+    asked = [PARIS, "a river", "Caf\u00e9 \u4e2d"]
+    reply = post_json(
+        server, {"inputs": asked, "parameters": {"max_new_tokens": 9, "return_full_text": False}}
+    )
+    assert reply.json == [[{"generated_text": oracle(prompt, 9)}] for prompt in asked]
+
+
+def test_stream_has_the_same_text_token_by_token(server: Server, oracle: Any) -> None:
+    found = events(server, PARIS, max_new_tokens=12)
+    assert "".join(event["token"]["text"] for event in found) == oracle(PARIS, 12)
+    assert [event["index"] for event in found] == list(range(len(found)))
+    assert [event["generated_text"] for event in found[:-1]] == [None] * (len(found) - 1)
+    assert found[-1]["generated_text"] == oracle(PARIS, 12)
+    assert found[-1]["details"]["generated_tokens"] == len(found)
+
+
+def test_real_client_gets_text_details_and_stream(server: Server, oracle: Any) -> None:
+    client = InferenceClient(server.url.rstrip("/"))
+    assert client.text_generation(PARIS, max_new_tokens=8) == PARIS + oracle(PARIS, 8)
+    whole = client.text_generation(PARIS, max_new_tokens=8, details=True)
+    assert whole.generated_text == oracle(PARIS, 8)
+    assert whole.details.finish_reason in ("length", "eos_token")
+    assert whole.details.generated_tokens == len(whole.details.tokens)
+    assert "".join(client.text_generation(PARIS, max_new_tokens=8, stream=True)) == oracle(PARIS, 8)
+
+
+def test_stop_string_ends_the_text_before_it(server: Server, oracle: Any) -> None:
+    text = oracle(PARIS, 40)
+    stop = text[10:13]
+    (answer,) = post_json(
+        server, {"inputs": PARIS, "parameters": {"max_new_tokens": 40, "stop": [stop], "details": True}}
+    ).json
+    assert answer["generated_text"] == text[: text.index(stop)]
+    assert answer["details"]["finish_reason"] == "stop_sequence"
+
+
+def test_many_at_once_get_their_own_texts(server: Server, oracle: Any, crowd: Crowd) -> None:
+    asked = [f"{PARIS} {n} river" for n in range(40)]
+    bodies = [json.dumps({"inputs": one, "parameters": {"max_new_tokens": 10}}) for one in asked]
+    replies = crowd.post(server, *bodies, Content_Type="application/json")
+    for one, reply in zip(asked, replies, strict=True):
+        assert reply.result().json == [{"generated_text": one + oracle(one, 10)}]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "status", "sentence"),
+    [
+        ({"max_new_tokens": 0}, 400, "max_new_tokens"),
+        ({"max_new_tokens": 1020}, 422, "of at most 1024 together"),
+        ({"temperature": -1}, 400, "temperature"),
+        ({"top_p": 0}, 400, "top_p"),
+        ({"stop": [""]}, 400, "stop"),
+        ({"custom_generate": "somebody/code"}, 400, "not a known field"),
+    ],
+)
+def test_parameter_that_cannot_be_is_named(
+    server: Server, parameters: dict[str, Any], status: int, sentence: str
+) -> None:
+    reply = post_json(server, {"inputs": PARIS, "parameters": parameters})
+    assert (reply.status, sentence in reply.error) == (status, True), reply
+
+
+def test_prompt_that_never_fits_is_told_the_limit(server: Server) -> None:
+    reply = post(server, "river " * 20_000)
+    assert reply.status == 422
+    assert "at most 1024" in reply.error
+
+
+def test_client_that_leaves_frees_its_slot(server: Server) -> None:
+    for body in ({"stream": True}, {}):
+        cancelled = metric(server, 'model_sequences_total{reason="cancelled"}')
+        asked = {"inputs": PARIS, "parameters": {"max_new_tokens": 1000, "ignore_eos": True}, **body}
+        with contextlib.suppress(httpx2.TimeoutException), httpx2.Client(timeout=1) as client:
+            if body:
+                with client.stream("POST", server.url, json=asked) as reply:
+                    next(reply.iter_lines())
+            else:
+                client.post(server.url, json=asked)
+        until(lambda: get(server, "/health").json["running"] == 0, 10)
+        assert metric(server, 'model_sequences_total{reason="cancelled"}') in (cancelled, cancelled + 1)
+
+
+def test_metrics_count_tokens_and_why_sequences_ended(server: Server) -> None:
+    before = metric(server, 'model_tokens_total{kind="generated"}')
+    events(server, PARIS, max_new_tokens=7, ignore_eos=True)
+    assert metric(server, 'model_tokens_total{kind="generated"}') == before + 7
+    assert metric(server, 'model_sequences_total{reason="length"}') >= 1
+    assert metric(server, "model_time_to_first_token_seconds_count") >= 1
+    assert get(server, "/live").status == 200
+
+
+def test_stopping_lets_a_stream_end_with_an_error_event(folder: str) -> None:
+    with start(MODES["thread"], served(folder, GRACE_S="3")) as server:
+        body = {"inputs": PARIS, "parameters": {"max_new_tokens": 1000, "ignore_eos": True}, "stream": True}
+        with httpx2.Client(timeout=60) as client, client.stream("POST", server.url, json=body) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            found = [json.loads(line[5:]) for line in lines if line]
+        assert time.monotonic() - began < 30
+        assert "error" in found[-1] or found[-1]["details"]
+
+
+def test_chat_does_not_begin_in_what_another_key_left(folder: str) -> None:
+    with start(MODES["thread"], served(folder, API_KEY="one,two", METRICS_OPEN="1")) as server:
+        first = {"inputs": PARIS + " a river" * 20, "parameters": {"max_new_tokens": 5}}
+
+        def reused() -> float:
+            return metric(server, 'model_tokens_total{kind="reused"}')
+
+        (answer,) = post_json(server, first, Authorization="Bearer one").json
+        second = {**first, "inputs": answer["generated_text"] + " and then"}
+        post_json(server, second, Authorization="Bearer two")
+        assert reused() == 0
+        (warm,) = post_json(server, second, Authorization="Bearer one").json
+        assert reused() > 20
+        (cold,) = post_json(server, second, X_API_Key="two").json
+        assert warm == cold
+
+
+@pytest.mark.parametrize(("family", "sentence"), [("mamba", "FAST=0"), ("t5", "encoder")])
+def test_model_that_the_token_loop_cannot_serve_is_refused_at_the_start(
+    tmp_path: Path, family: str, sentence: str
+) -> None:
+    from tests.support.small_language_models import make_tokenizer
+    from workers import tasks
+    from workers.settings import Settings
+
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": family, "is_encoder_decoder": family == "t5"})
+    )
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        tasks.make(Settings(MODEL=str(tmp_path), TASK="text-generation"))
