@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help serve cluster load test test-slow bench chaos compare peers plan docs lint learn lessons
+.PHONY: help serve chat cluster load test test-slow bench chaos compare peers plan docs lint learn lessons
 
 help:  ## this list
 	@awk -F ': .*## |:  ## ' '/^[a-z-]+:.*  ## /{printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 serve: $(VENV)/serve  ## serve the bundled model on http://127.0.0.1:8000, or the one that MODEL names
 	$(BIN)/uvicorn server:app
+
+chat: models/chat/config.json  ## serve a small chat model, SmolLM2-135M-Instruct, token by token
+	TASK=text-generation MODEL=models/chat $(BIN)/uvicorn server:app
 
 cluster: $(VENV)/serve  ## HAProxy and N=2 replicas of the same app
 	$(BIN)/python -m deploy.cluster $(or $(N),2)
@@ -27,6 +30,7 @@ bench: $(VENV)/dev  ## what the server adds to its model: many minutes, two idle
 	$(BIN)/python -m loadtests.bench $(BENCH)
 	$(BIN)/python -m loadtests.bench.model $(BENCH)
 	$(BIN)/python -m loadtests.bench.threads $(BENCH)
+	$(BIN)/python -m loadtests.bench.generation $(BENCH)
 
 chaos: $(VENV)/dev  ## a storm around the real server; CHAOS_S=3600 for an hour, SEED=1 for another one
 	$(BIN)/python -m loadtests.chaos $(if $(SEED),--seed $(SEED))
@@ -61,6 +65,11 @@ $(VENV)/serve: requirements.txt
 	@echo "Installing what serving needs. PyTorch is large: this takes minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+models/chat/config.json: requirements-chat.txt | $(VENV)/serve
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-chat.txt
+	$(BIN)/python models/chat.py
 	touch $@
 
 $(VENV)/dev: requirements-dev.txt requirements-optional.txt $(VENV)/serve

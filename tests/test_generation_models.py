@@ -13,6 +13,7 @@ from workers.generation.model import TokenModel, make
 from workers.generation.scheduler import Scheduler, Sequence
 from workers.generation.step_cost import StepCost
 from workers.generation.steps import Limits, Options
+from workers.tasks.common.packed import PackedLinear, packable
 
 torch.set_num_threads(1)
 LIMITS = Limits(5, 96)
@@ -20,10 +21,15 @@ CLOSE = 1e-4  # where the two best tokens are so near, either is right
 MADE: dict[str, tuple[Any, TokenModel]] = {}
 
 
+def pack(model: Any) -> None:
+    for parent, name, linear in packable(model):
+        setattr(parent, name, PackedLinear(linear))
+
+
 def made(family: str) -> tuple[Any, TokenModel]:
     """The model as Transformers has it, and as the token loop has it."""
     if family not in MADE:
-        MADE[family] = make_model(family), make(lambda: make_model(family), LIMITS)
+        MADE[family] = make_model(family), make(lambda: make_model(family), LIMITS, pack)
     return MADE[family]
 
 
@@ -100,6 +106,16 @@ def endless(family: str, length: int) -> list[int]:
         return greedy(stock, prompts([length])[0], 15)
     finally:
         stock.generation_config.eos_token_id = 1
+
+
+BY_HAND = {"llama", "qwen2", "qwen3", "mistral", "gemma"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_and_its_relatives_are_served_by_hand_and_others_packed(family: str) -> None:
+    _, model = made(family)
+    assert ("by hand" in model.description) == (family in BY_HAND), model.description
+    assert "packed" in model.description
 
 
 COMPANY = st.lists(st.tuples(st.integers(0, 30), st.sampled_from([1, 4, 11, 23, 40])), min_size=1, max_size=9)

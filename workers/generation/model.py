@@ -1,19 +1,36 @@
 """The model's half of a step: a forward pass over its rows, then a token for each that gets one."""
 
+import contextlib
+import ctypes
+import gc
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from workers.generation.llama import Llama, UnsupportedModel
 from workers.generation.sampling import choose
 from workers.generation.steps import Choice, Limits, Options, Outcome, Row
 from workers.generation.stock import StockForward
 
+# How far another way's logits may be from the stock way's, in their standard deviations.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
 log = logging.getLogger("uvicorn.error")
 
-Forward = Callable[[Sequence[Row]], Tensor]
+Read = Callable[[], Any]  # loads the model of Transformers
+
+
+class Forward(Protocol):
+    """A forward pass on a cache of slots."""
+
+    def __call__(self, rows: Sequence[Row]) -> Tensor:
+        """Return the logits behind the last token of each row with a choice, in order."""
+
+    def clear(self, slot: int) -> None:
+        """Forget what a slot holds."""
 
 
 class TokenModel:
@@ -30,7 +47,11 @@ class TokenModel:
         """Return the outcome of each row. Raises whatever the model raises."""
         choices = [row.choice for row in rows if row.choice]
         tokens = iter(choose(self.forward(rows), choices))
-        return [next(tokens) if row.choice else None for row in rows]
+        outcomes = [next(tokens) if row.choice else None for row in rows]
+        for row, outcome in zip(rows, outcomes):
+            if isinstance(outcome, str):
+                self.forward.clear(row.slot)
+        return outcomes
 
 
 def bytes_per_token(config: Any, itemsize: int) -> int:
@@ -71,19 +92,46 @@ def probe(forward: Forward, limits: Limits, vocabulary: int) -> Tensor:
     return torch.cat([forward(rows).float() for rows in steps])
 
 
-def same(found: Tensor, expected: Tensor) -> bool:
-    """Whether both ways give the same logits, as far as the number format allows."""
-    tolerance = 1e-3 * float(expected.std()) + 1e-6
-    return bool((found - expected).abs().max() <= tolerance)
+def make(read: Read, limits: Limits, pack: Callable[[Any], None] | None = None) -> TokenModel:
+    """Return the model that `read` reads, on the fastest way that gives its own forward pass's logits.
 
-
-def make(read: Callable[[], Any], limits: Limits, fast: bool = True) -> TokenModel:
-    """Return the model that `read` reads, on the fastest way that gives its own forward pass's logits."""
-    model = read()
+    `pack` makes its Linears faster, in place; without it only its own forward pass is tried.
+    """
+    model, small = read(), Limits(3, min(64, limits.capacity))
+    stock = StockForward(model, limits)
+    if not pack:
+        return TokenModel(stock, limits, "stock forward pass")
+    expected, problems = probe(StockForward(model, small), small, model.config.vocab_size), []
+    for way in (by_hand, packed_stock):
+        try:
+            forward = way(model, limits, pack)
+            difference = float((probe(forward, small, model.config.vocab_size) - expected).abs().max())
+            if difference <= TOLERANCE[model.dtype] * float(expected.std()):
+                return TokenModel(forward, limits, way.__doc__ or "")
+            problems.append(f"{way.__doc__}: off by {difference:.2g}")
+            model = read()  # the way has changed it
+        except UnsupportedModel:
+            continue
+    log.warning(
+        "%s is served by its stock forward pass; tried: %s", type(model).__name__, "; ".join(problems)
+    )
     return TokenModel(StockForward(model, limits), limits, "stock forward pass")
 
 
-def load(read: Callable[[], Any], capacity: int, cache_bytes: int, most_slots: int) -> TokenModel:
+def by_hand(model: Any, limits: Limits, pack: Callable[[Any], None]) -> Forward:
+    """forward pass by hand, Linears packed"""
+    return Llama(model, limits)
+
+
+def packed_stock(model: Any, limits: Limits, pack: Callable[[Any], None]) -> Forward:
+    """stock forward pass, Linears packed"""
+    pack(model)
+    return StockForward(model, limits)
+
+
+def load(
+    read: Read, capacity: int, cache_bytes: int, most_slots: int, pack: Callable[[Any], None] | None
+) -> TokenModel:
     """Return the model that `read` reads, with as many slots as there is room for; its description says what it became."""
     model = read()
     limits = limits_of(model, capacity, cache_bytes, most_slots)
@@ -91,9 +139,19 @@ def load(read: Callable[[], Any], capacity: int, cache_bytes: int, most_slots: i
     what = f"{type(model).__name__}: {size_mb:.0f} MB, {model.dtype}, {model.device}"
     tokens = limits.slots * limits.capacity
     cache_mb = tokens * bytes_per_token(model.config.get_text_config(), model.dtype.itemsize) / 1e6
-    made = make(lambda: model, limits)
+    first = [model]
+    del model
+    made = make(lambda: first.pop() if first else read(), limits, pack)
+    give_back_memory()
     made.description = (
         f"{what}, {made.description}, KV cache of {cache_mb:.0f} MB: {tokens} tokens, "
         f"{limits.slots} slots of {limits.capacity}"
     )
     return made
+
+
+def give_back_memory() -> None:
+    """Have the C library return what was freed: the weights as they were read."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)

@@ -81,6 +81,12 @@ class StockForward:
         chosen = [found[i] for i, row in enumerate(rows) if row.choice]
         return torch.stack(chosen) if chosen else torch.zeros(0, 0)
 
+    def clear(self, slot: int) -> None:
+        """Forget what a slot holds: what is not a number would spoil the next sequence, hidden or not."""
+        for layer in self.cache.layers:
+            layer.keys[slot].zero_()
+            layer.values[slot].zero_()
+
     def _run(self, rows: Sequence[Row]) -> Tensor:
         """One pass over rows of the same length: the logits behind the last token of each."""
         places, device = self.places, self.model.device

@@ -240,6 +240,11 @@ class Task(TextTask):
 
     def load(self, instance: int) -> Any:
         from workers.generation.model import load  # torch takes seconds: not at import
+        from workers.tasks.common.packed import PackedLinear, packable
+
+        def pack(model: Any) -> None:
+            for parent, name, linear in packable(model):
+                setattr(parent, name, PackedLinear(linear))
 
         settings = self.settings
         return load(
@@ -247,6 +252,7 @@ class Task(TextTask):
             self.capacity,
             settings.KV_CACHE_MB * 10**6 or resources.limit_bytes() // CACHE_SHARE,
             settings.MAX_SEQUENCES,
+            pack,
         )
 
     def examples(self) -> list[Query]:
