@@ -26,7 +26,7 @@ test: $(VENV)/dev  ## the tests, in a few minutes
 test-slow: $(VENV)/dev  ## the lessons, small comparisons, every task in every mode, a cluster
 	$(BIN)/pytest -m slow --numprocesses=2
 
-bench: $(VENV)/dev  ## what the server adds to its model: many minutes, two idle cores; BENCH=--quick shortens it
+bench: $(VENV)/dev models/chat/config.json  ## what the server adds to its model: many minutes, two idle cores; BENCH=--quick shortens it
 	$(BIN)/python -m loadtests.bench $(BENCH)
 	$(BIN)/python -m loadtests.bench.model $(BENCH)
 	$(BIN)/python -m loadtests.bench.threads $(BENCH)
