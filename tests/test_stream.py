@@ -140,10 +140,10 @@ def test_slow_reader_is_noticed_before_the_next_answer() -> None:
     """uvicorn waits for a client that reads nothing only at the next send: it must not be the next answer's."""
 
     class OneAnswer:
-        async def submit(self, query: str, **how: Any) -> Answer:
-            if query == "never":
+        async def submit_all(self, queries: list[str], sizes: list[float], **how: Any) -> list[Answer]:
+            if queries == ["never"]:
                 await asyncio.get_running_loop().create_future()
-            return Answer(query, 0, 0, 1, "full")
+            return [Answer(queries[0], 0, 0, 1, "full")]
 
     async def scenario() -> None:
         scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
