@@ -144,7 +144,9 @@ class TokenLoop:
         self.length = 1.0  # what part of its max_tokens a sequence uses
         self.usual_prompt = 0.0
         self.first_s = 0.0  # the last prediction
-        self.slack_s = self.budget_s / 10  # how much later than predicted a first token may come: for 99 in 100
+        self.slack_s = (
+            self.budget_s / 10
+        )  # how much later than predicted a first token may come: for 99 in 100
         self.waiting_tokens = 0
         self.step_ends_at = 0.0  # as predicted
         self.closing = False
