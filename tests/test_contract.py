@@ -314,7 +314,7 @@ def test_over_long_headers_are_refused(server: Server, mode: str) -> None:
     assert reply.error
     reply = post(server, PARIS, X="a" * 70_000)
     assert reply.status in (400, 431)
-    if exception("over-long headers are refused in JSON", mode) == GUNICORNS_PAGE:
+    if exception("over-long headers are rejected in JSON", mode) == GUNICORNS_PAGE:
         assert reply.headers.get_content_type() in ("text/html", "text/plain")
         assert "X-Request-ID" not in reply.headers, "the app has never seen it"
     else:
@@ -447,7 +447,7 @@ def test_client_may_shorten_its_deadline(sick: Server) -> None:
 def test_too_much_work_gets_503_with_retry_after(server: Server, crowd: Crowd, mode: str) -> None:
     replies = [reply.result() for reply in crowd.post(server, *[SLOW] * 24)]
     statuses = {reply.status for reply in replies}
-    if not kept("too much work is refused (503)", mode):
+    if not kept("too much work is rejected (503)", mode):
         assert statuses == {200}, "they waited, unseen, where nobody can refuse them"
         return
     assert statuses == {200, 503}
@@ -460,7 +460,7 @@ def test_too_much_work_gets_503_with_retry_after(server: Server, crowd: Crowd, m
 def test_client_that_leaves_frees_its_place(spawning: Server, mode: str) -> None:
     before, calls = metric(spawning, "model_abandoned_total"), metric(spawning, "model_call_seconds_count")
     # A sync worker waits 2 s for a client to close what it has answered, so there are few of them.
-    n = 24 if kept("a client that leaves frees its place", mode) else 4
+    n = 24 if kept("a client that disconnects frees its place", mode) else 4
     with contextlib.ExitStack() as connections:
         for i in range(n):
             connection = connections.enter_context(dial(spawning))
@@ -468,7 +468,7 @@ def test_client_that_leaves_frees_its_place(spawning: Server, mode: str) -> None
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.sendall(request("POST", below(spawning, "/"), SLOW.encode()))
         until(lambda: metric(spawning, "model_call_seconds_count") > calls)
-    if kept("a client that leaves frees its place", mode):
+    if kept("a client that disconnects frees its place", mode):
         until(lambda: metric(spawning, "model_abandoned_total") > before)
         until(lambda: get(spawning, "/health").json["queue_depth"] == 0)
         assert metric(spawning, "model_call_seconds_count") < calls + n

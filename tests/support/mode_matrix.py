@@ -1,11 +1,11 @@
-"""Mode x promise: what every deployment mode keeps, and what it can't by its nature.
+"""Mode x guarantee: what every deployment mode guarantees, and what it can't by its nature.
 
-The tests read it: what is kept is asserted, and so is what is not. `make docs` writes it to docs/guarantees.md.
+The tests read it: what holds is asserted, and so is what does not. `make docs` writes it to docs/guarantees.md.
 """
 
 TESTED = ["thread", "recommended", "uvicorn-2", "asgi", "gthread-1x8", "sync-2", "dirty", "haproxy-2"]
 
-# How a promise is not kept, where a test asserts just that.
+# How a guarantee does not hold, where a test asserts just that.
 GUNICORNS_PAGE = "Gunicorn's own page"
 ITS_REPLICAS = "its replica's share"
 ITS_SHARE = "its worker's share"
@@ -14,20 +14,20 @@ NEVER = "never"
 WHILE_A_THREAD_IS_FREE = "while a thread is free"
 WHILE_A_WORKER_IS_FREE = "while a worker is free"
 
-# What the tests assert for every mode alike, then what differs: promise -> the modes that can't, and why.
+# What the tests assert for every mode alike, then what differs: guarantee -> the modes that can't, and why.
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "answers are the plain pipeline's, raw and JSON": {},
-    "any task: an input's answer is its own, alone and in a crowd": {},
-    "wrong input is refused at once, in one JSON form": {},
+    "any task: an input's answer is its own, alone and in a batch": {},
+    "wrong input is rejected at once, in one JSON form": {},
     "a body far too large gets its 413": dict.fromkeys(
         ("asgi", "gthread-1x8", "sync-2"), "or a reset, if it goes on sending"
     ),
     "a stalled body gets 408, and 503 on SIGTERM": {"haproxy-2": "on SIGTERM a close"},
-    "a poison text fails alone": {},
-    "a client that leaves frees its place": {"sync-2": "it waits unseen in the kernel"},
+    "a poison input fails alone": {},
+    "a client that disconnects frees its place": {"sync-2": "it waits unseen in the accept backlog"},
     "a killed model process costs its own batch": {"dirty": "and all until it is back"},
     "keeps connections open": {"sync-2": "one request each"},
-    "over-long headers are refused in JSON": {
+    "over-long headers are rejected in JSON": {
         "asgi": GUNICORNS_PAGE,
         "gthread-1x8": GUNICORNS_PAGE,
         "sync-2": GUNICORNS_PAGE,
@@ -39,13 +39,13 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "sync-2": NEVER,
         "haproxy-2": ITS_REPLICAS,
     },
-    "too much work is refused (503)": {"sync-2": "waits unseen in the kernel"},
+    "too much work is rejected (503)": {"sync-2": "waits unseen in the accept backlog"},
     "/health answers while the model runs": {
         "gthread-1x8": WHILE_A_THREAD_IS_FREE,
         "sync-2": WHILE_A_WORKER_IS_FREE,
     },
     "SIGTERM lets admitted work finish": {"dirty": "500: its model ends first"},
-    "SIGTERM resets nobody": {"sync-2": "resets who waits in the kernel"},
+    "SIGTERM resets nobody": {"sync-2": "resets those in the accept backlog"},
     "a dead worker is replaced": {"thread": "by your supervisor"},
     "a wrong setting ends it with one sentence": {
         "uvicorn-2": "and a traceback of Gunicorn's",
