@@ -140,9 +140,9 @@ class Task(TextTask):
             bool(given.get("details")),
             bool(given.get("stream")),
         )
-        return self.fits(prompt)
+        return self.checked(prompt)
 
-    def fits(self, prompt: Prompt) -> Query:
+    def checked(self, prompt: Prompt) -> Query:
         """Return the query for this prompt. Raises Unprocessable where it could never be answered."""
         n, new, most = len(prompt.ids), prompt.options.max_tokens, self.capacity
         if not n:
