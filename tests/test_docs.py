@@ -59,7 +59,7 @@ def test_the_pattern_stays_small() -> None:
     core = ["loop.py", "jobs.py", "metrics.py", "errors.py", "scheduling/*.py"]
     assert n_lines("minimal.py") < 125
     assert n_lines("server.py") < 130
-    assert n_lines(*(f"workers/{name}" for name in core)) < 1170
+    assert n_lines(*(f"workers/{name}" for name in core)) < 1180
 
 
 @cache

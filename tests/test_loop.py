@@ -816,7 +816,7 @@ def test_every_job_ends_exactly_once_in_time_with_its_own_answer(
             left.add(i)
         assert i not in ends
         ends[i] = end
-        assert now() - sent <= budget_s + 1e-6
+        assert now() - sent <= budget_s + 1e-5  # the virtual clock counts whole microseconds
         if isinstance(end, list):
             assert [answer.value for answer in end] == [i] * n and kind == "good"
         elif isinstance(end, Answer):
