@@ -26,7 +26,7 @@ from workers.generation.scheduler import Scheduler, Sequence
 from workers.generation.slots import OWNER
 from workers.generation.step_cost import StepCost, Work
 from workers.generation.steps import Options, Token
-from workers.generation.token_loop import MOST_UNREAD
+from workers.generation.stream import MOST_UNREAD
 
 
 @on_virtual_clock

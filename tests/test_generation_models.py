@@ -192,3 +192,37 @@ def test_model_that_has_no_room_for_one_sequence_says_what_to_change() -> None:
 
     with pytest.raises(ValueError, match="raise KV_CACHE_MB or lower CONTEXT_TOKENS"):
         limits_of(make_model("llama"), 1024, 1000, 64)
+
+
+@pytest.mark.slow
+def test_smollm2_gives_the_tokens_of_generate_alone_and_in_a_batch() -> None:
+    import subprocess
+
+    import transformers
+
+    from workers.settings import HERE
+
+    folder = HERE / "models" / "chat"
+    subprocess.run(["make", "models/chat/config.json"], cwd=HERE, check=True)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    stock.generation_config.eos_token_id = None
+    model = make(
+        lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+        Limits(8, 256),
+        pack,
+    )
+    assert "by hand" in model.description
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [
+        "The capital of France is",
+        "Once upon a time",
+        "def fibonacci(n):",
+        "Water boils at",
+        "In 1969, humans",
+    ]
+    asked = [tokenizer(text)["input_ids"] for text in texts]
+    expected = [greedy(stock, ids, 24) for ids in asked]
+    sequences = [Sequence(ids, Options(max_tokens=24)) for ids in asked]
+    run(model, [(2 * i, sequence) for i, sequence in enumerate(sequences)], {}, 12)
+    for sequence, tokens in zip(sequences, expected, strict=True):
+        assert sequence.tokens[: len(tokens)] == tokens

@@ -8,7 +8,8 @@ from typing import Any
 from workers.generation.scheduler import work
 from workers.generation.step_cost import StepCost
 from workers.generation.steps import Limits, Options, Outcome, Row, Token
-from workers.generation.token_loop import Stream, TokenLoop
+from workers.generation.stream import Stream
+from workers.generation.token_loop import TokenLoop
 
 END, POISON, NAN = 1, 666, 667
 LAW = (0.02, 0.0015, 0.001, 0.000001)  # seconds: a step, a prompt's token, a sequence, a cached token

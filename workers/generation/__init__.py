@@ -11,6 +11,7 @@ runs, and a chunk of the prompts that are still being read. Between two steps se
     scheduler.py   which rows the next step has
     forecast.py    when a sequence that came now would have its first token: admission
     token_loop.py  the loop around them: streams, deadlines, failures, stopping
+    stream.py      what a reader sees of a sequence
     text.py        tokens to text and chats to prompts
     counts.py      metrics
 

@@ -11,10 +11,10 @@ HTTP's work is done while the model computes.
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from workers.errors import (
     LOADING,
@@ -31,7 +31,8 @@ from workers.generation.forecast import Forecast
 from workers.generation.scheduler import Scheduler, Sequence, Step, work
 from workers.generation.slots import OWNER
 from workers.generation.step_cost import StepCost, Work
-from workers.generation.steps import Choice, Limits, Options, Outcome, Row, Token
+from workers.generation.steps import Choice, Limits, Options, Outcome, Row
+from workers.generation.stream import MOST_UNREAD, Piece, Stream, TextOf, whole
 from workers.jobs import Answer
 from workers.metrics import Metrics
 from workers.scheduling.cost_model import Run
@@ -39,84 +40,10 @@ from workers.scheduling.instances import Instances, Ready, stuck
 
 log = logging.getLogger("uvicorn.error")
 
-MOST_UNREAD = 64  # tokens that a slow reader may leave unread before its sequence pauses
 WARM_UP_TURNS, WARM_UP_S = 4, 3.0  # at most so many, and no further one after so long
 HOPELESS = (
     2.0  # an idle server still admits what it expects to be so much too late: the estimate may be wrong
 )
-
-
-class TextOf(Protocol):
-    """Turns a sequence's tokens into its text; see `text.py`."""
-
-    stopped: bool  # a stop string is complete
-
-    def push(self, token: int) -> str:
-        """Return the text that this token completes."""
-
-    def rest(self) -> str:
-        """Return what was held back: there will be no more tokens."""
-
-
-class Piece(NamedTuple):
-    """What is new of a sequence: its tokens, each with the text that it completed."""
-
-    parts: list[tuple[str, Token]]
-    rest: str = ""  # text that was held back
-    reason: str = ""  # why it ended, stop or length; empty while it goes on
-
-    @property
-    def text(self) -> str:
-        return "".join(text for text, _ in self.parts) + self.rest
-
-    @property
-    def tokens(self) -> list[Token]:
-        return [token for _, token in self.parts]
-
-
-class Stream(AsyncIterator[Piece]):
-    """A sequence's pieces as they come. Close it when nobody reads it any more; an `async with` does.
-
-    Raises an `Unanswered` where the sequence ends for any other reason than its own end.
-    """
-
-    def __init__(self, loop: "TokenLoop", sequence: Sequence, text: TextOf | None) -> None:
-        self.loop, self.sequence, self.text = loop, sequence, text
-        self.unread: list[tuple[str, Token]] = []
-        self.rest = ""
-        self.error: Unanswered | None = None
-        self.first_at = self.last_at = 0.0  # when its first and its last token came
-        self.promised_at = 0.0  # when its first token was predicted
-        self.is_read = False  # its last piece was
-        self.news = asyncio.Event()
-        self.timer: asyncio.TimerHandle | None = None
-
-    async def __anext__(self) -> Piece:
-        if self.is_read:
-            raise StopAsyncIteration
-        while not self.unread and not self.sequence.reason:
-            self.news.clear()
-            await self.news.wait()
-        if self.error and not self.unread:
-            self.is_read = True
-            raise self.error
-        unread, self.unread = self.unread, []
-        reason = "" if self.error else self.sequence.reason
-        self.is_read = bool(reason)
-        if self.sequence.paused:
-            self.sequence.paused = False
-            self.loop.wake.set()
-        return Piece(unread, self.rest if reason else "", reason)
-
-    def close(self) -> None:
-        """Free its slot at the end of the running step: nobody reads it any more."""
-        self.loop.end(self, "cancelled")
-
-    async def __aenter__(self) -> "Stream":
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        self.close()
 
 
 @dataclass(eq=False)
@@ -148,7 +75,6 @@ class TokenLoop:
             self.budget_s / 10
         )  # how much later than predicted a first token may come: for 99 in 100
         self.waiting_tokens = 0
-        self.step_ends_at = 0.0  # as predicted
         self.closing = False
         self.wake = asyncio.Event()  # something may have come that can run
         self._drained = asyncio.Event()
@@ -468,12 +394,6 @@ class TokenLoop:
         queue_s = sequence.started_at - sequence.arrived_at
         model_s = stream.last_at - sequence.started_at
         return Answer(self.answered(query, piece), queue_s, model_s, max(1, self.running), piece.reason)
-
-
-async def whole(stream: Stream) -> Piece:
-    """Return all of it as one piece."""
-    pieces = [piece async for piece in stream]
-    return Piece([part for piece in pieces for part in piece.parts], pieces[-1].rest, pieces[-1].reason)
 
 
 def warm_up_steps(limits: Limits) -> list[list[Row]]:

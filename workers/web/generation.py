@@ -21,7 +21,8 @@ from starlette.types import Receive, Scope, Send
 
 from workers.context import context_of
 from workers.errors import Unanswered
-from workers.generation.token_loop import Piece, Stream, TokenLoop
+from workers.generation.stream import Piece, Stream
+from workers.generation.token_loop import TokenLoop
 from workers.tasks.text_generation import Prompt, Task
 from workers.web.replies import Failure, explain, rendered
 from workers.web.stream import leaving

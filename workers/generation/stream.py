@@ -1,0 +1,98 @@
+"""What a reader sees of a sequence: its pieces as they come, and how it ended."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import NamedTuple, Protocol
+
+from workers.errors import Unanswered
+from workers.generation.scheduler import Sequence
+from workers.generation.steps import Token
+
+MOST_UNREAD = 64  # tokens that a slow reader may leave unread before its sequence pauses
+
+
+class Loop(Protocol):
+    """What a stream needs of the token loop."""
+
+    wake: asyncio.Event  # something may have come that can run
+
+    def end(self, stream: "Stream", reason: str, error: Unanswered | None = None) -> None: ...
+
+
+class TextOf(Protocol):
+    """Turns a sequence's tokens into its text; see `text.py`."""
+
+    stopped: bool  # a stop string is complete
+
+    def push(self, token: int) -> str:
+        """Return the text that this token completes."""
+
+    def rest(self) -> str:
+        """Return what was held back: there will be no more tokens."""
+
+
+class Piece(NamedTuple):
+    """What is new of a sequence: its tokens, each with the text that it completed."""
+
+    parts: list[tuple[str, Token]]
+    rest: str = ""  # text that was held back
+    reason: str = ""  # why it ended, stop or length; empty while it goes on
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.parts) + self.rest
+
+    @property
+    def tokens(self) -> list[Token]:
+        return [token for _, token in self.parts]
+
+
+class Stream(AsyncIterator[Piece]):
+    """A sequence's pieces as they come. Close it when nobody reads it any more; an `async with` does.
+
+    Raises an `Unanswered` where the sequence ends for any other reason than its own end.
+    """
+
+    def __init__(self, loop: "Loop", sequence: Sequence, text: TextOf | None) -> None:
+        self.loop, self.sequence, self.text = loop, sequence, text
+        self.unread: list[tuple[str, Token]] = []
+        self.rest = ""
+        self.error: Unanswered | None = None
+        self.first_at = self.last_at = 0.0  # when its first and its last token came
+        self.promised_at = 0.0  # when its first token was predicted
+        self.is_read = False  # its last piece was
+        self.news = asyncio.Event()
+        self.timer: asyncio.TimerHandle | None = None
+
+    async def __anext__(self) -> Piece:
+        if self.is_read:
+            raise StopAsyncIteration
+        while not self.unread and not self.sequence.reason:
+            self.news.clear()
+            await self.news.wait()
+        if self.error and not self.unread:
+            self.is_read = True
+            raise self.error
+        unread, self.unread = self.unread, []
+        reason = "" if self.error else self.sequence.reason
+        self.is_read = bool(reason)
+        if self.sequence.paused:
+            self.sequence.paused = False
+            self.loop.wake.set()
+        return Piece(unread, self.rest if reason else "", reason)
+
+    def close(self) -> None:
+        """Free its slot at the end of the running step: nobody reads it any more."""
+        self.loop.end(self, "cancelled")
+
+    async def __aenter__(self) -> "Stream":
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+
+
+async def whole(stream: Stream) -> Piece:
+    """Return all of it as one piece."""
+    pieces = [piece async for piece in stream]
+    return Piece([part for piece in pieces for part in piece.parts], pieces[-1].rest, pieces[-1].reason)
