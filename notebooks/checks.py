@@ -283,7 +283,7 @@ def exercise_4_2(smallest_batch: Any) -> None:
             )
 
 
-@exercise("At low load it is the whole window, at high load half of it; never less.")
+@exercise("At low load it is the whole delay, at high load half of it; never less.")
 def exercise_4_3(mean_wait_s: Any) -> None:
     from lesson import simulate
 
@@ -303,8 +303,8 @@ def exercise_4_3(mean_wait_s: Any) -> None:
         expected = found.latency_ms.mean() / 1000
         if not near(mean_wait_s(rate_per_s, 0.05), expected, 0.1):
             raise NotYet(
-                f"{rate_per_s} texts/s, a window of 50 ms: the simulation says {expected * 1000:.1f} ms, "
-                f"you {mean_wait_s(rate_per_s, 0.05) * 1000:.1f}. How many come during a window, and how long does each wait?"
+                f"{rate_per_s} texts/s, a delay of 50 ms: the simulation says {expected * 1000:.1f} ms, "
+                f"you {mean_wait_s(rate_per_s, 0.05) * 1000:.1f}. How many come during a delay, and how long does each wait?"
             )
 
 

@@ -1,6 +1,6 @@
-"""One waits w; lambda w more come during its window and wait w / 2 on average."""
+"""One waits w; lambda w more come during its delay and wait w / 2 on average."""
 
 
-def answer(rate_per_s, window_s):
-    others = rate_per_s * window_s
-    return (window_s + others * window_s / 2) / (1 + others)
+def answer(rate_per_s, delay_s):
+    others = rate_per_s * delay_s
+    return (delay_s + others * delay_s / 2) / (1 + others)
