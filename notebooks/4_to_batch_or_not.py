@@ -316,12 +316,13 @@ claim(
 #
 # * **[greedy batching](glossary.md)**: when the model is free it takes what has queued. While it runs, others arrive; they are
 #   the next batch.
-# * **a fixed [batching delay](glossary.md)**: a partial batch is held some milliseconds for more texts. Most servers have a
+# * **a fixed [batching delay](glossary.md)**: a partial batch is held some milliseconds for more texts. Many servers have a
 #   setting for it. This one has none; for comparison there is `loadtests/plan/fixed_delay.py`.
 # * **[anticipation](glossary.md)**, what this server does: it is greedy, unless it has learnt that the clients it has just answered
 #   ask again at once. More about that below.
 #
-# First we let strangers come, at random times. For them anticipation comes down to greedy batching.
+# First we let strangers come, at random times. Batches without a delay are then this server as it is: for strangers it is nearly
+# always greedy.
 #
 # **Guess.** The load is in the middle: 70 % of what the server can do one by one. How many milliseconds does a fixed delay of
 # 10 ms add to the median time?
@@ -429,11 +430,9 @@ claim(
 )
 
 # %% [markdown]
-# The rest of the lesson's question is about clients that are not strangers.
-#
 # ## Clients that come back: 1, 7, 1, 7
 #
-# Eight users ask again 1 to 3 ms after each answer: the next page of a form, a script in a loop, a load test. And a call costs
+# Eight users ask again 1 to 3 ms after each answer, as a script or a load test does. And a call costs
 # about the same for 1 text as for 8: $a$ = 50 ms, $b$ = 0.2 ms. We run the real loop on the virtual clock. `l04_greedy.Greedy` is that
 # loop with one method replaced, so that it never holds a batch.
 
@@ -496,7 +495,7 @@ tell(
 
 # %% [markdown]
 # Disk schedulers call this *anticipation*. The loop counts how many texts come within each time after a batch's answers. It holds
-# a batch only for as long as these save more than the hold costs (`workers/scheduling/anticipation.py`). There is nothing to set.
+# a batch only for as long as that saves more than it costs (`workers/scheduling/anticipation.py`). There is nothing to set.
 #
 # *Where the formula fails:* it assumes that users come back at once. What if nobody does? The same model again: 8 users that
 # think for up to 400 ms, then strangers at random times.
@@ -535,8 +534,8 @@ claim(
 )
 
 # %% [markdown]
-# A fixed delay is right for one cost law and one kind of client. Strangers tell the loop nothing, so it seldom holds a batch for them: see
-# the share held. For users that come back later than a call saves, it now and then holds in vain, which costs little.
+# A fixed delay is right for one cost law and one kind of client. Strangers don't follow a batch's answers, so the loop hardly ever
+# holds a batch for them: see the share held. For users that come back later, it now and then holds in vain; compare the mean.
 #
 # ## The static batch
 #
@@ -720,8 +719,8 @@ holds(gains["fast", "mixed"] > gains["stock", "mixed"], "no padding saves it")
 # ## Take away
 #
 # 1. Measure $a$ and $b$. A batch saves $a$, never $b$: if $(a+b)/b$ is close to one, don't batch.
-# 2. Else batch. A fixed delay pays only where $a$ is large and clients come back at once; there greedy batching loses up to half of the
-#    capacity. A loop that learns who comes back needs no setting.
+# 2. Else batch. Holding a batch pays where $a$ is large and clients come back at once: there greedy batching loses up to half of
+#    the capacity. For strangers a fixed delay costs time. A loop that learns which clients come back needs no setting.
 # 3. One long text makes a padded batch long. If texts differ in length, check with your own mix, not with one sentence. Sort by
 #    length, or don't mix.
 #
