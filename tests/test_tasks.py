@@ -25,9 +25,9 @@ from workers.errors import Malformed, Unprocessable
 from workers.settings import HERE, Settings
 from workers.tasks import pipeline
 from workers.tasks.common import encoder, packed
+from workers.tasks.common.media import open_image
 from workers.tasks.common.packed import PackedLinear, PaddingFree
 from workers.tasks.common.tokens import SlowTokens
-from workers.tasks.pipeline import open_image
 from workers.web.replies import rendered
 
 TEXTS = [

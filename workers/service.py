@@ -44,7 +44,7 @@ from workers.offload import Offload, attempt_load, in_thread, in_words
 from workers.scheduling.instances import stuck
 from workers.settings import Settings
 from workers.web import parsing
-from workers.web.checks import QUICK_JSON_BYTES, CheckThreads
+from workers.web.checks import QUICK_BYTES, QUICK_JSON_BYTES, CheckThreads
 from workers.web.generation import Generation
 from workers.web.inflight import SWEEP_S, InFlight
 from workers.web.parsing import ParsedBody
@@ -127,6 +127,9 @@ class Service:
         self.descriptions = await asyncio.gather(*(instance.start() for instance in self.instances))
         for description in self.descriptions:
             log.info("Serving %s", description)
+        self.loop.limit_batches(min(getattr(info, "max_batch", tasks.MOST) for info in self.descriptions))
+        if self.loop.batch_size < self.settings.BATCH_SIZE:
+            log.info("BATCH_SIZE counts as %d: the model gains nothing from more", self.loop.batch_size)
         self.loop.instances.load_s = time.monotonic() - began
         await self.warm_up(task)
         # What a load has left stays: to look through 360,000 objects for garbage takes 0.16 s.
@@ -143,7 +146,7 @@ class Service:
 
     async def warm_up(self, task: tasks.Task) -> None:
         """Time every instance on the examples, the way there and back included. Raises CannotLoad where one fails on them."""
-        batches = await in_thread(lambda: tasks.warm_up_batches(task, self.settings.BATCH_SIZE))
+        batches = await in_thread(lambda: tasks.warm_up_batches(task, self.loop.batch_size))
         try:
             for instance in self.instances:
                 if isinstance(self.loop, TokenLoop):
@@ -184,7 +187,9 @@ class Service:
 
         Raises Late and Rejected, too: what takes long has the request's deadline and a bound of its own.
         """
-        return await self.checks.run(context, n_bytes, partial(self.check_all, inputs, parameters, context))
+        work = partial(self.check_all, inputs, parameters, context)
+        # An image or a sound of a few bytes may take long to decode.
+        return await self.checks.run(context, n_bytes, work, 0 if self.task.media else QUICK_BYTES)
 
     def check_all(
         self, inputs: list[Any], parameters: dict[str, Any], context: RequestContext

@@ -188,6 +188,8 @@ class Settings:
     BODY_TIMEOUT_S: float = seconds(10.0)
     # maximum tokens per input; the model's own limit applies if it is lower
     MAX_TOKENS: int = at_least(1, 512)
+    # maximum length of a sound; 2.5 MB of FLAC can hold three hours
+    MAX_SOUND_S: float = seconds(60.0)
     # maximum masks per text; the reply grows with masks x top_k x text
     MAX_MASKS: int = at_least(1, 8)
     # maximum number of candidates or labels; the reply grows with it

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from workers.errors import Malformed
-from workers.settings import Settings
+from workers.settings import MOST, Settings
 from workers.tasks.threads import Threads
 
 # Transformers' own other names.
@@ -58,6 +58,7 @@ class ModelInfo(NamedTuple):
     threads: int = 0
     strategy: str = ""  # how it computes a batch
     process_id: int = 0  # 0: the server's own
+    max_batch: int = MOST  # how many inputs it gains from in one call
 
     def __str__(self) -> str:
         parts = [self.name, self.strategy]
@@ -146,7 +147,7 @@ def load(task: Task, settings: Settings, instance: int = 0, *, beside: int = 0) 
     `beside`: how many other instances in this process share its cores.
     """
     model = task.load(instance)
-    for batch in warm_up_batches(task, settings.BATCH_SIZE):
+    for batch in warm_up_batches(task, min(settings.BATCH_SIZE, model.description.max_batch)):
         answers = model([query.content for query in batch])
         if len(answers) != len(batch):
             raise ValueError(f"it gives {len(answers)} answers to {len(batch)} inputs")

@@ -1,18 +1,14 @@
-"""Any other TASK: the stock Transformers pipeline of that name, one input after the other.
+"""Any other TASK: the stock Transformers pipeline of that name.
 
-One after the other, as padding to the longest of a batch changes some answers: feature-extraction's, for one.
+Texts and tables one by one, as padding to the longest of a batch changes some answers: feature-extraction's, for one. Images
+and sounds together where that is exact and gains (`common/stock.py`).
 """
 
 import base64
-import binascii
-import contextlib
 import difflib
-import io
-import itertools
 import os
 import pkgutil
 import threading
-import wave
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,42 +16,27 @@ from workers import tasks
 from workers.errors import Malformed, Unprocessable
 from workers.settings import Settings
 from workers.tasks import Description, Query
+from workers.tasks.common import media
+from workers.tasks.common.parameters import REFUSED, TAKES, rules_of, window_is_too_short
+from workers.tasks.common.stock import Batched, Stock
 from workers.tasks.common.text import (
-    TEXT_RULE,
+    TEXT_SCHEMA,
     Content,
-    Rule,
     TextTask,
     check_parameters,
-    choice_rule,
-    describe,
-    number_rule,
+    object_schema,
+    read_model_json,
     require_text,
     schemas,
-    words_rule,
 )
+
+__all__ = ["Stock", "Task", "load_model", "load_pipeline"]
 
 # GNU OpenMP reads this when torch is loaded: how long its threads spin while they wait for each other. The default is very
 # long. Measured with 2 threads on 2 cores: beside 2 busy processes 86 texts/s instead of 18, without them 238 instead of 224.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 LOADING = threading.Lock()  # two loads at once collide in Transformers: "Tensor on device meta"
-MAX_PIXELS = 1 << 25  # a small file can unfold to gigabytes
-# For others Pillow runs programs: PostScript's, for one.
-FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
-# A text would be taken for an address or a path of this machine by pipelines of images and sounds: there it is base64.
-TAKEN = {
-    "image": {
-        "depth-estimation",
-        "document-question-answering",
-        "image-classification",
-        "image-feature-extraction",
-        "image-segmentation",
-        "object-detection",
-        "zero-shot-image-classification",
-    },
-    "audio": {"audio-classification", "automatic-speech-recognition", "zero-shot-audio-classification"},
-    "text": {"feature-extraction", "table-question-answering", "text-generation", "text-to-audio"},
-}
 
 
 def load_pipeline(settings: Settings, instance: int = 0) -> Any:
@@ -128,138 +109,178 @@ def place(settings: Settings, instance: int) -> tuple[str, Any]:
 
 
 class Task(TextTask):
-    """A text, JSON, an image or a sound in, the pipeline's answer out."""
+    """A text, a table, an image or a sound in, the pipeline's answer out."""
 
     def __init__(self, settings: Settings) -> None:
-        self.kind = next((kind for kind, tasks in TAKEN.items() if settings.TASK in tasks), None)
-        if self.kind is None:
-            raise ValueError(not_known(settings.TASK))
-        if self.kind == "text":
+        self.name = tasks.ALIASES.get(settings.TASK, settings.TASK)
+        if self.name not in TAKES:
+            raise ValueError(not_served(settings.TASK))
+        self.takes = TAKES[self.name]
+        if self.takes == "text":
             super().__init__(settings)
         else:
-            self.settings, self.media = settings, (f"{self.kind}/", "application/octet-stream")
-        self.rules = self.find_rules()
+            self.settings, self.config = settings, read_model_json(settings, "config.json")
+            self.media = (f"{self.takes}/", "application/octet-stream") if self.takes != "table" else ()
+        self.generation = read_model_json(settings, "generation_config.json")
+        self.rules = rules_of(self.name, settings, self.config, self.generation)
+        self.model: Batched | None = None  # once it is loaded, if it is loaded here
+        if self.takes == "audio":
+            media.ffmpeg()  # missed at the start, not by clients
+            features = read_model_json(settings, "preprocessor_config.json")
+            self.rate: int = features.get("sampling_rate") or 16_000
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        parameters = self.checked(parameters)
+        if self.takes == "table":
+            return self.check_table(inputs, parameters)
+        if self.takes != "text":
+            return self.check_medium(inputs, parameters)
+        row = self.row(require_text(inputs))
+        if self.name == "text-generation":
+            parameters = self.bounded(parameters, len(row.ids))
+        query = self.query(inputs, parameters, row)
+        return query._replace(size=query.size + parameters.get("max_new_tokens", 0))
+
+    def checked(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The parameters, if each keeps its rule and none is missing. Raises Malformed."""
+        labels = parameters.get("candidate_labels")
+        if isinstance(labels, str):
+            labels = [label.strip() for label in labels.split(",") if label.strip()]
+            parameters = parameters | {"candidate_labels": labels}
         parameters = check_parameters(parameters, self.rules)
-        if self.kind != "text":
-            return Query(Content(self.medium(inputs), parameters, []))
-        if isinstance(inputs, str):
-            return self.query(inputs, parameters, self.row(require_text(inputs)))
-        return Query(Content(inputs, parameters, []))
+        if "candidate_labels" in self.rules and labels is None:
+            raise Malformed('there are no "candidate_labels"; send those that may fit, as a parameter')
+        if window_is_too_short(parameters):
+            raise Malformed('"chunk_length_s" must be more than twice "stride_length_s"')
+        return parameters
 
-    def find_rules(self) -> dict[str, Rule]:
-        """What a client may set. Not whatever the pipeline takes: with some of it a client can load code."""
-        most, apply = self.settings.MAX_TOP_K, choice_rule("softmax", "sigmoid", "none")
-        match self.settings.TASK:
-            case "image-classification" | "audio-classification":
-                return {"top_k": number_rule(1, most), "function_to_apply": apply}
-            case "zero-shot-image-classification" | "zero-shot-audio-classification":
-                return {"candidate_labels": words_rule(most), "hypothesis_template": TEXT_RULE}
-            case "text-generation":
-                return {"max_new_tokens": number_rule(1, self.settings.MAX_TOKENS)}
-        return {}
+    def bounded(self, parameters: dict[str, Any], n_tokens: int) -> dict[str, Any]:
+        """The parameters with `max_new_tokens`, as the model has room for: what a client does not say counts, too."""
+        new = parameters.get("max_new_tokens") or self.generation.get("max_new_tokens") or 256
+        if (room := min(new, self.longest - n_tokens)) < 1:
+            raise Unprocessable(f"the model takes {self.longest} tokens; send a shorter text")
+        return parameters | {"max_new_tokens": room}
 
-    def medium(self, inputs: Any) -> Any:
-        """An image's or a sound's bytes, with a question beside them where they are a field of an object."""
-        kind = str(self.kind)
-        if isinstance(inputs, dict) and inputs.keys() == {kind, "question"}:
-            return {kind: self.medium(inputs[kind]), "question": require_text(inputs["question"], "question")}
-        if isinstance(inputs, str):  # a data URL, or only what follows its comma
-            with contextlib.suppress(binascii.Error):
-                inputs = base64.b64decode(inputs.partition("base64,")[2] or inputs, validate=True)
-        if not isinstance(inputs, bytes):
-            raise Malformed(
-                f'"inputs" must be the {kind} in base64; or send it as the body, with its Content-Type'
-            )
-        if kind == "image":
-            check_image(inputs)
-        return inputs
+    def check_table(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        """The query for {"table": {column: [cells]}, "query": text}; its size is about its tokens."""
+        if not isinstance(inputs, dict) or inputs.keys() != {"table", "query"}:
+            raise Malformed('"inputs" must be {"table": {"a column": ["a cell", …]}, "query": "a question"}')
+        table, question = inputs["table"], require_text(inputs["query"], "query")
+        columns = list(table.values()) if isinstance(table, dict) else []
+        cells = [cell for column in columns if isinstance(column, list) for cell in column]
+        is_table = cells and all(isinstance(one, list) and len(one) == len(columns[0]) for one in columns)
+        if not is_table or not all(isinstance(cell, str) for cell in cells):
+            raise Malformed('"table" must be an object of columns, each a list of as many texts')
+        size = (sum(map(len, cells)) + sum(map(len, table)) + len(question)) // 4 + len(cells)
+        if size > self.settings.MAX_TOKENS * 4:  # the tokenizer drops rows that the model has no room for
+            raise Unprocessable(f"the table is too long: about {size} tokens; send fewer rows")
+        return Query(Content({"table": table, "query": question}, parameters, []), size)
 
-    def load(self, instance: int) -> "Stock":
-        return Stock(self, load_pipeline(self.settings, instance))
+    def check_medium(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        """The query for an image or a sound, as the model takes it where that is loaded here."""
+        query = self.opened(inputs, parameters)
+        if self.model is None:  # it is in a process of its own: an image is smaller as it came
+            return self.opened(inputs, parameters, as_bytes=True) if self.takes == "image" else query
+        try:
+            return query._replace(content=query.content._replace(inputs=self.model.prepare(query.content)))
+        except Exception as exc:
+            raise Unprocessable(f"the {self.takes} can't be prepared for this model; send another") from exc
+
+    def opened(self, inputs: Any, parameters: dict[str, Any], as_bytes: bool = False) -> Query:
+        """The query for an image or a sound, as its pipeline takes it: pixels, samples; or still as bytes."""
+        question, n_labels = None, len(parameters.get("candidate_labels", ()))
+        if self.name == "document-question-answering":
+            if not isinstance(inputs, dict) or inputs.keys() != {"image", "question"}:
+                raise Malformed('"inputs" must be {"image": "base64", "question": "a text"}')
+            question, inputs = require_text(inputs["question"], "question"), inputs["image"]
+            if len(question) > 4 * self.settings.MAX_TOKENS:
+                raise Unprocessable("the question is too long; send a shorter one")
+        data = media.bytes_of(inputs, self.takes)
+        size, value = 8 + n_labels if n_labels else 1, data if as_bytes else self.read(data)
+        if self.takes == "audio":
+            size += round(10 * len(value) / self.rate)  # tenths of a second
+        return Query(
+            Content({"image": value, "question": question} if question else value, parameters, []), size
+        )
+
+    def read(self, data: bytes) -> Any:
+        """The image or the samples. Raises Unprocessable."""
+        if self.takes == "image":
+            return media.read_image(data)
+        return media.read_sound(data, self.rate, self.settings.MAX_SOUND_S)
+
+    def load(self, instance: int) -> Stock:
+        pipe = load_pipeline(self.settings, instance)
+        if self.takes in ("text", "table"):
+            return Stock(self, pipe)
+        self.model = model = Batched(self, pipe, [self.opened(*probe).content for probe in self.probes()])
+        return model
+
+    def probes(self) -> list[tuple[Any, dict[str, Any]]]:
+        """Inputs that exercise a batch: different ones of the same shape, and one of another."""
+        if self.takes == "image":
+            shapes = [(1, 64, 64), (2, 64, 64), (3, 64, 64), (4, 96, 48)]
+            return [self.example(media.example_image(*shape)) for shape in shapes]
+        return [
+            self.example(media.example_sound(*shape)) for shape in [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.3)]
+        ]
+
+    def example(self, data: bytes, n_labels: int = 2) -> tuple[Any, dict[str, Any]]:
+        """An input with what it needs besides."""
+        words = ["dog", "river", "a red house", "music"] * 25
+        parameters = {"candidate_labels": words[: min(n_labels, self.settings.MAX_TOP_K)]}
+        code = base64.b64encode(data).decode()
+        is_document = self.name == "document-question-answering"
+        inputs = {"image": code, "question": "what is it?"} if is_document else code
+        return inputs, parameters if "candidate_labels" in self.rules else {}
 
     def examples(self) -> list[Query]:
-        if self.kind == "text":
-            return [self.check(text, {}) for text in ("a text", "a text " * 50)]
-        needs_more = self.settings.TASK.startswith(("document-", "zero-shot-"))
-        return [] if needs_more else [self.check(an_example(self.kind), {})]
+        match self.takes:
+            case "text":
+                return self.fitting("a text", "a text " * 20)
+            case "table":
+                return [self.check(self.body()["inputs"], {})]
+            case "image":
+                counts = (2, 16) if "candidate_labels" in self.rules else (2,)
+                return [self.check(*self.example(media.example_image(), n)) for n in counts]
+        lengths = (1.0, min(5.0, self.settings.MAX_SOUND_S))
+        return [self.check(*self.example(media.example_sound(0, length))) for length in lengths]
 
     def describe(self) -> Description:
-        takes = "a text" if self.kind == "text" else f"the bytes of the {self.kind}"
-        example = "a text" if self.kind == "text" else base64.b64encode(an_example(self.kind)).decode()
-        gives = f"what the {self.settings.TASK} pipeline answers"
-        return Description(takes, gives, {"inputs": example}, {}, schemas(self.rules))
+        gives = f"what the {self.name} pipeline answers"
+        parameters, example = schemas(self.rules), self.body()
+        if self.takes == "text":
+            return Description("a text", gives, example, TEXT_SCHEMA, parameters)
+        if self.takes == "table":
+            table = {"type": "object", "additionalProperties": {"type": "array", "items": {"type": "string"}}}
+            schema = object_schema({"table": table, "query": TEXT_SCHEMA})
+            return Description("a table of texts and a question", gives, example, schema, parameters)
+        if self.name == "document-question-answering":
+            schema = object_schema({"image": TEXT_SCHEMA, "question": TEXT_SCHEMA})
+            return Description("an image in base64 and a question", gives, example, schema, parameters)
+        return Description(f"the bytes of the {self.takes}", gives, example, {"type": "string"}, parameters)
+
+    def body(self) -> dict[str, Any]:
+        """The body of an example."""
+        match self.takes:
+            case "text":
+                return {"inputs": "a text"}
+            case "table":
+                table = {"name": ["Ada", "Alan"], "age": ["36", "41"]}
+                return {"inputs": {"table": table, "query": "how old is Ada?"}}
+        data = media.example_image(0, 16, 16) if self.takes == "image" else media.example_sound(0, 0.5)
+        inputs, parameters = self.example(data)
+        return {"inputs": inputs, "parameters": parameters} if parameters else {"inputs": inputs}
 
 
-def not_known(task: str) -> str:
-    """The sentence that says so, with the names that are, first the one that was probably meant."""
+def not_served(task: str) -> str:
+    """The sentence that says so: why it is not, or which name was probably meant."""
+    name = task.lower().replace("_", "-")
+    if reason := REFUSED.get("translation" if name.startswith("translation") else name):
+        return f"TASK={task} is not served: {reason}"
     files = (module.name.replace("_", "-") for module in pkgutil.iter_modules(tasks.__path__))
-    known = sorted({*filter(tasks.file_of, files), *itertools.chain(*TAKEN.values())})
+    known = sorted({*filter(tasks.file_of, files), *TAKES, *tasks.ALIASES})
     # So strict, as another word in place of "text" is another task, not a misspelt one.
-    meant = difflib.get_close_matches(task.lower().replace("_", "-"), known, 1, 0.9)
+    meant = difflib.get_close_matches(name, known, 1, 0.9)
     hint = f", did you mean {meant[0]}?" if meant else ";"
-    return f"TASK={task} is not known{hint} known are {', '.join(known)}; or a class of your own: MODEL=my_model:Class"
-
-
-class Stock:
-    """A loaded pipeline: one answer for each input, as the pipeline gives for that alone."""
-
-    def __init__(self, task: TextTask, pipe: Any) -> None:
-        self.pipe = pipe
-        self.description = describe(pipe.model, task.settings, "the stock pipeline, one by one")
-
-    def __call__(self, contents: list[Content]) -> list[Any]:
-        return [in_json(self.pipe(self.opened(content.inputs), **content.parameters)) for content in contents]
-
-    def opened(self, inputs: Any) -> Any:
-        """As pipelines take it: an image as Pillow's."""
-        if isinstance(inputs, dict):
-            return {name: self.opened(value) for name, value in inputs.items()}
-        return open_image(inputs) if isinstance(inputs, bytes) and self.pipe.image_processor else inputs
-
-
-def in_json(answer: Any) -> Any:
-    """Its images, such as masks, as Hugging Face's hosted pipelines give them: a PNG in base64."""
-    if isinstance(answer, dict):
-        return {name: in_json(value) for name, value in answer.items()}
-    if isinstance(answer, list):
-        return [in_json(value) for value in answer]
-    if not callable(save := getattr(answer, "save", None)):
-        return answer
-    file = io.BytesIO()
-    save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def an_example(kind: str | None) -> bytes:
-    """A grey image, or a second of silence: what it needs (Pillow, ffmpeg) is missed at the start, not by clients."""
-    file = io.BytesIO()
-    if kind == "image":
-        from PIL import Image
-
-        Image.new("RGB", (64, 64), "grey").save(file, "PNG")
-    else:
-        with wave.open(file, "wb") as sound:
-            sound.setparams((1, 2, 16_000, 0, "NONE", ""))
-            sound.writeframes(bytes(32_000))
-    return file.getvalue()
-
-
-def open_image(data: bytes) -> Any:
-    """A Pillow image, of which only the head has been read."""
-    from PIL import Image  # only those who serve images need it
-
-    return Image.open(io.BytesIO(data), formats=FORMATS)
-
-
-def check_image(data: bytes) -> None:
-    """Raise Unprocessable where this is no image, or half of one, or one that would take gigabytes."""
-    try:
-        image = open_image(data)
-        if (pixels := image.width * image.height) <= MAX_PIXELS:
-            image.load()  # only this notices that the end is missing
-            return
-    except Exception:  # of a broken file Pillow raises anything
-        raise Unprocessable("the image cannot be read; send a whole JPEG or PNG") from None
-    raise Unprocessable(f"the image has {pixels} pixels; send at most {MAX_PIXELS}")
+    return f"TASK={task} is not known{hint} known are {', '.join(known)}; or a custom class: MODEL=my_model:Class"
