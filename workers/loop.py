@@ -117,10 +117,6 @@ class ModelLoop:
             return LOADING
         return stuck(stuck_s) if (stuck_s := self.instances.stuck_s) else ""
 
-    def limit_batches(self, most: int) -> None:
-        """Take at most `most` queries per batch from now on: the model gains nothing from more."""
-        self.batch_size = self.estimate.batch_size = min(self.batch_size, most)
-
     @property
     def oldest_at(self) -> float | None:
         """When the job that has waited longest came; None where none waits."""

@@ -42,7 +42,7 @@ from workers.observability import leave_out_polls
 from workers.observability.process_metrics import ProcessMetrics
 from workers.offload import Offload, attempt_load, in_thread, in_words
 from workers.scheduling.instances import stuck
-from workers.settings import Settings
+from workers.settings import MOST, Settings
 from workers.web import parsing
 from workers.web.checks import QUICK_BYTES, QUICK_JSON_BYTES, CheckThreads
 from workers.web.generation import Generation
@@ -127,9 +127,7 @@ class Service:
         self.descriptions = await asyncio.gather(*(instance.start() for instance in self.instances))
         for description in self.descriptions:
             log.info("Serving %s", description)
-        self.loop.limit_batches(min(getattr(info, "max_batch", tasks.MOST) for info in self.descriptions))
-        if self.loop.batch_size < self.settings.BATCH_SIZE:
-            log.info("BATCH_SIZE counts as %d: the model gains nothing from more", self.loop.batch_size)
+        self.limit_batches()
         self.loop.instances.load_s = time.monotonic() - began
         await self.warm_up(task)
         # What a load has left stays: to look through 360,000 objects for garbage takes 0.16 s.
@@ -144,9 +142,17 @@ class Service:
             *(self.loop.consume(around(instance.run), instance.loaded.wait) for instance in self.instances)
         )
 
+    def limit_batches(self) -> None:
+        """Let a batch have no more inputs than the model gains from."""
+        most = min(getattr(info, "max_batch", MOST) for info in self.descriptions)
+        if most < self.settings.BATCH_SIZE and isinstance(self.loop, ModelLoop):
+            self.loop.batch_size = self.loop.estimate.batch_size = most
+            log.info("BATCH_SIZE counts as %d: the model gains nothing from more", most)
+
     async def warm_up(self, task: tasks.Task) -> None:
         """Time every instance on the examples, the way there and back included. Raises CannotLoad where one fails on them."""
-        batches = await in_thread(lambda: tasks.warm_up_batches(task, self.loop.batch_size))
+        size = self.loop.batch_size if isinstance(self.loop, ModelLoop) else self.settings.BATCH_SIZE
+        batches = await in_thread(lambda: tasks.warm_up_batches(task, size))
         try:
             for instance in self.instances:
                 if isinstance(self.loop, TokenLoop):
