@@ -23,7 +23,7 @@ from workers.errors import LOADING, Malformed, Rejected, Unprocessable
 from workers.generation.steps import Token
 from workers.generation.token_loop import Piece, Stream
 from workers.protocols import read_json
-from workers.protocols.openai import ERROR, error_body, models
+from workers.protocols.openai import ERROR, error_body, model_list
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
 from workers.settings import Settings
@@ -140,6 +140,11 @@ def bias_rule(vocabulary: int) -> Rule:
         f"an object of up to {MOST_BIASES} token ids below {vocabulary}, each with a number from -100 to 100"
     )
     return Rule(words, is_allowed, {"type": "object", "maxProperties": MOST_BIASES})
+
+
+async def models(request: Request) -> Response:
+    """GET /v1/models: the model that is served."""
+    return model_list(request.state.service)
 
 
 # --- from a body to prompts -------------------------------------------------------------------------------------------

@@ -103,7 +103,12 @@ async def embeddings(request: Request) -> Response:
 
 async def models(request: Request) -> Response:
     """GET /v1/models: the model that is served."""
-    name = embedder(request).settings.model_name
+    return model_list(embedder(request))
+
+
+def model_list(service: Service) -> Response:
+    """Return the one model as OpenAI lists models."""
+    name = service.settings.model_name
     model = {"id": name, "object": "model", "created": STARTED_AT, "owned_by": "owner"}
     return JSONResponse({"object": "list", "data": [model]})
 
