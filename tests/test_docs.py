@@ -49,7 +49,7 @@ def n_lines(*patterns: str) -> int:
 def test_the_table_of_what_minimal_lacks_has_true_line_counts() -> None:
     page = (generate.DOCS / "architecture.md").read_text()
     rows = re.findall(r"\| `(\w+)/` \| (\d+) \|$", page, re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 8
     for folder, lines in rows:
         assert n_lines(f"workers/{folder}/**/*.py") == pytest.approx(int(lines), rel=0.1), folder
     assert f"{n_lines('minimal.py')} lines of `minimal.py`" in page
@@ -59,7 +59,7 @@ def test_the_pattern_stays_small() -> None:
     core = ["loop.py", "jobs.py", "metrics.py", "errors.py", "scheduling/*.py"]
     assert n_lines("minimal.py") < 125
     assert n_lines("server.py") < 130
-    assert n_lines(*(f"workers/{name}" for name in core)) < 1180
+    assert n_lines(*(f"workers/{name}" for name in core)) < 1200
 
 
 @cache

@@ -1,7 +1,7 @@
 """The forward pass of Llama and its relatives by hand, for CPUs: Llama, Mistral, Qwen2 and 3, SmolLM, Gemma.
 
 Where Transformers' own forward pass spends its time    What is done here instead
-laying out weights anew at every product                packed once for oneDNN
+laying out weights at every product                packed once for oneDNN
 q, k and v, three products                              one, with the scale folded in
 activation, residual: passes of their own               done while a product's result is still in the cache
 padding                                                 the tokens of all sequences end to end

@@ -202,7 +202,7 @@ class TokenLoop:
                 else:
                     self.wake.clear()
                     await self.wake.wait()
-                await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out for ever
+                await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out forever
         finally:
             self.instances.loaded -= 1
 

@@ -21,7 +21,7 @@ from starlette.routing import Route
 from workers.context import context_of
 from workers.errors import LOADING, Malformed, Rejected, Unprocessable
 from workers.generation.steps import Token
-from workers.generation.token_loop import Piece, Stream
+from workers.generation.stream import Piece, Stream
 from workers.protocols import read_json
 from workers.protocols.openai import ERROR, error_body, model_list
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation

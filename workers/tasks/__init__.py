@@ -2,9 +2,9 @@
 
     TASK=fill-mask          workers/tasks/fill_mask.py
     TASK=anything else      workers/tasks/pipeline.py: the stock pipeline of that name
-    MODEL=my_model:Iris     workers/tasks/custom.py: your own class
+    MODEL=my_model:Iris     workers/tasks/custom.py: a custom class
 
-A task knows neither HTTP nor where it runs: its errors are sentences for whoever asked.
+A task knows neither HTTP nor where it runs: its errors are sentences for the client.
 """
 
 import base64
