@@ -14,6 +14,7 @@ SPACED = "the of old dog runs isn't quickly , . unbelievable caf\u00e9 \u4e2d ri
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 EDGES = {"cls_token_id": 0, "bos_token_id": 0, "sep_token_id": 2, "eos_token_id": 2}
 LIKE_ROBERTA: dict[str, Any] = {"max_position_embeddings": 514, "type_vocab_size": 1, **EDGES}
+TWO_TYPES = {"type_vocab_size": 2}  # as the tokenizer gives
 LIKE_XLM = {"emb_dim": 32, "n_layers": 2, "n_heads": 4}
 # The configuration's class, without its last word, and what it needs besides SIZE.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,9 +46,9 @@ ARCHITECTURES = FAMILIES | {
     "flaubert": ("Flaubert", LIKE_XLM),
     "fnet": ("FNet", {}),
     "funnel": ("Funnel", {"block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 64}),
-    "gte": ("Gte", {}),
+    "gte": ("Gte", TWO_TYPES),
     "ibert": ("IBert", LIKE_ROBERTA),
-    "jina_embeddings_v3": ("JinaEmbeddingsV3", {}),
+    "jina_embeddings_v3": ("JinaEmbeddingsV3", TWO_TYPES),
     "layoutlm": ("LayoutLM", {}),
     "layoutlmv3": (
         "LayoutLMv3",
@@ -58,7 +59,7 @@ ARCHITECTURES = FAMILIES | {
     "markuplm": ("MarkupLM", LIKE_ROBERTA),
     "megatron-bert": ("MegatronBert", {}),
     "mobilebert": ("MobileBert", {"embedding_size": 16, "intra_bottleneck_size": 16}),
-    "mra": ("Mra", {}),
+    "mra": ("Mra", TWO_TYPES),
     "nomic_bert": ("NomicBert", {}),
     "nystromformer": ("Nystromformer", {"max_position_embeddings": 510}),
     "perceiver": (
@@ -78,7 +79,7 @@ ARCHITECTURES = FAMILIES | {
     "xlm-roberta-xl": ("XLMRobertaXL", LIKE_ROBERTA),
     "xlnet": ("XLNet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}),
     "xmod": ("Xmod", LIKE_ROBERTA | {"languages": ["en_XX"], "default_language": "en_XX"}),
-    "yoso": ("Yoso", {}),
+    "yoso": ("Yoso", TWO_TYPES),
 }
 BYTE_LEVEL = {
     name for name, (_, config) in ARCHITECTURES.items() if "cls_token_id" in config and name != "rembert"

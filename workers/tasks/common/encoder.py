@@ -193,14 +193,14 @@ class Encoder:
         linears = packable(self.model)
         *others, own = strategies(self.has_head, bool(linears))
         self._take(own, linears)
-        expected = self._on(probe.rows, probe.types)
+        expected = self._on(probe)
         self.drops_zero_types = self._ignores_zero_types(probe)
         self.head_rows = max(32, min(self.pass_tokens, self.head_cells // expected.shape[-1] // 32 * 32))
         problems = []
         for strategy in others if fast else ():
             try:
                 self._take(strategy, linears)
-                if not (problem := differ(self._on(probe.rows, probe.types), expected)):
+                if not (problem := differ(self._on(probe), expected)):
                     self._prove_row_buckets(linears)
                     break
             except UnsupportedArchitecture:
@@ -227,15 +227,15 @@ class Encoder:
         if strategy.batching == "padding-free":
             self.forward = PaddingFree(self.base)
 
-    def _on(self, rows: Rows, types: Rows | None) -> Tensor:
-        return (self.logits if self.has_head else self)(rows, None, types)
+    def _on(self, probe: Probe) -> Tensor:
+        return (self.logits if self.has_head else self)(probe.rows, probe.keep, probe.types)
 
     def _ignores_zero_types(self, probe: Probe) -> bool:
         """Return whether token types that are all 0 are the same to the model as none."""
         if probe.types is None or not self.takes_types:
             return False
         rows = probe.rows[:2]
-        none, zeros = self._on(rows, None), self._on(rows, [[0] * len(row) for row in rows])
+        none, zeros = self._on(Probe(rows, None)), self._on(Probe(rows, [[0] * len(row) for row in rows]))
         return torch.allclose(none, zeros, rtol=0, atol=0, equal_nan=True)
 
     def _prove_row_buckets(self, linears: list[tuple[nn.Module, str, nn.Linear]]) -> None:

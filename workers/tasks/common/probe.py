@@ -24,6 +24,12 @@ class Probe(NamedTuple):
     rows: list[list[int]]
     types: list[list[int]] | None
 
+    @property
+    def keep(self) -> list[list[int]]:
+        """The positions to compare: of a long text the first, the last and some between. A head can be 30,000 wide."""
+        steps = [max(1, len(row) // 16) for row in self.rows]
+        return [sorted({*range(0, len(row), step), len(row) - 1}) for row, step in zip(self.rows, steps)]
+
     @classmethod
     def of(cls, model: Any, rows: Rows, types: Rows | None, longest: int) -> "Probe":
         """Lengthen the shortest text of each kind by random tokens, to many lengths; one of them to `longest`."""
