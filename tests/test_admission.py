@@ -397,3 +397,15 @@ def test_three_outliers_change_nothing_and_the_fourth_says_that_the_speed_has_ch
     assert model.predict_s(8) < 1.5
     model.observe(8, 10.0)
     assert model.predict_s(8) > 8
+
+
+def test_batches_grow_again_when_a_call_is_found_to_cost_the_same_for_any_size() -> None:
+    """A cap that came from a slope must not outlive the slope: 32 jobs of one flat call are one batch."""
+    cost_model = CostModel()
+    estimate = WaitEstimate(JobQueue(), cost_model, 32, 10.0)
+    cost_model.a, cost_model.b = 0.1, 0.5
+    estimate.plan(1.0, 1)
+    assert estimate.affordable < 32
+    cost_model.b = 0.0
+    estimate.plan(2.0, 1)
+    assert estimate.affordable == math.inf

@@ -51,6 +51,8 @@ class WaitEstimate:
             self.affordable = min(most, max((budget_s / 8 - a) / b, (PAYS - 1) * a / b))
             usual_size = self.usual_size or 1
             self.affordable = max(1, self.affordable // usual_size) * usual_size
+        else:  # a larger batch costs the same, as far as is known
+            self.affordable = math.inf
         self.full_size = min(self.affordable, self.batch_size * self.usual_size)
         self.full_s = self.cost_model.predict_s(max(self.full_size, self.usual_size))
         self.usual_s = self.full_s * self.usual_size / self.full_size if self.full_size else self.full_s
