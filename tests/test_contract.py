@@ -4,7 +4,6 @@ What a mode can't do by its nature is in `promises.py`, whose table is in docs/p
 """
 
 import contextlib
-import http.client
 import os
 import re
 import select
@@ -257,9 +256,11 @@ def test_body_that_is_refused_unread_is_not_the_next_request(server: Server) -> 
     smuggled = request("POST", "/", b"a [MASK]") * 300
     with dial(server) as connection:
         connection.sendall(request("POST", "/", smuggled) + request("GET", "/health"))
-        assert hear(connection).status == 413
-        with contextlib.suppress(ConnectionError, http.client.HTTPException):  # or it is closed
-            assert "uptime_s" in hear(connection).json
+        replies = b""
+        with contextlib.suppress(ConnectionError):  # it may be closed instead
+            while b"uptime_s" not in replies and (part := connection.recv(65_536)):
+                replies += part
+    assert replies.startswith(b"HTTP/1.1 413") and replies.count(b"HTTP/1.1 ") <= 2
 
 
 def test_chunked_body_is_read(real: Server) -> None:
