@@ -147,7 +147,9 @@ def load(task: Task, settings: Settings, instance: int = 0, *, beside: int = 0) 
     `beside`: how many other instances in this process share its cores.
     """
     model = task.load(instance)
-    for batch in warm_up_batches(task, min(settings.BATCH_SIZE, getattr(model.description, "max_batch", MOST))):
+    for batch in warm_up_batches(
+        task, min(settings.BATCH_SIZE, getattr(model.description, "max_batch", MOST))
+    ):
         answers = model([query.content for query in batch])
         if len(answers) != len(batch):
             raise ValueError(f"it gives {len(answers)} answers to {len(batch)} inputs")
