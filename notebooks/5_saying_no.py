@@ -167,7 +167,7 @@ from workers.loop import ModelLoop
 class Blindfolded(ModelLoop):
     """The same loop, but its door lets everybody in."""
 
-    def _refusal(self, *asked):
+    def _rejection(self, *asked):
         return None
 
 

@@ -337,7 +337,7 @@ class Running:
         self.scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         fresh = {"TORCHINDUCTOR_CACHE_DIR": f"{self.scratch.name}/compiled", "TMPDIR": self.scratch.name}
         began = time.perf_counter()
-        code = f"from loadtests import runtimes; runtimes.child({theirs.fileno()}, {name!r}, *{arguments!r})"
+        code = f"from notebooks.support import l09_runtimes; l09_runtimes.child({theirs.fileno()}, {name!r}, *{arguments!r})"
         # Among the arguments is a path: its `repr` is PosixPath(...), a name of pathlib.
         code = f"from pathlib import *; {code}"
         if core is not None:
