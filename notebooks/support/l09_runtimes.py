@@ -249,10 +249,9 @@ def limits(seconds: float) -> dict[str, float]:
     found, rows, width, wide = {}, 512, 384, 1536
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
-            layer, x = (
-                PackedLinear(torch.nn.Linear(width, wide).to(dtype)),
-                torch.randn(rows, width).to(dtype),
-            )
+            layer, x = torch.nn.Linear(width, wide).to(dtype), torch.randn(rows, width).to(dtype)
+            with contextlib.suppress(RuntimeError):  # a processor without AVX-512 can't pack bfloat16
+                layer = PackedLinear(layer)
             found[str(dtype).removeprefix("torch.")] = most(lambda: layer(x), 2 * rows * width * wide)  # noqa: B023
         weights, one = torch.randn(30_000, 768), torch.randn(768)  # as many bytes as the model has
         found["bytes"] = most(lambda: weights @ one, weights.numel() * 4)
