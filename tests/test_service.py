@@ -662,7 +662,7 @@ def test_a_bug_in_the_loop_answers_whoever_waits_and_ends_the_process_with_a_cod
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def bug(self: ModelLoop) -> Any:
-        await self.queue.at_least(1)
+        await self.queue.not_empty()
         raise RuntimeError("a bug")
 
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
