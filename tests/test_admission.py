@@ -1,6 +1,7 @@
 """Who is admitted, on a virtual clock: in time, near the target, at the full rate, whatever the cost law and the load."""
 
 import asyncio
+import contextlib
 import math
 import random
 from collections import deque
@@ -379,9 +380,9 @@ def test_other_lane_takes_no_more_than_every_second_turn() -> None:
     model.a, model.b, estimate.usual_size = 1.0, 0.0, 1.0
     queue.lists.rate = 1e6
     estimate.full_s = estimate.full_size = 1.0
-    for _ in range(3):
-        job = Job(None, 1, 0.0, 10.0, queue.singles, asyncio.Future(loop=asyncio.new_event_loop()))
-        queue.put(job)
+    with contextlib.closing(asyncio.new_event_loop()) as event_loop:
+        for _ in range(3):
+            queue.put(Job(None, 1, 0.0, 10.0, queue.singles, event_loop.create_future()))
     wait_s, _ = estimate([0.0], queue.singles, 1, 1)
     assert wait_s == 0.0, (
         "three before it and three of the other lane: it is the seventh, and in the first batch"

@@ -64,7 +64,7 @@ class Obedient:
     @staticmethod
     def check(inputs: Any, parameters: dict[str, Any]) -> None:
         if isinstance(inputs, dict) and "bug" in inputs:
-            raise KeyError("a bug of the check")
+            raise RuntimeError("a bug of the check")
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         return [obey(told) for told in inputs]
