@@ -22,7 +22,6 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from workers.apis import discover
-from workers.context import context_of
 from workers.errors import Rejected
 from workers.metrics import Metrics
 from workers.service import Service
@@ -42,12 +41,10 @@ async def answer(request: Request) -> Response:
     body = await service.in_flight.read(request)
     asked = await service.parse(request, body)
     if asked.is_list and (form := stream.wanted(request)):
-        check = service.check(context_of(request.scope), asked.inputs, asked.parameters, len(body))
-        queries = await service.in_flight.unless_left(request, check)
+        queries = await service.checked(request, asked, len(body))
         return stream.Streamed(service.loop, settings.BODY_TIMEOUT_S, request, queries, form)
     if service.generation and not asked.is_list and asked.parameters.get("stream") is True:
-        check = service.check(context_of(request.scope), asked.inputs, asked.parameters, len(body))
-        (query,) = await service.in_flight.unless_left(request, check)
+        (query,) = await service.checked(request, asked, len(body))
         return generation.streamed(service.generation, request, query.content)
     answers, _ = await service.ask(request, asked.inputs, asked.parameters, len(body))
     values = [answer.value for answer in answers]

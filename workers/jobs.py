@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -81,6 +81,18 @@ def fail_together(jobs: list[Job], ended: asyncio.Future[Answer]) -> None:
     if not ended.cancelled() and isinstance(error := ended.exception(), Unanswered):
         for job in jobs:
             job.fail(error)
+
+
+async def empty_within(grace_s: float, live: Collection[Any], emptied: asyncio.Event) -> bool:
+    """Wait until nothing is left in `live`, which sets `emptied` then. Return whether that was so within `grace_s`."""
+    try:
+        async with asyncio.timeout(grace_s):
+            while live:
+                emptied.clear()
+                await emptied.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 class JobQueue:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from workers.errors import LOADING, STOPPING, TOO_SHORT, Late, ModelDied, ModelFailed, Rejected
-from workers.jobs import Answer, Job, JobQueue, Lane, expire, fail_together
+from workers.jobs import Answer, Job, JobQueue, Lane, empty_within, expire, fail_together
 from workers.metrics import Metrics
 from workers.scheduling.admission import Admission
 from workers.scheduling.anticipation import Anticipation
@@ -56,9 +56,8 @@ class ModelLoop:
         self.running = 0  # those of them that the model works on
         self.closing = False
         self._taking = asyncio.Lock()  # one consumer gathers a batch at a time, or two would split it
-        self._news = (
-            asyncio.Event()
-        )  # ends the sleep of a hold: a job came or left, an instance is free, or we stop
+        # Ends the sleep of a hold: a job came or left, an instance is free, or we stop.
+        self._news = asyncio.Event()
         self._held_deadline = math.inf  # the earliest one of the jobs that are held
         self._drained = asyncio.Event()
 
@@ -141,7 +140,8 @@ class ModelLoop:
             Job(q, s, now, deadline, lane, loop.create_future()) for q, s in zip(queries, sizes, strict=True)
         ]
         self.live.update(jobs)
-        self.anticipation.arrived(now, len(jobs))
+        if self.batch_size > 1:
+            self.anticipation.arrived(now, len(jobs))
         self._held_deadline = min(self._held_deadline, deadline)
         self._news.set()
         for index, job in enumerate(jobs):
@@ -298,8 +298,9 @@ class ModelLoop:
         self.admission.note_call(self.now(), model_s)
         if error is None:
             self.cost_model.observe(call.size, model_s)
-            returning = sum(job.ends_request_of for job in batch if job.alive)
-            self.anticipation.answered(self.now(), returning, model_s, self.instances.loaded)
+            if self.batch_size > 1:
+                returning = sum(job.ends_request_of for job in batch if job.alive)
+                self.anticipation.answered(self.now(), returning, model_s, self.instances.loaded)
             for job, wait_s, value in zip(batch, waits_s, values, strict=True):
                 if job.alive:
                     job.future.set_result(Answer(value, wait_s, model_s, len(batch), dispatched_because))
@@ -344,12 +345,7 @@ class ModelLoop:
     async def drain(self, grace_s: float) -> None:
         """Let what is admitted finish within `grace_s`, then refuse the rest: nobody is left without an answer."""
         self.stop_admitting()
-        try:
-            async with asyncio.timeout(grace_s):
-                while self.live:
-                    self._drained.clear()
-                    await self._drained.wait()
-        except TimeoutError:
+        if not await empty_within(grace_s, self.live, self._drained):
             self.reject_all("the server stopped before the model was free; try another one")
 
     def reject_all(self, reason: str) -> None:

@@ -186,6 +186,11 @@ class Service:
 
         return await self.in_flight.unless_left(request, answered())
 
+    async def checked(self, request: Request, asked: ParsedBody, n_bytes: int) -> list[tasks.Query]:
+        """Return what `check` does. Raises ClientDisconnect, too, when the client leaves."""
+        check = self.check(context_of(request.scope), asked.inputs, asked.parameters, n_bytes)
+        return await self.in_flight.unless_left(request, check)
+
     async def check(
         self, context: RequestContext, inputs: list[Any], parameters: dict[str, Any], n_bytes: int
     ) -> list[tasks.Query]:
@@ -365,9 +370,8 @@ class Service:
                 # Other workers answer meanwhile: take no request only to reject it.
                 await self.started.wait()
             yield self
-            self.stops_at = min(
-                self.stops_at, time.monotonic()
-            )  # a test's or a notebook's end comes without a signal
+            # A test's or a notebook's end comes without a signal.
+            self.stops_at = min(self.stops_at, time.monotonic())
             await self.loop.drain(max(0.0, self.settings.GRACE_S - 1))
             await self.close()
         finally:

@@ -27,13 +27,11 @@ class Second:
     """The requests of one second: offered when they were due, all else when it happened."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    answers_ms: Counter[int] = field(
-        default_factory=Counter
-    )  # correct answers, late ones too, by milliseconds
+    # correct answers, late ones too, by milliseconds
+    answers_ms: Counter[int] = field(default_factory=Counter)
     lateness_ms: Counter[int] = field(default_factory=Counter)  # of the generator
-    server: list[float] = field(
-        default_factory=lambda: [0.0] * 4
-    )  # replies that said so; queue ms, model ms, batch size
+    # replies that said so; queue ms, model ms, batch size
+    server: list[float] = field(default_factory=lambda: [0.0] * 4)
 
     def add(self, other: "Second") -> None:
         """Add another's requests."""

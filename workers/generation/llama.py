@@ -146,9 +146,8 @@ class Llama:
         ids = list(chain.from_iterable(row.ids for row in rows))
         slots = [row.slot for row in rows for _ in row.ids]
         positions = [at for row in rows for at in range(row.start, row.start + len(row.ids))]
-        spare = [0] * (
-            rounded(len(ids)) - len(ids)
-        )  # rows that belong to nobody: they write to a slot of their own
+        # Rows that belong to nobody: they write to a slot of their own.
+        spare = [0] * (rounded(len(ids)) - len(ids))
         states = self.forward(
             torch.tensor(ids + spare),
             torch.tensor(slots + [self.limits.slots] * len(spare)),

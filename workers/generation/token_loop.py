@@ -33,7 +33,7 @@ from workers.generation.slots import OWNER
 from workers.generation.step_cost import StepCost, Work
 from workers.generation.steps import Choice, Limits, Options, Outcome, Row
 from workers.generation.stream import MOST_UNREAD, Piece, Stream, TextOf, whole
-from workers.jobs import Answer
+from workers.jobs import Answer, empty_within
 from workers.metrics import Metrics
 from workers.scheduling.cost_model import Run
 from workers.scheduling.instances import Instances, Ready, stuck
@@ -71,9 +71,8 @@ class TokenLoop:
         self.length = 1.0  # what part of its max_tokens a sequence uses
         self.usual_prompt = 0.0
         self.first_s = 0.0  # the last prediction
-        self.slack_s = (
-            self.budget_s / 10
-        )  # how much later than predicted a first token may come: for 99 in 100
+        # How much later than predicted a first token may come: for 99 in 100.
+        self.slack_s = self.budget_s / 10
         self.waiting_tokens = 0
         self.closing = False
         self.wake = asyncio.Event()  # something may have come that can run
@@ -366,12 +365,7 @@ class TokenLoop:
     async def drain(self, grace_s: float) -> None:
         """Let running sequences finish within `grace_s`, then end them: nobody is left without a last word."""
         self.stop_admitting()
-        try:
-            async with asyncio.timeout(grace_s):
-                while self.streams:
-                    self._drained.clear()
-                    await self._drained.wait()
-        except TimeoutError:
+        if not await empty_within(grace_s, self.streams, self._drained):
             self.reject_all("the server stopped before the text was complete; try another one")
 
     def reject_all(self, reason: str) -> None:

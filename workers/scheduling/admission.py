@@ -49,9 +49,8 @@ class Admission:
             self.note_drained(now)
         idle = not free_s[0] and not self.queue
         if idle and jobs == 1:
-            return self._hopeless(
-                now, size
-            )  # the only reason when idle: a wrong estimate must not lock the server shut
+            # The only reason when idle: a wrong estimate must not lock the server shut.
+            return self._hopeless(now, size)
         # At worst each job runs by itself on the instance that is free last, and then comes a full batch. If even that is
         # soon enough, as it mostly is, there is no need for the estimate.
         singly_s = free_s[-1] + self.cost_model.predict_s(self.queue.size + size, len(self.queue) + jobs)

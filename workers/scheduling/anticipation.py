@@ -30,10 +30,8 @@ class Anticipation:
 
     def __init__(self) -> None:
         self.recent: deque[Release] = deque()  # still observed, the oldest first
-        self.came, self.jobs = (
-            [0.0] * (len(TIMES_S) + 1),
-            0.0,
-        )  # sums over the earlier releases, recent ones weigh more
+        # Sums over the earlier releases; recent ones weigh more.
+        self.came, self.jobs = [0.0] * (len(TIMES_S) + 1), 0.0
 
     def arrived(self, now: float, jobs: int) -> None:
         """Note that `jobs` were admitted at once."""

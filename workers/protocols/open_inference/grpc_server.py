@@ -80,9 +80,8 @@ async def run(service: Service, servicer: InferenceServicer, servers: list[grpc.
     await server.start()
     servers.append(server)
     log.info("gRPC on %s", address)
-    await asyncio.shield(
-        server.wait_for_termination()
-    )  # cancelled itself, it would cancel the server's own end
+    # Cancelled itself, the wait would cancel the server's own end.
+    await asyncio.shield(server.wait_for_termination())
     raise RuntimeError("grpc's server has ended by itself")
 
 

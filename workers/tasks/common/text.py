@@ -211,9 +211,8 @@ class TextTask:
     ) -> list[Row]:
         """Return the windows of `Tokens.windows`. Raises Unprocessable if the server doesn't take so many, or so long ones."""
         most, longest = self.settings.MAX_INPUTS, min(length, self.limit)
-        text = self.tokens.start(
-            text, longest if pair else most * longest
-        )  # beyond that, no window is looked at
+        # Beyond that, no window is looked at.
+        text = self.tokens.start(text, longest if pair else most * longest)
         pair = pair and self.tokens.start(pair, most * longest)
         windows = self.tokens.windows(most, length, stride, text, pair)
         return [self.fits(window, or_else=or_else) for window in windows]
