@@ -53,7 +53,7 @@ TABLES = {  # title: {column: (scenario, metric, digits)}
     },
     "Price": {
         "memory MB": ("capacity", "memory_mb", 0),
-        "copies": ("start", "copies", 0),
+        "instances": ("start", "instances", 0),
         "CPU s / 1000": ("capacity", "cpu_s_per_1000", 1),
         "first answer s": ("start", "first_answer_s", 1),
     },

@@ -111,7 +111,7 @@ class Comparison:
                 df = self.open_loop(server, scenario, rate_per_s, note, repeat)
                 if setting and scenario.name in report.PREDICTED_SCENARIOS:
                     note(scenario.name, **predict(setting, df))
-            note("start", copies=count_copies(server))
+            note("start", instances=count_instances(server))
         note("start", visit_s=time.monotonic() - began)
         return rows
 
@@ -205,8 +205,8 @@ def ask_until_answered(url: str, question: Any, timeout_s: float = 30.0) -> None
             time.sleep(0.02)
 
 
-def count_copies(server: Server) -> float:
-    """How many times the model is in memory: each copy has logged that it serves, each sharer of one that it does."""
+def count_instances(server: Server) -> float:
+    """How many times the model is in memory: each instance has logged that it serves, each sharer of one that it does."""
     served = [line for line in server.log().splitlines() if "Serving " in line]
     own = sum(not line.endswith(", shared") for line in served)
     return float(own or bool(served)) or math.nan
