@@ -15,6 +15,7 @@ from typing import Any
 from tests.support import mode_matrix
 from workers.metrics import Metrics
 from workers.protocols import openai, rerank
+from workers.protocols.chat import fields as chat
 from workers.service import Service
 from workers.settings import HERE as ROOT
 from workers.settings import Settings
@@ -108,9 +109,9 @@ def shown(module: str) -> str:
     return f"{module}/" if (ROOT / "workers" / module).is_dir() else module
 
 
-def api_fields(known: dict[str, str]) -> str:
+def api_fields(known: dict[str, str], what: str = "what it does") -> str:
     """The fields of a request to an API."""
-    return markdown(("field", "what it does"), ([f"`{name}`", what] for name, what in known.items()))
+    return markdown(("field", what), ([f"`{name}`", meaning] for name, meaning in known.items()))
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -119,6 +120,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics,
     "layers": layers,
     "openai_fields": lambda: api_fields(openai.FIELDS),
+    "chat_fields": lambda: api_fields(chat.CHAT_FIELDS),
+    "completion_fields": lambda: api_fields(
+        {name: what for name, what in chat.COMPLETION_FIELDS.items() if name not in chat.SAMPLED}
+    ),
+    "unsupported_fields": lambda: api_fields(chat.UNSUPPORTED, "what to do without it"),
     "rerank_fields": lambda: api_fields(rerank.FIELDS),
 }
 

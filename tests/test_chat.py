@@ -72,6 +72,22 @@ def oracle(folder: str) -> Any:
     return text
 
 
+UNSUPPORTED: dict[str, Any] = {
+    "tools": [],
+    "tool_choice": "auto",
+    "functions": [],
+    "parallel_tool_calls": True,
+    "best_of": 2,
+    "suffix": "end",
+    "modalities": ["text"],
+    "prediction": {},
+    "reasoning_effort": "low",
+    "store": False,
+    "metadata": {},
+    "service_tier": "auto",
+}
+
+
 def flat_text(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
@@ -130,6 +146,57 @@ def test_completions_take_texts_token_ids_and_lists_and_echo(client: openai.Open
     assert "".join(chunk.choices[0].text for chunk in streamed) == oracle("a river", 6)[0]
 
 
+def test_completion_that_does_not_say_is_short_and_top_k_of_minus_one_means_all(
+    client: openai.OpenAI, oracle: Any
+) -> None:
+    reply = client.completions.create(
+        model="any",
+        prompt="a river",
+        temperature=0,
+        suffix=None,
+        extra_body={"ignore_eos": True, "top_k": -1, "min_tokens": 2},
+    )
+    assert reply.usage.completion_tokens == 16 and reply.choices[0].text.startswith(oracle("a river", 5)[0])
+
+
+def test_times_are_in_the_last_chunk_and_in_a_whole_reply(client: openai.OpenAI) -> None:
+    """Not in the usage, where LangChain takes whole numbers only."""
+    asked: Any = {"model": "any", "messages": MESSAGES, "max_tokens": 5}
+    *chunks, last = client.chat.completions.create(**asked, stream=True)
+    whole = client.chat.completions.with_raw_response.create(**asked)
+    assert not any("timings" in chunk.model_extra for chunk in chunks)
+    for times in (last.model_extra["timings"], whole.parse().model_extra["timings"]):
+        assert times.keys() == {"queue_ms", "time_to_first_token_ms", "time_per_output_token_ms"}
+        assert 0 <= times["queue_ms"] <= times["time_to_first_token_ms"]
+    assert all(type(value) is int for value in whole.parse().usage.model_dump(exclude_none=True).values())
+    assert "queue;dur=" in whole.headers["server-timing"]
+
+
+def test_each_chunk_has_text_even_where_characters_are_split_over_tokens(client: openai.OpenAI) -> None:
+    chinese = {str(token): 60 for token in (228, 184, 173)}  # parts of characters
+    *chunks, last = client.chat.completions.create(
+        model="any", messages=MESSAGES, max_tokens=24, temperature=0, stream=True, logit_bias=chinese,
+        logprobs=True, extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    assert all(chunk.choices[0].delta.content for chunk in chunks)
+    tokens = [token for chunk in (*chunks, last) for token in chunk.choices[0].logprobs.content]
+    assert len(tokens) == 24, "the tokens of a chunk are all there"
+    assert all(token.bytes is None for token in tokens if "\ufffd" in token.token)
+
+
+def test_prompts_of_a_list_are_written_side_by_side(server: Server, client: openai.OpenAI) -> None:
+    """Also beyond the tokens that a stream may have unread."""
+    before = metric(server, "model_batch_size_sum"), metric(server, "model_batch_size_count")
+    client.completions.create(
+        model="any", prompt=["a river", "the old dog"], max_tokens=400, extra_body={"ignore_eos": True}
+    )
+    rows, steps = (
+        metric(server, name) - was
+        for name, was in zip(("model_batch_size_sum", "model_batch_size_count"), before)
+    )
+    assert rows / steps > 1.8
+
+
 def test_logprobs_are_reported_for_each_token_and_the_likeliest(client: openai.OpenAI) -> None:
     reply = client.chat.completions.create(
         model="any", messages=MESSAGES, max_tokens=4, temperature=0, logprobs=True, top_logprobs=3
@@ -165,7 +232,9 @@ def test_stop_ends_before_the_stop_string(client: openai.OpenAI, oracle: Any) ->
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"tools": []}, "tools"),
+        *(({name: given}, name) for name, given in UNSUPPORTED.items()),
+        ({"max_tokenz": 3}, "max_tokenz"),
+        ({"top_k": -2}, "top_k"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"top_logprobs": 3}, "logprobs"),
         ({"n": 2, "stream": True}, "stream"),

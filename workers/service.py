@@ -92,6 +92,12 @@ class Service:
             raise Rejected(LOADING)
         return self._task
 
+    def generating(self) -> Generation:
+        """Return what generates text, where TASK=text-generation. Raises Rejected while the model loads."""
+        if not self.generation:
+            raise Rejected(LOADING)
+        return self.generation
+
     async def run(self) -> None:
         """Load the model, then serve it until cancelled. If either fails the process ends, so that it can be restarted."""
         try:

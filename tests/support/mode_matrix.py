@@ -39,6 +39,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "sync-2": NEVER,
         "haproxy-2": ITS_REPLICAS,
     },
+    "text that is generated streams, token by token": {"dirty": "generates no text"},
     "too much work is rejected (503)": {"sync-2": "waits unseen in the accept backlog"},
     "/health answers while the model runs": {
         "gthread-1x8": WHILE_A_THREAD_IS_FREE,

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from collections.abc import Sequence as Several
 from typing import NamedTuple, Protocol
 
 from workers.errors import Unanswered
@@ -96,3 +97,19 @@ async def whole(stream: Stream) -> Piece:
     """Return all of it as one piece."""
     pieces = [piece async for piece in stream]
     return Piece([part for piece in pieces for part in piece.parts], pieces[-1].rest, pieces[-1].reason)
+
+
+async def whole_of_each(streams: Several[Stream]) -> list[Piece]:
+    """Return all of each as one piece, in order: read side by side, as one that nobody reads pauses.
+
+    Raises the first failure; its `index` says whose it is, where there are several.
+    """
+
+    async def read(index: int, stream: Stream) -> Piece:
+        try:
+            return await whole(stream)
+        except Unanswered as exc:
+            exc.index = index if len(streams) > 1 else None
+            raise
+
+    return await asyncio.gather(*(read(*each) for each in enumerate(streams)))

@@ -32,7 +32,7 @@ from workers.generation.scheduler import Scheduler, Sequence, Step, work
 from workers.generation.slots import OWNER
 from workers.generation.step_cost import StepCost, Work
 from workers.generation.steps import Choice, Limits, Options, Outcome, Row
-from workers.generation.stream import MOST_UNREAD, Piece, Stream, TextOf, whole
+from workers.generation.stream import MOST_UNREAD, Piece, Stream, TextOf, whole_of_each
 from workers.jobs import Answer, empty_within
 from workers.metrics import Metrics
 from workers.scheduling.cost_model import Run
@@ -119,13 +119,7 @@ class TokenLoop:
         try:
             for query in queries:
                 streams.append(self.submit(**self.opened(query), budget_s=budget_s))
-            pieces = []
-            for index, stream in enumerate(streams):
-                try:
-                    pieces.append(await whole(stream))
-                except Unanswered as exc:
-                    exc.index = index if len(streams) > 1 else None
-                    raise
+            pieces = await whole_of_each(streams)
             return [self.answer(*each) for each in zip(queries, streams, pieces, strict=True)]
         finally:
             for stream in streams:

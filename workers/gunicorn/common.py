@@ -55,6 +55,10 @@ _files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 worker_connections = 1000 if _files == resource.RLIM_INFINITY else min(1000, _files // 2)
 
 
+def heartbeat() -> None:
+    """Tell the master that this worker lives: for what takes long. Each worker has its own."""
+
+
 def on_starting(server: Any) -> None:
     """In the master, before any worker: say what will not work, make the metrics' folder; no new worker misses a signal."""
     check(server)
@@ -143,6 +147,8 @@ def pre_fork(server: Any, worker: Any) -> None:
 
 def post_fork(server: Any, worker: Any) -> None:
     """In a new worker, before it loads the app: how many it shares the cores with, and what its master is."""
+    global heartbeat
+    heartbeat = worker.notify
     os.environ["WEB_CONCURRENCY"] = str(server.cfg.workers)
     worker.max_requests = sys.maxsize  # the master counts: see succession.py
     os.environ["OTHERS_ANSWER"] = "1" if server.WORKERS else ""

@@ -1,17 +1,20 @@
 """The same app for Gunicorn's sync and gthread workers: one event loop in the background, threads that wait for it.
 
 A worker's thread hands its request to the event loop, which runs the app as uvicorn would, and sleeps until the reply is
-whole. So the queue, the batches and the answers are those of `workers/loop.py`.
+whole, or, where its length is not known, hands out each part as it comes. So the queue, the batches and the answers are
+those of `workers/loop.py`.
 """
 
 import asyncio
 import atexit
+import contextlib
 import errno
 import socket
 import threading
-from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from queue import SimpleQueue
 from typing import Any
 
 from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
@@ -20,6 +23,7 @@ from starlette.types import ASGIApp, Message, Scope
 from werkzeug.wrappers import Request, Response
 
 import server
+from workers.gunicorn import common
 from workers.web.replies import CLIENT_GONE, CLOSE
 
 STEP_BYTES = 65_536
@@ -48,18 +52,40 @@ class WSGIAdapter:
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         exchange = WSGIRequest(environ)
-        self.call(exchange.run(self.app, self.state))
+        running = asyncio.run_coroutine_threadsafe(exchange.run(self.app, self.state), self.loop)
+        running.add_done_callback(lambda _: exchange.stream.put(None))
+        first = exchange.stream.get()
+        if first is None:
+            running.result()
         if exchange.reply.status_code == CLIENT_GONE:
             raise ConnectionResetError(errno.ECONNRESET, "so Gunicorn closes without a word")
         gunicorn = start_response.__self__
         if exchange.is_unread() or exchange.reply.headers.get("Connection") == "close":
             gunicorn.force_close()  # it ignores the header itself
+        if first is not None:
+            exchange.reply.response = self.parts(exchange, first, running)
         body = exchange.reply(environ, start_response)
         if gunicorn.should_close():
             # Nothing more is read. Frees the thread that waits for the rest of a body, and Gunicorn, which would wait
             # 2 s for the client to close its side, gthread all the while in the thread that accepts the others.
-            socket.socket.shutdown(exchange.connection, socket.SHUT_RD)
+            # Of a stream only at its end: until then the connection tells when its client leaves.
+            exchange.stop_reading() if first is None else exchange.reply.call_on_close(exchange.stop_reading)
         return body
+
+    def parts(self, exchange: "WSGIRequest", first: bytes, running: "Future[None]") -> Iterator[bytes]:
+        """The parts of a reply as they come. The next one is asked for when Gunicorn has sent the last one."""
+        part: bytes | None = first
+        try:
+            while part is not None:
+                yield part
+                common.heartbeat()  # a sync worker's own come between requests only
+                self.loop.call_soon_threadsafe(exchange.is_taken.set)
+                part = exchange.stream.get()
+            running.result()
+            if not exchange.is_whole:
+                raise ConnectionResetError(errno.ECONNRESET, "so Gunicorn closes, and the client sees no end")
+        finally:
+            running.cancel()
 
 
 class WSGIRequest:
@@ -74,6 +100,10 @@ class WSGIRequest:
         self.is_read = False
         self.parts: list[bytes] = []
         self.reply = Response(self.parts)
+        # The parts of a reply without a length, then None: it has ended.
+        self.stream: SimpleQueue[bytes | None] = SimpleQueue()
+        self.is_taken = asyncio.Event()  # Gunicorn has sent the last part
+        self.is_streamed = self.is_whole = False
 
     async def run(self, app: ASGIApp, state: dict[str, Any]) -> None:
         """Let `app` answer it."""
@@ -103,14 +133,31 @@ class WSGIRequest:
         return {"type": "http.request", "body": part, "more_body": not self.is_read}
 
     async def send(self, message: Message) -> None:
-        """Keep a part of the reply."""
+        """Keep a part of the reply; one of a stream is sent before this returns."""
         if message["type"] == "http.response.start":
             self.reply.status_code = message["status"]
             self.reply.headers.clear()
             for name, value in message["headers"]:
                 self.reply.headers.add(name.decode("latin-1"), value.decode("latin-1"))
-        else:
-            self.parts.append(message.get("body", b""))
+            return
+        part, more = message.get("body", b""), message.get("more_body", False)
+        self.is_whole = not more
+        if "Content-Length" in self.reply.headers or not (more or self.is_streamed):
+            self.parts.append(part)
+        elif part:
+            self.is_streamed = True
+            self.is_taken.clear()
+            self.stream.put(part)
+            try:
+                await self.is_taken.wait()
+            except asyncio.CancelledError:  # its client takes nothing: free the thread that sends
+                self.connection.shutdown(socket.SHUT_RDWR)
+                raise
+
+    def stop_reading(self) -> None:
+        """Make every read find the end of the connection."""
+        with contextlib.suppress(OSError):  # it is closed already
+            socket.socket.shutdown(self.connection, socket.SHUT_RD)
 
     def is_unread(self) -> bool:
         """Whether there is more of the body than the app has read: it must not be taken for the next request."""

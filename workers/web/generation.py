@@ -7,7 +7,8 @@
     data: {"index":4,"token":{...},"generated_text":" the capital of France.","details":{"finish_reason":"length",...}}
 
 That is the form of Hugging Face's text-generation-inference, which its clients know. The first event comes with the first
-token; until then an error has its own status. Afterwards it is an event, the last one: {"error": "..."}.
+token; until then an error has its own status. Afterwards it is an event, the last one: {"error": "..."}. Where nothing comes
+for HEARTBEAT_S, a comment does, which clients skip: proxies close connections on which nothing moves.
 """
 
 import asyncio
@@ -21,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from workers.context import context_of
 from workers.errors import Unanswered
-from workers.generation.stream import Piece, Stream
+from workers.generation.stream import Piece, Stream, whole_of_each
 from workers.generation.token_loop import TokenLoop
 from workers.tasks.text_generation import Prompt, Task
 from workers.web.replies import Failure, explain, rendered
@@ -29,9 +30,11 @@ from workers.web.stream import leaving
 
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream"),
-    (b"cache-control", b"no-store"),
+    (b"cache-control", b"no-store, no-transform"),  # no proxy compresses it, which would hold it back
     (b"x-accel-buffering", b"no"),  # nginx would wait until it has a buffer full
 ]
+HEARTBEAT_S = 10.0  # HAProxy's `timeout server` is 15 s in deploy/, other proxies' a minute
+HEARTBEAT = b": waiting\n\n"
 
 
 class Generation:
@@ -46,9 +49,31 @@ class Generation:
         """Return the stream of what follows this prompt. Raises Rejected. Close it: `async with` does."""
         return self.loop.submit(**self.task.opened(prompt), budget_s=budget_s)
 
-    async def chat_prompt(self, messages: list[dict[str, Any]], **more: Any) -> list[int]:
-        """Return a chat as token ids, by the model's template. Raises Unprocessable, which says what to change."""
-        return await asyncio.to_thread(self.task.chat_prompt, messages, **more)
+
+async def written(
+    generation: Generation, prompts: list[Prompt], budget_s: float
+) -> tuple[list[Stream], list[Piece]]:
+    """Return the ended stream of each prompt, and all of it as one piece. If one fails, all do."""
+    streams: list[Stream] = []
+    try:
+        for prompt in prompts:
+            streams.append(generation.submit(prompt, budget_s))
+        return streams, await whole_of_each(streams)
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+def times(stream: Stream) -> dict[str, float]:
+    """Return where the time of a sequence went, in ms: in the queue, until the first token, per token after that."""
+    sequence = stream.sequence
+    decode_s = (stream.last_at - stream.first_at) / max(1, len(sequence.tokens) - 1)
+    seconds = {
+        "queue_ms": sequence.started_at - sequence.arrived_at,
+        "time_to_first_token_ms": stream.first_at - sequence.arrived_at,
+        "time_per_output_token_ms": decode_s,
+    }
+    return {name: round(value * 1000, 2) for name, value in seconds.items()}
 
 
 Events = Callable[[Piece], bytes]
@@ -71,30 +96,41 @@ class EventStream(Response):
         gone.add_done_callback(lambda _: self.stream.close())
         try:
             async with self.stream:
-                piece = await anext(self.stream)  # until it is there, an error has its own status
-                if piece.reason == "cancelled":
+                piece = await self.next_piece()  # until it is there, an error has its own status
+                if piece and piece.reason == "cancelled":
                     raise ClientDisconnect
                 await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
-                while piece.reason != "cancelled":
-                    await self.put(send, self.events(piece))
-                    if piece.reason:
-                        return await send({"type": "http.response.body", "body": b""})
-                    piece = await self.next_piece(scope, send)
+                await self.send_events(piece, scope, send)
         except TimeoutError:
             pass  # it has stopped reading: without an end of the reply the server closes the connection
         finally:
             gone.cancel()
 
-    async def next_piece(self, scope: Scope, send: Send) -> Piece:
-        """Return the next piece; where there is none, tell why in a last event."""
+    async def send_events(self, piece: Piece | None, scope: Scope, send: Send) -> None:
+        """Send this piece and all that follow; where the sequence fails, tell why in a last event."""
         try:
-            return await anext(self.stream)
+            while not piece or not piece.reason:
+                await self.put(send, self.events(piece) if piece else HEARTBEAT)
+                piece = await self.next_piece()
+            if piece.reason == "cancelled":
+                return
+            last = self.events(piece)
         except Unanswered as exc:
-            await self.put(send, event(self.failed(explain(exc, context_of(scope).request_id))))
-            await send({"type": "http.response.body", "body": b""})
-            return Piece([], "", "cancelled")
+            last = event(self.failed(explain(exc, context_of(scope).request_id)))
+        await self.put(send, last)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def next_piece(self) -> Piece | None:
+        """Return the next piece; None where nothing has come for HEARTBEAT_S. Raises Unanswered."""
+        try:
+            async with asyncio.timeout(HEARTBEAT_S):
+                return await anext(self.stream)
+        except TimeoutError:
+            return None
 
     async def put(self, send: Send, body: bytes) -> None:
+        if not body:
+            return
         async with asyncio.timeout(self.stall_s):
             await send({"type": "http.response.body", "body": body, "more_body": True})
             # uvicorn waits for a slow client only at the next send. So send once more, nothing.
@@ -103,7 +139,7 @@ class EventStream(Response):
 
 def event(content: Any) -> bytes:
     """Return JSON as a server-sent event."""
-    return b"data:%s\n\n" % rendered(content)
+    return b"data: %s\n\n" % rendered(content)
 
 
 class HuggingFaceEvents:
@@ -126,8 +162,8 @@ class HuggingFaceEvents:
         if piece.reason and events:
             self.texts.append(piece.rest)
             events[-1]["token"]["text"] += piece.rest
-            whole = "".join(self.texts)
-            events[-1]["generated_text"] = self.prompt.text + whole if self.prompt.full_text else whole
+            text = "".join(self.texts)
+            events[-1]["generated_text"] = self.prompt.text + text if self.prompt.full_text else text
             events[-1]["details"] = self.task.details(self.prompt, self.tokens, piece.reason)
         return b"".join(map(event, events))
 

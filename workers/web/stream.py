@@ -6,7 +6,7 @@
 An input with an error in it is a 4xx for all, before the first line. After that each input is on its own, as if sent
 alone: its place in the queue, its rejection (503, with "retry_after_s"), its deadline (504), its failure (500); the others
 go on. Lines come in the order in which they are done. When a client disconnects, or reads nothing for BODY_TIMEOUT_S, its
-other inputs are removed from the queue. Behind Gunicorn's sync and gthread workers all lines come at the end.
+other inputs are removed from the queue.
 """
 
 import asyncio

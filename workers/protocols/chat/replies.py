@@ -1,0 +1,183 @@
+"""From a sequence's pieces to OpenAI's replies: whole, and as a stream of chunks."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from workers.context import context_of
+from workers.errors import Malformed
+from workers.generation.steps import Token
+from workers.generation.stream import Piece, Stream
+from workers.protocols.openai import error_body
+from workers.service import Service
+from workers.tasks.text_generation import Prompt
+from workers.web.generation import EventStream, Generation, event, times, written
+from workers.web.replies import AnswerResponse
+
+DONE = b"data: [DONE]\n\n"
+
+
+class Completion:
+    """How replies read at /v1/completions. `echoed`: of each choice the prompt that it begins with."""
+
+    kind = stream_kind = "text_completion"
+    id_prefix = "cmpl"
+
+    def __init__(
+        self, request: Request, generation: Generation, logprobs: bool, echoed: list[Any] | None = None
+    ) -> None:
+        service: Service = request.state.service
+        self.tokenizer, self.logprobs, self.echoed = generation.task.tokens.backend, logprobs, echoed
+        self.head = {
+            "id": f"{self.id_prefix}-{context_of(request.scope).request_id}",
+            "created": int(time.time()),
+            "model": service.settings.model_name,
+        }
+        self.begun = False
+        self.offset = 0  # of a stream's next token in its text
+
+    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        """Return a whole choice."""
+        self.offset = 0
+        return self.reply_part(index, self.echo(index) + piece.text, piece)
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        """Return what is new of the one choice of a stream."""
+        echoed = "" if self.begun else self.echo(0)
+        self.begun = True
+        return self.reply_part(0, echoed + piece.text, piece)
+
+    def reply_part(self, index: int, text: str, piece: Piece) -> dict[str, Any]:
+        logprobs = self.shown(piece.tokens) if self.logprobs else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": piece.reason or None}
+
+    def echo(self, index: int) -> str:
+        if not self.echoed:
+            return ""
+        prompt = self.echoed[index]
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+
+    def shown(self, tokens: list[Token]) -> dict[str, Any]:
+        texts, offsets = [], []
+        for token in tokens:
+            texts.append(self.text_of(token.id))
+            offsets.append(self.offset)
+            self.offset += len(texts[-1])
+        return {
+            "tokens": texts,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [
+                {self.text_of(one): logprob for one, logprob in token.likeliest} for token in tokens
+            ],
+            "text_offset": offsets,
+        }
+
+    def text_of(self, token: int) -> str:
+        text: str = self.tokenizer.decode([token], skip_special_tokens=False)
+        return text
+
+
+class Chat(Completion):
+    """How replies read at /v1/chat/completions."""
+
+    kind, stream_kind = "chat.completion", "chat.completion.chunk"
+    id_prefix = "chatcmpl"
+
+    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        return self.chat_part(index, {"message": message}, piece)
+
+    def delta(self, piece: Piece) -> dict[str, Any]:
+        delta = {} if self.begun else {"role": "assistant"}
+        self.begun = True
+        return self.chat_part(0, {"delta": delta | {"content": piece.text}}, piece)
+
+    def chat_part(self, index: int, message: dict[str, Any], piece: Piece) -> dict[str, Any]:
+        logprobs = {"content": list(map(self.shown_in_chat, piece.tokens))} if self.logprobs else None
+        return {"index": index, **message, "logprobs": logprobs, "finish_reason": piece.reason or None}
+
+    def shown_in_chat(self, token: Token) -> dict[str, Any]:
+        top = [self.one(*one) for one in token.likeliest]
+        return self.one(token.id, token.logprob) | {"top_logprobs": top}
+
+    def one(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.text_of(token)
+        # A part of a character has no text of its own, and its bytes are not those of U+FFFD.
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+
+async def answer(
+    request: Request, form: Completion, prompts: list[Prompt], content: dict[str, Any]
+) -> Response:
+    """Let the model write; return the reply, whole or as events. Raises Malformed, and what `submit` raises."""
+    service: Service = request.state.service
+    generation = service.generating()
+    if not content.get("stream"):
+        if "stream_options" in content:
+            raise Malformed('"stream_options" needs "stream": true')
+        return await whole(request, generation, form, prompts, content.get("n", 1))
+    options = content.get("stream_options", {})
+    if not isinstance(options, dict) or options.keys() - {"include_usage"}:
+        raise Malformed('"stream_options" must be {"include_usage": true} or {"include_usage": false}')
+    if len(prompts) > 1:
+        raise Malformed('"stream" takes one prompt; send one per request')
+    (prompt,) = prompts
+    stream = generation.submit(prompt, context_of(request.scope).left_s)
+    events = chunks(form, prompt, stream, bool(options.get("include_usage")))
+    return EventStream(
+        stream, events, generation.stall_s, lambda failure: error_body(failure.status, failure.sentence)
+    )
+
+
+def chunks(form: Completion, prompt: Prompt, stream: Stream, with_usage: bool) -> Callable[[Piece], bytes]:
+    """Return what turns a stream's pieces into events: each has text, so that the first one is the first text."""
+    held: list[tuple[str, Token]] = []
+    head = form.head | {"object": form.stream_kind}
+
+    def events(piece: Piece) -> bytes:
+        held.extend(piece.parts)
+        if not piece.text and not piece.reason:
+            return b""
+        delta = form.delta(piece._replace(parts=held[:]))
+        held.clear()
+        chunk = head | {"choices": [delta]} | ({"usage": None} if with_usage else {})
+        if not piece.reason:
+            return event(chunk)
+        last = head | {"choices": [], "usage": usage([prompt], [stream])}
+        return event(chunk | {"timings": times(stream)}) + (event(last) if with_usage else b"") + DONE
+
+    return events
+
+
+async def whole(
+    request: Request, generation: Generation, form: Completion, prompts: list[Prompt], n: int
+) -> Response:
+    """Return the reply with `n` choices for each prompt. If one fails, all do."""
+    service: Service = request.state.service
+    context = context_of(request.scope)
+    several = []
+    for prompt in prompts:
+        for i in range(n):  # each choice has a seed of its own; the first has the client's
+            options = prompt.options._replace(seed=(prompt.options.seed + i) % (1 << 63))
+            several.append(prompt._replace(options=options))
+    work = written(generation, several, context.left_s)
+    streams, pieces = await service.in_flight.unless_left(request, work)
+    context.answers = [generation.loop.answer(*each) for each in zip(several, streams, pieces)]
+    choices = [form.choice(index, piece) for index, piece in enumerate(pieces)]
+    content = form.head | {"object": form.kind, "choices": choices, "usage": usage(prompts, streams)}
+    if len(streams) == 1:
+        content["timings"] = times(streams[0])
+    return AnswerResponse(context.answers, content)
+
+
+def usage(prompts: list[Prompt], streams: list[Stream]) -> dict[str, Any]:
+    """Return the tokens of each prompt, once, and of all that was generated.
+
+    No times are in it: LangChain adds up what is, and takes whole numbers only.
+    """
+    n = sum(len(prompt.ids) for prompt in prompts)
+    generated = sum(len(stream.sequence.tokens) for stream in streams)
+    return {"prompt_tokens": n, "completion_tokens": generated, "total_tokens": n + generated}
