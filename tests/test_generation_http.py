@@ -95,14 +95,41 @@ def test_stream_has_the_same_text_token_by_token(server: Server, oracle: Any) ->
     assert found[-1]["details"]["generated_tokens"] == len(found)
 
 
-def test_real_client_gets_text_details_and_stream(server: Server, oracle: Any) -> None:
-    client = InferenceClient(server.url.rstrip("/"))
+@pytest.mark.parametrize("path", ["", "/hf-inference"])
+def test_real_client_gets_text_details_and_stream(server: Server, oracle: Any, path: str) -> None:
+    client = InferenceClient(server.url.rstrip("/") + path)
     assert client.text_generation(PARIS, max_new_tokens=8) == PARIS + oracle(PARIS, 8)
     whole = client.text_generation(PARIS, max_new_tokens=8, details=True)
     assert whole.generated_text == oracle(PARIS, 8)
     assert whole.details.finish_reason in ("length", "eos_token")
     assert whole.details.generated_tokens == len(whole.details.tokens)
     assert "".join(client.text_generation(PARIS, max_new_tokens=8, stream=True)) == oracle(PARIS, 8)
+
+
+@pytest.mark.parametrize("path", ["", "/hf-inference"])
+def test_real_client_chats_whole_and_streamed(server: Server, path: str) -> None:
+    client = InferenceClient(server.url.rstrip("/") + path)
+    messages = [{"role": "user", "content": "a river"}]
+    whole = client.chat_completion(messages, max_tokens=6, temperature=0).choices[0].message.content
+    stream = client.chat_completion(messages, max_tokens=6, temperature=0, stream=True)
+    assert whole and "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole
+
+
+def test_generate_and_generate_stream_answer_as_text_generation_inference_does(
+    server: Server, oracle: Any
+) -> None:
+    nothing = {"watermark": False, "decoder_input_details": False, "best_of": 1, "stop": []}
+    body = {"inputs": PARIS, "parameters": {"max_new_tokens": 8, "details": True, **nothing}}
+    with httpx2.Client(timeout=60, base_url=server.url) as client:
+        reply = client.post("/generate", json=body).json()
+        assert reply["generated_text"] == oracle(PARIS, 8) and reply["details"]["generated_tokens"] == 8
+        stream = client.post("/generate_stream", json=body)
+        found = [json.loads(line[5:]) for line in stream.text.splitlines() if line]
+        assert found[-1]["generated_text"] == oracle(PARIS, 8) and len(found) == 8
+        for wrong, named in (({"watermark": True}, "watermark"), ({"stream": True}, "stream")):
+            refused = client.post("/generate", json={"inputs": PARIS, "parameters": wrong})
+            assert refused.status_code in (400, 422) and named in refused.json()["error"]
+            assert refused.json()["error_type"] == "validation"
 
 
 def test_stop_string_ends_the_text_before_it(server: Server, oracle: Any) -> None:

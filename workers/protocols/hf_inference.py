@@ -18,6 +18,7 @@ from workers.protocols.openapi import asking, bodies
 from workers.service import Service
 from workers.settings import Settings
 from workers.web import replies
+from workers.web.generation import streamed
 
 
 def routes(settings: Settings) -> list[Route]:
@@ -41,6 +42,9 @@ async def answer(request: Request) -> Response:
     task = "" if settings.is_custom else tasks.ALIASES.get(settings.TASK, settings.TASK)
     body = await service.in_flight.read(request)
     asked = await service.parse(request, body)
+    if service.generation and not asked.is_list and asked.parameters.get("stream") is True:
+        (query,) = await service.checked(request, asked, len(body))
+        return streamed(service.generation, request, query.content)
     parameters = {"top_k": settings.MAX_TOP_K} if task == "text-classification" else {}
     answers, _ = await service.ask(request, asked.inputs, parameters | asked.parameters, len(body))
     values = [hosted(task, answer.value) for answer in answers]

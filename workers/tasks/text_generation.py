@@ -30,6 +30,8 @@ from workers.tasks.pipeline import load_model
 
 MOST_STOPS, MOST_BIASES, MOST_LOGPROBS = 16, 300, 20
 CACHE_SHARE = 8  # one part in so many of the memory that this container may use
+# What the `text-generation` client sends beside the rest, and asks for nothing by.
+ASKS_NOTHING = {"watermark": False, "decoder_input_details": False, "best_of": 1}
 # Recurrent models have no keys and values that could be in slots.
 STATEFUL = (
     "mamba",
@@ -127,7 +129,12 @@ class Task(TextTask):
         }
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
-        given = check_parameters(parameters, self.rules)
+        asked = {
+            name: value
+            for name, value in parameters.items()
+            if name not in ASKS_NOTHING or value != ASKS_NOTHING[name]
+        }
+        given = check_parameters(asked, self.rules)
         text = require_text(inputs)
         stop = tuple(given.get("stop") or given.get("stop_sequences") or ())
         options = self.options(given)

@@ -45,6 +45,8 @@ def routes(settings: Settings) -> list[Route]:
         return []
     return [
         Route("/v1/chat/completions", chat, methods=["POST"]),
+        # Where huggingface_hub's chat_completion goes with model="…/hf-inference".
+        Route("/hf-inference/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/models", models),
     ]
@@ -66,8 +68,10 @@ def operations(service: Service) -> dict[str, Any]:
     chat_body = json_of({"messages": messages}, described(task, CHAT_FIELDS))
     text_body = json_of({"prompt": prompt}, described(task, COMPLETION_FIELDS))
     listed = operation("Models", {200: "An OpenAI list of the one model.", **STATUSES}, error=ERROR)
+    chat_operation = {"post": asking("Chat", "An OpenAI chat completion.", chat_body, ERROR)}
     return {
-        "/v1/chat/completions": {"post": asking("Chat", "An OpenAI chat completion.", chat_body, ERROR)},
+        "/v1/chat/completions": chat_operation,
+        "/hf-inference/v1/chat/completions": chat_operation,
         "/v1/completions": {"post": asking("Complete texts", "An OpenAI completion.", text_body, ERROR)},
         "/v1/models": {"get": listed},
     }

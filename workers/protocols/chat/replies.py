@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+import workers
 from workers.context import context_of
 from workers.errors import Malformed
 from workers.generation.steps import Token
@@ -35,6 +36,7 @@ class Completion:
             "id": f"{self.id_prefix}-{context_of(request.scope).request_id}",
             "created": int(time.time()),
             "model": service.settings.model_name,
+            "system_fingerprint": workers.__version__,
         }
         self.begun = False
         self.offset = 0  # of a stream's next token in its text
