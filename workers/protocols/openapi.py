@@ -19,7 +19,7 @@ from workers.service import Service
 from workers.settings import Settings
 from workers.tasks import Description, ModelInfo
 from workers.tasks.common.text import find
-from workers.web import replies, stream
+from workers.web import forms, replies, stream
 
 SHOWN = (
     "OFFLOAD",
@@ -264,6 +264,9 @@ def bodies(said: Description, service: Service) -> dict[str, Any]:
     texts = [] if media else [choice for choice in choices(one) if "string" in choice["type"]]
     if texts:
         content["text/plain"] = {"schema": {"pattern": r"\S"} | texts[0] | {"type": "string"}}
+    if media:
+        file = {"type": "string", "contentMediaType": "application/octet-stream"}
+        content[forms.MEDIA_TYPE] = {"schema": an_object({"file": file}, named, is_open)}
     return content | {kind: {"schema": {}} for kind in media}
 
 

@@ -130,6 +130,9 @@ class Task(TextTask):
             self.rate: int = features.get("sampling_rate") or 16_000
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
+        if self.name == "document-question-answering" and isinstance(inputs, bytes):
+            parameters = dict(parameters)  # a form: its question is another field
+            inputs = {"image": inputs, "question": parameters.pop("question", None)}
         parameters = self.checked(parameters)
         if self.takes == "table":
             return self.check_table(inputs, parameters)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from starlette.exceptions import HTTPException
 
 from workers.context import RequestContext
+from workers.web import forms
 from workers.web.replies import CLOSE
 
 # curl -d sends the first of these by default: treat them as "not given".
@@ -69,8 +70,12 @@ def parse(
         media_type = "application/json"
     if media and (media_type in NOT_GIVEN or media_type.startswith(media)):
         return ParsedBody([body], {})
+    if media and media_type == forms.MEDIA_TYPE:
+        form = forms.read(body, content_type)
+        return ParsedBody([form.file], forms.parameters(form, lambda text: load_json(text, "a value")))
     if media_type not in (*NOT_GIVEN, "text/plain", "application/json"):
-        known = ["text/plain", "application/json", *(kind + "*" * kind.endswith("/") for kind in media)]
+        as_bytes = [*(kind + "*" * kind.endswith("/") for kind in media), forms.MEDIA_TYPE] if media else []
+        known = ["text/plain", "application/json", *as_bytes]
         raise HTTPException(415, f"{media_type[:100]} is not supported; send {' or '.join(known)}")
     if (charset := charset_of(content_type)) not in ("utf-8", "utf8", "us-ascii"):
         raise HTTPException(415, f"the charset {charset[:100]} is not supported; send UTF-8")
