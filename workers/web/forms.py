@@ -67,6 +67,9 @@ def parameters(form: Form, load: Callable[[str], Any]) -> dict[str, Any]:
             return text
 
     values = {name: [value(text) for text in texts if text] for name, texts in form.fields.items()}
-    found = {name: some[0] if len(some) == 1 else some for name, some in values.items() if some}
-    more = found.pop("parameters") if isinstance(found.get("parameters"), dict) else {}
-    return {name: one for name, one in (more | found).items() if one is not None}
+    found: dict[str, Any] = {
+        name: some[0] if len(some) == 1 else some for name, some in values.items() if some
+    }
+    if isinstance(more := found.get("parameters"), dict):
+        found = more | {name: one for name, one in found.items() if name != "parameters"}
+    return {name: one for name, one in found.items() if one is not None}
