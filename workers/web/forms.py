@@ -9,7 +9,7 @@ is there twice is a list.
 
 import io
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from starlette.exceptions import HTTPException
 
@@ -34,7 +34,7 @@ def read(body: bytes, content_type: str) -> Form:
     from werkzeug.http import parse_options_header
 
     parser = FormDataParser(
-        lambda **_: io.BytesIO(),  # the body's size is bounded: nothing goes to the disk
+        in_memory,
         max_form_memory_size=MOST_FIELD_BYTES,
         max_form_parts=MOST_PARTS,
         silent=False,
@@ -48,10 +48,21 @@ def read(body: bytes, content_type: str) -> Form:
     except ValueError:
         raise HTTPException(400, f"the form can't be read; {SEND}") from None
     # A browser sends a file without a name and without bytes where none was chosen.
-    chosen = [file for _, file in files.items(multi=True) if file.filename or file.stream.getbuffer().nbytes]
+    found = [(file.read(), file.filename or "") for _, file in files.items(multi=True)]
+    chosen = [file for file in found if any(file)]
     if len(chosen) != 1:
         raise HTTPException(400, f"the form has {len(chosen) or 'no'} files; {SEND}")
-    return Form(chosen[0].read(), chosen[0].filename or "", {str(k): v for k, v in fields.lists()})
+    return Form(*chosen[0], {str(k): v for k, v in fields.lists()})
+
+
+def in_memory(
+    total_content_length: int | None,
+    content_type: str | None,
+    filename: str | None,
+    content_length: int | None = None,
+) -> IO[bytes]:
+    """Return where a file goes: the body has a bound, so nothing goes to the disk."""
+    return io.BytesIO()
 
 
 def parameters(form: Form, load: Callable[[str], Any]) -> dict[str, Any]:
