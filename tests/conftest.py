@@ -27,10 +27,24 @@ SINGLE = {
 }
 
 
+# These files take longest, half a minute and more: they begin first, or one process would still be at one of them when the
+# others have ended.
+LONGEST = [
+    "test_contract",
+    "test_answers",
+    "test_page",
+    "test_locust",
+    "test_load",
+    "test_deployment",
+    "test_openapi",
+]
+LONGEST += ["test_generation_http", "test_embeddings", "test_real_clients", "test_notebooks"]
+
+
 class Together(LoadScopeScheduling):
     """What shares servers or models stays in one process: the tests of a file, or of a deployment mode in it.
 
-    The groups of most tests come first. (xdist's own loadgroup writes to what pytest 9.2 no longer reads.)
+    (xdist's own loadgroup writes to what pytest 9.2 no longer reads.)
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -43,6 +57,16 @@ class Together(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     return Together(config, log)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # keep the order of `pytest_collection_modifyitems`
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest files begin."""
+    order = {name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_xdist_auto_num_workers() -> int:

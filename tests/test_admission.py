@@ -117,6 +117,11 @@ def p99(ends: list[End]) -> float:
     return quantiles([e.wait_s for e in ends if e.outcome is Answer], n=100)[98]
 
 
+def slow(load: float) -> Any:
+    """Return a load that only the slow tests try."""
+    return pytest.param(load, marks=pytest.mark.slow)
+
+
 # --- batches that don't make the admitted late ------------------------------------------------------------------------
 
 
@@ -142,7 +147,7 @@ def fixed(law: Law, n: int, budget_s: float, arrivals: list[tuple[float, list[in
     return right / until
 
 
-@pytest.mark.parametrize("load", [0.5, 0.8, 1, 2, 5, 10])
+@pytest.mark.parametrize("load", [slow(0.5), 0.8, slow(1), slow(2), 5, slow(10)])
 @pytest.mark.parametrize(
     ("law", "batch_size", "budget_s"),
     [
@@ -187,7 +192,7 @@ LAWS = [  # the law, the batch size, instances
 ]
 
 
-@pytest.mark.parametrize("load", [1.2, 3, 10])
+@pytest.mark.parametrize("load", [slow(1.2), 3, slow(10)])
 @pytest.mark.parametrize(("law", "batch_size", "instances"), LAWS, ids=str)
 def test_under_lasting_overload_the_wait_stays_near_the_target_at_the_full_and_steady_rate(
     law: Law, batch_size: int, instances: int, load: float

@@ -55,10 +55,19 @@ def assert_same(found: Any, wanted: Any) -> None:
         assert list(found) == list(wanted)
 
 
-@pytest.mark.parametrize("place", ["inline", "thread", "process"])
-@pytest.mark.parametrize("fast", [True, False], ids=["fast", "stock"])
+@pytest.mark.parametrize(
+    ("fast", "place"),
+    [
+        pytest.param(True, "inline", marks=pytest.mark.slow),
+        (True, "thread"),
+        (True, "process"),
+        (False, "thread"),
+        pytest.param(False, "process", marks=pytest.mark.slow),
+    ],
+    ids=lambda value: {True: "fast", False: "stock"}.get(value, value),
+)
 def test_single_and_batched_answers_are_those_of_the_plain_pipeline(
-    place: str, fast: bool, expected: list[Any]
+    fast: bool, place: str, expected: list[Any]
 ) -> None:
     settings = Settings(OFFLOAD=place, FAST=fast, TORCH_THREADS=1)
     task = tasks.make(settings)
@@ -132,7 +141,8 @@ def test_a_target_that_is_no_word_is_left_out_beside_one_that_is() -> None:
     assert tasks.make(Settings()).check("a [MASK]", {"targets": ["\u200d", "city"], "top_k": 5})
 
 
-def test_the_embedded_model_reaches_the_scores_of_its_card(oracle: Any) -> None:
+@pytest.mark.slow
+def test_the_bundled_model_reaches_the_scores_of_its_card(oracle: Any) -> None:
     import runpy
 
     evaluate = runpy.run_path(str(HERE / "models" / "minilm-mlm" / "evaluate.py"))

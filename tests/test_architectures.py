@@ -1,6 +1,7 @@
 """Every encoder of Transformers that can be made small: a batch never changes an answer.
 
-The quick tests ask each model's own forward, one text at a time. The slow ones ask the plain pipeline of every task.
+The oracle is each model's own forward, one text at a time, of a few architectures at every commit and of all in the slow
+tests; there it is also the plain pipeline of every task.
 """
 
 import random
@@ -26,6 +27,11 @@ TEXTS = [
 ]
 
 
+# One of each kind: positions that are absolute, counted without paddings, relative, rotary; local attention and none; one
+# layer for all.
+EACH_COMMIT = {"albert", "bert", "deberta", "fnet", "longformer", "modernbert", "roberta", "xlnet"}
+
+
 def has(family: str, head: str) -> bool:
     """Return whether Transformers has this model, for texts alone."""
     name, _ = ARCHITECTURES[family]
@@ -47,7 +53,10 @@ def alone(model: Any, row: dict[str, list[int]]) -> torch.Tensor:
     return values[: len(row["input_ids"])] if values.dim() > 1 else values[None]
 
 
-@pytest.mark.parametrize("family", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(one, marks=[] if one in EACH_COMMIT else pytest.mark.slow) for one in ARCHITECTURES],
+)
 def test_batch_of_any_texts_gives_each_what_the_model_gives_it_alone(family: str) -> None:
     rows, draw = encoded(family), random.Random(0)
     tokenwise = "MaskedLM" if has(family, "MaskedLM") else "TokenClassification"

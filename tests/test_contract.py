@@ -54,17 +54,20 @@ from tests.support.mode_matrix import (
 
 GATHERS = "a batch gathers all connections"
 WORKERS = {mode: 2 if mode in ("uvicorn-2", "sync-2", "dirty", "haproxy-2") else 1 for mode in TESTED}
-FAR = {  # these are tested with the slow ones, where they can run
-    "haproxy-2": pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed"),
-}
+HAPROXY = pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(mode, marks=[pytest.mark.slow, FAR[mode]] if mode in FAR else []) for mode in TESTED
-    ],
-)
+def modes(*quick: str) -> list[Any]:
+    """Return the modes as parameters; those that are not `quick` belong to the slow tests."""
+    return [
+        pytest.param(
+            mode, marks=[*[HAPROXY] * (mode == "haproxy-2"), *[pytest.mark.slow] * (mode not in quick)]
+        )
+        for mode in TESTED
+    ]
+
+
+@pytest.fixture(scope="module", params=modes(*set(TESTED) - {"haproxy-2"}))
 def mode(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -81,10 +84,11 @@ def started(mode: str, **settings: str) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def real(mode: str) -> Iterator[Server]:
-    """The embedded model on one core."""
-    with started(mode, MODEL=str(MODEL), TORCH_THREADS="1", BODY_TIMEOUT_S="1") as server:
+# To import torch takes five seconds of a core. One mode of each adapter, ASGI and WSGI, is enough for every commit.
+@pytest.fixture(scope="module", params=modes("recommended", "gthread-1x8"))
+def real(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """The bundled model on one core."""
+    with started(request.param, MODEL=str(MODEL), TORCH_THREADS="1", BODY_TIMEOUT_S="1") as server:
         yield server
 
 
@@ -600,7 +604,9 @@ WRONG_SETTINGS = {
     "MODEL='/nowhere/at-all' is not allowed: it must be a folder with a config.json, a hub id, or module:Class": {
         "MODEL": "/nowhere/at-all"
     },
-    "cannot load MODEL=nobody/no-such-model: OSError: ": {"MODEL": "nobody/no-such-model"},
+    "cannot load MODEL=tests.support.misbehaving_model:Fails: ValueError: no weights": {
+        "MODEL": "tests.support.misbehaving_model:Fails"
+    },
     "MAX_QUEUE='0' is not allowed: it must be a whole number from 1 to 1000000000": {"MAX_QUEUE": "0"},
 }
 
@@ -608,9 +614,7 @@ WRONG_SETTINGS = {
 def test_wrong_setting_ends_the_server_with_a_sentence(mode: str) -> None:
     with contextlib.ExitStack() as all_at_once:
         servers = {
-            sentence: all_at_once.enter_context(
-                start(MODES[mode], {"HF_HUB_OFFLINE": "1", **wrong}, wait=False)
-            )
+            sentence: all_at_once.enter_context(start(MODES[mode], wrong, wait=False))
             for sentence, wrong in WRONG_SETTINGS.items()
         }
         for sentence, server in servers.items():

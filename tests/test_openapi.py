@@ -23,7 +23,7 @@ EMBEDDED = pytest.param(str(MODEL), 30, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(("model", "examples"), [(ECHO, 15), EMBEDDED], ids=["echo", "embedded"])
-@pytest.mark.parametrize("mode", ["thread", "gthread-1x8"])
+@pytest.mark.parametrize("mode", ["thread", pytest.param("gthread-1x8", marks=pytest.mark.slow)])
 def test_schemathesis_finds_nothing(mode: str, model: str, examples: int) -> None:
     with start(MODES[mode], {"MODEL": model}) as server:
         find_nothing(examples, server.url + "openapi.json")

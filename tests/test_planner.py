@@ -95,6 +95,7 @@ def test_the_same_seed_gives_the_same_traffic() -> None:
     pd.testing.assert_frame_equal(once, again)
 
 
+@pytest.mark.slow
 def test_a_request_of_gthread_costs_something_besides_the_model() -> None:
     found = planner.measure_overhead(duration_s=0.5, mode=MODES["gthread-1x8"])
     assert 0 < found.overhead_s < 1 and found.waking_s >= 0 and 0 < found.refusal_s < 1

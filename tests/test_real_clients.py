@@ -9,7 +9,6 @@ import io
 import json
 import subprocess
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
-from loadtests.modes import MODES, ROOT, Server, start
+from loadtests.modes import MODES, ROOT, start
 from tests.support.embedding_models import MINILM, small_bert
 
 TEXT = "The old house on the hill is in Paris."
@@ -67,20 +66,26 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {task: make(tmp_path_factory.mktemp(task)) for task, make in MADE.items()}
 
 
+# Each task that is asked for costs a server that imports torch: five seconds of a core. The slow tests ask the others.
+EACH_COMMIT = {"feature-extraction", "fill-mask", "text-ranking", "image-classification"}
+
+
+class Urls(dict[str, str]):
+    """Where the server of each task answers; it is started when it is first asked for."""
+
+    def __init__(self, models: dict[str, str], running: contextlib.ExitStack) -> None:
+        self.models, self.running = models, running
+
+    def __missing__(self, task: str) -> str:
+        settings = {"MODEL": self.models[task], "TASK": task, "BATCH_SIZE": "4", "TORCH_THREADS": "1"}
+        self[task] = self.running.enter_context(start(MODES["thread"], settings)).url
+        return self[task]
+
+
 @pytest.fixture(scope="module")
 def urls(models: dict[str, str]) -> Iterator[dict[str, str]]:
-    """A server for each task: where it answers."""
-    with contextlib.ExitStack() as running, ThreadPoolExecutor() as crowd:
-        settings = {
-            task: {"MODEL": model, "TASK": task, "BATCH_SIZE": "4", "TORCH_THREADS": "1"}
-            for task, model in models.items()
-        }
-        servers = {
-            task: running.enter_context(start(MODES["thread"], its, wait=False))
-            for task, its in settings.items()
-        }
-        list(crowd.map(Server.wait_until_ready, servers.values()))
-        yield {task: server.url for task, server in servers.items()}
+    with contextlib.ExitStack() as running:
+        yield Urls(models, running)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +212,12 @@ def listed(found: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("door", "method", "args", "kwargs", "expected"),
     [
-        pytest.param(door, *asked, id=f"/{door} {asked[0]} {list(asked[2])}")
+        pytest.param(
+            door,
+            *asked,
+            id=f"/{door} {asked[0]} {list(asked[2])}",
+            marks=[] if asked[0].replace("_", "-") in EACH_COMMIT else pytest.mark.slow,
+        )
         for door, some in (("", ASKED), ("hf-inference", ASKED + ASKED_OF_THE_DOOR))
         for asked in some
     ],
@@ -234,6 +244,7 @@ def test_hugging_faces_async_client_gets_the_same(urls: dict[str, str], oracle: 
     alike(asyncio.run(ask()), list(oracle("feature-extraction").encode(SENTENCES)))
 
 
+@pytest.mark.slow
 def test_its_door_answers_lists_with_lists_and_errors_as_post_does(urls: dict[str, str]) -> None:
     def ask(task: str, inputs: Any, **parameters: Any) -> Any:
         content = {"inputs": inputs, "parameters": parameters}

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import os
 import re
 import signal
@@ -420,6 +421,13 @@ def test_a_model_that_fails_on_its_own_example_ends_the_start_with_one_sentence(
             assert re.search(r"no weights for that \(misbehaving_model\.py, line \d+\)", server.log())
 
 
+def test_unknown_model_of_the_hub_ends_the_start_with_one_sentence() -> None:
+    with serving(MODEL="nobody/no-such-model", HF_HUB_OFFLINE="1") as server:
+        assert server.process.wait(60) == 3
+        assert "cannot load MODEL=nobody/no-such-model: OSError: " in server.log()
+        assert "Traceback" not in server.log()
+
+
 def test_answers_that_cannot_leave_their_process_end_the_start_with_one_sentence() -> None:
     with serving("Secretive", OFFLOAD="process") as server:
         assert server.process.wait(60) == 3
@@ -471,10 +479,20 @@ def hangup() -> Iterator[None]:
     signal.signal(signal.SIGHUP, before)
 
 
+def every_end() -> Iterator[Any]:
+    """Yield where the model hangs, where it runs, and how the server is told to end.
+
+    For every commit the plain SIGTERM everywhere, and each signal during a call; the others belong to the slow tests.
+    """
+    for hangs, offload, way in itertools.product(
+        ("import", "load", "warm-up", "call"), ("thread", "process"), STRATEGIES
+    ):
+        quick = way == "SIGTERM" or (hangs == "call" and offload == "process")
+        yield pytest.param(hangs, offload, way, marks=[] if quick else pytest.mark.slow)
+
+
 @pytest.mark.usefixtures("hangup")
-@pytest.mark.parametrize("way", STRATEGIES)
-@pytest.mark.parametrize("offload", ["thread", "process"])
-@pytest.mark.parametrize("hangs", ["import", "load", "warm-up", "call"])
+@pytest.mark.parametrize(("hangs", "offload", "way"), list(every_end()))
 def test_a_server_whose_model_hangs_ends_within_its_grace_time_and_so_do_its_processes(
     hangs: str, offload: str, way: str
 ) -> None:
