@@ -604,8 +604,8 @@ WRONG_SETTINGS = {
     "MODEL='/nowhere/at-all' is not allowed: it must be a folder with a config.json, a hub id, or module:Class": {
         "MODEL": "/nowhere/at-all"
     },
-    "cannot load MODEL=tests.support.misbehaving_model:Fails: ValueError: no weights": {
-        "MODEL": "tests.support.misbehaving_model:Fails"
+    "cannot load MODEL=tests.support.misbehaving_model:Missing: ImportError: there is no class": {
+        "MODEL": "tests.support.misbehaving_model:Missing"
     },
     "MAX_QUEUE='0' is not allowed: it must be a whole number from 1 to 1000000000": {"MAX_QUEUE": "0"},
 }

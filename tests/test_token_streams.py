@@ -31,7 +31,14 @@ LONG = {
 }
 
 
-@pytest.fixture(scope="module", params=WRITING)
+# To import torch takes five seconds of a core. One mode of each adapter, ASGI and WSGI, is enough for every commit.
+EACH_COMMIT = ("recommended", "gthread-1x8")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(mode, marks=[] if mode in EACH_COMMIT else pytest.mark.slow) for mode in WRITING],
+)
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     from tests.support.small_language_models import save
 
