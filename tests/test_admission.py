@@ -12,13 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loadtests.plan.planner import Silent, VirtualClock
+from loadtests.plan.planner import VirtualClock
 from workers.errors import Late, Rejected
 from workers.jobs import Answer, Job, JobQueue
 from workers.loop import ModelLoop
 from workers.scheduling.admission import Admission
 from workers.scheduling.cost_model import CostModel
 from workers.scheduling.estimate import WaitEstimate
+from workers.scheduling.instances import Instances
 
 
 class End(NamedTuple):
@@ -73,7 +74,7 @@ def simulate(
         ends.append(End(at, loop.now(), len(sizes), outcome, wait_s))
 
     async def everything() -> None:
-        loop = ModelLoop(metrics=Silent(), **options)  # type: ignore[arg-type]
+        loop = ModelLoop(**options)  # type: ignore[arg-type]
         size = int(law.mean)
         batches = [[(size, size)] * n for n in {1, loop.batch_size // 2 + 1, loop.batch_size}]
         await loop.cost_model.warm_up(run, batches, loop.now)
@@ -339,7 +340,7 @@ def test_a_server_that_warmed_up_on_a_busy_machine_admits_what_it_can_do() -> No
             await asyncio.sleep(next(slow, 1) * (0.004 + 0.001 * len(sizes)))
             return sizes
 
-        loop = ModelLoop(batch_size=32, metrics=Silent())  # type: ignore[arg-type]
+        loop = ModelLoop(batch_size=32)
         await loop.cost_model.warm_up(run, [[(1, 1)] * n for n in (1, 8, 32)], loop.now)
         for n in (1, 8, 32):
             assert loop.cost_model.predict_s(n) == pytest.approx(0.004 + 0.001 * n)
@@ -357,11 +358,16 @@ def test_a_server_that_warmed_up_on_a_busy_machine_admits_what_it_can_do() -> No
 
 def test_queue_that_is_empty_because_of_rejections_is_not_taken_for_a_burst() -> None:
     """Twenty full batches long; of a slow model the targets alone are too short to tell."""
-    admission = Admission(JobQueue(), CostModel(), 8, 256, 10.0, 0.5)
-    admission.refused_at, admission.estimate.full_s = 0.0, 1.0
-    admission.note_drained(1.0 + 19)
+    now_s = 0.0
+    cost_model = CostModel()
+    instances = Instances(cost_model, math.inf, lambda: now_s, lambda: None)
+    admission = Admission(WaitEstimate(JobQueue(), cost_model, 8, 10.0), instances, 256, 0.5)
+    admission.rejected_at, admission.estimate.full_s = 0.0, 1.0
+    now_s = 1.0 + 19
+    admission.note_drained()
     assert admission.drained_at == -math.inf
-    admission.note_drained(1.0 + 21)
+    now_s = 1.0 + 21
+    admission.note_drained()
     assert admission.drained_at == 22.0
 
 
@@ -388,8 +394,7 @@ def test_other_lane_takes_no_more_than_every_second_turn() -> None:
     with contextlib.closing(asyncio.new_event_loop()) as event_loop:
         for _ in range(3):
             queue.put(Job(None, 1, 0.0, 10.0, queue.singles, event_loop.create_future()))
-    wait_s, _ = estimate([0.0], queue.singles, 1, 1)
-    assert wait_s == 0.0, (
+    assert estimate.of([0.0], queue.singles, 1, 1).starts_in_s == 0.0, (
         "three before it and three of the other lane: it is the seventh, and in the first batch"
     )
 

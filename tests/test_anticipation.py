@@ -143,7 +143,7 @@ async def test_nothing_is_held_while_the_server_stops() -> None:
     async with serving(Flat(), batch_size=32) as loop:
         await held(loop)
         loop.stop_admitting()
-        assert loop.plan_hold() == (0.0, 0)
+        assert loop.dispatch.plan_hold() == (0.0, 0)
 
 
 @on_virtual_clock
@@ -177,9 +177,9 @@ async def test_idle_instance_runs_what_another_one_holds() -> None:
 async def test_hold_is_known_to_the_wait_estimate() -> None:
     async with serving(Flat(), batch_size=32) as loop:
         await held(loop)
-        wait_s, done_s = loop.estimate(loop.instances.free_s(), loop.queue.singles, 1, 1)
-        assert 0.0 < wait_s < 0.01
-        assert done_s == pytest.approx(0.1), "a hold yields to a deadline: it never makes a job late"
+        wait = loop.estimate.of(loop.instances.free_s(), loop.queue.singles, 1, 1)
+        assert 0.0 < wait.starts_in_s < 0.01
+        assert wait.done_in_s == pytest.approx(0.1), "a hold yields to a deadline: it never makes a job late"
 
 
 @on_virtual_clock

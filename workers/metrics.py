@@ -11,6 +11,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 
+from workers.loop import Observer
 from workers.metrics_folder import FOLDER, reserve, text
 
 log = logging.getLogger("uvicorn.error")
@@ -19,7 +20,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
-class Metrics:
+class Metrics(Observer):
     """The counters of one model loop, in a registry of their own, so that two loops can't mix their counts."""
 
     def __init__(self) -> None:
@@ -32,7 +33,7 @@ class Metrics:
             values.ValueClass = values.MutexValue
         self.registry = registry = CollectorRegistry()
         self.gauges: list[tuple[Gauge, Callable[[], float]]] = []
-        # Who wants to see each model call: called with what `batch` is.
+        # Called with the arguments of `batch`: the web UI shows each model call.
         self.observer: Callable[[int, str, float, list[float]], None] | None = None
         self.requests = Counter(
             "model_requests", "Requests to the model by HTTP status", ["status"], registry=registry

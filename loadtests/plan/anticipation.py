@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from loadtests.plan.fixed_delay import FixedDelay
-from loadtests.plan.planner import Silent, VirtualClock, markdown
+from loadtests.plan.planner import VirtualClock, markdown
 from workers.loop import ModelLoop
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "anticipation.md"
@@ -126,7 +126,7 @@ def run(cell: Cell, policy: str, duration_s: float) -> Outcome:
 
     async def traffic() -> list[float]:
         options = {"batch_size": BATCH_SIZE, "max_queue": 10**6, "budget_s": 1e6, "target_s": 0.0}
-        loop = POLICIES[policy](**options, metrics=Silent())
+        loop = POLICIES[policy](**options)
         consumers = [asyncio.create_task(loop.consume(model)) for _ in range(cell.instances)]
         for n in (1, 8, BATCH_SIZE):  # a server has warmed up
             loop.cost_model.observe(n, (cell.a_ms + cell.b_ms * n) / 1000)

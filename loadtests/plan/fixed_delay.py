@@ -11,27 +11,39 @@ from dataclasses import dataclass
 from typing import Any
 
 from workers.loop import ModelLoop
+from workers.scheduling.holding import Holding
 
 
-@dataclass(eq=False)
-class FixedDelay(ModelLoop):
-    """The model loop that holds each partial batch for `delay_s` from the arrival of its first job."""
+class FixedHold(Holding):
+    """Holds each partial batch for `delay_s` from the arrival of its first job."""
 
-    delay_s: float = 0.0
+    def __init__(self, delay_s: float, *components: Any) -> None:
+        super().__init__(*components)
+        self.delay_s = delay_s
 
     def plan_hold(self) -> tuple[float, int]:
+        batch_size = self.estimate.batch_size
         left_s = min(job.enqueued_at for job in self.queue) + self.delay_s - self.now()
-        return (left_s, self.batch_size) if left_s > 0 and len(self.queue) < self.batch_size else (0.0, 0)
+        return (left_s, batch_size) if left_s > 0 and len(self.queue) < batch_size else (0.0, 0)
 
     def next_free_s(self) -> float:
         return math.inf
 
 
+@dataclass(eq=False)
+class FixedDelay(ModelLoop):
+    """The model loop with that."""
+
+    delay_s: float = 0.0
+
+    def make_dispatch(self, *components: Any) -> FixedHold:
+        return FixedHold(self.delay_s, *components)
+
+
 def install(delay_s: float) -> None:
     """Let every loop of this process hold its batches so."""
     ModelLoop.delay_s = delay_s  # type: ignore[attr-defined]
-    ModelLoop.plan_hold = FixedDelay.plan_hold  # type: ignore[assignment]
-    ModelLoop.next_free_s = FixedDelay.next_free_s  # type: ignore[assignment]
+    ModelLoop.make_dispatch = FixedDelay.make_dispatch  # type: ignore[assignment]
 
 
 def __getattr__(name: str) -> Any:

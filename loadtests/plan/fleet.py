@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from loadtests.plan.planner import CostLaw, poisson
-from workers.scheduling.admission import FEW, PATIENCE
+from workers.scheduling.admission import ALLOWED_REQUESTS, REJECTION_BATCHES, STANDING_TARGETS
 
 POLICIES = ("round robin", "two choices", "least connections", "shared queue")
 # More is never advised: a slice of seconds can't show what builds up over an hour.
@@ -215,9 +215,9 @@ class Simulation:
             n -= 1  # the loop takes no batch that its own jobs can't afford
         self.most, self.full_s = n, fleet.call_s(n)
         self.calls_s = [0.0, *(fleet.call_s(n) for n in range(1, self.most + 1))]
-        target_s = max(fleet.target_s, FEW * self.full_s / n)
+        target_s = max(fleet.target_s, ALLOWED_REQUESTS * self.full_s / n)
         self.limit_s = min(target_s + self.full_s, max(2 * target_s, self.full_s))
-        self.patience_s = PATIENCE * fleet.target_s + 20 * self.full_s
+        self.patience_s = STANDING_TARGETS * fleet.target_s + REJECTION_BATCHES * self.full_s
         for _ in range(fleet.replicas):
             self.join(None)
         for at_s, how_many in fleet.kills:
@@ -270,7 +270,7 @@ class Simulation:
             wait_s += ahead * self.full_s * queue.slow
             in_it = min(len(queue.jobs) + 1 - ahead * self.most, self.most) if queue is not self.shared else 1
             done_s = wait_s + self.calls_s[max(1, in_it)] * queue.slow
-            stands = now - queue.drained_at > PATIENCE * self.fleet.target_s > 0
+            stands = now - queue.drained_at > STANDING_TARGETS * self.fleet.target_s > 0
             if (
                 len(queue.jobs) >= self.fleet.max_queue * queue.instances
                 or done_s * MARGIN > self.fleet.deadline_s

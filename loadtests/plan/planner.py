@@ -203,13 +203,6 @@ class VirtualClock(asyncio.SelectorEventLoop):
         return []
 
 
-class Silent:
-    """Stands in for Metrics: counting into Prometheus is a fifth of a simulated request."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return ignore
-
-
 def simulate(
     cost: CostLaw,
     *,
@@ -267,7 +260,6 @@ def simulate(
             max_queue=max_queue,
             budget_s=deadline_s,
             target_s=queue_target_s,
-            metrics=Silent(),  # type: ignore[arg-type]
         )
         consumers = [asyncio.create_task(loop.consume(model)) for _ in range(instances)]
         await asyncio.sleep(0)
@@ -298,10 +290,6 @@ def poisson(rng: random.Random, rate_per_s: float, duration_s: float) -> Iterato
     while due_s < duration_s:
         yield due_s
         due_s += rng.expovariate(rate_per_s)
-
-
-def ignore(*args: Any, **kwargs: Any) -> None:
-    """Count nothing."""
 
 
 def in_ms(answer: Answer) -> tuple[float, float, float]:

@@ -8,15 +8,16 @@ from typing import Any
 
 from lesson import apart
 
-from loadtests.plan.planner import CostLaw, Silent, VirtualClock
+from loadtests.plan.planner import CostLaw, VirtualClock
 from workers.loop import ModelLoop
+from workers.scheduling import dispatch
 
 
 class Greedy(ModelLoop):
     """The loop that holds nothing: when the model is free it takes what has queued."""
 
-    def plan_hold(self) -> tuple[float, int]:
-        return 0.0, 0
+    def make_dispatch(self, *components: Any) -> dispatch.Greedy:
+        return dispatch.Greedy(*components)
 
 
 @dataclass
@@ -62,7 +63,7 @@ def watch(
             await ask(loop)
 
     async def traffic() -> None:
-        loop = make(batch_size=32, budget_s=1e6, target_s=0.0, metrics=Silent())
+        loop = make(batch_size=32, budget_s=1e6, target_s=0.0)
         consumer = asyncio.create_task(loop.consume(model))
         for n in (1, 8, 32):  # a server has warmed up
             loop.cost_model.observe(n, cost.seconds(n))

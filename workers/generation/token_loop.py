@@ -36,7 +36,7 @@ from workers.generation.stream import MOST_UNREAD, Piece, Stream, TextOf, whole_
 from workers.jobs import Answer, empty_within
 from workers.metrics import Metrics
 from workers.scheduling.cost_model import Run
-from workers.scheduling.instances import Instances, Ready, stuck
+from workers.scheduling.instances import Instances, Ready
 
 log = logging.getLogger("uvicorn.error")
 
@@ -134,11 +134,7 @@ class TokenLoop:
 
     def unready(self) -> str:
         """Why no request at all can be answered; empty while the model is loaded, not stuck, not stopping."""
-        if self.closing:
-            return STOPPING
-        if not self.instances.loaded:
-            return LOADING
-        return stuck(stuck_s) if (stuck_s := self.instances.stuck_s) else ""
+        return STOPPING if self.closing else self.instances.unready()
 
     @property
     def oldest_at(self) -> float | None:

@@ -1,18 +1,40 @@
-"""When a job that came now would be answered, and how large a batch those who wait can afford."""
+"""When a job that came now would be answered, and how large a batch the jobs in the queue can afford."""
 
 import math
+from typing import NamedTuple
 
 from workers.jobs import JobQueue, Lane
 from workers.scheduling.cost_model import CostModel
 
-# A larger job counts as this many usual ones: one giant, even a refused one, must not change who else is let in.
+# A larger job counts as this many usual ones: one giant, even a rejected one, must not change which others are admitted.
 OUTSIZED = 20
+# How much of the usual size is the last job's.
+USUAL_SHARE = 0.05
 # A call that takes this many times its fixed cost already gives 19/20 of what batching can give at most.
 PAYS = 20
+# Parts of the time limit that a batch may take: where enough work comes to fill it, and where it does not pay any more.
+HALF, EIGHTH = 1 / 2, 1 / 8
+PLAN_EVERY_S = 0.001  # shorter calls share a plan
+RATE_OVER_S = 1.0  # the offered load is averaged over about so long
+EPSILON = 1e-9  # a sum of sizes that just fits must not need another batch because it was rounded
+
+
+class Estimate(NamedTuple):
+    """In how many seconds the model starts on a request's first job, and is done with its last."""
+
+    starts_in_s: float
+    done_in_s: float
+
+
+class Place(NamedTuple):
+    """In how many seconds a job's batch starts, and the size of what is before the job in that batch."""
+
+    starts_in_s: float
+    size_before: float
 
 
 class WaitEstimate:
-    """Looks ahead over `queue` with `cost_model`. `plan` before each batch; what it works out serves all requests until the next."""
+    """Looks ahead over `queue` with `cost_model`. `plan` before each batch: all requests until the next one use that plan."""
 
     def __init__(self, queue: JobQueue, cost_model: CostModel, batch_size: int, budget_s: float) -> None:
         self.queue, self.cost_model = queue, cost_model
@@ -27,70 +49,81 @@ class WaitEstimate:
         self.hold_s = 0.0  # for how long the last partial batch was to be held
 
     def offer(self, lane: Lane, jobs: int, size: float) -> None:
-        """Note that somebody came with `jobs` of `size` altogether, admitted or not."""
+        """Note that a request came with `jobs` of `size` altogether, admitted or not."""
         size = min(size, jobs * OUTSIZED * self.usual_size or size)
         lane.offered += size
-        self.usual_size += (size / jobs - self.usual_size) * (0.05 if self.usual_size else 1)
+        self.usual_size += (size / jobs - self.usual_size) * (USUAL_SHARE if self.usual_size else 1)
 
     def plan(self, now: float, instances: int) -> None:
         """Choose the largest batch that its own jobs can afford.
 
-        It may take half the budget: then a job that just missed the batch before is still in time. It may take more
-        if enough work comes to fill it in the rest of the budget: size = rate * (budget - seconds(size)). But beyond
-        an eighth of the budget it grows only as far as that pays, see PAYS.
+        It may take half the limit: then a job that just missed the batch before is still in time. It may take more
+        if enough work comes to fill it in the rest of the limit: size = rate * (limit - seconds(size)). But beyond
+        an eighth of the limit it grows only as far as that pays, see PAYS.
         """
-        if now < self.planned_at + 0.001:
-            return  # what takes so little time can wait
+        if now < self.planned_at + PLAN_EVERY_S:
+            return
         for lane in (self.queue.singles, self.queue.lists):
-            lane.measure(now - self.planned_at, min(1.0, self.budget_s))
+            lane.measure(now - self.planned_at, min(RATE_OVER_S, self.budget_s))
         self.planned_at, self.instances = now, instances
-        a, b, budget_s = self.cost_model.a, self.cost_model.b, self.budget_s / self.cost_model.margin
+        a, b, limit_s = self.cost_model.a, self.cost_model.b, self.budget_s / self.cost_model.margin
         rate = (self.queue.singles.rate + self.queue.lists.rate) / instances
         if b:
-            most = max((budget_s / 2 - a) / b, rate * (budget_s - a) / (1 + rate * b))
-            self.affordable = min(most, max((budget_s / 8 - a) / b, (PAYS - 1) * a / b))
+            filled_in_time = rate * (limit_s - a) / (1 + rate * b)
+            most = max((HALF * limit_s - a) / b, filled_in_time)
+            pays = max((EIGHTH * limit_s - a) / b, (PAYS - 1) * a / b)
             usual_size = self.usual_size or 1
-            self.affordable = max(1, self.affordable // usual_size) * usual_size
+            self.affordable = max(1, min(most, pays) // usual_size) * usual_size
         else:  # a larger batch costs the same, as far as is known
             self.affordable = math.inf
         self.full_size = min(self.affordable, self.batch_size * self.usual_size)
         self.full_s = self.cost_model.predict_s(max(self.full_size, self.usual_size))
         self.usual_s = self.full_s * self.usual_size / self.full_size if self.full_size else self.full_s
 
-    def __call__(self, free_s: list[float], lane: Lane, jobs: int, size: float) -> tuple[float, float]:
-        """In how many seconds the model would start on the first of `jobs` that came now, and be done with the last.
+    def of(self, free_s: list[float], lane: Lane, jobs: int, size: float) -> Estimate:
+        """Return when a request of `jobs`, `size` altogether, would be answered if it came now to the end of `lane`.
 
         `free_s`: in how many seconds each instance of the model will be free, the first one first.
         """
-        own = size / jobs
-        wait_s, before = self._starts_in_s(free_s, lane, len(lane.jobs), lane.size, own)
-        last_s = wait_s
+        job_size = size / jobs
+        first = last = self._place(free_s, lane, len(lane.jobs), lane.size, job_size)
         if jobs > 1:
-            ahead = len(lane.jobs) + jobs - 1, lane.size + size - own
-            last_s, before = self._starts_in_s(free_s, lane, *ahead, own)
-        # Those who come until then make its batch longer.
-        after = last_s * (self.queue.singles.rate + self.queue.lists.rate)
+            ahead, size_ahead = len(lane.jobs) + jobs - 1, lane.size + size - job_size
+            last = self._place(free_s, lane, ahead, size_ahead, job_size)
+        starts_in_s = first.starts_in_s
         if len(lane.jobs) + jobs < self.batch_size:
-            wait_s += self.hold_s  # but a hold ends in time for every deadline, so `last_s` is without it
-        return wait_s, last_s + self.cost_model.predict_s(max(own, min(before + own + after, self.full_size)))
+            starts_in_s += self.hold_s  # but a hold ends in time for every deadline, so the end is without it
+        # Jobs that come before the last batch starts make it longer.
+        arriving = last.starts_in_s * (self.queue.singles.rate + self.queue.lists.rate)
+        batch_size = min(last.size_before + job_size + arriving, self.full_size)
+        return Estimate(starts_in_s, last.starts_in_s + self.cost_model.predict_s(max(job_size, batch_size)))
 
-    def _starts_in_s(
-        self, free_s: list[float], lane: Lane, ahead: float, size: float, own: float
-    ) -> tuple[float, float]:
-        """In how many seconds a job's batch would start, and what is in that batch before it, in size.
+    def _place(self, free_s: list[float], lane: Lane, ahead: float, size: float, job_size: float) -> Place:
+        """Return where a job of `job_size` would be: `ahead` jobs of `size` altogether are before it in its `lane`."""
+        between, between_size = self._between(lane, ahead)
+        ahead, size = ahead + between, size + between_size
+        # How many batches come before its own: as many as are full by the number of jobs, or by their size.
+        by_number = ahead // self.batch_size
+        by_size = math.ceil((size + job_size) / self.affordable - EPSILON) - 1
+        if (batches := int(max(by_number, by_size))) < 1:
+            return Place(free_s[0], size)
+        # The jobs ahead fill more batches than that: the last, not full, is the job's own.
+        mean_size = size / max(ahead / self.batch_size, size / self.affordable, batches)
+        # The instances take turns. After a full turn each of them is one batch later.
+        turns, instance = divmod(batches, len(free_s))
+        starts_in_s = free_s[instance] + turns * self.cost_model.predict_s(mean_size)
+        return Place(starts_in_s, size - batches * mean_size)
 
-        `ahead` jobs of `size` altogether are before it in its `lane`; its `own` size is not among them.
+    def _between(self, lane: Lane, ahead: float) -> tuple[float, float]:
+        """Return how many jobs of the other lane go in between `ahead` jobs and the next one of `lane`, and their size.
+
+        Those are the jobs that are there, and those that come until then. The lanes take turns: at most one for each of ours.
         """
         other = self.queue.lists if lane is self.queue.singles else self.queue.singles
-        if other.jobs or other.rate:
-            # Jobs of the other lane go in between, those there and those still to come: at most one for each of ours.
-            share = min(0.5, other.rate * self.full_s / (self.full_size or 1) / self.instances)
-            others = min(ahead + 1, (len(other.jobs) + share * ahead) / (1 - share))
-            ahead += others
-            size += others * (other.size / len(other.jobs) if other.jobs else self.usual_size)
-        batches = int(max(ahead // self.batch_size, math.ceil((size + own) / self.affordable - 1e-9) - 1))
-        if batches < 1:
-            return free_s[0], size
-        full = max(ahead / self.batch_size, size / self.affordable, batches)
-        batch_s = self.cost_model.predict_s(size / full)
-        return free_s[batches % len(free_s)] + batches // len(free_s) * batch_s, size - batches * size / full
+        if not (other.jobs or other.rate):
+            return 0, 0.0
+        # The part of the model's time, and so of the jobs that run until then, that the other lane's arrivals take:
+        # jobs = waiting + part * (ahead + jobs).
+        part = min(0.5, other.rate * self.full_s / (self.full_size or 1) / self.instances)
+        jobs = min(ahead + 1, (len(other.jobs) + part * ahead) / (1 - part))
+        return jobs, jobs * (other.size / len(other.jobs) if other.jobs else self.usual_size)

@@ -8,11 +8,12 @@ from workers.errors import LOADING, Rejected
 
 Ready = Callable[[], Awaitable[Any]]
 
-# A call that takes longer than both, OVERDUE times what was predicted and OVERDUE_S, may never return.
-OVERDUE, OVERDUE_S = 5, 1.0
+# A call that takes longer than both, so many times what was predicted and so many seconds, may never return.
+OVERDUE_FACTOR, OVERDUE_S = 5, 1.0
 
 
 def stuck(seconds: float) -> str:
+    """Return the sentence for a call that has been running for so long."""
     return f"the model has not returned for {seconds:.0f} s"
 
 
@@ -59,7 +60,7 @@ class Instances:
         """Note a call of `size` that starts now; `end` it."""
         now, predicted_s = self.now(), self.cost_model.predict_s(size)
         # Until a call was measured nothing is predicted, and the first one builds kernels: it may take long.
-        patience_s = max(OVERDUE_S, OVERDUE * predicted_s) if predicted_s else self.hang_s
+        patience_s = max(OVERDUE_S, OVERDUE_FACTOR * predicted_s) if predicted_s else self.hang_s
         call = Call(now, size, now + predicted_s, now + patience_s)
         self.calls.append(call)
         return call
@@ -69,13 +70,19 @@ class Instances:
 
     @property
     def longest_s(self) -> float:
-        """How long the oldest call has been running, 0 when there is none."""
+        """How long the oldest call has been running, 0 if there is none."""
         return self.now() - self.calls[0].started_at if self.calls else 0.0
 
     @property
     def stuck_s(self) -> float:
         """The same when it is beyond `hang_s`, else 0."""
         return longest_s if (longest_s := self.longest_s) > self.hang_s else 0.0
+
+    def unready(self) -> str:
+        """Return why no request can be answered; empty while an instance is loaded and none is stuck."""
+        if not self.loaded:
+            return LOADING
+        return stuck(self.stuck_s) if self.stuck_s else ""
 
     def free_s(self) -> list[float]:
         """In how many seconds each instance will be free, the first one first, but for those that may never be.

@@ -1,0 +1,82 @@
+"""Greedy batching, but a partial batch is held for clients that were just answered, for as long as `anticipation.py` says."""
+
+import asyncio
+import contextlib
+import math
+from typing import Any
+
+from workers.jobs import Job
+from workers.scheduling.anticipation import Anticipation
+from workers.scheduling.dispatch import Greedy
+
+LEAST_S = 1e-6  # no timer is finer
+
+
+class Holding(Greedy):
+    """Holds a partial batch while that pays.
+
+    A hold ends at once when enough jobs have come, all have left, another instance is free, or the loop closes; and early
+    enough for every deadline.
+    """
+
+    def __init__(self, *components: Any) -> None:
+        super().__init__(*components)
+        self.now, self.anticipation = self.instances.now, Anticipation()
+        self._changed = asyncio.Event()  # ends the sleep of a hold
+        self._deadline = math.inf  # the earliest one of the jobs that are held
+
+    async def due(self) -> str:
+        while True:
+            await self.queue.not_empty()
+            held_s, enough = await self._hold()
+            if not self.queue:
+                continue  # all of the jobs left meanwhile
+            if (reason := self.reason()) != "empty" or not held_s:
+                return reason
+            return "returned" if len(self.queue) >= enough else "waited"
+
+    async def _hold(self) -> tuple[float, int]:
+        """Hold what has queued for as long as that pays; return for how long it was, and how many jobs were expected."""
+        queue, held_at, first = self.queue, self.now(), len(self.queue)
+        cost_model = self.estimate.cost_model
+        hold_s, enough = self.plan_hold()
+        self.estimate.hold_s = hold_s
+        self._deadline = min(job.deadline for job in queue) if hold_s else math.inf
+        while queue and len(queue) < enough and not self.closing and self.next_free_s():
+            run_s = cost_model.predict_s(queue.size) * cost_model.margin
+            left_s = min(held_at + hold_s, self._deadline - run_s) - self.now()
+            if left_s < LEAST_S:
+                break
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._changed.wait()
+        if held_s := self.now() - held_at:
+            self.on_held(held_s, len(queue) - first)
+        return held_s, enough
+
+    def plan_hold(self) -> tuple[float, int]:
+        """Return how long to hold what has queued, and how many jobs in the queue end that; (0, 0) to run it now."""
+        queued, usual_size = len(self.queue), self.estimate.usual_size
+        most = min(self.estimate.batch_size, self.estimate.affordable / (usual_size or 1))
+        if queued >= most or self.closing:
+            return 0.0, 0
+        a, b = self.estimate.cost_model.a, self.estimate.cost_model.b * usual_size
+        return self.anticipation.hold(self.now(), queued, int(most) - queued, a, b, self.next_free_s())
+
+    def next_free_s(self) -> float:
+        """Return in how many seconds an instance other than the one that gathers a batch is free; inf if there is none."""
+        free_s = self.instances.free_s()
+        return free_s[1] if len(free_s) > 1 else math.inf
+
+    def arrived(self, jobs: list[Job]) -> None:
+        self.anticipation.arrived(jobs[0].enqueued_at, len(jobs))
+        self._deadline = min(self._deadline, jobs[0].deadline)
+        self.changed()
+
+    def answered(self, batch: list[Job], call_s: float) -> None:
+        returning = sum(job.ends_request_of for job in batch if job.alive)
+        self.anticipation.answered(self.now(), returning, call_s, self.instances.loaded)
+
+    def changed(self) -> None:
+        self._changed.set()
