@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 from workers.metrics_folder import mark_ended
-from workers.resources import temporary_folder
+from workers.resources import free_port, temporary_folder
 from workers.settings import Settings
 from workers.web.access import is_loopback
 
@@ -335,13 +335,6 @@ def say(sentence: str) -> None:
     """Print it, if anybody reads that."""
     with contextlib.suppress(OSError):
         print(sentence, flush=True)
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ with start(MODES["thread"], {"BATCH_SIZE": "8"}) as server:
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import IO
 
 import psutil
+
+from workers.resources import free_port as free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 # What tells the modes apart, said to each, whatever the environment or `.env` says.
@@ -133,13 +134,6 @@ def is_alive(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     return False
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

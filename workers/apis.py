@@ -1,4 +1,7 @@
-"""The APIs beside `POST /`: each file in workers/protocols/ is one. Delete what you don't need, or the whole folder."""
+"""What a file in `protocols/` must offer to be an API, and `discover`, which finds them for `server.py`.
+
+It stands beside that folder, so that a file of it, or all of them, can be deleted: nothing else names them.
+"""
 
 import contextlib
 import functools

@@ -1,10 +1,14 @@
-"""What the server knows of one HTTP request while it is in progress: the one object that all layers share."""
+"""RequestContext: what is known of one HTTP request while it is in progress.
+
+It stands beside the folders, since all of them share it: `web/` fills it, a task's check looks at the time left, protocols
+choose its form of errors, and the request log reads it at the end.
+"""
 
 import math
 import random
 import re
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,21 +21,20 @@ ErrorBody = Callable[[int, str], Any]  # the JSON of an error: of its status and
 
 
 def error_body(status: int, sentence: str) -> dict[str, str]:
-    """The form of every error, but for protocols with their own."""
+    """Return the JSON of an error, for all but the protocols that have a form of their own."""
     return {"error": sentence}
 
 
 @dataclass(slots=True, eq=False)
 class RequestContext:
-    """Made by the first that sees the request: request log, tracing or the middleware, which then fills it."""
+    """Made by the first middleware that sees the request; `web/middleware.py` fills it."""
 
     headers: dict[bytes, bytes]  # names in lower case: Starlette's own look-ups walk through all of them
     request_id: str  # the client's own if it is short and plain
     arrived_at: float = field(default_factory=time.monotonic)
     path: str = ""  # without root_path, and without a slash at the end
-    route: str = (
-        ""  # the path as its route has it, empty if there is none: what metrics and spans may be named after
-    )
+    # The path as its route has it, empty if there is none: what metrics and spans may be named after.
+    route: str = ""
     budget_s: float = math.inf  # from its arrival until its answer is worth nothing
     error_body: ErrorBody = error_body
     answers: list[Answer] = field(default_factory=list)  # what was answered: for the log and the spans
@@ -40,7 +43,7 @@ class RequestContext:
 
     @property
     def left_s(self) -> float:
-        """The seconds that are left of its budget, at least 0."""
+        """The seconds left of its budget, at least 0."""
         return max(0.0, self.budget_s - (time.monotonic() - self.arrived_at))
 
 
@@ -53,8 +56,13 @@ def context_of(scope: MutableMapping[str, Any]) -> RequestContext:
     return context
 
 
-def request_id(sent: bytes) -> str:
+def slowest(answers: Sequence[Answer]) -> Answer:
+    """Return the answer that its request waited for."""
+    return answers[0] if len(answers) == 1 else max(answers, key=lambda a: a.queue_s + a.model_s)
+
+
+def request_id(header: bytes) -> str:
     """Return the id that the client sent if it is short and plain, else a new one."""
-    found = sent.decode("latin-1")
+    clients_id = header.decode("latin-1")
     # Not uuid4: it makes a system call, and meanwhile the model's thread would take our turn.
-    return found if REQUEST_ID.fullmatch(found) else f"{random.getrandbits(128):032x}"
+    return clients_id if REQUEST_ID.fullmatch(clients_id) else f"{random.getrandbits(128):032x}"

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,22 +21,17 @@ class Answer(NamedTuple):
     dispatched_because: str
 
 
-def slowest(answers: Sequence[Answer]) -> Answer:
-    """The one that its request waited for."""
-    return answers[0] if len(answers) == 1 else max(answers, key=lambda a: a.queue_s + a.model_s)
-
-
 @dataclass(eq=False, slots=True)
 class Lane:
-    """First in, first out. Also how much work is offered to it, admitted or not."""
+    """Jobs, first in, first out; and the rate of the work that is offered, admitted or not."""
 
     jobs: "OrderedDict[Job, None]" = field(default_factory=OrderedDict)
     size: float = 0
     offered: float = 0.0  # size since the rate was last measured
-    rate: float = 0.0  # size a second
+    rate: float = 0.0  # size per second
 
     def measure(self, passed_s: float, over_s: float) -> None:
-        """Follow the rate, `passed_s` after the last time, averaged over about `over_s`."""
+        """Update the rate, `passed_s` after the last time: a mean over about `over_s`."""
         keep = math.exp(-passed_s / over_s)
         self.rate = keep * self.rate + (1 - keep) * self.offered / passed_s
         self.offered = 0.0
@@ -50,17 +45,16 @@ class Job:
     size: float
     enqueued_at: float
     deadline: float
-    lane: Lane = field(repr=False)  # which shows its jobs
+    lane: Lane = field(repr=False)  # a lane's repr lists its jobs
     future: asyncio.Future[Answer]
     running: bool = False
     index: int | None = None  # in its list
-    ends_request_of: int = (
-        1  # how many jobs its client may send again once it is answered: a list's last one has all
-    )
+    # How many jobs its client may send again once it is answered: a list's last one has all.
+    ends_request_of: int = 1
 
     @property
     def alive(self) -> bool:
-        """Whether anybody still waits for the answer."""
+        """Whether the client still waits for the answer."""
         return not self.future.done()
 
     def fail(self, error: Unanswered) -> None:
@@ -77,7 +71,7 @@ def expire(jobs: list[Job]) -> None:
 
 
 def fail_together(jobs: list[Job], ended: asyncio.Future[Answer]) -> None:
-    """When one of a list's `jobs` fails, nobody waits for the others any more."""
+    """When one of a list's `jobs` fails, its error ends the others, too."""
     if not ended.cancelled() and isinstance(error := ended.exception(), Unanswered):
         for job in jobs:
             job.fail(error)
@@ -96,10 +90,10 @@ async def empty_within(grace_s: float, live: Collection[Any], emptied: asyncio.E
 
 
 class JobQueue:
-    """Two lanes that take turns. So neither can shut the other out: each can always have half of the model.
+    """Two lanes that take turns, so neither can shut the other out: each can always have half of the model.
 
-    If one lane is empty the other gets all. Within a lane nobody overtakes. So later requests take at most half of the
-    model from a list that is admitted. To remove a job whose client has left takes O(1).
+    If one lane is empty, the other gets all of it. Within a lane jobs stay in order. So later requests take at most half of
+    the model from an admitted list. Removing a job whose client has left takes O(1).
     """
 
     def __init__(self) -> None:
@@ -119,7 +113,7 @@ class JobQueue:
         return self.singles.size + self.lists.size
 
     def put(self, job: Job) -> None:
-        """Let `job` wait at the end of its lane."""
+        """Add `job` at the end of its lane."""
         job.lane.jobs[job] = None
         job.lane.size += job.size
         self._length += 1
@@ -127,11 +121,11 @@ class JobQueue:
             self._waiter.set_result(None)
 
     def first(self) -> Job:
-        """The job whose turn it is; there must be one."""
+        """Return the job whose turn it is; there must be one."""
         return next(iter(self.turn.jobs or self.other.jobs))
 
     def take(self, job: Job) -> None:
-        """Remove `job`, the first one; next it's the other lane's turn."""
+        """Remove `job`, the first one; then it's the other lane's turn."""
         self.discard(job)
         self.turn, self.other = self.singles, self.lists
         if job.lane is self.singles:

@@ -277,7 +277,7 @@ class ModelLoop:
             job.fail(failed)
 
     def _forget(self, job: Job) -> None:
-        """`job` has been answered, or nobody waits for it any more."""
+        """Forget `job`: it has been answered, or its client has left."""
         job.future.cancel()
         self.queue.discard(job)
         self.dispatch.changed()

@@ -67,7 +67,9 @@ class Metrics(Observer):
         for status in (200, 500, 503, 504):
             self.requests_with(status)  # from zero on: PromQL takes no rate of what is not there yet
         self.batches_because = functools.cache(self.batches.labels)
-        self.dropped = Counter("model_abandoned", "Jobs dropped: nobody waited for them", registry=registry)
+        self.dropped = Counter(
+            "model_abandoned", "Jobs dropped because their clients had left", registry=registry
+        )
         self.restarts = Counter("model_process_restarts", "Model processes replaced", registry=registry)
         self.quarantined = Counter(
             "model_quarantined", "Queries refused: the model's process died of them", registry=registry

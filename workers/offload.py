@@ -13,7 +13,7 @@ from workers.errors import CannotLoad, ModelFailed
 
 log = logging.getLogger("uvicorn.error")
 
-Todo = tuple[asyncio.Future[Any], Callable[[], Any]]  # a call, and who waits for it
+Todo = tuple[asyncio.Future[Any], Callable[[], Any]]  # a call, and the future that gets its outcome
 
 
 class Offload(Protocol):

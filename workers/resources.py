@@ -1,14 +1,22 @@
-"""What this machine has: memory, cores, a temporary folder. Sizes are known on Linux only; elsewhere they are 0."""
+"""What this machine has: memory, cores, a free port, a temporary folder. Sizes are known on Linux only; elsewhere they are 0."""
 
 import contextlib
 import math
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 HELD: list[int] = []  # descriptors of this process's locks, open until it ends
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def usable_cores() -> int:

@@ -71,7 +71,7 @@ class Service:
         self.exit_code, self.failure = 0, ""
         self.started = asyncio.Event()  # every instance is loaded, or none will be
         self.alarmed = False
-        self.stops_at = math.inf  # when it was told to stop
+        self.stops_at = math.inf  # when it was asked to stop
         self._task: tasks.Task | None = None
         self.generation: Generation | None = None  # where the model writes text, token by token
         metrics.watch("model_queue_depth", "Jobs that wait for the model", lambda: self.loop.depth)
@@ -410,14 +410,14 @@ def model_stacks() -> str:
 
 
 def is_one_of_uvicorns_workers() -> bool:
-    """Whether `uvicorn --workers` started this process and starts another when it ends. (`uvicorn --reload` does not.)"""
+    """Return whether `uvicorn --workers` started this process and starts another when it ends. (`uvicorn --reload` does not.)"""
     return bool(multiprocessing.parent_process()) and not any(
         word.startswith("--reload") for word in sys.argv
     )
 
 
 def is_supervised() -> bool:
-    """Whether something that never asks /health starts another server when this one ends: Gunicorn, uvicorn, a container."""
+    """Return whether a process manager that never asks /health replaces this server: Gunicorn's, uvicorn's, a container's."""
     return bool(os.environ.get("SERVER_SOFTWARE")) or is_one_of_uvicorns_workers() or os.getpid() == 1
 
 

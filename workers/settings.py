@@ -112,7 +112,7 @@ def is_origin(name: str) -> bool:
 
 
 def is_object(text: str) -> bool:
-    """Whether it is a JSON object, or empty."""
+    """Return whether `text` is a JSON object, or empty."""
     return not text or isinstance(json.loads(text), dict)
 
 
@@ -266,7 +266,7 @@ class Settings:
 
     @property
     def is_token_by_token(self) -> bool:
-        """Whether the token loop serves the model."""
+        """Return whether the token loop serves the model."""
         return self.TASK == "text-generation" and self.FAST and not self.is_custom
 
     @property

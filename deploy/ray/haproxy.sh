@@ -5,8 +5,8 @@ for config; do case $config in *.cfg) break ;; esac; done
 ours='content-type application/json hdr X-Request-ID %[var(txn.id)]'
 sed -i "$config" \
     -e '/^frontend http_frontend/a\    http-request set-header X-Request-ID %[uuid] unless { req.hdr(X-Request-ID) -m reg ^[\\w.-]{1,128}$ }\n    http-request set-var(txn.id) req.hdr(X-Request-ID)' \
-    -e "s|errorfile 502 .*|http-error status 502 $ours hdr Retry-After 1 string '{\"error\": \"the server that had this request is gone; retry after the time given\"}'|" \
-    -e "s|errorfile 503 .*|http-error status 503 $ours hdr Retry-After 1 string '{\"error\": \"no replica is ready; retry after the time given\"}'|" \
+    -e "s|errorfile 502 .*|http-error status 502 $ours hdr Retry-After 1 string '{\"error\": \"the server that had this request is gone; retry after the time in Retry-After\"}'|" \
+    -e "s|errorfile 503 .*|http-error status 503 $ours hdr Retry-After 1 string '{\"error\": \"no replica is ready; retry after the time in Retry-After\"}'|" \
     -e "s|errorfile 504 .*|http-error status 504 $ours string '{\"error\": \"no replica has answered in time; allow more time\"}'|" \
     -e "s|return status 404 .*|return status 404 $ours string '{\"error\": \"no model is at this path\"}'|" \
     -e '/^frontend prometheus/,/mode/s|bind :|bind 127.0.0.1:|' \

@@ -6,6 +6,7 @@ The table in `workers/scheduling/__init__.py` is written from its output, by han
 """
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +48,9 @@ class Scenario:
     batch_size: int = 8
     instances: int = 1
     slower: Callable[[float, random.Random], float] = lambda now, rng: 1.0
-    users: int = 0  # who ask again a moment after each answer, besides
+    users: int = 0  # closed loops that ask again 1 to 3 ms after each answer
+    budget_s: float = 10.0
+    target_s: float = 0.5
 
 
 class Outcome(NamedTuple):
@@ -102,6 +105,16 @@ def scenarios() -> Iterator[Scenario]:
     yield Scenario("a giant of 4 s every other second", sorted([*poisson(100, 40), *giants]))
     hopeless = [Request(0.5 + n / 2, [15_000]) for n in range(120)]
     yield Scenario("few requests, and giants of 30 s", sorted([*poisson(1, 60), *hopeless]))
+    rejected = [Request(n / 10, [50_000]) for n in range(200)]
+    yield Scenario("2x overload, and giants that are rejected", sorted([*poisson(440, 20), *rejected]))
+    yield Scenario("2x overload, 0.3 s allowed", poisson(440, 20), budget_s=0.3, target_s=0)
+    yield Scenario(
+        "2x overload, noisy, 0.3 s allowed", poisson(440, 20), slower=noise, budget_s=0.3, target_s=0
+    )
+    yield Scenario(
+        "5x overload, large batches, 1 s allowed", poisson(2000, 10), batch_size=64, budget_s=1, target_s=0
+    )
+    yield Scenario("the only instance stalls 20 s", poisson(150, 40), slower=stalls(5, 20))
     yield Scenario("one of 2 instances stalls 8 s", poisson(330, 20), instances=2, slower=stalls(5, 8))
     yield Scenario("32 users who come back", [], a=0.1, b=0.0, batch_size=32, users=32)
 
@@ -129,7 +142,12 @@ def run(scenario: Scenario) -> Outcome:
             await asyncio.sleep(rng.uniform(0.001, 0.003))
 
     async def traffic() -> float:
-        loop = ModelLoop(batch_size=scenario.batch_size, max_queue=10_000)
+        loop = ModelLoop(
+            batch_size=scenario.batch_size,
+            max_queue=10_000,
+            budget_s=scenario.budget_s,
+            target_s=scenario.target_s,
+        )
         sizes = [1, scenario.batch_size // 2 + 1, scenario.batch_size]
         await loop.cost_model.warm_up(model, [[(1, 1)] * n for n in sizes], loop.now)
         consumers = [asyncio.create_task(loop.consume(model)) for _ in range(scenario.instances)]
@@ -149,7 +167,8 @@ def run(scenario: Scenario) -> Outcome:
     with asyncio.Runner(loop_factory=VirtualClock) as runner:
         seconds = runner.run(traffic())
     n = len(latencies_s)
-    return Outcome(n / seconds, float(np.quantile(latencies_s, 0.99)), late[0] / (n + late[0]))
+    p99_s = float(np.quantile(latencies_s, 0.99)) if n else math.inf
+    return Outcome(n / seconds, p99_s, late[0] / max(1, n + late[0]))
 
 
 @contextmanager

@@ -170,9 +170,11 @@ class TokenLoop:
             return None
         retry_after_s = first_s - budget_s / 2  # when half of the backlog that is too much is gone, and a bit
         if scheduler.waiting and self.waiting_tokens + prompt > self.most_waiting:
-            return Rejected("the queue is full; retry after the time given", first_s)
+            return Rejected("the queue is full; retry after the time in Retry-After", first_s)
         if needed_s > budget_s:
-            sentence = f"the first token would take {math.ceil(first_s)} s; retry after the time given"
+            sentence = (
+                f"the first token would take {math.ceil(first_s)} s; retry after the time in Retry-After"
+            )
             return Rejected(sentence, retry_after_s)
         return None
 

@@ -66,9 +66,9 @@ def on_starting(server: Any) -> None:
     owner = (-1, -1) if cfg.uid == os.geteuid() else (cfg.uid, cfg.gid)
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = temporary_folder("metrics", *owner)
     if _settings.LOG_FORMAT == "json":
-        from workers.observability.request_log import speak_json
+        from workers.observability.request_log import log_json
 
-        speak_json()
+        log_json()
     from workers.gunicorn.succession import Succession  # Prometheus looks for the folder when it is imported
 
     server.manage_workers = Succession(server)

@@ -27,7 +27,7 @@ from workers.gunicorn import common
 from workers.web.replies import CLIENT_GONE, CLOSE
 
 STEP_BYTES = 65_536
-LEFT: Message = {"type": "http.disconnect"}
+DISCONNECTED: Message = {"type": "http.disconnect"}
 
 
 class WSGIAdapter:
@@ -47,42 +47,44 @@ class WSGIAdapter:
         atexit.register(lambda: self.call(self.lifespan.__aexit__(None, None, None)))
 
     def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Run it on the event loop; wait for what it returns."""
+        """Run it on the event loop; return what it returns."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        exchange = WSGIRequest(environ)
-        running = asyncio.run_coroutine_threadsafe(exchange.run(self.app, self.state), self.loop)
-        running.add_done_callback(lambda _: exchange.stream.put(None))
-        first = exchange.stream.get()
+        wsgi_request = WSGIRequest(environ)
+        running = asyncio.run_coroutine_threadsafe(wsgi_request.run(self.app, self.state), self.loop)
+        running.add_done_callback(lambda _: wsgi_request.stream.put(None))
+        first = wsgi_request.stream.get()
         if first is None:
             running.result()
-        if exchange.reply.status_code == CLIENT_GONE:
+        if wsgi_request.reply.status_code == CLIENT_GONE:
             raise ConnectionResetError(errno.ECONNRESET, "so Gunicorn closes without a word")
         gunicorn = start_response.__self__
-        if exchange.is_unread() or exchange.reply.headers.get("Connection") == "close":
+        if wsgi_request.is_unread() or wsgi_request.reply.headers.get("Connection") == "close":
             gunicorn.force_close()  # it ignores the header itself
         if first is not None:
-            exchange.reply.response = self.parts(exchange, first, running)
-        body = exchange.reply(environ, start_response)
+            wsgi_request.reply.response = self.parts(wsgi_request, first, running)
+        body = wsgi_request.reply(environ, start_response)
         if gunicorn.should_close():
             # Nothing more is read. Frees the thread that waits for the rest of a body, and Gunicorn, which would wait
             # 2 s for the client to close its side, gthread all the while in the thread that accepts the others.
             # Of a stream only at its end: until then the connection tells when its client leaves.
-            exchange.stop_reading() if first is None else exchange.reply.call_on_close(exchange.stop_reading)
+            wsgi_request.stop_reading() if first is None else wsgi_request.reply.call_on_close(
+                wsgi_request.stop_reading
+            )
         return body
 
-    def parts(self, exchange: "WSGIRequest", first: bytes, running: "Future[None]") -> Iterator[bytes]:
-        """The parts of a reply as they come. The next one is asked for when Gunicorn has sent the last one."""
+    def parts(self, wsgi_request: "WSGIRequest", first: bytes, running: "Future[None]") -> Iterator[bytes]:
+        """Yield the parts of a reply as they come. The next one is asked for when Gunicorn has sent the last one."""
         part: bytes | None = first
         try:
             while part is not None:
                 yield part
                 common.heartbeat()  # a sync worker's own come between requests only
-                self.loop.call_soon_threadsafe(exchange.is_taken.set)
-                part = exchange.stream.get()
+                self.loop.call_soon_threadsafe(wsgi_request.is_taken.set)
+                part = wsgi_request.stream.get()
             running.result()
-            if not exchange.is_whole:
+            if not wsgi_request.is_whole:
                 raise ConnectionResetError(errno.ECONNRESET, "so Gunicorn closes, and the client sees no end")
         finally:
             running.cancel()
@@ -110,18 +112,18 @@ class WSGIRequest:
         await app(self.scope(state), self.receive, self.send)
 
     async def receive(self) -> Message:
-        """The next part of the body; that the client has left, as soon as it has."""
+        """Return the next part of the body; that the client has disconnected, as soon as it has."""
         if self.is_read:
             await self.left()
-            return LEFT
+            return DISCONNECTED
         try:
             # In steps, as the body may be longer than is allowed; from a thread, as the client may stall.
             part = await asyncio.to_thread(self.request.environ["wsgi.input"].read, STEP_BYTES)
         except OSError:  # NoMoreData, for one
-            return LEFT
+            return DISCONNECTED
         except ParseException:
             if has_left(self.connection):
-                return LEFT
+                return DISCONNECTED
             raise HTTPException(
                 400, "the chunks of the body can't be read; send it with a length", CLOSE
             ) from None
@@ -129,7 +131,7 @@ class WSGIRequest:
         ended = len(part) < STEP_BYTES
         self.is_read = ended if self.chunked else self.missing == 0
         if (ended and not self.is_read) or (self.is_read and has_left(self.connection)):
-            return LEFT
+            return DISCONNECTED
         return {"type": "http.request", "body": part, "more_body": not self.is_read}
 
     async def send(self, message: Message) -> None:
@@ -160,7 +162,7 @@ class WSGIRequest:
             socket.socket.shutdown(self.connection, socket.SHUT_RD)
 
     def is_unread(self) -> bool:
-        """Whether there is more of the body than the app has read: it must not be taken for the next request."""
+        """Return whether there is more of the body than the app has read: it must not be taken for the next request."""
         return (self.chunked or self.missing > 0) and not self.is_read
 
     async def left(self) -> None:
@@ -175,7 +177,7 @@ class WSGIRequest:
             await loop.create_future()  # that is its next request already: it's there
 
     def scope(self, state: dict[str, Any]) -> Scope:
-        """What ASGI says about a request."""
+        """Return the request as ASGI describes it."""
         request = self.request
         return {
             "type": "http",
@@ -195,7 +197,7 @@ class WSGIRequest:
 
 
 def has_left(connection: socket.socket) -> bool:
-    """Whether the client has closed the connection, or its side of it. Looks below TLS, which knows no peeking."""
+    """Return whether the client has closed the connection, or its side of it. Peeks below TLS, which can't peek."""
     try:
         return not socket.socket.recv(connection, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:

@@ -1,10 +1,10 @@
-"""LOG_FORMAT=json: one line a request, and all else that the server says, as JSON. Never what was asked or answered.
+"""LOG_FORMAT=json: one line per request, and every other log record, as JSON. Never an input or an answer.
 
     {"time":"2026-11-26T00:00:00.000+00:00","level":"INFO","message":"request","id":"e60b…","method":"POST","path":"/",
      "status":200,"ms":9.1,"inputs":1,"queue_ms":0.1,"model_ms":8.4,"batch_size":4,"dispatched_because":"empty"}
 
-Probes and pages that go well have no line. Of refusals (503) the first REJECTIONS_PER_S in each second have one; the next line
-after a gap says in "unlogged" how many have not.
+Successful probes and pages have no line. Of rejections (503) the first REJECTIONS_PER_S in each second have one; the next
+line after a gap says in "unlogged" how many were left out.
 """
 
 import json
@@ -15,41 +15,40 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from workers.context import RequestContext, context_of
-from workers.jobs import slowest
+from workers.context import RequestContext, context_of, slowest
+from workers.observability import MAX_PATH_CHARS
 from workers.settings import Settings
 
 log = logging.getLogger("uvicorn.error")
 
 REJECTIONS_PER_S = 10
-MOST_OF_A_PATH = 200  # of 64 KB
 
 
 def logged(app: ASGIApp, settings: Settings) -> ASGIApp:
-    """The app with a line for each request, where LOG_FORMAT asks for it; else the app itself."""
+    """Return the app with a log line for each request if LOG_FORMAT asks for it, else the app itself."""
     if settings.LOG_FORMAT != "json":
         return app
-    speak_json()
-    access = logging.getLogger("uvicorn.access")  # would say the same again, as text
+    log_json()
+    access = logging.getLogger("uvicorn.access")  # would log the same again, as text
     access.handlers, access.propagate = [], False
     return RequestLog(app)
 
 
-def speak_json() -> None:
-    """Let the servers' own lines be JSON, too, from now on."""
+def log_json() -> None:
+    """Let uvicorn and Gunicorn log JSON, too, from now on."""
     for name in ("uvicorn", "uvicorn.error", "gunicorn.error"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(Json())
-    if logging.lastResort:  # of who has no handler: OpenTelemetry, the model's libraries
+    if logging.lastResort:  # for loggers without a handler: OpenTelemetry, the model's libraries
         logging.lastResort.setFormatter(Json())
 
 
 class RequestLog:
-    """Sees every request end, and says how."""
+    """Middleware that logs how each request ended."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self.second, self.refusals, self.unlogged = 0, 0, 0
+        self.second, self.rejections, self.unlogged = 0, 0, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -65,30 +64,30 @@ class RequestLog:
         try:
             await self.app(scope, receive, listening)
         finally:
-            if (scope["method"] == "POST" or status >= 400) and not self.leaves_out(status):
-                fields = said(scope, context, status)
+            if (scope["method"] == "POST" or status >= 400) and not self.is_left_out(status):
+                fields = request_fields(scope, context, status)
                 if self.unlogged:
                     fields["unlogged"], self.unlogged = self.unlogged, 0
                 log.info("request", extra={"fields": fields})
 
-    def leaves_out(self, status: int) -> bool:
-        """Whether this second has had enough of these."""
+    def is_left_out(self, status: int) -> bool:
+        """Return whether this second has had enough lines of rejections."""
         if status != 503:
             return False
         if (second := int(time.monotonic())) != self.second:
-            self.second, self.refusals = second, 0
-        self.refusals += 1
-        too_many = self.refusals > REJECTIONS_PER_S
+            self.second, self.rejections = second, 0
+        self.rejections += 1
+        too_many = self.rejections > REJECTIONS_PER_S
         self.unlogged += too_many
         return too_many
 
 
-def said(scope: Scope, context: RequestContext, status: int) -> dict[str, Any]:
-    """What there is to say of a request: of several inputs, how the slowest fared."""
+def request_fields(scope: Scope, context: RequestContext, status: int) -> dict[str, Any]:
+    """Return the fields of a request's line; of several inputs, the times of the slowest."""
     fields = {
         "id": context.request_id,
         "method": scope["method"],
-        "path": scope["path"][:MOST_OF_A_PATH],
+        "path": scope["path"][:MAX_PATH_CHARS],
         "status": status,
         "ms": round((time.monotonic() - context.arrived_at) * 1000, 2),
     }
@@ -107,7 +106,7 @@ def said(scope: Scope, context: RequestContext, status: int) -> dict[str, Any]:
 
 
 class Json(logging.Formatter):
-    """A record as a line of JSON."""
+    """Formats a record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
         fields: dict[str, Any] = {
@@ -118,5 +117,5 @@ class Json(logging.Formatter):
         }
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
-        # ASCII: a path may hold U+2028 or a terminal's orders.
+        # ASCII: a path may hold U+2028 or a terminal's control characters.
         return json.dumps(fields, separators=(",", ":"))

@@ -1,10 +1,10 @@
-"""OpenTelemetry traces, where an `OTEL_*` variable asks for them (`pip install -r requirements-optional.txt`).
+"""OpenTelemetry traces, if an `OTEL_*` variable asks for them (`pip install -r requirements-optional.txt`).
 
     OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318 uvicorn server:app
     OTEL_TRACES_EXPORTER=console uvicorn server:app
 
-A POST is a span, a child of its client's where it sends `traceparent`; its own children are its time in the queue and in the
-model. What was asked and answered is in none of them. OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER and
+A POST is a span, a child of the client's if the client sends `traceparent`; its own children are its time in the queue and in
+the model. No span has an input or an answer. OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER and
 the exporter's variables mean what they always mean.
 """
 
@@ -18,27 +18,26 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from workers.context import context_of
-from workers.jobs import slowest
+from workers.context import context_of, slowest
+from workers.observability import MAX_PATH_CHARS
 from workers.offload import in_thread
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 FLUSH_S = 1.0
-MOST_OF_A_PATH = 200  # of 64 KB
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_PROTOCOL", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
 
 
 def traced(app: ASGIApp) -> ASGIApp:
-    """The app with a span for each request, where they are asked for; else the app itself."""
-    told = os.environ
-    exporter = told.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(told.get, ENDPOINTS)) else "none")
-    if exporter == "none" or told.get("OTEL_SDK_DISABLED", "").lower() == "true":
+    """Return the app with a span for each request if the environment asks for traces, else the app itself."""
+    env = os.environ
+    exporter = env.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(env.get, ENDPOINTS)) else "none")
+    if exporter == "none" or env.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return app
     if exporter not in ("otlp", "console"):
         raise SystemExit(
             f"OTEL_TRACES_EXPORTER={exporter!r} is not allowed: it must be otlp, console or none"
         )
-    if "grpc" in map(told.get, PROTOCOLS):
+    if "grpc" in map(env.get, PROTOCOLS):
         raise SystemExit("OTEL_EXPORTER_OTLP_PROTOCOL='grpc' is not allowed: it must be http/protobuf")
     try:
         return Traces(app, provider(exporter))
@@ -49,18 +48,18 @@ def traced(app: ASGIApp) -> ASGIApp:
 
 
 def provider(exporter: str) -> Any:
-    """Where spans go, in batches, from a thread of their own."""
+    """Return the TracerProvider that exports spans in batches, from a thread of its own."""
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
 
-    made = TracerProvider()
+    tracers = TracerProvider()
     if exporter == "console":
-        made.add_span_processor(BatchSpanProcessor(ConsoleSpanExporter()))
+        tracers.add_span_processor(BatchSpanProcessor(ConsoleSpanExporter()))
     else:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return made
+        tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return tracers
 
 
 class Traces:
@@ -80,12 +79,12 @@ class Traces:
             return await self.app(scope, receive, partial(self.send_after_flush, send))
         if scope["type"] != "http" or scope["method"] != "POST":
             return await self.app(scope, receive, send)
-        sent = {
+        parent = {
             name.decode(): value.decode("latin-1")
             for name, value in scope["headers"]
             if name in (b"traceparent", b"tracestate")
         }
-        span = self.tracer.start_span("POST", self.extract(sent), kind=self.otel.SpanKind.SERVER)
+        span = self.tracer.start_span("POST", self.extract(parent), kind=self.otel.SpanKind.SERVER)
         context_of(scope).trace_id = f"{span.get_span_context().trace_id:032x}"
         status, replied_at = 0, 0
 
@@ -105,20 +104,20 @@ class Traces:
             span.end()
 
     async def send_after_flush(self, send: Send, message: Message) -> None:
-        """Let the last spans go out before the end: uvicorn ends with the signal that ended it, past every atexit."""
+        """Export the last spans before the end: uvicorn ends by the signal that ended it, past every atexit."""
         if message["type"] == "lifespan.shutdown.complete":
-            with contextlib.suppress(TimeoutError):  # nobody is there to take them
+            with contextlib.suppress(TimeoutError):  # no collector takes them
                 async with asyncio.timeout(FLUSH_S):
                     await in_thread(self.provider.force_flush)
         await send(message)
 
     def describe(self, span: Any, scope: Scope, status: int, replied_at: int) -> None:
-        """Say of the span what is known once the request has ended: of several inputs, how the slowest fared."""
+        """Set what is known once the request has ended; of several inputs, the times of the slowest."""
         context = context_of(scope)
-        if context.route:  # else anybody could invent names
+        if context.route:  # else clients could invent names
             span.update_name(f"POST {context.route}")
         span.set_attribute("http.request.method", "POST")
-        span.set_attribute("url.path", scope["path"][:MOST_OF_A_PATH])
+        span.set_attribute("url.path", scope["path"][:MAX_PATH_CHARS])
         span.set_attribute("http.response.status_code", status)
         span.set_attribute("request.id", context.request_id)
         if status >= 500 or not status:

@@ -15,9 +15,9 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from workers.context import ErrorBody
+from workers.context import ErrorBody, slowest
 from workers.errors import Late, Malformed, ModelFailed, Rejected, Unprocessable
-from workers.jobs import Answer, slowest
+from workers.jobs import Answer
 from workers.tasks import Media
 
 log = logging.getLogger("uvicorn.error")
