@@ -12,11 +12,14 @@ OUTSIZED = 20
 USUAL_SHARE = 0.05
 # A call that takes this many times its fixed cost already gives 19/20 of what batching can give at most.
 PAYS = 20
-# Parts of the time limit that a batch may take: where enough work comes to fill it, and where it does not pay any more.
-HALF, EIGHTH = 1 / 2, 1 / 8
-PLAN_EVERY_S = 0.001  # shorter calls share a plan
-RATE_OVER_S = 1.0  # the offered load is averaged over about so long
-EPSILON = 1e-9  # a sum of sizes that just fits must not need another batch because it was rounded
+# A batch may always take this part of the time limit, if it is not larger than pays; and this part even if it is.
+LIMIT_PART, ANY_SIZE_PART = 1 / 2, 1 / 8
+# Shorter calls share a plan.
+PLAN_EVERY_S = 0.001
+# The offered load is averaged over about so long.
+RATE_OVER_S = 1.0
+# A sum of sizes that just fits must not need another batch because it was rounded.
+EPSILON = 1e-9
 
 
 class Estimate(NamedTuple):
@@ -70,8 +73,8 @@ class WaitEstimate:
         rate = (self.queue.singles.rate + self.queue.lists.rate) / instances
         if b:
             filled_in_time = rate * (limit_s - a) / (1 + rate * b)
-            most = max((HALF * limit_s - a) / b, filled_in_time)
-            pays = max((EIGHTH * limit_s - a) / b, (PAYS - 1) * a / b)
+            most = max((LIMIT_PART * limit_s - a) / b, filled_in_time)
+            pays = max((ANY_SIZE_PART * limit_s - a) / b, (PAYS - 1) * a / b)
             usual_size = self.usual_size or 1
             self.affordable = max(1, min(most, pays) // usual_size) * usual_size
         else:  # a larger batch costs the same, as far as is known
