@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import subprocess
+import sys
 from typing import Any
 
 import httpx2
@@ -50,3 +52,14 @@ def test_package_exports_what_the_page_imports() -> None:
     assert all(getattr(workers, name) for name in names.split(", "))
     with pytest.raises(AttributeError, match="has no attribute 'Nonsense'"):
         workers.Nonsense  # noqa: B018
+
+
+def test_loop_needs_nothing_but_python() -> None:
+    code = (
+        "import sys; before = set(sys.modules); from workers import ModelLoop, Thread; ModelLoop(batch_size=8); Thread(print)\n"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)"
+    )
+    modules = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert modules.stdout.split() == ["workers"]
