@@ -83,7 +83,7 @@ def test_who_has_a_key_is_answered(locked: Server, headers: dict[str, str]) -> N
         {"Authorization": "Basic first-key-0123"},
     ],
 )
-def test_who_has_none_is_told_how_to_send_one(locked: Server, headers: dict[str, str]) -> None:
+def test_request_without_a_key_learns_how_to_send_one(locked: Server, headers: dict[str, str]) -> None:
     reply = post(locked, TEXT, **headers)
     assert reply.status == 401
     assert reply.headers["WWW-Authenticate"] == 'Bearer realm="model"'
@@ -105,7 +105,7 @@ def test_no_key_is_ever_shown(locked: Server) -> None:
     assert "key-0123" not in repr(Settings(API_KEY=KEYS))
 
 
-def test_a_wrong_key_setting_ends_with_a_sentence_that_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_key_setting_ends_with_a_sentence_that_hides_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEY", "two words")
     with pytest.raises(SystemExit, match="API_KEY=… is not allowed"):
         Settings.read()
@@ -117,7 +117,7 @@ def test_metrics_may_be_opened(mode: str) -> None:
         assert get(server, "/info").status == 401
 
 
-def test_a_browser_and_openapi_know_of_the_key(locked: Server) -> None:
+def test_browser_and_openapi_know_of_the_key(locked: Server) -> None:
     with_key = request("GET", "/openapi.json", x_api_key="first-key-0123")
     said = say(locked, with_key).json["paths"]
     assert "security" in said["/"]["post"] and "401" in said["/"]["post"]["responses"]
@@ -137,20 +137,20 @@ def test_on_loopback_its_own_names_are_known(server: Server, host: str) -> None:
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "10.0.0.1", "[", "0"]
 )
-def test_on_loopback_a_foreign_name_is_refused(server: Server, host: str) -> None:
+def test_on_loopback_a_foreign_name_is_rejected(server: Server, host: str) -> None:
     reply = posted(server, host)
     assert reply.status == 403
     assert "ALLOWED_HOSTS" in reply.error
 
 
-def test_a_page_from_elsewhere_may_not_ask_but_its_own_may(server: Server) -> None:
+def test_page_from_elsewhere_may_not_ask_but_its_own_may(server: Server) -> None:
     for origin in ("http://evil.example", "null", "http://localhost:3000", ""):
         reply = posted(server, "localhost:8000", Origin=origin)
         assert reply.status == 403 and "CORS_ORIGINS" in reply.error
     assert posted(server, "localhost:8000", Origin="http://localhost:8000").status == 200
 
 
-def test_who_is_refused_is_counted_and_has_an_id(server: Server) -> None:
+def test_rejected_request_is_counted_and_has_an_id(server: Server) -> None:
     reply = posted(server, "evil.example", X_Request_ID="mine")
     assert reply.headers["X-Request-ID"] == "mine"
     assert b'model_requests_total{status="403"}' in get(server, "/metrics").body
@@ -355,7 +355,7 @@ def test_so_do_those_of_a_second_request(patient: Server) -> None:
         assert hear(connection).status == 408
 
 
-def test_a_body_that_nobody_wants_is_not_waited_for_either(patient: Server) -> None:
+def test_body_that_nobody_wants_is_not_waited_for_either(patient: Server) -> None:
     with dial(patient) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999\r\n\r\n")
         assert hear(connection).status == 413
@@ -363,7 +363,7 @@ def test_a_body_that_nobody_wants_is_not_waited_for_either(patient: Server) -> N
         assert connection.recv(1) == b""
 
 
-def test_a_request_that_takes_longer_than_its_headers_may_is_answered(patient: Server) -> None:
+def test_request_that_takes_longer_than_its_headers_may_is_answered(patient: Server) -> None:
     words = "word " * 3000 + "[MASK]"  # 0.9 s
     assert post(patient, words).status == 200
 
@@ -395,7 +395,7 @@ def test_half_a_request_behind_one_that_runs_does_not_end_it(patient: Server) ->
         assert hear(connection).status == 200
 
 
-def test_a_reply_before_the_end_of_a_long_body_arrives_though_the_connection_is_closed(
+def test_reply_before_the_end_of_a_long_body_arrives_though_the_connection_is_closed(
     patient: Server,
 ) -> None:
     """As behind a proxy that closes each connection: without more ado the system would reset it."""
@@ -431,7 +431,7 @@ async def answers(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-def test_who_has_just_connected_when_the_server_stops_is_answered_and_who_says_nothing_is_let_go(
+def test_new_connection_is_answered_when_the_server_stops_and_a_silent_one_is_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def asks() -> None:
@@ -454,7 +454,7 @@ def test_who_has_just_connected_when_the_server_stops_is_answered_and_who_says_n
     asyncio.run(is_silent())
 
 
-def test_a_worker_gives_its_heartbeat_though_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_gives_its_heartbeat_though_the_clock_is_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     beats: list[float] = []
 
     async def notify() -> None:
@@ -510,7 +510,7 @@ def test_tls_by_the_servers_own_flags(tmp_path: Path) -> None:
         assert b"thing" in until(answer)
 
 
-def test_a_reply_leaves_in_one_piece_and_a_streams_head_at_once() -> None:
+def test_reply_leaves_in_one_piece_and_a_streams_head_at_once() -> None:
     sent: list[bytes] = []
     transport = Mock(write=sent.append)
     loop = Mock()

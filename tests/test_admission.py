@@ -215,7 +215,7 @@ def test_under_lasting_overload_the_wait_stays_near_the_target_at_the_full_and_s
 
 
 @pytest.mark.parametrize(("law", "batch_size", "instances"), [LAWS[0], LAWS[3], LAWS[5]], ids=str)
-def test_a_burst_on_an_idle_server_is_admitted_whole_also_after_others(
+def test_burst_on_an_idle_server_is_admitted_whole_also_after_others(
     law: Law, batch_size: int, instances: int
 ) -> None:
     times = [0.0] * 200 + [30.0] * 200
@@ -224,7 +224,7 @@ def test_a_burst_on_an_idle_server_is_admitted_whole_also_after_others(
 
 
 @pytest.mark.parametrize(("law", "batch_size", "instances"), LAWS, ids=str)
-def test_below_its_rate_a_server_refuses_hardly_anybody(law: Law, batch_size: int, instances: int) -> None:
+def test_below_capacity_hardly_any_request_is_rejected(law: Law, batch_size: int, instances: int) -> None:
     rate = 0.8 * instances * law.rate(batch_size)
     ends = simulate(law, poisson(law, rate, 5000 / rate), instances, batch_size=batch_size)
     assert sum(end.outcome is Answer for end in ends) >= 0.99 * len(ends)
@@ -297,7 +297,7 @@ def test_one_call_twenty_times_too_slow_moves_what_is_predicted_by_less_than_a_t
 
 
 @pytest.mark.parametrize("factor", [3, 1 / 3, 20, 1 / 20])
-def test_a_model_that_has_become_slower_or_faster_for_good_is_followed_within_four_calls(
+def test_model_that_has_become_slower_or_faster_for_good_is_followed_within_four_calls(
     factor: float,
 ) -> None:
     law, cost_model = Law(0.004, 0.001), CostModel()
@@ -316,7 +316,7 @@ def test_calls_too_short_for_the_clock_do_not_keep_longer_ones_from_being_learnt
     assert cost_model.predict_s(1) == pytest.approx(0.1, rel=0.05)
 
 
-def test_a_day_of_single_texts_does_not_forget_how_long_a_batch_takes() -> None:
+def test_day_of_single_texts_does_not_forget_how_long_a_batch_takes() -> None:
     law, cost_model = Law(0.004, 0.001), CostModel()
     for size in (1, 8, 32) + (1,) * 10_000:
         cost_model.observe(size, law.seconds(size))
@@ -332,7 +332,7 @@ def test_noise_is_answered_by_a_margin() -> None:
     assert 1.3 < cost_model.margin < 1.7
 
 
-def test_a_server_that_warmed_up_on_a_busy_machine_admits_what_it_can_do() -> None:
+def test_server_that_warmed_up_on_a_busy_machine_admits_what_it_can_do() -> None:
     async def everything() -> None:
         slow = iter([1, 20, 1, 1, 1, 15, 1, 1, 30, 1, 1, 1])  # of three batches, four times
 

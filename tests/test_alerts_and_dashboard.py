@@ -69,7 +69,7 @@ def test_prometheus_own_linter_finds_nothing_in_the_metrics(monkeypatch: pytest.
 
 
 @needs_proc
-def test_the_machine_is_told_with_the_models_own_processes() -> None:
+def test_process_metrics_count_the_models_own_processes() -> None:
     child = subprocess.Popen([sys.executable, "-c", "x = bytearray(50_000_000)\nwhile True: pass"])
     try:
         until(lambda: psutil.Process(child.pid).memory_info().rss > 50e6)
@@ -107,7 +107,7 @@ def test_to_look_while_no_more_files_can_be_opened_does_not_end_the_server() -> 
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_blocked_event_loop_shows_in_its_lag() -> None:
+def test_blocked_event_loop_shows_in_its_lag() -> None:
     metrics = Metrics()
     looker = machine.ProcessMetrics(metrics, list)
 
@@ -119,7 +119,7 @@ def test_a_blocked_event_loop_shows_in_its_lag() -> None:
     assert samples(metrics)["model_event_loop_lag_seconds_sum"] > 0.25
 
 
-def test_every_gpu_is_told_and_one_that_cannot_tell_all_tells_the_rest(
+def test_every_gpu_is_measured_and_one_without_some_values_shows_the_rest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(FAKE_NVML)
@@ -174,7 +174,7 @@ def test_every_alert_fires_in_promtools_test() -> None:
 # --- the dashboard ----------------------------------------------------------------------------------------------------
 
 
-def test_the_dashboard_is_what_its_code_makes() -> None:
+def test_dashboard_is_what_its_code_makes() -> None:
     assert grafana.FILE.read_text() == grafana.text(), "it is stale: python -m deploy.monitoring.grafana"
 
 
@@ -242,7 +242,7 @@ def holes(url: str, asked: dict[str, str]) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")
 @pytest.mark.skipif(not shutil.which("prometheus"), reason="prometheus is not installed")
-def test_a_real_prometheus_finds_a_number_for_every_expression(
+def test_real_prometheus_finds_a_number_for_every_expression(
     tmp_path: Path, crowd: Crowd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics_bind, over = f"127.0.0.1:{free_port()}", threading.Event()

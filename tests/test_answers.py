@@ -94,7 +94,7 @@ def test_numbers_that_a_pipeline_leaves_to_numpy_are_json(tmp_path: Path) -> Non
         assert sent["word"] == found["word"] and sent["score"] == pytest.approx(float(found["score"]))
 
 
-def test_a_model_whose_tokenizer_cannot_pad_is_served_all_the_same(tmp_path: Path) -> None:
+def test_model_whose_tokenizer_cannot_pad_is_served_all_the_same(tmp_path: Path) -> None:
     where = save(tmp_path, "bert", make_model("bert", "SequenceClassification"))
     tokenizer = make_tokenizer("bert")
     tokenizer.pad_token = None
@@ -107,7 +107,7 @@ def test_a_model_whose_tokenizer_cannot_pad_is_served_all_the_same(tmp_path: Pat
         assert one == [{**other[0], "score": pytest.approx(other[0]["score"])}]
 
 
-def test_a_pickled_model_is_not_loaded(tmp_path: Path) -> None:
+def test_pickled_model_is_not_loaded(tmp_path: Path) -> None:
     model = make_model("bert", "MaskedLM")
     where = save(tmp_path, "bert", model)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
@@ -130,19 +130,19 @@ def test_a_pickled_model_is_not_loaded(tmp_path: Path) -> None:
         ("a [MASK]", {"top_k": 40_000}, "the model knows 30522 tokens"),
     ],
 )
-def test_what_the_model_cannot_answer_is_refused_with_a_sentence_that_says_what_to_send(
+def test_input_that_the_model_cannot_answer_is_rejected_with_a_sentence_that_says_what_to_send(
     text: str, parameters: dict[str, Any], problem: str
 ) -> None:
     with pytest.raises(Unprocessable, match=problem):
         tasks.make(Settings(MAX_TOP_K=50_000)).check(text, parameters)
 
 
-def test_a_target_that_is_no_word_is_left_out_beside_one_that_is() -> None:
+def test_target_that_is_not_a_word_is_left_out_beside_one_that_is() -> None:
     assert tasks.make(Settings()).check("a [MASK]", {"targets": ["\u200d", "city"], "top_k": 5})
 
 
 @pytest.mark.slow
-def test_the_bundled_model_reaches_the_scores_of_its_card(oracle: Any) -> None:
+def test_bundled_model_reaches_the_scores_of_its_card(oracle: Any) -> None:
     import runpy
 
     evaluate = runpy.run_path(str(HERE / "models" / "minilm-mlm" / "evaluate.py"))

@@ -46,7 +46,7 @@ async def users(loop: ModelLoop, n: int, until_s: float, rng: random.Random, **o
 
 @pytest.mark.parametrize("instances", [1, 2, 4])
 @on_virtual_clock
-async def test_users_who_come_back_at_once_share_calls_instead_of_splitting_them(instances: int) -> None:
+async def test_returning_users_share_calls_instead_of_splitting_them(instances: int) -> None:
     """Greedy batching answers 158, 188 and 225 a second of 310: sizes 1, 31, 1, 31."""
     async with serving(*[Flat() for _ in range(instances)], batch_size=32) as loop:
         warm(loop)
@@ -88,7 +88,7 @@ async def held(loop: ModelLoop, n: int = 4) -> list[asyncio.Task[Answer]]:
 
 
 @on_virtual_clock
-async def test_hold_ends_when_all_who_were_expected_came() -> None:
+async def test_hold_ends_when_all_expected_jobs_came() -> None:
     metrics = Metrics()
     async with serving(Flat(), batch_size=32, metrics=metrics) as loop:
         task = await held(loop)
@@ -100,7 +100,7 @@ async def test_hold_ends_when_all_who_were_expected_came() -> None:
 
 
 @on_virtual_clock
-async def test_hold_ends_when_those_who_were_expected_do_not_come() -> None:
+async def test_hold_ends_when_the_expected_jobs_do_not_come() -> None:
     async with serving(Flat(), batch_size=32) as loop:
         (task,) = await held(loop)
         answer = await task

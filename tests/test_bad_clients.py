@@ -49,7 +49,7 @@ def counted(server: Server, status: int) -> float:
 
 
 @pytest.mark.parametrize("size", [1, 65_535, 65_536, 65_537, 131_072, 200_000])
-def test_a_body_of_any_length_arrives_whole(server: Server, size: int) -> None:
+def test_body_of_any_length_arrives_whole(server: Server, size: int) -> None:
     text = "".join(chr(ord("a") + i % 26) for i in range(size))
     chunks = b"".join(
         b"%x\r\n%s\r\n" % (len(part), part) for part in (text[:1].encode(), text[1:].encode()) if part
@@ -58,7 +58,7 @@ def test_a_body_of_any_length_arrives_whole(server: Server, size: int) -> None:
     assert post(server, chunks + b"0\r\n\r\n", Transfer_Encoding="chunked").json == text
 
 
-def test_a_body_longer_than_allowed_is_a_413_with_and_without_a_length(server: Server) -> None:
+def test_body_longer_than_allowed_is_a_413_with_and_without_a_length(server: Server) -> None:
     body = b"a" * 300_001
     assert post(server, body).status == 413
     reply = post(server, b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), Transfer_Encoding="chunked")
@@ -79,7 +79,7 @@ CUT_OFF = {
 
 
 @pytest.mark.parametrize("where", CUT_OFF)
-def test_a_body_that_is_cut_off_is_not_run(server: Server, where: str) -> None:
+def test_body_that_is_cut_off_is_not_run(server: Server, where: str) -> None:
     run, left = run_so_far(server), counted(server, 499)
     with dial(server) as connection:
         connection.sendall(CUT_OFF[where])
@@ -89,7 +89,7 @@ def test_a_body_that_is_cut_off_is_not_run(server: Server, where: str) -> None:
     assert run_so_far(server) == run
 
 
-def test_clients_that_reset_amid_their_bodies_are_no_errors_of_ours(server: Server) -> None:
+def test_clients_that_reset_amid_their_bodies_are_not_server_errors(server: Server) -> None:
     log, left, errors = len(server.log()), counted(server, 499), counted(server, 500)
     for _ in range(20):
         connection = dial(server)
@@ -113,7 +113,7 @@ def test_chunks_that_are_none_are_a_400(server: Server) -> None:
 
 
 @pytest.mark.parametrize("told", ["nan", "bug"])
-def test_a_failure_nobody_foresaw_is_a_500_in_our_form_and_one_entry_in_the_log(
+def test_failure_nobody_foresaw_is_a_500_in_our_form_and_one_entry_in_the_log(
     server: Server, told: str
 ) -> None:
     log, errors = len(server.log()), counted(server, 500)
@@ -126,7 +126,7 @@ def test_a_failure_nobody_foresaw_is_a_500_in_our_form_and_one_entry_in_the_log(
     assert len(re.findall("ERROR", written)) == 1
 
 
-def test_an_answer_that_is_no_json_spares_the_others_of_its_batch(
+def test_answer_that_is_not_json_spares_the_others_of_its_batch(
     server: Server, crowd: Crowd, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
@@ -142,7 +142,7 @@ def test_an_answer_that_is_no_json_spares_the_others_of_its_batch(
 # --- clients that leave -----------------------------------------------------------------------------------------------
 
 
-def test_the_model_runs_nothing_for_clients_that_have_left(server: Server, mode: str, tmp_path: Path) -> None:
+def test_model_runs_nothing_for_clients_that_have_left(server: Server, mode: str, tmp_path: Path) -> None:
     """On a busy machine the last of them may find a call that takes too long, and are refused."""
 
     def answered_so_far() -> float:
@@ -165,7 +165,7 @@ def test_the_model_runs_nothing_for_clients_that_have_left(server: Server, mode:
     assert run_so_far(server) == run + len(held)
 
 
-def test_a_client_that_closes_its_side_has_left(server: Server, tmp_path: Path) -> None:
+def test_client_that_closes_its_side_has_left(server: Server, tmp_path: Path) -> None:
     """TCP can't tell one that only has nothing more to send."""
     left, gate = counted(server, 499), tmp_path / "gate"
     content = json.dumps({"inputs": {"until": str(gate)}}).encode()
@@ -191,7 +191,7 @@ def test_who_does_not_close_a_closed_connection_holds_nobody_up(server: Server) 
 # --- what is not what it seems ----------------------------------------------------------------------------------------
 
 
-def test_a_text_with_an_upgrade_is_answered_or_refused_with_the_reason(server: Server, mode: str) -> None:
+def test_text_with_an_upgrade_is_answered_or_rejected_with_the_reason(server: Server, mode: str) -> None:
     """As `curl --http2` sends it to a server whose address begins with http."""
     upgrade = {
         "Connection": "Upgrade, HTTP2-Settings",
@@ -223,7 +223,7 @@ def test_other_types_are_a_415(server: Server, content_type: str) -> None:
     assert (reply.status, "send " in reply.error) == (415, True)
 
 
-def test_a_wait_that_is_not_understood_is_ignored(server: Server) -> None:
+def test_wait_that_is_not_understood_is_ignored(server: Server) -> None:
     for prefer in ("wait=0.5s", 'foo="a, wait=0"', "respond-async; wait=0"):
         assert post(server, "a text", Prefer=prefer).status == 200
     assert post(server, "a text", Prefer="respond-async, wait=0").status == 504
@@ -232,7 +232,7 @@ def test_a_wait_that_is_not_understood_is_ignored(server: Server) -> None:
 # --- workers that can't load ------------------------------------------------------------------------------------------
 
 
-def test_a_replacement_that_cannot_load_ends_nobody_else_and_comes_once_it_can(tmp_path: Path) -> None:
+def test_replacement_that_cannot_load_ends_nobody_else_and_comes_once_it_can(tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     mode = Mode("gthread 2x8", "gunicorn -c workers/gunicorn/gthread.conf.py --workers 2")
     with start(mode, {**OBEDIENT, BROKEN: str(broken)}) as server:
@@ -254,7 +254,7 @@ def test_a_replacement_that_cannot_load_ends_nobody_else_and_comes_once_it_can(t
 
 
 @pytest.mark.parametrize("config", ["workers/gunicorn/gthread.conf.py", "gunicorn.conf.py"])
-def test_a_model_that_never_loads_ends_the_start_with_its_reason(tmp_path: Path, config: str) -> None:
+def test_model_that_never_loads_ends_the_start_with_its_reason(tmp_path: Path, config: str) -> None:
     mode = Mode("broken", f"gunicorn -c {config} --workers 2")
     with start(mode, {**OBEDIENT, BROKEN: str(tmp_path)}, wait=False) as server:
         assert server.process.wait(30) != 0

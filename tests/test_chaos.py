@@ -47,7 +47,7 @@ def wrong_of(*pieces: bytes, then_waits: bool = False) -> str:
     return asyncio.run(run()).verdict(may_fail=False, may_be=(), lag_s=60)
 
 
-def test_each_wrong_end_of_a_request_is_told() -> None:
+def test_each_wrong_end_of_a_request_is_reported() -> None:
     right = OK % (len(RIGHT), RIGHT)
     assert wrong_of(right) == ""
     assert wrong_of(right, right).startswith("more than one reply")
@@ -64,7 +64,7 @@ def test_each_wrong_end_of_a_request_is_told() -> None:
 
 
 @pytest.mark.parametrize("how", [by_call, by_stream])
-def test_each_wrong_end_of_a_grpc_call_is_told(how: Any) -> None:
+def test_each_wrong_end_of_a_grpc_call_is_reported(how: Any) -> None:
     def told(*replies: Any, code: grpc.StatusCode = grpc.StatusCode.OK, ours: bool = True) -> str:
         async def serve(requests: Any, context: Any) -> AsyncIterator[Any]:
             # A call that ends while the client still writes loses its status: grpc issue 36066.
@@ -108,7 +108,7 @@ def test_each_wrong_end_of_a_grpc_call_is_told(how: Any) -> None:
         assert told(answered(RIGHT, "other")) == "mixed up"
 
 
-def test_an_error_is_excused_while_its_cause_lasts_and_no_longer() -> None:
+def test_error_is_excused_while_its_cause_lasts_and_no_longer() -> None:
     run = Run("any")
     death = Fault("a death", nothing, bool, may_fail=True)
     stop = Fault("a stop", nothing, bool, may_be=(NOBODY,))
@@ -135,7 +135,7 @@ def test_what_grows_is_a_leak() -> None:
     assert len(Census(3, 30, 21, 200).leaks(before)) == 4
 
 
-def test_the_same_seed_sends_the_same() -> None:
+def test_same_seed_sends_the_same() -> None:
     first, second = (
         [kind(str(i), chance).raw for i, kind in enumerate([*KINDS] * 20)]
         for chance in (random.Random(7), random.Random(7))
@@ -145,7 +145,7 @@ def test_the_same_seed_sends_the_same() -> None:
 
 
 @pytest.mark.slow
-def test_a_short_storm_finds_nothing() -> None:
+def test_short_storm_finds_nothing() -> None:
     """Under Gunicorn, with a model process, where it can be had without /dev/shm and on a disk of 1 MB."""
     name = "starved" if "starved" in possible() else "instances-2"
     assert DEPLOYMENTS[name].env["OFFLOAD"] == "process"

@@ -103,7 +103,7 @@ def statuses(replies: list[Reply]) -> dict[int, int]:
 # --- what comes and goes ----------------------------------------------------------------------------------------------
 
 
-def test_a_killed_replica_costs_nobody_an_answer_and_is_replaced(cluster: Server, crowd: Crowd) -> None:
+def test_killed_replica_costs_nobody_an_answer_and_is_replaced(cluster: Server, crowd: Crowd) -> None:
     with steady(cluster, crowd) as replies:
         for victim in range(3):
             os.kill(ready(cluster)[victim], signal.SIGKILL)
@@ -111,7 +111,7 @@ def test_a_killed_replica_costs_nobody_an_answer_and_is_replaced(cluster: Server
     assert statuses(replies) == {200: len(replies)}
 
 
-def test_a_rolling_restart_costs_nobody_an_answer(cluster: Server, crowd: Crowd) -> None:
+def test_rolling_restart_costs_nobody_an_answer(cluster: Server, crowd: Crowd) -> None:
     old = ready(cluster)
     with steady(cluster, crowd) as replies:
         cluster.process.send_signal(signal.SIGHUP)
@@ -121,7 +121,7 @@ def test_a_rolling_restart_costs_nobody_an_answer(cluster: Server, crowd: Crowd)
     assert all(psutil.pid_exists(pid) for pid in ready(cluster)[2:])
 
 
-def test_a_replica_more_and_one_fewer_cost_nobody_an_answer(cluster: Server, crowd: Crowd) -> None:
+def test_replica_more_and_one_fewer_cost_nobody_an_answer(cluster: Server, crowd: Crowd) -> None:
     with steady(cluster, crowd) as replies:
         cluster.process.send_signal(signal.SIGTTIN)
         until(lambda: len(ready(cluster)) == 3)
@@ -133,7 +133,7 @@ def test_a_replica_more_and_one_fewer_cost_nobody_an_answer(cluster: Server, cro
     assert statuses(replies) == {200: len(replies)}
 
 
-def test_a_replacement_that_cannot_load_comes_once_it_can(crowd: Crowd, tmp_path: "os.PathLike[str]") -> None:
+def test_replacement_that_cannot_load_comes_once_it_can(crowd: Crowd, tmp_path: "os.PathLike[str]") -> None:
     broken = ROOT.joinpath(tmp_path, "broken")
     with start(CLUSTER, {"MODEL": "tests.support.fake_models:Obedient", BROKEN: str(broken)}) as server:
         until(lambda: len(ready(server)) == 2)
@@ -213,7 +213,7 @@ def test_it_ends_as_a_whole(cluster: Server, how: str) -> None:
 # --- saying no --------------------------------------------------------------------------------------------------------
 
 
-def test_overload_is_refused_honestly_and_starts_no_storm(crowd: Crowd) -> None:
+def test_overload_is_rejected_and_starts_no_retry_storm(crowd: Crowd) -> None:
     """Each rejection that is tried again costs the replicas one more: few are, while most are refused anyway."""
     with start(CLUSTER, {**STAND_IN, "MAX_QUEUE": "2"}) as server:
         until(lambda: len(ready(server)) == 2)
@@ -361,7 +361,7 @@ def has_room(server: Server) -> bool:
     return False
 
 
-def test_a_smuggled_request_is_not_passed_on(cluster: Server) -> None:
+def test_smuggled_request_is_not_passed_on(cluster: Server) -> None:
     body = b"0\r\n\r\nPOST / HTTP/1.1\r\nHost: smuggled\r\nContent-Length: 8\r\n\r\na [MASK]"
     before = metric(cluster, "model_call_seconds_count")
     headers = {"Content_Length": str(len(body)), "Transfer_Encoding": "chunked"}
@@ -373,7 +373,7 @@ def test_a_smuggled_request_is_not_passed_on(cluster: Server) -> None:
 
 
 @pytest.mark.parametrize("n", ["0", "32"])
-def test_a_number_that_it_has_no_places_for_is_refused(n: str) -> None:
+def test_number_of_replicas_beyond_the_places_is_rejected(n: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "deploy.cluster", n], cwd=ROOT, capture_output=True, text=True
     )

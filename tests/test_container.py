@@ -156,7 +156,7 @@ def test_composes_prometheus_understands_its_configuration(tmp_path: Path) -> No
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-def test_the_image_has_all_that_git_has_of_the_app_and_nothing_else() -> None:
+def test_image_has_all_that_git_has_of_the_app_and_nothing_else() -> None:
     ignored = (ROOT / ".dockerignore").read_text().split()
     sent = {line.removeprefix("!") for line in ignored if line.startswith("!")}
     copied = {
@@ -168,7 +168,7 @@ def test_the_image_has_all_that_git_has_of_the_app_and_nothing_else() -> None:
     assert all((ROOT / name).exists() for name in copied)
 
 
-def test_the_last_stage_is_nobody_and_builds_nothing() -> None:
+def test_last_stage_is_nobody_and_builds_nothing() -> None:
     last = DOCKERFILE.split("\nFROM ")[-1]
     assert re.search(r"^USER [1-9]\d+:", last, re.MULTILINE)
     assert POD["securityContext"]["runAsUser"] == int(re.findall(r"USER (\d+)", last)[0])

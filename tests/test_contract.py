@@ -235,7 +235,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_wrong_input_is_refused_with_a_sentence(real: Server, what: str) -> None:
+def test_wrong_input_is_rejected_with_a_sentence(real: Server, what: str) -> None:
     body, headers, status = WRONG[what]
     reply = post(real, body, **headers)
     assert reply.status == status
@@ -243,20 +243,20 @@ def test_wrong_input_is_refused_with_a_sentence(real: Server, what: str) -> None
     assert reply.headers["X-Request-ID"]
 
 
-def test_body_said_to_be_too_large_is_refused_before_it_is_sent(server: Server) -> None:
+def test_body_with_too_large_a_length_is_rejected_before_it_is_sent(server: Server) -> None:
     reply = say(server, request("POST", Content_Length="1000000000"))
     assert reply.status == 413
     assert "16384" in reply.error
 
 
-def test_body_far_too_large_is_refused_while_it_is_sent(server: Server, mode: str) -> None:
+def test_body_far_too_large_is_rejected_while_it_is_sent(server: Server, mode: str) -> None:
     is_kept = kept("a body far too large gets its 413", mode)
     with contextlib.nullcontext() if is_kept else contextlib.suppress(ConnectionError):
         assert post(server, b"a" * 5_000_000).status == 413
     assert post(server, PARIS).status == 200
 
 
-def test_body_that_is_refused_unread_is_not_the_next_request(server: Server) -> None:
+def test_body_that_is_rejected_unread_is_not_the_next_request(server: Server) -> None:
     smuggled = request("POST", "/", b"a [MASK]") * 300
     with dial(server) as connection:
         connection.sendall(request("POST", "/", smuggled) + request("GET", "/health"))
@@ -303,7 +303,7 @@ def test_unknown_path_and_method_are_json_too(server: Server) -> None:
     assert reply.headers["Allow"] == "GET, HEAD, POST"
 
 
-def test_both_content_length_and_transfer_encoding_are_refused(server: Server) -> None:
+def test_both_content_length_and_transfer_encoding_are_rejected(server: Server) -> None:
     body = b"0\r\n\r\nPOST / HTTP/1.1\r\nHost: smuggled\r\nContent-Length: 8\r\n\r\na [MASK]"
     with dial(server) as connection:
         connection.sendall(
@@ -313,7 +313,7 @@ def test_both_content_length_and_transfer_encoding_are_refused(server: Server) -
         assert connection.recv(1) == b"", "the smuggled request must not be answered"
 
 
-def test_over_long_headers_are_refused(server: Server, mode: str) -> None:
+def test_over_long_headers_are_rejected(server: Server, mode: str) -> None:
     many = {f"X_{i}": "a" * 8000 for i in range(9)}
     assert (reply := post(server, PARIS, **many)).status == 431
     assert reply.error

@@ -34,7 +34,7 @@ def flowers() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("offload", ["thread", "process"])
-def test_a_small_network_trained_at_start_is_served(offload: str, flowers: list[dict[str, Any]]) -> None:
+def test_small_network_trained_at_start_is_served(offload: str, flowers: list[dict[str, Any]]) -> None:
     mode = {"MODEL": "models.iris:Iris", "BATCH_SIZE": "64", "OFFLOAD": offload}
     rows = [{name: float(flower[name]) for name in FEATURES} for flower in flowers]
     with start(MODES["thread"], mode) as server:
@@ -76,7 +76,7 @@ def test_any_json_goes_in_where_the_class_checks_nothing(monkeypatch: pytest.Mon
         task.check("a text", {"top_k": 3})
 
 
-def test_its_check_refuses_with_its_own_sentence_and_prepares_what_it_gets(
+def test_its_check_rejects_with_its_own_sentence_and_prepares_what_it_gets(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def check(self: Any, inputs: Any, parameters: dict[str, Any]) -> Any:
@@ -90,14 +90,14 @@ def test_its_check_refuses_with_its_own_sentence_and_prepares_what_it_gets(
         task.check(-1, {})
 
 
-def test_a_size_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (-1, 10**308):
         task = own(monkeypatch, __call__=echo, size=lambda self, inputs, its=size: its)
         with pytest.raises(TypeError, match="it must be from 0 to"):
             task.check("a", {})
 
 
-def test_a_class_that_checks_by_its_state_is_made_once_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_that_checks_by_its_state_is_made_once_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
     task = own(
         monkeypatch,
@@ -124,13 +124,13 @@ def test_numbers_and_arrays_of_numpy_and_torch_are_json() -> None:
         ("pathlib:Path", r"pathlib:Path has no __call__\(self, inputs\)"),
     ],
 )
-def test_a_class_that_is_not_there_is_named(model: str, sentence: str) -> None:
+def test_class_that_is_not_there_is_named(model: str, sentence: str) -> None:
     with pytest.raises(ImportError, match=sentence):
         tasks.make(Settings(MODEL=model))
 
 
 @pytest.mark.parametrize("gives", [{"a": 1}, "a", b"a", {"a"}, None, np.float32(1)])
-def test_what_is_no_list_of_answers_is_never_taken_for_one(
+def test_result_that_is_not_a_list_of_answers_is_never_taken_for_one(
     monkeypatch: pytest.MonkeyPatch, gives: Any
 ) -> None:
     model = own(monkeypatch, __call__=lambda self, inputs: gives).load(0)
@@ -148,14 +148,14 @@ async def waits_and_yields(self: Any, *asked: Any) -> Any:
 
 @pytest.mark.parametrize("method", [waits, waits_and_yields])
 @pytest.mark.parametrize("name", ["__call__", "check", "size"])
-def test_an_async_method_is_told_at_the_start(
+def test_async_method_is_reported_at_the_start(
     monkeypatch: pytest.MonkeyPatch, name: str, method: Any
 ) -> None:
     with pytest.raises(ImportError, match=f"somebodys_model:Own: {name} is async; make it a plain method"):
         own(monkeypatch, **{"__call__": echo} | {name: method})
 
 
-def test_a_list_shaped_example_is_refused_at_the_start_unless_the_class_says_that_one_input_is_a_list(
+def test_list_shaped_example_is_rejected_at_the_start_unless_the_class_says_that_one_input_is_a_list(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(ValueError, match="set input_rank = 2 in the class if one input is such a list"):
@@ -193,7 +193,7 @@ def test_pydantic_models_in_the_annotations_of_check_are_validated_and_an_error_
         assert str(error.value) == sentence
 
 
-def test_an_input_of_another_form_than_check_expects_is_the_clients_fault_and_not_quoted_in_the_log(
+def test_input_of_another_form_than_check_expects_is_the_clients_fault_and_not_quoted_in_the_log(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     task = own(monkeypatch, __call__=echo, check=lambda self, inputs, parameters: inputs["row"]["width"] + 1)
@@ -208,7 +208,7 @@ def test_an_input_of_another_form_than_check_expects_is_the_clients_fault_and_no
     assert "check raised TypeError at " in caplog.text and "secret" not in caplog.text
 
 
-def test_a_class_with_media_gets_bytes_of_the_body_and_of_base64(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_with_media_gets_bytes_of_the_body_and_of_base64(monkeypatch: pytest.MonkeyPatch) -> None:
     task = own(monkeypatch, __call__=echo, media=("image/",), example=b"abc")
     assert task.media == ("image/",)
     for inputs in (b"abc", "YWJj", "data:image/png;base64,YWJj"):
@@ -232,7 +232,7 @@ def test_bytes_images_and_pydantic_models_are_answers(monkeypatch: pytest.Monkey
     assert model([image])[0].body[:3] == b"\xff\xd8\xff"
 
 
-def test_an_answer_of_bytes_is_the_body_with_its_content_type_and_base64_in_a_list(
+def test_answer_of_bytes_is_the_body_with_its_content_type_and_base64_in_a_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "painter.py").write_text(PAINTER)
@@ -250,7 +250,7 @@ def test_an_answer_of_bytes_is_the_body_with_its_content_type_and_base64_in_a_li
 
 @pytest.mark.parametrize("offload", ["thread", "process"])
 @pytest.mark.parametrize("name", ["Closes", "Leaves"])
-def test_a_class_is_closed_once_when_the_server_stops(
+def test_class_is_closed_once_when_the_server_stops(
     offload: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "closing.py").write_text(CLOSING)
@@ -264,7 +264,7 @@ def test_a_class_is_closed_once_when_the_server_stops(
 
 
 @pytest.mark.parametrize("offload", ["thread", "process"])
-def test_a_class_that_never_ends_closing_is_waited_for_no_longer_than_the_grace_time(
+def test_class_that_never_ends_closing_is_waited_for_no_longer_than_the_grace_time(
     offload: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "closing.py").write_text(CLOSING)
@@ -325,7 +325,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("offload", ["thread", "process"])
-def test_a_class_that_cannot_be_made_ends_the_start_with_its_sentence(broken: None, offload: str) -> None:
+def test_class_that_cannot_be_made_ends_the_start_with_its_sentence(broken: None, offload: str) -> None:
     settings = {"MODEL": "broken_models:Raises", "OFFLOAD": offload}
     with start(MODES["thread"], settings, wait=False) as server:
         assert server.process.wait(60) == 3

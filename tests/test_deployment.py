@@ -66,7 +66,7 @@ def test_times_of_a_config_agree_with_the_settings(config: Path) -> None:
     assert found.get("max_requests", 0) == 0, "a restart loads the model again"
 
 
-def test_an_idle_connection_does_not_outlast_a_short_grace_time_either(
+def test_idle_connection_does_not_outlast_a_short_grace_time_either(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GRACE_S", "2")
@@ -106,7 +106,7 @@ def test_uvicorns_workers_know_their_number_and_end_with_their_killed_master() -
         assert not alive
 
 
-def test_a_shared_model_ends_with_its_killed_arbiter() -> None:
+def test_shared_model_ends_with_its_killed_arbiter() -> None:
     """It would hold the server's port for ever."""
     with start(MODES["dirty"], STAND_IN) as server:
         arbiter = next(p for p in server.processes()[1:] if p.children())
@@ -335,7 +335,7 @@ def test_port_that_is_taken_ends_the_start_at_once_with_a_sentence() -> None:
 
 
 @pytest.mark.parametrize("config", ["gunicorn.conf.py", "workers/gunicorn/gthread.conf.py"])
-def test_preload_is_refused(config: str) -> None:
+def test_preload_is_rejected(config: str) -> None:
     with start(Mode("preload", f"gunicorn -c {config} --preload"), STAND_IN, wait=False) as server:
         assert server.process.wait(30) == 1
         assert "--preload is not supported" in server.log() and "Traceback" not in server.log()
@@ -377,7 +377,7 @@ def test_no_healthy_worker_is_killed_by_the_heartbeat(crowd: Crowd) -> None:
         assert "TIMEOUT" not in server.log()
 
 
-def test_a_worker_that_is_told_to_stop_before_it_has_begun_stops(tmp_path: Path) -> None:
+def test_worker_that_gets_sigterm_before_it_has_begun_stops(tmp_path: Path) -> None:
     """As on a busy machine: after its fork it gets no core until the master has been told."""
     config, gate = tmp_path / "starved.conf.py", tmp_path / "gate"
     starved = f"""
@@ -419,7 +419,7 @@ os.register_at_fork(after_in_child=wait)
         ("unix@/run/model.sock", False),
     ],
 )
-def test_guard_against_dns_rebinding_stays_on_wherever_the_cluster_listens_on_loopback(
+def test_access_control_against_dns_rebinding_stays_on_wherever_the_cluster_listens_on_loopback(
     bind: str, guarded: bool
 ) -> None:
     assert cluster.replica_env(2, bind, Settings())["ALLOWED_HOSTS"] == ("" if guarded else "*")

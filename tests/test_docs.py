@@ -31,7 +31,7 @@ def pages() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("path", generate.PAGES, ids=lambda path: path.stem)
-def test_a_page_has_the_tables_that_the_code_makes(path: Path) -> None:
+def test_page_has_the_tables_that_the_code_makes(path: Path) -> None:
     assert path.read_text() == generate.page(path.read_text()), "stale: run `make docs`"
 
 
@@ -47,7 +47,7 @@ def n_lines(*patterns: str) -> int:
     return sum(len(path.read_text().splitlines()) for one in patterns for path in ROOT.glob(one))
 
 
-def test_the_table_of_what_minimal_lacks_has_true_line_counts() -> None:
+def test_table_of_what_minimal_lacks_has_true_line_counts() -> None:
     page = (generate.DOCS / "architecture.md").read_text()
     rows = re.findall(r"\| `(\w+)/` \| (\d+) \|$", page, re.MULTILINE)
     assert len(rows) == 8
@@ -70,7 +70,7 @@ def imported_by(module: str, found: set[Path]) -> set[Path]:
     return found - {ROOT / "workers" / "__init__.py"}
 
 
-def test_the_pattern_stays_small() -> None:
+def test_pattern_stays_small() -> None:
     assert n_lines("minimal.py") < 125
     assert n_lines("server.py") < 130
     core = imported_by("workers.loop", set())

@@ -138,7 +138,7 @@ def test_dimensions_cut_the_vector_and_normalize_makes_its_length_1(pair: Any) -
     assert_same(vector, oracle.encode(TEXTS[0], truncate_dim=8, normalize_embeddings=is_unit))
 
 
-def test_a_long_text_is_refused_or_cut_where_asked_for(minilm: Served) -> None:
+def test_long_text_is_rejected_or_cut_where_asked_for(minilm: Served) -> None:
     from sentence_transformers import SentenceTransformer
 
     with pytest.raises(Unprocessable, match="702 tokens; send at most 256, or"):
@@ -163,14 +163,14 @@ def test_a_long_text_is_refused_or_cut_where_asked_for(minilm: Served) -> None:
         ({"top_k": 1}, Malformed, '"top_k" is not a known field'),
     ],
 )
-def test_a_parameter_that_makes_no_sense_is_refused_with_a_sentence(
+def test_parameter_that_makes_no_sense_is_rejected_with_a_sentence(
     minilm: Served, parameters: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(error, match=sentence):
         minilm("a text", **parameters)
 
 
-def test_token_ids_give_the_vector_of_their_text_and_foreign_ones_are_refused(minilm: Served) -> None:
+def test_token_ids_give_the_vector_of_their_text_and_foreign_ones_are_rejected(minilm: Served) -> None:
     ids = minilm.task.check("a text", {}).content.rows[0].ids
     assert_same(minilm(ids)[0], minilm("a text")[0])
     with pytest.raises(Unprocessable, match="30522 is not a token of this model"):
@@ -198,7 +198,7 @@ def test_every_family_of_models_embeds_as_sentence_transformers_does(tmp_path: P
         assert_same(vector, oracle.encode(text), 1e-4)
 
 
-def test_a_module_that_is_not_known_is_refused_at_start(tmp_path: Path) -> None:
+def test_module_that_is_not_known_is_rejected_at_start(tmp_path: Path) -> None:
     sentence_model(tmp_path)
     modules = tmp_path / "model" / "modules.json"
     modules.write_text(modules.read_text().replace("Pooling", "LSTM"))
@@ -215,7 +215,7 @@ def test_a_module_that_is_not_known_is_refused_at_start(tmp_path: Path) -> None:
         ({"activation_function": "torch.nn.init.zeros_"}, r"zeros_ is not an activation of torch\.nn"),
     ],
 )
-def test_a_dense_that_asks_for_more_is_refused_at_start(
+def test_dense_that_asks_for_more_is_rejected_at_start(
     tmp_path: Path, change: dict[str, Any], sentence: str
 ) -> None:
     from torch import nn
@@ -238,7 +238,7 @@ def test_similarities_are_those_of_the_models_own_function(tmp_path: Path, name:
         assert_same(found, oracle.similarity(source, others)[0])
 
 
-def test_a_model_without_modules_compares_by_the_mean_of_its_tokens_as_sentence_transformers_does(
+def test_model_without_modules_compares_by_the_mean_of_its_tokens_as_sentence_transformers_does(
     tmp_path: Path,
 ) -> None:
     from sentence_transformers import SentenceTransformer
@@ -258,7 +258,7 @@ def test_a_model_without_modules_compares_by_the_mean_of_its_tokens_as_sentence_
         ({"source_sentence": "a text", "sentences": ["a", 1]}, '"sentences\\[1\\]" must be a text'),
     ],
 )
-def test_what_is_no_comparison_is_refused_with_a_sentence(inputs: Any, sentence: str) -> None:
+def test_invalid_comparison_is_rejected_with_a_sentence(inputs: Any, sentence: str) -> None:
     task = tasks.make(Settings(MODEL=MINILM, TASK="sentence-similarity"))
     with pytest.raises(Malformed, match=sentence):
         task.check(inputs, {})
@@ -277,7 +277,7 @@ def pairs(*texts: str) -> list[dict[str, str]]:
     return [{"query": query, "text": text} for query in TEXTS[:3] for text in texts]
 
 
-def test_a_rerankers_scores_are_those_of_sentence_transformers_singly_and_in_random_batches(
+def test_rerankers_scores_are_those_of_sentence_transformers_singly_and_in_random_batches(
     reranker: tuple[Served, Any],
 ) -> None:
     ours, oracle = reranker
@@ -297,7 +297,7 @@ def test_raw_scores_are_the_logits(reranker: tuple[Served, Any]) -> None:
         assert_same(ours(one, raw_scores=True)[0], expected, 1e-4)
 
 
-def test_the_longer_of_a_pair_is_cut_first_as_sentence_transformers_does(
+def test_longer_of_a_pair_is_cut_first_as_sentence_transformers_does(
     reranker: tuple[Served, Any],
 ) -> None:
     ours, oracle = reranker
@@ -309,7 +309,7 @@ def test_the_longer_of_a_pair_is_cut_first_as_sentence_transformers_does(
 
 
 @pytest.mark.parametrize("name", ["Identity", "Tanh"])
-def test_a_rerankers_own_activation_is_applied(tmp_path: Path, name: str) -> None:
+def test_rerankers_own_activation_is_applied(tmp_path: Path, name: str) -> None:
     from sentence_transformers import CrossEncoder
     from torch import nn
 
@@ -320,7 +320,7 @@ def test_a_rerankers_own_activation_is_applied(tmp_path: Path, name: str) -> Non
     assert_same(ours(*pairs(*TEXTS)), oracle.predict([tuple(one.values()) for one in pairs(*TEXTS)]))
 
 
-def test_a_classifier_of_several_labels_is_refused_as_a_reranker_at_start(tmp_path: Path) -> None:
+def test_classifier_of_several_labels_is_rejected_as_a_reranker_at_start(tmp_path: Path) -> None:
     folder = small_bert(tmp_path, "ForSequenceClassification", num_labels=3)
     with pytest.raises(ValueError, match="the model has 3 labels; a reranker has one"):
         served(folder, "text-ranking")
@@ -334,7 +334,7 @@ def test_a_classifier_of_several_labels_is_refused_as_a_reranker_at_start(tmp_pa
         ("text-ranking", str(ROOT / "models" / "minilm-mlm"), {"query": "a text", "text": "another"}),
     ],
 )
-def test_a_check_needs_no_torch(task: str, model: str, inputs: Any) -> None:
+def test_check_needs_no_torch(task: str, model: str, inputs: Any) -> None:
     code = f"""
 import sys
 from workers import tasks

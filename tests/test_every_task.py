@@ -92,7 +92,7 @@ def test_what_machines_read_allows_its_example_and_nothing_else(
             assert post_json(server, wrong).status == 400
 
 
-def test_answers_are_those_of_the_input_alone_singly_in_lists_and_in_a_crowd(
+def test_answers_are_those_of_the_input_alone_singly_in_lists_and_under_concurrency(
     servers: dict[str, Server], alone: Any, crowd: Crowd
 ) -> None:
     answer, example_of = alone
@@ -105,7 +105,7 @@ def test_answers_are_those_of_the_input_alone_singly_in_lists_and_in_a_crowd(
             alike(reply.result().json, [expected] * 3)
 
 
-def test_what_is_no_input_is_refused_and_named(servers: dict[str, Server], alone: Any) -> None:
+def test_invalid_input_is_rejected_and_named(servers: dict[str, Server], alone: Any) -> None:
     for task, server in servers.items():
         example = alone[1](task)
         reply = post_json(server, {**example, "inputs": [example["inputs"], {"no such": "field"}]})

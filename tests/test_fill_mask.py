@@ -127,7 +127,7 @@ def small(folder: str) -> tuple[Any, Ours]:
     return pair(folder)
 
 
-def test_embedded_model_answers_as_the_plain_pipeline_does(embedded):
+def test_bundled_model_answers_as_the_plain_pipeline_does(embedded):
     audit(*embedded, queries("[MASK]", 50))
 
 
@@ -210,7 +210,7 @@ def test_targets_are_bounded_and_tokenised_once_per_request(small, monkeypatch):
     assert seen == words
 
 
-def test_the_head_runs_once_and_sees_the_masked_tokens_only(small):
+def test_head_runs_once_and_sees_the_masked_tokens_only(small):
     ours, seen = small[1], []
     hook = ours.model.pipe.model.cls.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].shape[:-1].numel())
@@ -222,7 +222,7 @@ def test_the_head_runs_once_and_sees_the_masked_tokens_only(small):
     assert seen == [3]
 
 
-def test_a_head_that_mixes_positions_sees_whole_texts(folder, monkeypatch):
+def test_head_that_mixes_positions_sees_whole_texts(folder, monkeypatch):
     class Mixing(torch.nn.Module):
         def __init__(self, head):
             super().__init__()
@@ -240,7 +240,7 @@ def test_a_head_that_mixes_positions_sees_whole_texts(folder, monkeypatch):
     audit(plain, mixing, queries("[MASK]", 40))
 
 
-def test_a_head_that_reads_its_weights_itself_is_served_fast_without_packing(folder, monkeypatch):
+def test_head_that_reads_its_weights_itself_is_served_fast_without_packing(folder, monkeypatch):
     plain, ours = pipeline("fill-mask", model=folder), pipeline("fill-mask", model=folder)
     for pipe in (plain, ours):
         transform = pipe.model.cls.predictions.transform

@@ -23,7 +23,7 @@ def test_one_replica_is_an_md1_queue(load: float) -> None:
     assert found["mean_wait_ms"] == pytest.approx(10 * load / (2 * (1 - load)), rel=0.08)
 
 
-def test_a_shared_queue_is_an_mmn_queue() -> None:
+def test_shared_queue_is_an_mmn_queue() -> None:
     """Erlang's C formula for 5 servers at 80 %."""
     n, load = 5, 0.8
     a = n * load
@@ -54,7 +54,7 @@ def test_two_choices_wait_as_mitzenmacher_and_vvedenskaya_say() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 32])
 @pytest.mark.parametrize("times", [0.5, 0.8, 2.0])
-def test_a_replica_does_as_the_real_loop(batch_size: int, times: float) -> None:
+def test_replica_does_as_the_real_loop(batch_size: int, times: float) -> None:
     law = CostLaw(0.01, 0.0005)
     rate = times * planner.predict_capacity(law, batch_size)
     options = {"batch_size": batch_size, "deadline_s": 1.0}
@@ -68,7 +68,7 @@ def test_a_replica_does_as_the_real_loop(batch_size: int, times: float) -> None:
     assert found["refused"] == pytest.approx(expected["503"] + expected["504"], rel=0.1)
 
 
-def test_a_death_costs_nobody_an_answer_where_another_replica_is_asked() -> None:
+def test_death_costs_nobody_an_answer_where_another_replica_is_asked() -> None:
     five = Fleet(TEN_MS, 5, kills=((1.0, 2),), cold_start_s=2.0)
     saved, lost = (
         simulate(replace(five, failover=failover), rate_per_s=330, duration_s=5) for failover in (True, False)
@@ -106,27 +106,27 @@ def test_replicas_follow_the_load_after_their_cold_start() -> None:
     assert all(5 <= at < 15 for at in outcome.failed_s)
 
 
-def test_a_large_fleet_needs_less_to_spare() -> None:
+def test_large_fleet_needs_less_to_spare() -> None:
     small, large = (fleet.replicas_for(Fleet(TEN_MS, deadline_s=0.05), rate, 0.01) for rate in (90, 4500))
     assert small == 2
     assert large < 50, "busy for more than nine tenths"
 
 
-def test_the_same_seed_gives_the_same_fate() -> None:
+def test_same_seed_gives_the_same_fate() -> None:
     once, again = (
         simulate(Fleet(TEN_MS, 5, "two choices"), rate_per_s=400, duration_s=3).summary() for _ in range(2)
     )
     assert once == again
 
 
-def test_a_law_is_read_as_the_planner_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_law_is_read_as_the_planner_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert replicas.law("10+0.5n") == CostLaw(0.01, 0.0005)
     assert replicas.law("20") == CostLaw(0.02, 0.0)
     replicas.main(["--rate", "300", "--replica-ms", "10", "--deadline-s", "0.2", "--loss", "0.01"])
     assert "least connections" in capsys.readouterr().out
 
 
-def test_the_advice_says_from_where_on_retries_cost_answers() -> None:
+def test_advice_says_from_where_on_retries_cost_answers() -> None:
     said = fleet_report.storm_advice([1, 2, 3], {"no retries": [1, 1, 0.9], "some": [1, 0.8, 0.4]})
     assert (
         "- some: a tenth of the answers gone from 2 times the capacity on, half of them from 3 times on."

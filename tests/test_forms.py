@@ -68,7 +68,7 @@ def rejected(body: bytes, content_type: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     "mode", [name for name in MODES if not name.endswith("-stock") and name != "uvicorn-2"]
 )
-def test_a_form_is_a_file_and_parameters_in_every_mode(mode: str, fingerprint: dict[str, str]) -> None:
+def test_form_is_a_file_and_parameters_in_every_mode(mode: str, fingerprint: dict[str, str]) -> None:
     with start(MODES[mode], fingerprint) as server:
         expected = {"sha": SHA, **VALUES}
         assert requests.post(server.url, files={"file": DATA}, data=FIELDS).json() == expected
@@ -92,7 +92,7 @@ def page_server(fingerprint: dict[str, str]) -> Iterator[Server]:
 
 
 @in_browser
-def test_a_form_of_a_browser(page_server: Server, tmp_path: Path) -> None:
+def test_form_of_a_browser(page_server: Server, tmp_path: Path) -> None:
     (tmp_path / "cat.jpg").write_bytes(DATA)
     form = """<form method=post enctype=multipart/form-data action=/>
         <input type=file name=file><input name=top_k value=3><input name=empty><button>Send</button></form>"""
@@ -112,7 +112,7 @@ def test_a_form_of_a_browser(page_server: Server, tmp_path: Path) -> None:
 
 
 @given(st.binary(min_size=1, max_size=3000))
-def test_a_file_comes_byte_by_byte_as_it_was(data: bytes) -> None:
+def test_file_comes_byte_by_byte_as_it_was(data: bytes) -> None:
     assert read(*encoded(data, FIELDS)) == ([data], VALUES, False)
 
 
@@ -124,32 +124,32 @@ def test_whatever_is_sent_is_read_or_rejected_with_a_sentence(data: bytes, bound
                 rejected(body, content_type)
 
 
-def test_a_form_that_is_cut_short_is_rejected() -> None:
+def test_form_that_is_cut_short_is_rejected() -> None:
     body, content_type = encoded()
     assert rejected(body[:-10], content_type)[0] == rejected(body[:50_000], content_type)[0] == 400
 
 
-def test_a_form_has_one_file_and_a_bounded_number_of_fields() -> None:
+def test_form_has_one_file_and_a_bounded_number_of_fields() -> None:
     assert rejected(*encoded(file=DATA, other=DATA)) == (400, f"the form has 2 files; {forms.SEND}")
     assert rejected(*encoded(fields={f"f{i}": "1" for i in range(200)}))[0] == 413
     assert rejected(*encoded(fields={"labels": "a" * 300_000}))[0] == 413
 
 
-def test_a_field_that_comes_twice_is_a_list_and_parameters_may_be_one_object() -> None:
+def test_field_that_comes_twice_is_a_list_and_parameters_may_be_one_object() -> None:
     body, content_type = encoded(
         fields={"labels": ["a", "b"], "parameters": '{"top_k": 2, "pool": null}', "n": "NaN"}
     )
     assert read(body, content_type).parameters == {"labels": ["a", "b"], "top_k": 2, "n": "NaN"}
 
 
-def test_a_task_of_texts_takes_no_form() -> None:
+def test_task_of_texts_takes_no_form() -> None:
     body, content_type = encoded()
     context = RequestContext({b"content-type": content_type.encode()}, "an-id")
     with pytest.raises(HTTPException, match=r"is not supported; send text/plain or application/json$"):
         parsing.parse(body, context, (), max_inputs=4)
 
 
-def test_a_question_to_a_document_is_a_field_of_its_form(tmp_path: Path) -> None:
+def test_question_to_a_document_is_a_field_of_its_form(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     task: Any = tasks.make(Settings(MODEL=str(tmp_path), TASK="document-question-answering"))
     image = example_image()
@@ -160,7 +160,7 @@ def test_a_question_to_a_document_is_a_field_of_its_form(tmp_path: Path) -> None
         task.check(image, {})
 
 
-def test_an_image_by_a_form_gets_the_answer_that_its_bytes_get(tmp_path: Path) -> None:
+def test_image_by_a_form_gets_the_answer_that_its_bytes_get(tmp_path: Path) -> None:
     small_media.vit(tmp_path)
     image = example_image()
     with start(MODES["thread"], {"MODEL": str(tmp_path), "TASK": "image-classification"}) as server:

@@ -168,7 +168,7 @@ def test_parameter_that_cannot_be_is_named(
     assert (reply.status, sentence in reply.error) == (status, True), reply
 
 
-def test_prompt_that_never_fits_is_told_the_limit(server: Server) -> None:
+def test_prompt_that_never_fits_is_rejected_with_the_limit(server: Server) -> None:
     reply = post(server, "river " * 20_000)
     assert reply.status == 422
     assert "at most 1024" in reply.error
@@ -228,7 +228,7 @@ def test_chat_does_not_begin_in_what_another_key_left(folder: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "sentence"), [("mamba", "FAST=0"), ("t5", "encoder")])
-def test_model_that_the_token_loop_cannot_serve_is_refused_at_the_start(
+def test_model_that_the_token_loop_cannot_serve_is_rejected_at_the_start(
     tmp_path: Path, family: str, sentence: str
 ) -> None:
     from tests.support.small_language_models import make_tokenizer

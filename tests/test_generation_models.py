@@ -124,7 +124,7 @@ COMPANY = st.lists(st.tuples(st.integers(0, 30), st.sampled_from([1, 4, 11, 23, 
 @settings(max_examples=12, deadline=None)
 @given(COMPANY, st.dictionaries(st.integers(0, 8), st.integers(1, 40)), st.sampled_from([0, 12, 40]))
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
-def test_greedy_tokens_do_not_depend_on_who_joins_and_leaves(
+def test_greedy_tokens_do_not_depend_on_joining_and_leaving_sequences(
     family: str, company: list[tuple[int, int]], leaves: dict[int, int], step_tokens: int
 ) -> None:
     _, model = made(family)

@@ -103,7 +103,7 @@ def test_token_types_that_are_all_zero_reach_a_model_to_which_they_matter(tmp_pa
     assert_same(model([task.check(text, {}).content for text in texts]), expected)
 
 
-def test_types_that_transformers_5_has_lost_are_told_at_start(tmp_path: Path, caplog: Any) -> None:
+def test_token_types_that_transformers_5_has_lost_are_reported_at_start(tmp_path: Path, caplog: Any) -> None:
     folder = save(tmp_path, "albert", make_model("albert", "QuestionAnswering"))
     tokenizer = make_tokenizer("albert")
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
@@ -167,7 +167,7 @@ def characters(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(("name", "inputs", "parameters"), EXPENSIVE)
-def test_megabyte_of_dots_is_refused_or_cut_by_its_start(
+def test_megabyte_of_dots_is_rejected_or_cut_by_its_start(
     name: str, inputs: Any, parameters: dict[str, Any], characters: list[int]
 ) -> None:
     task = tasks.make(Settings(TASK=name))

@@ -65,7 +65,7 @@ def test_another_model_is_asked_its_own_example(monkeypatch: pytest.MonkeyPatch)
     assert set(df["outcome"]) == {"200"} and len(df) > 4
 
 
-def test_an_answer_to_anothers_question_is_wrong(locust: generator.Generator) -> None:
+def test_answer_to_anothers_question_is_wrong(locust: generator.Generator) -> None:
     with fake("swaps") as url:
         df = locust.run(url, "closed", users=2, duration_s=0.5)
     assert (df["outcome"] == "wrong").sum() > 0
@@ -73,7 +73,7 @@ def test_an_answer_to_anothers_question_is_wrong(locust: generator.Generator) ->
     assert (df["outcome"] == "wrong").mean() > 0.5
 
 
-def test_an_answer_that_never_comes_or_ends_early_is_lost(locust: generator.Generator) -> None:
+def test_answer_that_never_comes_or_ends_early_is_lost(locust: generator.Generator) -> None:
     with fake("loses") as url:
         df = locust.run(url, "open", rate_per_s=30, duration_s=1, timeout_s=5, limit_s=5)
     n = len(df)
@@ -81,14 +81,14 @@ def test_an_answer_that_never_comes_or_ends_early_is_lost(locust: generator.Gene
     assert set(df["outcome"]) <= {"200", "lost"}
 
 
-def test_a_200_without_a_right_answer_is_wrong(locust: generator.Generator) -> None:
+def test_200_without_a_right_answer_is_wrong(locust: generator.Generator) -> None:
     with fake("lies") as url:
         df = locust.run(url, "open", rate_per_s=40, duration_s=1, limit_s=30)
     assert set(df["outcome"]) == {"wrong"}
     assert generator.summary(df)["goodput_per_s"] == 0
 
 
-def test_statuses_are_told_apart(locust: generator.Generator) -> None:
+def test_statuses_are_counted_apart(locust: generator.Generator) -> None:
     with fake("varied") as url:
         df = locust.run(url, "open", rate_per_s=40, duration_s=1, limit_s=30)
     counts = df["outcome"].value_counts()
@@ -96,7 +96,7 @@ def test_statuses_are_told_apart(locust: generator.Generator) -> None:
     assert abs(counts["other"] - counts["503"] - counts["504"]) <= 1
 
 
-def test_the_open_loop_keeps_its_schedule_against_a_stalled_server(locust: generator.Generator) -> None:
+def test_open_loop_keeps_its_schedule_against_a_stalled_server(locust: generator.Generator) -> None:
     options: dict[str, Any] = {"rate_per_s": 50, "duration_s": 1, "timeout_s": 5, "limit_s": 5, "seed": 3}
     with fake("honest") as url:
         fast = locust.run(url, "open", **options)
@@ -110,7 +110,7 @@ def test_the_open_loop_keeps_its_schedule_against_a_stalled_server(locust: gener
     assert (stalled["latency_ms"] >= 5000).all()
 
 
-def test_a_closed_loop_waits_for_a_stalled_server(locust: generator.Generator) -> None:
+def test_closed_loop_waits_for_a_stalled_server(locust: generator.Generator) -> None:
     with fake("stalls") as url:
         df = locust.run(url, "closed", users=3, duration_s=0.5, timeout_s=1)
     assert len(df) == 3
@@ -128,7 +128,7 @@ def test_retries_come_as_retry_after_says_or_at_once(locust: generator.Generator
     assert set(rude["attempt"]) == {0, 1, 2}
 
 
-def test_the_impatient_leave_and_the_others_get_no_answer_either_from_a_stalled_server(
+def test_impatient_clients_leave_and_the_others_get_no_answer_either_from_a_stalled_server(
     locust: generator.Generator,
 ) -> None:
     with fake("stalls") as url:
@@ -138,7 +138,7 @@ def test_the_impatient_leave_and_the_others_get_no_answer_either_from_a_stalled_
     assert set(df["outcome"]) == {"left", "lost"}
 
 
-def test_an_unknown_option_or_scenario_is_named(locust: generator.Generator) -> None:
+def test_unknown_option_or_scenario_is_named(locust: generator.Generator) -> None:
     with pytest.raises(ValueError, match="choose from closed, open"):
         locust.run("http://127.0.0.1:9/", "stampede", duration_s=1)
     with pytest.raises(RuntimeError, match="load generator failed"):
@@ -213,7 +213,7 @@ def test_quick_comparison_of_two_modes_leaves_table_and_pictures(tmp_path: Any) 
     assert "/root" not in (tmp_path / "machine.json").read_text()
 
 
-def test_a_visit_that_fails_is_named_and_leaves_nothing_half(tmp_path: Any, monkeypatch: Any) -> None:
+def test_visit_that_fails_is_named_and_leaves_nothing_half(tmp_path: Any, monkeypatch: Any) -> None:
     setting = planner.Setting(planner.CostLaw(0.0, 0.01), overhead=planner.Overhead(0.001))
     monkeypatch.setattr(run.Foresight, "setting", lambda *_: setting)
     monkeypatch.setattr(run.Comparison, "visit", lambda *_: (_ for _ in ()).throw(RuntimeError("it broke")))
@@ -257,7 +257,7 @@ def test_each_program_explains_itself(program: str) -> None:
     assert said.returncode == 0 and "--quick" in said.stdout, said.stderr
 
 
-def test_a_stopped_open_loop_counts_those_who_still_wait() -> None:
+def test_stopped_open_loop_counts_the_requests_that_still_wait() -> None:
     with fake("stalls") as url:
         said = subprocess.run(
             [
@@ -274,7 +274,7 @@ def test_a_stopped_open_loop_counts_those_who_still_wait() -> None:
     assert entry["num_failures"] == entry["num_requests"] > 0
 
 
-def test_a_mode_is_what_it_is_called_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mode_is_what_it_is_called_whatever_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, str] = {}
 
     def popen(*_: Any, env: dict[str, str], **__: Any) -> None:
@@ -289,7 +289,7 @@ def test_a_mode_is_what_it_is_called_whatever_the_environment_says(monkeypatch: 
         assert given["BATCH_SIZE"] == batch_size
 
 
-def test_a_busy_server_is_waited_for_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_server_is_waited_for_but_not_forever(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server(MODES["thread"], "", Mock(), Mock())
     used_s = iter([0.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0])
     monkeypatch.setattr(server, "cpu_s", lambda: next(used_s))
@@ -301,7 +301,7 @@ def test_a_busy_server_is_waited_for_but_not_for_ever(monkeypatch: pytest.Monkey
         server.wait_until_idle(timeout_s=0.02, window_s=0.01)
 
 
-def test_an_interrupted_generator_leaves_no_process_behind() -> None:
+def test_interrupted_generator_leaves_no_process_behind() -> None:
     with fake("stalls") as url, contextlib.suppress(KeyboardInterrupt), generator.generator() as locust:
         options = {"rate_per_s": 20, "duration_s": 60, "timeout_s": 60}
         threading.Thread(target=suppressed, args=(locust.run, url, "open"), kwargs=options).start()
@@ -318,12 +318,12 @@ def suppressed(run: Any, *args: Any, **kwargs: Any) -> None:
         run(*args, **kwargs)
 
 
-def test_an_unknown_kind_of_text_is_named() -> None:
+def test_unknown_kind_of_text_is_named() -> None:
     with pytest.raises(ValueError, match="texts=lnog is not allowed: it must be one of short, mixed, long"):
         next(texts.stream("lnog", random.Random(0)))
 
 
-def test_a_reply_in_chunks_is_whole_at_its_end() -> None:
+def test_reply_in_chunks_is_whole_at_its_end() -> None:
     statuses: list[int] = []
     connection = Connection()
     connection.then = statuses.append

@@ -288,7 +288,7 @@ def with_whole_keys(found: dict[str, Any]) -> dict[Any, Any]:
     return {int(key) if key.isdigit() else key: value for key, value in found.items()}
 
 
-def test_a_class_does_the_same_whoever_else_runs() -> None:
+def test_class_does_the_same_beside_any_other() -> None:
     code = """
 from types import SimpleNamespace
 from loadtests import locustfile

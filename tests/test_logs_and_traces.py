@@ -65,7 +65,7 @@ def line(record: logging.LogRecord) -> Any:
 # --- nobody asked -----------------------------------------------------------------------------------------------------
 
 
-def test_whoever_logs_speaks_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_logger_writes_json(monkeypatch: pytest.MonkeyPatch) -> None:
     last = logging.StreamHandler()
     monkeypatch.setattr(logging, "lastResort", last)
     logged(App(), Settings(LOG_FORMAT="json"))
@@ -119,7 +119,7 @@ def test_traces_that_cannot_be_had_end_the_start_with_one_sentence(
 # --- the log ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_request_is_a_line_that_says_where_its_time_went(caplog: pytest.LogCaptureFixture) -> None:
+def test_request_is_a_line_that_says_where_its_time_went(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         sent = ask(RequestLog(App()))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
@@ -140,7 +140,7 @@ def test_a_request_is_a_line_that_says_where_its_time_went(caplog: pytest.LogCap
     }
 
 
-def test_a_probe_has_no_line_unless_it_fails(caplog: pytest.LogCaptureFixture) -> None:
+def test_probe_has_no_line_unless_it_fails(caplog: pytest.LogCaptureFixture) -> None:
     app = App()
     with caplog.at_level("INFO"):
         ask(RequestLog(app), "/ready", "GET")
@@ -149,7 +149,7 @@ def test_a_probe_has_no_line_unless_it_fails(caplog: pytest.LogCaptureFixture) -
     assert [line(record)["status"] for record in caplog.records] == [503]
 
 
-def test_a_storm_of_refusals_is_sampled_and_no_answer_is(
+def test_many_rejections_are_sampled_and_answers_are_not(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 100.0
@@ -169,7 +169,7 @@ def test_a_storm_of_refusals_is_sampled_and_no_answer_is(
     assert [one["unlogged"] for one in told if "unlogged" in one] == [50 - REJECTIONS_PER_S]
 
 
-def test_a_line_is_one_line_whatever_the_client_puts_into_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_line_is_one_line_whatever_the_client_puts_into_it(caplog: pytest.LogCaptureFixture) -> None:
     app = App()
     app.status = 404
     with caplog.at_level("INFO"):
@@ -178,7 +178,7 @@ def test_a_line_is_one_line_whatever_the_client_puts_into_it(caplog: pytest.LogC
     assert said.isascii() and said.isprintable()
 
 
-def test_a_failure_is_a_line_with_its_traceback() -> None:
+def test_failure_is_a_line_with_its_traceback() -> None:
     try:
         raise KeyError("why")
     except KeyError:
@@ -198,7 +198,7 @@ def spans(app: Any, sampler: Any = None, path: str = "/", **headers: str) -> dic
     return {span.name: span for span in kept.get_finished_spans()}
 
 
-def test_a_request_is_a_span_with_its_time_in_queue_and_model() -> None:
+def test_request_is_a_span_with_its_time_in_queue_and_model() -> None:
     found = spans(App())
     assert found.keys() == {"POST /", "queue", "model"}
     root, queue, model = found["POST /"], found["queue"], found["model"]
@@ -210,7 +210,7 @@ def test_a_request_is_a_span_with_its_time_in_queue_and_model() -> None:
     assert (queue.end_time - queue.start_time, model.end_time - model.start_time) == (500e6, 250e6)
 
 
-def test_a_clients_trace_goes_on() -> None:
+def test_clients_trace_goes_on() -> None:
     root = spans(App(), traceparent=PARENT)["POST /"]
     assert f"{root.context.trace_id:032x}" == PARENT.split("-")[1]
     assert f"{root.parent.span_id:016x}" == PARENT.split("-")[2]
@@ -224,7 +224,7 @@ def test_what_a_client_sends_for_a_trace_is_not_logged(caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize(("status", "failed"), [(503, True), (422, False), (404, False), (0, True)])
-def test_a_request_without_an_answer_is_a_span_all_the_same(status: int, failed: bool) -> None:
+def test_request_without_an_answer_is_a_span_all_the_same(status: int, failed: bool) -> None:
     app = App()
     app.status = status
     found = spans(app)
@@ -243,7 +243,7 @@ def test_what_is_not_in_the_sample_leaves_no_span() -> None:
 # --- a server ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_tells_of_every_request_and_never_its_text() -> None:
+def test_server_tells_of_every_request_and_never_its_text() -> None:
     env = {
         "MODEL": "tests.support.fake_models:FillMask",
         "LOG_FORMAT": "json",

@@ -40,7 +40,7 @@ async def test_without_batching_the_model_gets_one_query_at_a_time_in_order() ->
 
 
 @on_virtual_clock
-async def test_the_first_of_a_quiet_queue_runs_at_once_and_what_queued_meanwhile_is_the_next_batch() -> None:
+async def test_first_of_a_quiet_queue_runs_at_once_and_what_queued_meanwhile_is_the_next_batch() -> None:
     model = FakeModel()
     async with serving(model, batch_size=4) as loop:
         first = submit_all(loop, "a")
@@ -55,7 +55,7 @@ async def test_the_first_of_a_quiet_queue_runs_at_once_and_what_queued_meanwhile
 
 
 @on_virtual_clock
-async def test_a_batch_never_exceeds_its_size_and_closes_when_full() -> None:
+async def test_batch_never_exceeds_its_size_and_closes_when_full() -> None:
     model = FakeModel()
     async with serving(model, batch_size=3) as loop:
         answers = await asyncio.gather(*submit_all(loop, *range(7)))
@@ -64,7 +64,7 @@ async def test_a_batch_never_exceeds_its_size_and_closes_when_full() -> None:
 
 
 @on_virtual_clock
-async def test_two_copies_share_one_queue_and_the_free_one_takes_the_next_job() -> None:
+async def test_two_instances_share_one_queue_and_the_free_one_takes_the_next_job() -> None:
     slow, quick = FakeModel(b=10), FakeModel(b=1)
     async with serving(slow, quick) as loop:
         await outcomes(submit_all(loop, *range(8)))
@@ -72,7 +72,7 @@ async def test_two_copies_share_one_queue_and_the_free_one_takes_the_next_job() 
 
 
 @on_virtual_clock
-async def test_a_model_that_blocks_the_event_loop_lets_answers_out_between_its_calls() -> None:
+async def test_model_that_blocks_the_event_loop_lets_answers_out_between_its_calls() -> None:
     events: list[str] = []
 
     async def blocks(queries: list[str]) -> list[str]:
@@ -92,7 +92,7 @@ async def test_a_model_that_blocks_the_event_loop_lets_answers_out_between_its_c
 
 
 @on_virtual_clock
-async def test_a_full_queue_refuses_without_calling_the_model() -> None:
+async def test_full_queue_rejects_without_calling_the_model() -> None:
     model = FakeModel()
     async with serving(model, max_queue=2) as loop:
         running = submit_all(loop, "running")
@@ -106,7 +106,7 @@ async def test_a_full_queue_refuses_without_calling_the_model() -> None:
 
 
 @on_virtual_clock
-async def test_a_job_that_would_be_too_late_is_refused_and_told_when_the_work_ahead_is_done() -> None:
+async def test_job_that_would_be_too_late_is_rejected_with_the_time_when_the_work_ahead_is_done() -> None:
     async with serving(FakeModel()) as loop:
         await loop.submit("teaches the loop that a call takes 1 s")
         tasks = submit_all(loop, *range(10))
@@ -118,7 +118,7 @@ async def test_a_job_that_would_be_too_late_is_refused_and_told_when_the_work_ah
 
 
 @on_virtual_clock
-async def test_a_wrong_estimate_cannot_lock_an_idle_server_shut() -> None:
+async def test_wrong_estimate_cannot_lock_an_idle_server_shut() -> None:
     model = FakeModel(b=100)
     async with serving(model, budget_s=2) as loop:
         assert await outcomes(submit_all(loop, "slow once")) == [Late]
@@ -171,7 +171,7 @@ async def test_retry_after_is_at_least_a_second() -> None:
 
 
 @on_virtual_clock
-async def test_before_the_model_is_loaded_jobs_are_refused() -> None:
+async def test_before_the_model_is_loaded_jobs_are_rejected() -> None:
     async with serving() as loop:
         with pytest.raises(Rejected, match="loading"):
             await loop.submit("a")
@@ -206,7 +206,7 @@ async def test_at_ten_times_its_rate_the_server_keeps_its_full_rate_and_nobody_w
 
 
 @on_virtual_clock
-async def test_the_work_ahead_is_shared_among_the_copies() -> None:
+async def test_work_ahead_is_shared_among_the_instances() -> None:
     async with serving(*[FakeModel()] * 4) as loop:
         loop.cost_model.observe(1, 1)
         tasks = submit_all(loop, *range(12))
@@ -221,7 +221,7 @@ async def test_the_work_ahead_is_shared_among_the_copies() -> None:
 
 
 @on_virtual_clock
-async def test_a_call_overdue_beyond_reason_is_no_reason_to_wait_and_when_it_returns_all_is_well() -> None:
+async def test_overdue_call_is_not_waited_for_and_when_it_returns_all_is_well() -> None:
     model = FakeModel(b=0.1)
     async with serving(model, budget_s=10, hang_s=60) as loop:
         await loop.submit("teaches the loop that a call takes 0.1 s")
@@ -239,7 +239,7 @@ async def test_a_call_overdue_beyond_reason_is_no_reason_to_wait_and_when_it_ret
 
 
 @on_virtual_clock
-async def test_while_one_copy_hangs_the_others_are_counted_with() -> None:
+async def test_while_one_instance_hangs_the_others_are_counted_with() -> None:
     async with serving(FakeModel(b=1000), FakeModel(b=0.1), budget_s=10) as loop:
         loop.cost_model.observe(1, 0.1)
         hanging, _ = submit_all(loop, "hangs", "b")
@@ -249,7 +249,7 @@ async def test_while_one_copy_hangs_the_others_are_counted_with() -> None:
 
 
 @on_virtual_clock
-async def test_an_early_no_is_the_one_that_submit_gives_and_the_same_for_a_second() -> None:
+async def test_early_no_is_the_one_that_submit_gives_and_the_same_for_a_second() -> None:
     async with serving(FakeModel(b=0.3), budget_s=3) as loop:
         assert loop.rejection() is None
         loop.cost_model.observe(1, 0.3)
@@ -274,7 +274,7 @@ async def test_an_early_no_is_the_one_that_submit_gives_and_the_same_for_a_secon
 
 
 @on_virtual_clock
-async def test_the_queries_of_a_list_are_answered_in_order_and_share_batches_with_everybody() -> None:
+async def test_queries_of_a_list_are_answered_in_order_and_share_batches_with_everybody() -> None:
     model = FakeModel()
     async with serving(model, batch_size=4) as loop:
         first = submit_all(loop, "first")
@@ -287,7 +287,7 @@ async def test_the_queries_of_a_list_are_answered_in_order_and_share_batches_wit
 
 
 @on_virtual_clock
-async def test_a_list_is_admitted_whole_or_not_at_all() -> None:
+async def test_list_is_admitted_whole_or_not_at_all() -> None:
     model = FakeModel()
     async with serving(model, max_queue=4) as loop:
         loop.cost_model.observe(1, 1)
@@ -303,7 +303,7 @@ async def test_a_list_is_admitted_whole_or_not_at_all() -> None:
 
 
 @on_virtual_clock
-async def test_the_first_failure_ends_the_list_says_which_and_frees_the_other_places() -> None:
+async def test_first_failure_ends_the_list_says_which_and_frees_the_other_places() -> None:
     model, poison = FakeModel(), ValueError("no mask")
     async with serving(model) as loop:
         with pytest.raises(ModelFailed, match="no mask") as failed:
@@ -314,7 +314,7 @@ async def test_the_first_failure_ends_the_list_says_which_and_frees_the_other_pl
 
 
 @on_virtual_clock
-async def test_a_client_that_leaves_takes_its_whole_list_along() -> None:
+async def test_client_that_leaves_takes_its_whole_list_along() -> None:
     model, metrics = FakeModel(), Metrics()
     async with serving(model, metrics=metrics) as loop:
         many = asyncio.create_task(loop.submit_all("abc", [1] * 3))
@@ -337,7 +337,7 @@ async def test_once_a_list_has_failed_the_rest_of_its_batch_is_not_run_again() -
 
 
 @on_virtual_clock
-async def test_a_list_whose_client_leaves_while_its_batch_fails_is_not_run_again() -> None:
+async def test_list_whose_client_leaves_while_its_batch_fails_is_not_run_again() -> None:
     model, poison = FakeModel(), ValueError("no mask")
     async with serving(model, batch_size=3) as loop:
         many = asyncio.create_task(loop.submit_all(["a", poison, "b"], [1] * 3))
@@ -351,7 +351,7 @@ async def test_a_list_whose_client_leaves_while_its_batch_fails_is_not_run_again
 
 
 @on_virtual_clock
-async def test_a_late_answer_is_no_answer() -> None:
+async def test_late_answer_is_not_given() -> None:
     async with serving(FakeModel(b=3)) as loop:
         began = now()
         with pytest.raises(Late):
@@ -360,7 +360,7 @@ async def test_a_late_answer_is_no_answer() -> None:
 
 
 @on_virtual_clock
-async def test_a_client_may_shorten_its_budget_but_not_lengthen_it() -> None:
+async def test_client_may_shorten_its_budget_but_not_lengthen_it() -> None:
     async with serving(FakeModel(b=30), budget_s=10) as loop:
         began = now()
         with pytest.raises(Late):
@@ -369,7 +369,7 @@ async def test_a_client_may_shorten_its_budget_but_not_lengthen_it() -> None:
 
 
 @on_virtual_clock
-async def test_who_cannot_make_it_is_told_before_the_model_runs_and_the_others_run_without_it() -> None:
+async def test_job_that_cannot_be_in_time_fails_before_the_model_runs_and_the_others_run_without_it() -> None:
     model = FakeModel(b=1)
     async with serving(model, batch_size=3) as loop:
         hurried = submit_all(loop, "first")
@@ -404,7 +404,7 @@ def test_whose_deadline_passes_while_the_model_blocks_the_event_loop_is_not_run(
 
 
 @on_virtual_clock
-async def test_a_client_that_leaves_frees_its_place_and_the_model_never_sees_its_query() -> None:
+async def test_client_that_leaves_frees_its_place_and_the_model_never_sees_its_query() -> None:
     model, metrics = FakeModel(), Metrics()
     async with serving(model, max_queue=1, metrics=metrics) as loop:
         running = submit_all(loop, "running")
@@ -435,7 +435,7 @@ async def test_one_bad_query_fails_alone_and_its_neighbours_get_answers() -> Non
 
 
 @on_virtual_clock
-async def test_the_cause_of_a_failure_is_kept_for_the_log_and_its_time_teaches_nothing() -> None:
+async def test_cause_of_a_failure_is_kept_for_the_log_and_its_time_teaches_nothing() -> None:
     model, poison = FakeModel(b=50), ValueError("no mask")
     async with serving(model) as loop:
         loop.cost_model.observe(1, 1)
@@ -463,7 +463,7 @@ async def test_whatever_the_model_throws_its_caller_gets_an_error_and_the_next_i
 
 
 @on_virtual_clock
-async def test_a_wrong_number_of_answers_is_an_error_and_not_a_mix_up() -> None:
+async def test_wrong_number_of_answers_is_an_error_and_not_a_mix_up() -> None:
     async def loses_one_of_a_batch(queries: list[Any]) -> list[Any]:
         return queries[1:] if len(queries) > 1 else queries
 
@@ -491,7 +491,7 @@ async def test_queries_that_killed_the_models_process_are_not_run_again() -> Non
 
 
 @on_virtual_clock
-async def test_a_call_that_hangs_is_reported_and_new_jobs_are_refused() -> None:
+async def test_call_that_hangs_is_reported_and_new_jobs_are_rejected() -> None:
     async with serving(FakeModel(b=500), hang_s=60, budget_s=10) as loop:
         assert await outcomes(submit_all(loop, "a")) == [Late]
         assert loop.instances.stuck_s == 0
@@ -502,7 +502,7 @@ async def test_a_call_that_hangs_is_reported_and_new_jobs_are_refused() -> None:
 
 
 @on_virtual_clock
-async def test_a_copy_that_loads_again_is_no_call_of_the_model() -> None:
+async def test_instance_that_loads_again_does_not_count_as_a_call() -> None:
     loaded, model = asyncio.Event(), FakeModel()
     loaded.set()
     loop = ModelLoop(hang_s=60, budget_s=1000)
@@ -520,7 +520,7 @@ async def test_a_copy_that_loads_again_is_no_call_of_the_model() -> None:
 
 
 @on_virtual_clock
-async def test_while_the_only_copy_loads_who_cannot_wait_is_told_when_it_will_be_back() -> None:
+async def test_while_the_only_instance_loads_jobs_that_cannot_wait_are_rejected_with_the_time() -> None:
     loaded, model = asyncio.Event(), FakeModel()
     loaded.set()
     loop = ModelLoop(budget_s=1000)
@@ -546,7 +546,7 @@ async def test_while_the_only_copy_loads_who_cannot_wait_is_told_when_it_will_be
 
 
 @on_virtual_clock
-async def test_a_copy_that_died_idle_takes_no_job_from_the_others() -> None:
+async def test_instance_that_died_idle_takes_no_job_from_the_others() -> None:
     loaded, dead, other = asyncio.Event(), FakeModel(), FakeModel()
     loaded.set()
     loop = ModelLoop(budget_s=1000)
@@ -562,7 +562,7 @@ async def test_a_copy_that_died_idle_takes_no_job_from_the_others() -> None:
 
 
 @on_virtual_clock
-async def test_while_a_copy_loads_again_the_others_do_the_work() -> None:
+async def test_while_an_instance_loads_again_the_others_do_the_work() -> None:
     loaded = asyncio.Event()
     loaded.set()
 
@@ -579,7 +579,7 @@ async def test_while_a_copy_loads_again_the_others_do_the_work() -> None:
 
 
 @on_virtual_clock
-async def test_while_another_copy_is_left_nobody_is_refused_because_one_loads_again() -> None:
+async def test_while_another_instance_is_left_no_job_is_rejected_because_one_loads_again() -> None:
     loaded = asyncio.Event()
     loaded.set()
 
@@ -598,7 +598,7 @@ async def test_while_another_copy_is_left_nobody_is_refused_because_one_loads_ag
 
 
 @on_virtual_clock
-async def test_a_call_that_nobody_waits_for_any_more_still_has_to_end() -> None:
+async def test_call_that_nobody_waits_for_any_more_still_has_to_end() -> None:
     async with serving(FakeModel(b=3)) as loop:
         loop.cost_model.observe(1, 3)
         assert await outcomes(submit_all(loop, "a", budget_s=0.5)) == [Late]
@@ -609,7 +609,7 @@ async def test_a_call_that_nobody_waits_for_any_more_still_has_to_end() -> None:
 
 
 @on_virtual_clock
-async def test_a_call_slower_than_foreseen_is_expected_to_take_as_much_longer_again() -> None:
+async def test_call_slower_than_foreseen_is_expected_to_take_as_much_longer_again() -> None:
     async with serving(FakeModel(b=4)) as loop:
         loop.cost_model.observe(1, 3)
         tasks = submit_all(loop, "a")
@@ -621,7 +621,7 @@ async def test_a_call_slower_than_foreseen_is_expected_to_take_as_much_longer_ag
 
 
 @on_virtual_clock
-async def test_the_first_call_of_all_may_take_its_time() -> None:
+async def test_first_call_of_all_may_take_its_time() -> None:
     async with serving(FakeModel(b=20), hang_s=60) as loop:
         tasks = submit_all(loop, "a")
         await asyncio.sleep(15)
@@ -629,7 +629,7 @@ async def test_the_first_call_of_all_may_take_its_time() -> None:
 
 
 @on_virtual_clock
-async def test_who_is_refused_at_the_door_counts_as_offered_load_too() -> None:
+async def test_request_rejected_before_its_body_counts_as_offered_load() -> None:
     async with serving(FakeModel(b=1), budget_s=5) as loop:
         loop.cost_model.observe(1, 1)
         tasks = submit_all(loop, "a", "b", "c")
@@ -642,7 +642,7 @@ async def test_who_is_refused_at_the_door_counts_as_offered_load_too() -> None:
 
 
 @on_virtual_clock
-async def test_a_giant_does_not_make_everybody_look_like_one() -> None:
+async def test_giant_does_not_make_everybody_look_like_one() -> None:
     async with serving(FakeModel()) as loop:
         loop.cost_model.observe(1, 1)
         await outcomes(submit_all(loop, "a"))
@@ -652,7 +652,7 @@ async def test_a_giant_does_not_make_everybody_look_like_one() -> None:
 
 
 @on_virtual_clock
-async def test_a_batch_is_no_larger_than_its_own_jobs_can_afford() -> None:
+async def test_batch_is_no_larger_than_its_own_jobs_can_afford() -> None:
     """Half the budget: who has just missed it is still in time after the next."""
     model = FakeModel(b=1)
     async with serving(model, batch_size=32, budget_s=20, target_s=0) as loop:
@@ -665,7 +665,7 @@ async def test_a_batch_is_no_larger_than_its_own_jobs_can_afford() -> None:
 
 
 @on_virtual_clock
-async def test_of_those_who_are_late_in_any_case_whoever_has_just_left_is_not_run() -> None:
+async def test_late_job_whose_client_has_just_left_is_not_run() -> None:
     loop = ModelLoop(batch_size=2)
     loop.instances.loaded = 1
     leaver, other = submit_all(loop, "leaver", "other")
@@ -716,7 +716,7 @@ async def test_first_burst_of_all_is_admitted_whole() -> None:
 
 
 @on_virtual_clock
-async def test_stopping_refuses_new_jobs_and_finishes_what_was_admitted() -> None:
+async def test_stopping_rejects_new_jobs_and_finishes_what_was_admitted() -> None:
     async with serving(FakeModel()) as loop:
         tasks = submit_all(loop, "a", "b", "c")
         await asyncio.sleep(0.5)
@@ -730,7 +730,7 @@ async def test_stopping_refuses_new_jobs_and_finishes_what_was_admitted() -> Non
 
 
 @on_virtual_clock
-async def test_after_the_grace_time_the_queued_and_the_running_are_refused_not_left_hanging() -> None:
+async def test_after_the_grace_time_the_queued_and_the_running_are_rejected_not_left_hanging() -> None:
     async with serving(FakeModel(b=8)) as loop:
         tasks = submit_all(loop, "a", "b", "c")
         await asyncio.sleep(0)

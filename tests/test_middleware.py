@@ -96,12 +96,12 @@ def copy_of_the_core(folder: Path) -> Path:
     return folder
 
 
-def test_the_core_serves_without_the_other_protocols(tmp_path: Path) -> None:
+def test_core_serves_without_the_other_protocols(tmp_path: Path) -> None:
     with served(copy_of_the_core(tmp_path)) as client:
         assert client.post("/", content="a text").json() == "A TEXT"
 
 
-def test_a_file_in_protocols_is_a_protocol_whose_errors_are_in_its_own_words(tmp_path: Path) -> None:
+def test_file_in_protocols_is_a_protocol_whose_errors_are_in_its_own_words(tmp_path: Path) -> None:
     folder = copy_of_the_core(tmp_path)
     (folder / "workers" / "protocols").mkdir()
     (folder / "workers" / "protocols" / "shout.py").write_text(textwrap.dedent(PROTOCOL))
@@ -143,7 +143,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         release.touch()
 
 
-def test_a_refusal_comes_before_the_body_and_its_connection_goes_on(full: Server) -> None:
+def test_rejection_comes_before_the_body_and_its_connection_goes_on(full: Server) -> None:
     before = metric(full, 'model_requests_total{status="503"}')
     with dial(full) as connection:
         connection.sendall(request("POST", Content_Length="1000", X_Request_ID="mine"))
@@ -156,7 +156,7 @@ def test_a_refusal_comes_before_the_body_and_its_connection_goes_on(full: Server
     assert metric(full, 'model_requests_total{status="503"}') == before + 1
 
 
-def test_a_body_far_too_large_is_refused_without_a_reset(full: Server) -> None:
+def test_body_far_too_large_is_rejected_without_a_reset(full: Server) -> None:
     with dial(full) as connection:
         connection.sendall(request("POST", body=b"x" * 10_000_000) + request("GET", "/ready"))
         assert hear(connection).status in (413, 503)
@@ -164,7 +164,7 @@ def test_a_body_far_too_large_is_refused_without_a_reset(full: Server) -> None:
             assert hear(connection).status == 200
 
 
-def test_a_header_of_megabytes_is_refused_before_it_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_header_of_megabytes_is_rejected_before_it_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a full server, too, where the one that says how long to wait is read first."""
     looked: list[Any] = []
     monkeypatch.setattr("workers.web.parsing.client_budget_s", looked.append)
@@ -179,7 +179,7 @@ def test_a_header_of_megabytes_is_refused_before_it_is_looked_into(monkeypatch: 
     assert sent[0] == 431 and not looked
 
 
-def test_who_waits_to_be_asked_for_the_body_is_refused_unasked(full: Server) -> None:
+def test_client_that_expects_100_continue_is_rejected_without_it(full: Server) -> None:
     with dial(full) as connection:
         connection.sendall(request("POST", Content_Length="1000", Expect="100-continue"))
         refused = hear(connection)
@@ -187,12 +187,12 @@ def test_who_waits_to_be_asked_for_the_body_is_refused_unasked(full: Server) -> 
         assert connection.recv(1) == b""
 
 
-def test_a_full_server_is_ready(full: Server) -> None:
+def test_full_server_is_ready(full: Server) -> None:
     assert post(full, "a text").status == 503
     assert get(full, "/ready").status == 200
 
 
-def test_too_many_bytes_of_headers_are_refused_whatever_they_ask(full: Server) -> None:
+def test_too_many_bytes_of_headers_are_rejected_whatever_they_ask(full: Server) -> None:
     assert say(full, request("GET", "/health", X_Long="x" * 66_000)).status == 431
 
 
@@ -204,7 +204,7 @@ class Full:
         self.loop.stop_admitting()
 
 
-def test_a_storm_of_refusals_is_slowed_down_and_a_few_are_not_slowed_at_all() -> None:
+def test_many_rejections_are_slowed_down_and_a_few_are_not() -> None:
     middleware, service = RequestMiddleware(Router([]), Metrics()), Full()
     waits_s: list[float] = []
 
@@ -392,7 +392,7 @@ def test_health_tells_the_models_name_and_no_path(tmp_path: Path) -> None:
         [],
     ],
 )
-def test_an_answer_means_what_the_standard_library_would_have_written(value: Any) -> None:
+def test_answer_means_what_the_standard_library_would_have_written(value: Any) -> None:
     assert json.loads(replies.rendered(value)) == json.loads(json.dumps(value))
 
 
@@ -406,7 +406,7 @@ def test_null_in_an_answer_does_not_make_it_slow(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
-def test_an_array_reads_back_as_the_very_numbers_of_its_type(dtype: str) -> None:
+def test_array_reads_back_as_the_very_numbers_of_its_type(dtype: str) -> None:
     array = np.random.default_rng(0).standard_normal((3, 4)).astype(dtype)
     found = json.loads(replies.rendered({"vectors": array, "one": array[:, 1], "best": array[0, 0]}))
     assert np.array_equal(np.array(found["vectors"], dtype), array)

@@ -47,7 +47,7 @@ def broken() -> Model:
     raise OSError("no such model\nsecond line")
 
 
-def test_the_reason_is_the_last_line_where_the_message_is_a_traceback() -> None:
+def test_reason_is_the_last_line_where_the_message_is_a_traceback() -> None:
     def load() -> Model:
         raise ValueError("it failed:\nTraceback (most recent call last):\n  File ...\nOSError: no such file")
 
@@ -55,7 +55,7 @@ def test_the_reason_is_the_last_line_where_the_message_is_a_traceback() -> None:
         attempt_load(load)
 
 
-def test_the_root_cause_is_named_where_a_library_wraps_it() -> None:
+def test_root_cause_is_named_where_a_library_wraps_it() -> None:
     def load() -> Model:
         try:
             try:
@@ -104,7 +104,7 @@ def test_errors_that_would_break_asyncio_reach_the_caller_and_the_next_call_is_s
 @pytest.mark.parametrize(
     "make", [partial(Inline, broken), partial(Thread, broken), partial(in_process, load=broken)]
 )
-def test_a_model_that_cannot_be_loaded_is_one_line(make: Callable[[], Any]) -> None:
+def test_model_that_cannot_be_loaded_is_one_line(make: Callable[[], Any]) -> None:
     async def scenario() -> None:
         offload = make()
         with pytest.raises(CannotLoad, match=r"^OSError: no such model$"):
@@ -168,7 +168,7 @@ def test_model_that_hangs_while_it_closes_can_be_stopped(
     asyncio.run(scenario())
 
 
-def test_a_thread_runs_one_call_at_a_time_even_when_its_callers_have_left() -> None:
+def test_thread_runs_one_call_at_a_time_even_when_its_callers_have_left() -> None:
     async def scenario() -> None:
         model = Gated()
         offload = Thread(lambda: model)
@@ -188,7 +188,7 @@ def test_a_thread_runs_one_call_at_a_time_even_when_its_callers_have_left() -> N
     asyncio.run(scenario())
 
 
-def test_a_call_that_outlives_its_event_loop_ends_in_silence() -> None:
+def test_call_that_outlives_its_event_loop_ends_in_silence() -> None:
     model = Gated()
     others = set(threading.enumerate())
 
@@ -206,7 +206,7 @@ def test_a_call_that_outlives_its_event_loop_ends_in_silence() -> None:
     worker.join()  # pytest fails on an exception in a thread
 
 
-def test_the_event_loop_stays_responsive_while_a_thread_computes() -> None:
+def test_event_loop_stays_responsive_while_a_thread_computes() -> None:
     async def scenario() -> None:
         model = Gated()
         offload = Thread(lambda: model)
@@ -281,7 +281,7 @@ def test_what_cannot_be_sent_or_goes_to_the_terminal_costs_its_own_call() -> Non
     with_process(scenario)
 
 
-def test_the_log_tells_where_in_its_process_the_model_failed() -> None:
+def test_log_tells_where_in_its_process_the_model_failed() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         with pytest.raises(ModelFailed) as failed:
             await offload.run(["stop"])
@@ -291,7 +291,7 @@ def test_the_log_tells_where_in_its_process_the_model_failed() -> None:
     with_process(scenario)
 
 
-def test_tensors_arrive_as_numbers_and_lists_where_there_is_no_torch() -> None:
+def test_tensors_arrive_as_numbers_and_lists_where_torch_is_missing() -> None:
     import torch
 
     answer = {"vector": torch.arange(2.0), "score": torch.tensor(0.5, dtype=torch.bfloat16), "n": 3}
@@ -300,7 +300,7 @@ def test_tensors_arrive_as_numbers_and_lists_where_there_is_no_torch() -> None:
 
 
 @pytest.mark.parametrize(("poison", "code"), [("die", -9), ("leave", 7)])
-def test_a_process_that_dies_costs_its_own_queries_and_is_replaced_however_often(
+def test_process_that_dies_costs_its_own_queries_and_is_replaced_however_often(
     poison: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries: list[int] = []
@@ -330,7 +330,7 @@ def kill_once_it_has_spoken(offload: Process) -> None:
         time.sleep(0.01)
 
 
-def test_a_process_that_answers_and_dies_costs_nobody_an_answer() -> None:
+def test_process_that_answers_and_dies_costs_nobody_an_answer() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         call = asyncio.create_task(offload.run(["a"]))
         await asyncio.sleep(0)
@@ -343,7 +343,7 @@ def test_a_process_that_answers_and_dies_costs_nobody_an_answer() -> None:
     with_process(scenario)
 
 
-def test_a_process_that_loads_and_dies_has_not_loaded() -> None:
+def test_process_that_loads_and_dies_has_not_loaded() -> None:
     async def scenario() -> None:
         offload = in_process()
         start = asyncio.create_task(offload.start())
@@ -356,7 +356,7 @@ def test_a_process_that_loads_and_dies_has_not_loaded() -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_hung_process_is_killed_and_replaced(frozen: bool) -> None:
+def test_hung_process_is_killed_and_replaced(frozen: bool) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         hung = offload.process
         if frozen:
@@ -369,7 +369,7 @@ def test_a_hung_process_is_killed_and_replaced(frozen: bool) -> None:
     with_process(scenario, hang_s=3.0)
 
 
-def test_a_process_that_closes_its_connection_is_killed_and_replaced() -> None:
+def test_process_that_closes_its_connection_is_killed_and_replaced() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         deaf = offload.process
         with pytest.raises(ModelDied, match="closed its connection"):
@@ -399,7 +399,7 @@ def test_what_a_model_has_forked_neither_hides_its_death_nor_outlives_it(idle: b
 
 
 @pytest.mark.parametrize("asked_before", [True, False])
-def test_a_process_that_is_killed_while_idle_is_replaced_before_anyone_asks(
+def test_process_that_is_killed_while_idle_is_replaced_before_anyone_asks(
     asked_before: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
@@ -416,7 +416,7 @@ def test_a_process_that_is_killed_while_idle_is_replaced_before_anyone_asks(
     with_process(scenario)
 
 
-def test_a_replacement_that_cannot_even_be_started_is_tried_again(
+def test_replacement_that_cannot_even_be_started_is_tried_again(
     monkeypatch: pytest.MonkeyPatch, plan: Path
 ) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
@@ -455,7 +455,7 @@ def test_replacement_is_tried_again_whatever_kept_it_from_starting(monkeypatch: 
 
 
 @pytest.mark.parametrize("idle", [False, True])
-def test_a_replacement_that_cannot_load_is_tried_again_and_is_trouble_after_a_few_tries(
+def test_replacement_that_cannot_load_is_tried_again_and_is_trouble_after_a_few_tries(
     idle: bool, plan: Path
 ) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
@@ -474,7 +474,7 @@ def test_a_replacement_that_cannot_load_is_tried_again_and_is_trouble_after_a_fe
     with_process(scenario)
 
 
-def test_a_replacement_that_hangs_while_it_loads_is_replaced_too(
+def test_replacement_that_hangs_while_it_loads_is_replaced_too(
     plan: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
@@ -488,7 +488,7 @@ def test_a_replacement_that_hangs_while_it_loads_is_replaced_too(
     with_process(scenario, hang_s=2.0)
 
 
-def test_a_process_that_loads_but_dies_before_anyone_asks_is_trouble_too(plan: Path) -> None:
+def test_process_that_loads_but_dies_before_anyone_asks_is_trouble_too(plan: Path) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         for _ in range(process.TRIES + 1):
             assert not offload.trouble
@@ -501,11 +501,11 @@ def test_a_process_that_loads_but_dies_before_anyone_asks_is_trouble_too(plan: P
     with_process(scenario)
 
 
-def test_the_pauses_between_tries_grow_to_a_minute() -> None:
+def test_pauses_between_tries_grow_to_a_minute() -> None:
     assert [pause_s(tries) for tries in (0, 1, 2, 3, 4, 1000)] == [0, 1, 2, 4, 8, 60]
 
 
-def test_a_stop_during_a_call_cancels_it_and_starts_no_other_process() -> None:
+def test_stop_during_a_call_cancels_it_and_starts_no_other_process() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         call = asyncio.create_task(offload.run(["hang"]))
         await asyncio.sleep(0)  # it has asked
@@ -518,7 +518,7 @@ def test_a_stop_during_a_call_cancels_it_and_starts_no_other_process() -> None:
     with_process(scenario)
 
 
-def test_a_call_that_is_given_up_gives_its_answers_to_nobody() -> None:
+def test_call_that_is_given_up_gives_its_answers_to_nobody() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         call = asyncio.create_task(offload.run(["a"]))
         await asyncio.sleep(0)
@@ -530,7 +530,7 @@ def test_a_call_that_is_given_up_gives_its_answers_to_nobody() -> None:
     with_process(scenario)
 
 
-def test_a_stopped_process_is_not_replaced() -> None:
+def test_stopped_process_is_not_replaced() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         offload.stop()
         await asyncio.to_thread(offload.process.wait, 30)
@@ -540,7 +540,7 @@ def test_a_stopped_process_is_not_replaced() -> None:
     with_process(scenario)
 
 
-def test_a_stop_during_a_replacement_leaves_no_process() -> None:
+def test_stop_during_a_replacement_leaves_no_process() -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         others = psutil.Process().children()  # some other test's, such as multiprocessing's tracker
         others.remove(psutil.Process(offload.process.pid))
@@ -560,7 +560,7 @@ def test_a_stop_during_a_replacement_leaves_no_process() -> None:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_a_process_finishes_its_work_when_systemd_signals_it_too(stop: int) -> None:
+def test_process_finishes_its_work_when_systemd_signals_it_too(stop: int) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         os.kill(offload.process.pid, stop)
         ((query, _),) = await offload.run(["a"])
@@ -571,7 +571,7 @@ def test_a_process_finishes_its_work_when_systemd_signals_it_too(stop: int) -> N
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no system call to pin with")
-def test_a_process_keeps_to_the_cores_it_is_given() -> None:
+def test_process_keeps_to_the_cores_it_is_given() -> None:
     core = max(os.sched_getaffinity(0))
 
     async def scenario(offload: Process, metrics: Metrics) -> None:
@@ -580,7 +580,7 @@ def test_a_process_keeps_to_the_cores_it_is_given() -> None:
     with_process(scenario, cores={core})
 
 
-def test_a_pinned_process_takes_all_of_its_own_cores_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pinned_process_takes_all_of_its_own_cores_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     instances = make_instances(Settings(OFFLOAD="process", INSTANCES=2), Metrics(), Model())  # type: ignore[arg-type]
     hellos = [pickle.loads(instance.hello[8:]) for instance in instances if isinstance(instance, Process)]
@@ -599,7 +599,7 @@ def test_no_process_is_pinned_to_cores_that_another_one_needs(
 
 
 @pytest.mark.parametrize("amid_a_message", [False, True])
-def test_a_process_ends_when_its_server_is_gone(amid_a_message: bool) -> None:
+def test_process_ends_when_its_server_is_gone(amid_a_message: bool) -> None:
     async def scenario(offload: Process, metrics: Metrics) -> None:
         model = offload.process
         offload.loaded.clear()  # it is not to be replaced

@@ -95,7 +95,7 @@ def test_whatever_json_can_say_reaches_the_task_as_it_is(inputs: Any) -> None:
         assert read_json(text) == ([inputs], {}, False)
 
 
-def test_a_list_is_several_inputs_be_they_lists_or_null() -> None:
+def test_list_is_several_inputs_be_they_lists_or_null() -> None:
     assert read_json('{"inputs": [[]]}') == ([[]], {}, True)
     assert read_json('{"inputs": ["a"]}') == (["a"], {}, True)
     assert read_json('{"inputs": [null, {}]}') == ([None, {}], {}, True)
@@ -107,18 +107,18 @@ def test_parameters_may_stand_beside_the_inputs_and_null_is_none() -> None:
     assert read_json('{"inputs": "a", "parameters": null}').parameters == {}
 
 
-def test_a_parameter_that_says_two_things_is_refused() -> None:
+def test_parameter_that_says_two_things_is_rejected() -> None:
     with pytest.raises(HTTPException, match='422: "top_k" is there twice'):
         read_json('{"inputs": "a", "top_k": 1, "parameters": {"top_k": 2}}')
 
 
-def test_a_whole_number_is_one_however_it_is_written() -> None:
+def test_whole_number_is_one_however_it_is_written() -> None:
     assert check_parameters({"top_k": 2.0}, {"top_k": number_rule(1, 5)}) == {"top_k": 2}
     with pytest.raises(Malformed):
         check_parameters({"top_k": 2.5}, {"top_k": number_rule(1, 5)})
 
 
-def test_a_byte_order_mark_is_no_part_of_the_body() -> None:
+def test_byte_order_mark_is_not_part_of_the_body() -> None:
     assert read("a text".encode("utf-8-sig")).inputs == ["a text"]
     assert read_json('{"inputs": "a text"}'.encode("utf-8-sig")).inputs == ["a text"]
 
@@ -192,12 +192,12 @@ def test_other_types_and_charsets_are_a_415(content_type: str) -> None:
     assert len(sentence) < 200
 
 
-def test_an_encoded_body_is_a_415() -> None:
+def test_encoded_body_is_a_415() -> None:
     assert refused("a", Content_Encoding="gzip")[0] == 415
     assert read(b"a", Content_Encoding="Identity").inputs == ["a"]
 
 
-def test_a_task_that_takes_images_gets_their_bytes_and_others_read_of_them() -> None:
+def test_task_that_takes_images_gets_their_bytes_and_others_read_of_them() -> None:
     jpeg = b"\xff\xd8\xff\xe0"
     for content_type in ("image/jpeg", "", "application/octet-stream", "application/x-www-form-urlencoded"):
         assert read(jpeg, IMAGES, Content_Type=content_type) == ([jpeg], {}, False)
@@ -315,6 +315,6 @@ def task() -> fill_mask.Task:
         {"targets": {"city": 1}},
     ],
 )
-def test_parameters_of_the_wrong_kind_are_refused(task: fill_mask.Task, parameters: dict[str, Any]) -> None:
+def test_parameters_of_the_wrong_kind_are_rejected(task: fill_mask.Task, parameters: dict[str, Any]) -> None:
     with pytest.raises(Malformed, match="must be"):
         task.check("Paris is the [MASK] of France.", parameters)

@@ -24,7 +24,7 @@ FILES = sorted({name for peer in OTHERS for name in peer.code})
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_peer_is_short_and_names_the_page_that_it_follows(name: str) -> None:
+def test_peer_is_short_and_names_the_page_that_it_follows(name: str) -> None:
     text = (FOLDER / f"{name}.py").read_text()
     assert len(text.splitlines()) <= 50
     assert "https://" in text.split('"""')[1]
@@ -47,7 +47,7 @@ ANSWER = [{"token": i, "score": 0.5 / (i + 1)} for i in range(5)]
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if not form.startswith("embeddings")])
-def test_an_answer_is_taken_out_of_each_form_of_reply(form: str) -> None:
+def test_answer_is_taken_out_of_each_form_of_reply(form: str) -> None:
     replies: dict[str, Any] = {
         "bentoml": [ANSWER],
         "triton": {"outputs": [{"name": "answer", "data": [json.dumps(ANSWER)]}]},
@@ -56,7 +56,7 @@ def test_an_answer_is_taken_out_of_each_form_of_reply(form: str) -> None:
     assert FORMS[form].answer(b"an error page") is None
 
 
-def test_an_answer_agrees_with_the_pipelines_or_it_does_not() -> None:
+def test_answer_agrees_with_the_pipelines_or_it_does_not() -> None:
     expected = [[one["token"], one["score"]] for one in ANSWER]
     float32, bfloat16 = (Expected({"a text": expected}, dtype) for dtype in ("float32", "bfloat16"))
     moved = [one | {"score": one["score"] + 0.01} for one in ANSWER]
@@ -66,7 +66,7 @@ def test_an_answer_agrees_with_the_pipelines_or_it_does_not() -> None:
         assert not float32.agrees("a text", wrong)
 
 
-def test_a_disturbed_measurement_is_dropped_and_counted(tmp_path: Path) -> None:
+def test_disturbed_measurement_is_dropped_and_counted(tmp_path: Path) -> None:
     rows = [
         Row("mosec", "float32", repeat, "short 64", "per_s", value, others)
         for repeat, (value, others) in enumerate([(100.0, 0.0), (10.0, 1.0), (102.0, 0.1)])
@@ -80,7 +80,7 @@ def test_a_disturbed_measurement_is_dropped_and_counted(tmp_path: Path) -> None:
     assert (results.disturbed, results.measurements) == (2, 4)
 
 
-def test_a_server_is_gone_when_all_of_its_processes_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_is_gone_when_all_of_its_processes_are(monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen(["sleep", "60"]) as other, subprocess.Popen(["true"]) as first:
         first.wait()
         server: Any = SimpleNamespace(process=first)
@@ -111,7 +111,9 @@ def test_peers_are_added_to_the_results_that_are_there(tmp_path: Path) -> None:
         peers.without(tmp_path, ["mosec"], ["float32"], machine | {"versions": {"torch": "2"}})
 
 
-def test_who_cannot_be_installed_is_told_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_cannot_be_installed_is_named_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def prepare(needs: str, lines: tuple[str, ...]) -> None:
         if needs == "mosec":
             raise NotInstalled("pip: no such version")
@@ -123,7 +125,7 @@ def test_who_cannot_be_installed_is_told_and_the_others_go_on(monkeypatch: pytes
     assert about["failed"] == {"mosec": "not installed: pip: no such version"}
 
 
-def test_who_does_not_start_is_told_in_its_row_and_the_others_are_measured(
+def test_server_that_does_not_start_is_named_in_its_row_and_the_others_are_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     broken = Peer("mosec", "python -c raise(SystemExit(3))", kinds=("instant",))

@@ -144,7 +144,7 @@ def vit(folder: Any) -> tuple[Any, Any]:
     return load("vit", folder("vit"))
 
 
-def test_an_input_is_prepared_once_before_the_models_call(folder: Any, gains: None, monkeypatch: Any) -> None:
+def test_input_is_prepared_once_before_the_models_call(folder: Any, gains: None, monkeypatch: Any) -> None:
     task, model = load("vit", folder("vit"), BATCH_SIZE=4)
     prepared: list[Any] = []
     real = model.front.preprocess
@@ -164,7 +164,7 @@ def test_an_input_is_prepared_once_before_the_models_call(folder: Any, gains: No
     assert_same(again, model(contents)[:1])  # run again singly, as after a batch that failed
 
 
-def test_a_model_process_prepares_what_comes_as_bytes(folder: Any, gains: None) -> None:
+def test_model_process_prepares_what_comes_as_bytes(folder: Any, gains: None) -> None:
     task, model = load("vit", folder("vit"), BATCH_SIZE=4)
     server = tasks.make(task.settings)
     contents = [server.check(image, {}).content for image in IMAGES]
@@ -183,7 +183,7 @@ class Changes(torch.nn.Module):
         return self.model(pixel_values - pixel_values.mean(0, keepdim=True) * (len(pixel_values) > 1))
 
 
-def test_a_batch_that_changes_answers_or_gains_nothing_is_not_made_and_the_log_says_why(
+def test_batch_that_changes_answers_or_gains_nothing_is_not_made_and_the_log_says_why(
     folder: Any, vit: Any, monkeypatch: Any, gains: None
 ) -> None:
     task, loaded = vit
@@ -223,7 +223,7 @@ def test_a_batch_that_changes_answers_or_gains_nothing_is_not_made_and_the_log_s
         ("vit", {"timeout": 3}, "not a known field"),
     ],
 )
-def test_a_parameter_that_breaks_its_rule_is_malformed(
+def test_parameter_that_breaks_its_rule_is_malformed(
     folder: Any, name: str, parameters: dict[str, Any], sentence: str
 ) -> None:
     task = tasks.make(Settings(MODEL=folder(name), TASK=MODELS[name][0]))
@@ -241,14 +241,14 @@ def test_labels_may_be_one_text_with_commas(folder: Any) -> None:
 # Sounds
 
 
-def test_a_sound_that_cannot_be_read_is_unprocessable(folder: Any) -> None:
+def test_sound_that_cannot_be_read_is_unprocessable(folder: Any) -> None:
     task = tasks.make(Settings(MODEL=folder("ctc"), TASK=MODELS["ctc"][0]))
     for data in (b"garbage", SOUNDS[0][:44], base64.b64encode(b"RIFF").decode()):
         with pytest.raises(Unprocessable, match="the sound cannot be read; send a whole WAV"):
             task.check(data, {})
 
 
-def test_a_sound_has_a_bounded_length_and_no_more_of_it_is_decoded(folder: Any, tmp_path: Path) -> None:
+def test_sound_has_a_bounded_length_and_no_more_of_it_is_decoded(folder: Any, tmp_path: Path) -> None:
     task = tasks.make(Settings(MODEL=folder("ctc"), TASK=MODELS["ctc"][0], MAX_SOUND_S=3.0))
     flac = tmp_path / "silence.flac"
     long = ["-f", "lavfi", "-i", "anullsrc=r=16000:cl=mono", "-t", "3600", str(flac)]
@@ -266,7 +266,7 @@ def test_a_sound_has_a_bounded_length_and_no_more_of_it_is_decoded(folder: Any, 
     assert task.check(media.example_sound(0, 2.0), {}).size > task.check(media.example_sound(0, 1.0), {}).size
 
 
-def test_the_samples_are_those_that_transformers_reads(monkeypatch: Any, tmp_path: Path) -> None:
+def test_samples_are_those_that_transformers_reads(monkeypatch: Any, tmp_path: Path) -> None:
     from transformers.pipelines.audio_utils import ffmpeg_read
 
     (tmp_path / "ffmpeg").symlink_to(media.ffmpeg())
@@ -275,7 +275,7 @@ def test_the_samples_are_those_that_transformers_reads(monkeypatch: Any, tmp_pat
         assert np.array_equal(media.read_sound(SOUNDS[2], rate, 60.0), ffmpeg_read(SOUNDS[2], rate))
 
 
-def test_a_server_of_sounds_without_ffmpeg_says_what_to_install(folder: Any, monkeypatch: Any) -> None:
+def test_server_of_sounds_without_ffmpeg_says_what_to_install(folder: Any, monkeypatch: Any) -> None:
     media.ffmpeg.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
@@ -294,7 +294,7 @@ def gpt2(folder: Path) -> None:
     small_media.save(folder, transformers.GPT2LMHeadModel(config), wordpiece_tokenizer())
 
 
-def test_a_generator_with_few_positions_starts_and_counts_what_it_may_generate(tmp_path: Path) -> None:
+def test_generator_with_few_positions_starts_and_counts_what_it_may_generate(tmp_path: Path) -> None:
     gpt2(tmp_path)
     task = pipeline.Task(Settings(MODEL=str(tmp_path), TASK="text-generation", TORCH_THREADS=1))
     model = task.load(0)
@@ -385,7 +385,7 @@ def test_text_to_speech_is_text_to_audio_and_starts_with_characters_as_tokens(tm
         ("text_to_speach", "did you mean text-to-speech?"),
     ],
 )
-def test_a_task_that_is_not_served_says_why_or_what_was_meant(task: str, sentence: str) -> None:
+def test_task_that_is_not_served_says_why_or_what_was_meant(task: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
         tasks.make(Settings(TASK=task))
 

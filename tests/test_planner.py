@@ -30,7 +30,7 @@ def test_fit_recovers_a_known_law(a_s: float, b_s: float) -> None:
     assert noisy.spread == pytest.approx(0.05, rel=0.4)
 
 
-def test_the_law_is_that_of_the_mean_call_as_the_throughput_is() -> None:
+def test_law_is_that_of_the_mean_call_as_the_throughput_is() -> None:
     calls = measured(0.004, 0.001)
     calls.loc[::10, "seconds"] *= 11  # one text in ten is long
     law = planner.fit(calls)
@@ -76,7 +76,7 @@ def test_in_overload_goodput_is_the_predicted_capacity(batch_size: int, instance
     assert set(df["outcome"]) <= {"200", "503", "504"}
 
 
-def test_who_comes_by_itself_wakes_the_server_and_a_refusal_has_its_price() -> None:
+def test_lone_request_wakes_the_server_and_a_rejection_has_its_cost() -> None:
     law, still = CostLaw(0.0, 0.01), {"overhead_s": 0.0, "deadline_s": 1.0, "duration_s": 10.0}
     quiet = planner.simulate(law, arrivals_s=[1.0, 2.0, 2.001], waking_s=0.005, **still)
     assert quiet["latency_ms"].tolist() == pytest.approx([15, 15, 29])
@@ -90,13 +90,13 @@ def test_who_comes_by_itself_wakes_the_server_and_a_refusal_has_its_price() -> N
     assert free == pytest.approx(100, rel=0.03) and dear == pytest.approx((1 - 0.3) / 0.0097, rel=0.05)
 
 
-def test_the_same_seed_gives_the_same_traffic() -> None:
+def test_same_seed_gives_the_same_traffic() -> None:
     once, again = (planner.simulate(LAW, rate_per_s=100, duration_s=5, seed=7) for _ in range(2))
     pd.testing.assert_frame_equal(once, again)
 
 
 @pytest.mark.slow
-def test_a_request_of_gthread_costs_something_besides_the_model() -> None:
+def test_request_of_gthread_costs_something_besides_the_model() -> None:
     found = planner.measure_overhead(duration_s=0.5, mode=MODES["gthread-1x8"])
     assert 0 < found.overhead_s < 1 and found.waking_s >= 0 and 0 < found.refusal_s < 1
 
@@ -109,7 +109,7 @@ def test_requests_come_when_they_are_said_to() -> None:
     assert df["queue_ms"].tolist() == pytest.approx([0, 3, 0])
 
 
-def test_the_rows_are_those_of_a_load_test() -> None:
+def test_rows_are_those_of_a_load_test() -> None:
     columns = "due_s sent_s latency_ms outcome kind queue_ms model_ms batch_size retry_after_s attempt"
     assert list(planner.simulate(LAW, rate_per_s=10, duration_s=1).columns) == columns.split()
 

@@ -110,7 +110,7 @@ def test_vectors_are_a_tensor_of_the_open_inference_protocol(
     np.testing.assert_allclose(answer.as_numpy("answer"), expected, atol=1e-6)
 
 
-def test_a_text_alone_is_a_list_of_one(client: httpx2.Client) -> None:
+def test_text_alone_is_a_list_of_one(client: httpx2.Client) -> None:
     data = embed(client, {"input": TEXTS[0]}).json()["data"]
     assert [len(one["embedding"]) for one in data] == [32]
 
@@ -158,7 +158,7 @@ def test_what_makes_no_sense_is_a_400_in_openais_form(
     assert reply.status_code == 400 and sentence in openai_error(reply)
 
 
-def test_too_many_tokens_are_refused_without_a_word_of_what_openai_has_not(client: httpx2.Client) -> None:
+def test_too_many_tokens_are_rejected_in_openais_terms(client: httpx2.Client) -> None:
     reply = embed(client, {"input": ["a", LONG]})
     assert reply.status_code == 400
     assert openai_error(reply) == "input 1: the text has 702 tokens; send at most 512"
@@ -174,7 +174,7 @@ def test_too_many_tokens_are_refused_without_a_word_of_what_openai_has_not(clien
         (b"{}", {"Content-Encoding": "gzip"}, 415),
     ],
 )
-def test_a_body_that_cannot_be_read_is_refused_in_openais_form(
+def test_body_that_cannot_be_read_is_rejected_in_openais_form(
     client: httpx2.Client, body: bytes, headers: dict[str, str], status: int
 ) -> None:
     reply = client.post("/v1/embeddings", content=body, headers=headers)
@@ -191,12 +191,12 @@ def test_its_requests_have_ids_and_are_counted(client: httpx2.Client, servers: d
     assert name in client.get("/metrics").text
 
 
-def test_the_model_is_listed_by_its_name(client: httpx2.Client) -> None:
+def test_model_is_listed_by_its_name(client: httpx2.Client) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["object"]) == ("model", "model") and model["created"] > 1.7e9
 
 
-def test_a_model_of_token_vectors_has_no_embeddings(servers: dict[str, Server]) -> None:
+def test_model_of_token_vectors_has_no_embeddings(servers: dict[str, Server]) -> None:
     with httpx2.Client(base_url=servers["token vectors"].url) as client:
         for reply in (embed(client, {"input": "a"}), client.get("/v1/models")):
             assert reply.status_code == 404
@@ -204,7 +204,7 @@ def test_a_model_of_token_vectors_has_no_embeddings(servers: dict[str, Server]) 
         assert client.post("/rerank", json={}).status_code == 404
 
 
-def test_the_web_process_of_an_embedder_has_no_torch(servers: dict[str, Server]) -> None:
+def test_web_process_of_an_embedder_has_no_torch(servers: dict[str, Server]) -> None:
     web, *others = servers["embedder"].processes()
     for process, expected in ((web, False), (max(others, key=lambda one: one.memory_info().rss), True)):
         assert any("libtorch" in file.path for file in process.memory_maps()) == expected
@@ -365,7 +365,7 @@ def test_scores_that_all_round_to_1_or_0_are_still_in_order() -> None:
     assert [one["index"] for one in reply["results"]] == [1, 3, 5, 2, 0]
 
 
-def test_vector_that_is_not_finite_is_refused_in_every_form() -> None:
+def test_vector_that_is_not_finite_is_rejected_in_every_form() -> None:
     for value in (np.nan, np.inf):
         vector = np.array([1, value], "f4")
         for form in ("float", "base64"):
@@ -401,6 +401,6 @@ def test_every_field_that_openai_clients_send_is_taken(client: httpx2.Client, ex
         ({"query": "a", "texts": ["b"], "top_k": 1}, '"top_k" is not a known field'),
     ],
 )
-def test_what_is_no_ranking_is_a_400(rank: httpx2.Client, content: Any, sentence: str) -> None:
+def test_invalid_ranking_is_a_400(rank: httpx2.Client, content: Any, sentence: str) -> None:
     reply = rank.post("/rerank", json=content)
     assert reply.status_code == 400 and sentence in reply.json()["error"]

@@ -35,7 +35,7 @@ async def asked(loop: Any, *queries: str) -> list[Any]:
 
 
 @on_virtual_clock
-async def test_a_query_that_was_in_each_of_three_processes_that_died_is_refused_and_forgotten_in_time() -> (
+async def test_query_that_was_in_each_of_three_processes_that_died_is_rejected_and_forgotten_in_time() -> (
     None
 ):
     ward, model = Quarantine(Metrics(), now), Mortal()
@@ -57,7 +57,7 @@ async def test_a_query_that_was_in_each_of_three_processes_that_died_is_refused_
 
 
 @on_virtual_clock
-async def test_nobody_dies_twice_of_a_neighbour_nor_is_refused_for_it() -> None:
+async def test_input_beside_a_fatal_one_neither_fails_twice_nor_is_quarantined() -> None:
     ward, model = Quarantine(Metrics(), now), Mortal()
     async with serving(ward.around(model), batch_size=3) as loop:
         assert await asked(loop, "a", "killer", "b") == [ModelDied] * 3
@@ -70,7 +70,7 @@ async def test_nobody_dies_twice_of_a_neighbour_nor_is_refused_for_it() -> None:
 
 
 @on_virtual_clock
-async def test_an_answer_acquits_whom_somebody_else_had_killed_and_a_failure_does_not() -> None:
+async def test_answer_acquits_whom_somebody_else_had_killed_and_a_failure_does_not() -> None:
     ward, model = Quarantine(Metrics(), now), Mortal()
     async with serving(ward.around(model)) as loop:
         for _ in range(5):
@@ -91,7 +91,7 @@ async def test_an_answer_acquits_whom_somebody_else_had_killed_and_a_failure_doe
 
 
 @on_virtual_clock
-async def test_what_is_kept_is_bounded_and_is_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_quarantine_keeps_a_bounded_number_and_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quarantine, "MAX_SUSPECTS", 3)
     ward = Quarantine(Metrics(), now)
     for text in "abcdbbe":

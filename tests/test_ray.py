@@ -170,7 +170,7 @@ def test_several_models_by_name(models: dict[str, Server]) -> None:
     assert reply.json[0]["token_str"] == "capital"
 
 
-def test_a_new_version_gets_its_share(models: dict[str, Server], crowd: Crowd) -> None:
+def test_new_version_gets_its_share(models: dict[str, Server], crowd: Crowd) -> None:
     def asked(name: str) -> float:
         return metric(models[name], 'model_requests_total{status="200"}')
 
@@ -184,7 +184,7 @@ def test_a_new_version_gets_its_share(models: dict[str, Server], crowd: Crowd) -
     assert reply.headers["Server-Timing"]
 
 
-def test_a_shadow_gets_copies_whose_answers_nobody_sees(
+def test_shadow_traffic_is_answered_to_nobody(
     models: dict[str, Server], cluster: Cluster, tmp_path: Path
 ) -> None:
     """It understands none of them."""
@@ -219,7 +219,7 @@ def until_running(cluster: Cluster, n: int, without: set[int]) -> set[int]:
     return until(lambda: len(now := cluster.running()) == n and not now & without and now, 120)
 
 
-def test_a_killed_replica_costs_nobody_an_answer_and_is_replaced(cluster: Cluster, crowd: Crowd) -> None:
+def test_killed_replica_costs_nobody_an_answer_and_is_replaced(cluster: Cluster, crowd: Crowd) -> None:
     dead: set[int] = set()
     with steady(cluster, crowd) as replies:
         for _ in range(2):
@@ -230,7 +230,7 @@ def test_a_killed_replica_costs_nobody_an_answer_and_is_replaced(cluster: Cluste
     tell("kill -9 of a replica, twice", replies)
 
 
-def test_a_rolling_redeployment_costs_nobody_an_answer(cluster: Cluster, crowd: Crowd) -> None:
+def test_rolling_redeployment_costs_nobody_an_answer(cluster: Cluster, crowd: Crowd) -> None:
     old = cluster.running()
     with steady(cluster, crowd) as replies:
         cluster.deploy(**STAND_IN, REPLICAS="2", MAX_QUEUE="200")
@@ -239,7 +239,7 @@ def test_a_rolling_redeployment_costs_nobody_an_answer(cluster: Cluster, crowd: 
     tell("rolling redeployment", replies)
 
 
-def test_a_replica_more_and_one_fewer_cost_nobody_an_answer(
+def test_replica_more_and_one_fewer_cost_nobody_an_answer(
     cluster: Cluster, crowd: Crowd, tmp_path: Path
 ) -> None:
     old = cluster.running()
@@ -254,7 +254,7 @@ def test_a_replica_more_and_one_fewer_cost_nobody_an_answer(
     tell("from two replicas to three and back", replies)
 
 
-def test_a_killed_node_costs_nobody_an_answer(cluster: Cluster, crowd: Crowd, tmp_path: Path) -> None:
+def test_killed_node_costs_nobody_an_answer(cluster: Cluster, crowd: Crowd, tmp_path: Path) -> None:
     """All of its processes at once, as when its plug is pulled."""
     deploy(cluster, tmp_path, app("default", "/", {}, num_replicas=4))
     until_running(cluster, 4, set())
@@ -271,7 +271,7 @@ def test_a_killed_node_costs_nobody_an_answer(cluster: Cluster, crowd: Crowd, tm
     tell("kill -9 of a node", replies)
 
 
-def test_the_end_of_serve_answers_who_is_admitted(cluster: Cluster, crowd: Crowd) -> None:
+def test_end_of_serve_answers_admitted_requests(cluster: Cluster, crowd: Crowd) -> None:
     """The last test."""
     texts = numbered(24, SLOW)
     replies = crowd.post(cluster, *texts)

@@ -245,7 +245,7 @@ def test_hugging_faces_async_client_gets_the_same(urls: dict[str, str], oracle: 
 
 
 @pytest.mark.slow
-def test_its_door_answers_lists_with_lists_and_errors_as_post_does(urls: dict[str, str]) -> None:
+def test_hf_inference_answers_lists_with_lists_and_errors_as_post_does(urls: dict[str, str]) -> None:
     def ask(task: str, inputs: Any, **parameters: Any) -> Any:
         content = {"inputs": inputs, "parameters": parameters}
         return httpx2.post(urls[task] + "hf-inference", json=content)

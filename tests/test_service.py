@@ -131,7 +131,7 @@ def test_liveness_answers_while_the_model_loads_and_readiness_does_not(gated: ty
         ("multiprocessing.parent_process", Mock(), "WEB_CONCURRENCY=n, not --workers n"),
     ],
 )
-def test_a_server_that_takes_more_than_there_is_warns_when_it_starts(
+def test_server_that_takes_more_than_there_is_warns_when_it_starts(
     name: str,
     value: Any,
     warning: str,
@@ -159,7 +159,7 @@ class Slow:
         return inputs
 
 
-def test_call_that_takes_longer_than_the_deadline_is_told_at_the_start(
+def test_call_longer_than_the_deadline_is_reported_at_the_start(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
@@ -185,7 +185,7 @@ def test_reload_is_not_taken_for_several_workers(
     assert "1 instance of the model, 1 thread each" in caplog.text
 
 
-def test_an_error_of_ours_has_an_id_and_is_counted_too(
+def test_error_of_ours_has_an_id_and_is_counted_too(
     gated: type[Gated], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def count() -> float:
@@ -203,7 +203,7 @@ def test_an_error_of_ours_has_an_id_and_is_counted_too(
     with_app(scenario)
 
 
-def test_a_model_call_that_hangs_turns_health_to_503_with_the_reason_until_it_returns(
+def test_model_call_that_hangs_turns_health_to_503_with_the_reason_until_it_returns(
     gated: type[Gated],
 ) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
@@ -264,7 +264,7 @@ def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], An
     return lambda word: plan.unlink() if word == "succeed" else plan.write_text(word)
 
 
-def test_while_the_only_copy_loads_again_requests_are_refused_with_the_time_that_the_last_load_took(
+def test_while_the_only_instance_loads_again_requests_are_rejected_with_the_time_that_the_last_load_took(
     loads: Callable[[str], Any],
 ) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
@@ -285,7 +285,7 @@ def test_while_the_only_copy_loads_again_requests_are_refused_with_the_time_that
     with_app(scenario, MODEL=MOODY, OFFLOAD="process")
 
 
-def test_an_input_that_ends_its_process_three_times_is_refused_before_the_queue_alone_or_in_a_list() -> None:
+def test_input_that_ends_its_process_three_times_is_rejected_before_the_queue_alone_or_in_a_list() -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         for _ in range(3):
             await eventually(client, "/ready", 200)
@@ -307,7 +307,7 @@ def test_an_input_that_ends_its_process_three_times_is_refused_before_the_queue_
     with_app(scenario, MODEL=MOODY, OFFLOAD="process")
 
 
-def test_a_server_whose_only_copy_died_idle_is_not_ready_until_another_is_loaded(
+def test_server_whose_only_instance_died_idle_is_not_ready_until_another_is_loaded(
     loads: Callable[[str], Any],
 ) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
@@ -323,7 +323,7 @@ def test_a_server_whose_only_copy_died_idle_is_not_ready_until_another_is_loaded
     with_app(scenario, MODEL=MOODY, OFFLOAD="process")
 
 
-def test_a_copy_that_died_idle_takes_no_job_while_it_loads_again(loads: Callable[[str], Any]) -> None:
+def test_instance_that_died_idle_takes_no_job_while_it_loads_again(loads: Callable[[str], Any]) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
         await eventually(client, "/ready", 200)
         loads("wait")
@@ -345,7 +345,7 @@ def test_a_copy_that_died_idle_takes_no_job_while_it_loads_again(loads: Callable
     with_app(scenario, MODEL=MOODY, OFFLOAD="process", INSTANCES=2)
 
 
-def test_a_model_that_cannot_be_loaded_again_ends_the_server_with_the_reason(
+def test_model_that_cannot_be_loaded_again_ends_the_server_with_the_reason(
     loads: Callable[[str], Any], raised: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
@@ -365,7 +365,7 @@ def test_a_model_that_cannot_be_loaded_again_ends_the_server_with_the_reason(
     )
 
 
-def test_a_copy_that_cannot_be_loaded_again_does_not_end_the_other(
+def test_instance_that_cannot_be_loaded_again_does_not_end_the_other(
     loads: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
@@ -410,7 +410,7 @@ def serving(model: str = "Model", mode: str = "thread", **env: str) -> Iterator[
         ("Forgets", "ValueError: it gives 0 answers to 1 inputs"),
     ],
 )
-def test_a_model_that_fails_on_its_own_example_ends_the_start_with_one_sentence(
+def test_model_that_fails_on_its_own_example_ends_the_start_with_one_sentence(
     offload: str, model: str, sentence: str
 ) -> None:
     with serving(model, OFFLOAD=offload) as server:
@@ -439,7 +439,7 @@ def test_answers_that_cannot_leave_their_process_end_the_start_with_one_sentence
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what a process has mapped")
-def test_the_web_process_needs_no_torch_where_it_does_not_run_the_model() -> None:
+def test_web_process_needs_no_torch_where_it_does_not_run_the_model() -> None:
     with serving(OFFLOAD="process") as server:
         server.wait_until_ready()
         assert post(server, "a text").status == 200
@@ -493,7 +493,7 @@ def every_end() -> Iterator[Any]:
 
 @pytest.mark.usefixtures("hangup")
 @pytest.mark.parametrize(("hangs", "offload", "way"), list(every_end()))
-def test_a_server_whose_model_hangs_ends_within_its_grace_time_and_so_do_its_processes(
+def test_server_whose_model_hangs_ends_within_its_grace_time_and_so_do_its_processes(
     hangs: str, offload: str, way: str
 ) -> None:
     its = {"OFFLOAD": offload, "HANGS": hangs, "GRACE_S": "3" if hangs == "call" else "20"}
@@ -559,7 +559,7 @@ def test_signals_again_and_again_do_not_put_the_end_off() -> None:
 
 
 @pytest.mark.parametrize("mode", ["thread", "recommended"])
-def test_a_second_ctrl_c_waits_for_no_frozen_model_and_leaves_nothing(mode: str) -> None:
+def test_second_ctrl_c_waits_for_no_frozen_model_and_leaves_nothing(mode: str) -> None:
     with serving(mode=mode, OFFLOAD="process", GRACE_S="30") as server:
         server.wait_until_ready()
         assert post(server, "fork").status == 200  # its fork, too, is to end
@@ -572,7 +572,7 @@ def test_a_second_ctrl_c_waits_for_no_frozen_model_and_leaves_nothing(mode: str)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there a process dies with its parent")
-def test_a_killed_server_leaves_no_model_behind_not_even_a_frozen_one() -> None:
+def test_killed_server_leaves_no_model_behind_not_even_a_frozen_one() -> None:
     with serving(OFFLOAD="process") as server:
         server.wait_until_ready()
         (model,) = server.processes()[1:]
@@ -589,7 +589,7 @@ def test_what_a_model_has_forked_ends_with_the_server() -> None:
         ends(server, signal.SIGTERM)
 
 
-def test_the_copies_of_the_model_end_with_the_service() -> None:
+def test_instances_of_the_model_end_with_the_service() -> None:
     async def run() -> None:
         async with Service(Settings(MODEL=MOODY, OFFLOAD="process"), Metrics()).running() as service:
             await service.started.wait()
@@ -623,7 +623,7 @@ def test_model_is_closed_within_the_grace_time(
     assert ("the model was not closed within GRACE_S=1" in caplog.text) is hangs
 
 
-def test_whoever_sends_a_body_after_the_stop_is_refused_without_waiting_for_the_body(
+def test_request_after_the_stop_is_rejected_without_waiting_for_its_body(
     gated: type[Gated],
 ) -> None:
     async def stalled() -> AsyncIterator[bytes]:
@@ -659,7 +659,7 @@ def test_nothing_is_kept_of_a_request_that_has_ended(gated: type[Gated]) -> None
     with_app(scenario)
 
 
-def test_a_service_that_ends_without_a_signal_answers_what_it_has_admitted(gated: type[Gated]) -> None:
+def test_service_that_ends_without_a_signal_answers_what_it_has_admitted(gated: type[Gated]) -> None:
     async def run() -> None:
         gated.loads.set()
         async with Service(Settings(MODEL=GATED), Metrics()).running() as service:
@@ -673,7 +673,7 @@ def test_a_service_that_ends_without_a_signal_answers_what_it_has_admitted(gated
     in_thread(run)
 
 
-def test_a_bug_in_the_loop_answers_whoever_waits_and_ends_the_process_with_a_code(
+def test_bug_in_the_loop_answers_every_client_and_ends_the_process_with_a_code(
     gated: type[Gated],
     raised: list[int],
     monkeypatch: pytest.MonkeyPatch,

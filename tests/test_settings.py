@@ -28,7 +28,7 @@ from workers.settings import Settings
         ("MODEL", "/", "a folder with a config.json, a hub id"),
     ],
 )
-def test_a_wrong_value_is_refused_with_its_name_the_value_and_what_is_allowed(
+def test_wrong_value_is_rejected_with_its_name_the_value_and_what_is_allowed(
     name: str, value: str, allowed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -43,7 +43,7 @@ def test_setting_that_is_gone_is_answered_by_one_sentence(monkeypatch: pytest.Mo
         Settings.read()
 
 
-def test_an_environment_variable_beats_dot_env_beats_the_default(
+def test_environment_variable_beats_dot_env_beats_the_default(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -51,7 +51,7 @@ def whole(server: Server, inputs: list[Any], **headers: str) -> dict[int, Any]:
     return {line.pop("index"): line for line in lines}
 
 
-def test_a_line_is_there_before_the_next_answer(server: Server, tmp_path: Path) -> None:
+def test_line_is_there_before_the_next_answer(server: Server, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with asked(server, ["first", {"until": str(gate)}, "third"]) as reply:
         lines = reply.iter_lines()
@@ -91,13 +91,13 @@ def test_what_finds_no_room_or_no_time_says_so_in_its_line(server: Server, tmp_p
     assert all(line["retry_after_s"] >= 1 for line in lines.values() if line["status"] == 503)
 
 
-def test_what_is_wrong_is_refused_before_the_first_line(server: Server) -> None:
+def test_wrong_input_is_rejected_before_the_first_line(server: Server) -> None:
     with asked(server, []) as reply:
         assert reply.status_code == 400
         assert reply.headers["content-type"] == "application/json"
 
 
-def test_a_client_that_leaves_frees_the_rest(server: Server, tmp_path: Path) -> None:
+def test_client_that_leaves_frees_the_rest(server: Server, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     before = metric(server, "model_abandoned_total")
     with asked(server, [{"until": str(gate)}, "b", "c"]):
@@ -108,7 +108,7 @@ def test_a_client_that_leaves_frees_the_rest(server: Server, tmp_path: Path) -> 
     assert metric(server, "model_abandoned_total") == before + 3
 
 
-def test_a_client_that_stops_reading_is_let_go_and_frees_the_rest(server: Server, tmp_path: Path) -> None:
+def test_client_that_stops_reading_is_let_go_and_frees_the_rest(server: Server, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     body = json.dumps({"inputs": ["x" * 8_000_000, {"until": str(gate)}, "c"]}).encode()
     with dial(server) as connection:

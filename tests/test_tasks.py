@@ -136,7 +136,7 @@ STRATEGIES = {
 @pytest.mark.filterwarnings("ignore:Tokenizer does not support real words")  # the pipeline's own words
 @pytest.mark.parametrize("family", STRATEGIES)
 @pytest.mark.parametrize("task", ["text-classification", "token-classification"])
-def test_a_task_answers_as_its_pipeline_does_for_each_family(folder: Any, task: str, family: str) -> None:
+def test_task_answers_as_its_pipeline_does_for_each_family(folder: Any, task: str, family: str) -> None:
     head, config, asked = TASKS[task]
     where = folder(family, head, **config)
     made, model = load(where, task)
@@ -168,7 +168,7 @@ def test_without_the_fast_path_it_is_the_plain_pipeline(folder: Any, task: str) 
     ],
     ids=["one label", "regression", "multi-label"],
 )
-def test_a_classifier_of_another_kind_applies_what_its_pipeline_applies(folder: Any, config: Any) -> None:
+def test_classifier_of_another_kind_applies_what_its_pipeline_applies(folder: Any, config: Any) -> None:
     where, asked = folder("bert", "SequenceClassification", **config), TASKS["text-classification"][2]
     audit(*load(where, "text-classification"), asked, plain(where, "text-classification", asked))
 
@@ -384,7 +384,7 @@ def test_two_threads_share_one_encoder() -> None:
             assert torch.equal(outputs, expected)
 
 
-def test_the_layers_are_given_few_row_counts_so_that_memory_stays_flat(
+def test_layers_are_given_few_row_counts_so_that_memory_stays_flat(
     folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counts = set()
@@ -456,7 +456,7 @@ CHECKS: list[tuple[str, Any, dict[str, Any], type, str]] = [
 
 
 @pytest.mark.parametrize(("task", "inputs", "parameters", "error", "sentence"), CHECKS)
-def test_what_cannot_be_answered_is_refused_with_a_sentence_that_says_what_to_send(
+def test_input_that_cannot_be_answered_is_rejected_with_a_sentence_that_says_what_to_send(
     task: str, inputs: Any, parameters: dict[str, Any], error: type, sentence: str
 ) -> None:
     with pytest.raises(error) as refused:
@@ -465,7 +465,7 @@ def test_what_cannot_be_answered_is_refused_with_a_sentence_that_says_what_to_se
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "roberta", "electra"])
-def test_the_check_gives_the_ids_that_transformers_gives(folder: Any, family: str) -> None:
+def test_check_gives_the_ids_that_transformers_gives(folder: Any, family: str) -> None:
     where = folder(family, "SequenceClassification")
     task, tokenizer = tasks.make(Settings(MODEL=where, TASK="text-classification")), make_tokenizer(family)
     for texts in [*((text,) for text in TEXTS), tuple(PAIR.values())]:
@@ -502,7 +502,7 @@ def test_tokenizer_json_that_transformers_reads_otherwise_is_noticed(
     audit(web, model, asked, plain(where, "token-classification", asked))
 
 
-def test_a_text_beyond_roberta_s_positions_is_refused_not_run(folder: Any) -> None:
+def test_text_beyond_roberta_s_positions_is_rejected_not_run(folder: Any) -> None:
     where = folder("roberta", "SequenceClassification")
     names = Path(where, "tokenizer_config.json")
     names.write_text(json.dumps(json.loads(names.read_text()) | {"model_max_length": None}))
@@ -510,7 +510,7 @@ def test_a_text_beyond_roberta_s_positions_is_refused_not_run(folder: Any) -> No
     assert task.limit == 512, "of 514 positions two come before the first token"
 
 
-def test_the_web_process_checks_without_torch_and_transformers_in_100_mb() -> None:
+def test_web_process_checks_without_torch_and_transformers_in_100_mb() -> None:
     program = """
 import os, sys
 from workers import resources as memory, tasks
@@ -528,7 +528,7 @@ print(memory.resident_bytes([os.getpid()]) / 1e6)
     assert float(megabytes) <= 100
 
 
-def test_a_model_of_the_hub_is_read_from_its_cache(tmp_path: Path) -> None:
+def test_model_of_the_hub_is_read_from_its_cache(tmp_path: Path) -> None:
     snapshot = tmp_path / "models--some--model" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     (tmp_path / "models--some--model" / "refs").mkdir()
@@ -570,7 +570,7 @@ def eye(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_an_image_is_classified_as_by_its_pipeline_from_bytes_and_from_base64(eye: str) -> None:
+def test_image_is_classified_as_by_its_pipeline_from_bytes_and_from_base64(eye: str) -> None:
     task, model = load(eye, "image-classification")
     assert "image/png".startswith(task.media)
     pipe = transformers.pipeline("image-classification", model=eye)
@@ -585,13 +585,13 @@ def test_an_image_is_classified_as_by_its_pipeline_from_bytes_and_from_base64(ey
 @pytest.mark.parametrize(
     "inputs", ["/etc/passwd", "http://127.0.0.1/a.png", "not base64!", ["a"], {"image": "a"}]
 )
-def test_a_pipeline_of_images_never_gets_a_path_or_an_address(eye: str, inputs: Any) -> None:
+def test_pipeline_of_images_never_gets_a_path_or_an_address(eye: str, inputs: Any) -> None:
     task = tasks.make(Settings(MODEL=eye, TASK="image-classification"))
     with pytest.raises((Malformed, Unprocessable)):
         task.check(inputs, {})
 
 
-def test_a_small_file_with_a_huge_image_is_refused(eye: str) -> None:
+def test_small_file_with_a_huge_image_is_rejected(eye: str) -> None:
     task = tasks.make(Settings(MODEL=eye, TASK="image-classification"))
     file = io.BytesIO()
     Image.new("1", (9_000, 9_000)).save(file, "PNG")
@@ -601,7 +601,7 @@ def test_a_small_file_with_a_huge_image_is_refused(eye: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG"])
-def test_half_an_image_is_refused_not_run(eye: str, form: str) -> None:
+def test_half_an_image_is_rejected_not_run(eye: str, form: str) -> None:
     task = tasks.make(Settings(MODEL=eye, TASK="image-classification"))
     data = picture(form=form)
     with pytest.raises(Unprocessable, match="send a whole JPEG or PNG"):
@@ -641,7 +641,7 @@ def test_masks_are_images_in_base64(tmp_path: Path) -> None:
         ("token-classification", "dog " * 40_000, {"aggregation_strategy": "simple", "stride": 17}),
     ],
 )
-def test_a_text_of_too_many_windows_is_refused_before_it_keeps_the_model(
+def test_text_of_too_many_windows_is_rejected_before_it_keeps_the_model(
     folder: Any, name: str, inputs: Any, parameters: dict[str, Any]
 ) -> None:
     task = tasks.make(Settings(MODEL=folder("bert", "MaskedLM"), TASK=name))
@@ -649,12 +649,12 @@ def test_a_text_of_too_many_windows_is_refused_before_it_keeps_the_model(
         task.check(inputs, parameters)
 
 
-def test_a_slow_tokenizer_cuts_no_windows_and_says_so() -> None:
+def test_slow_tokenizer_cuts_no_windows_and_says_so() -> None:
     with pytest.raises(Unprocessable, match="a slow one"):
         SlowTokens(None).windows(64, 512, 17, "a text")
 
 
-def test_a_pipeline_that_padding_would_change_answers_one_by_one(folder: Any) -> None:
+def test_pipeline_that_padding_would_change_answers_one_by_one(folder: Any) -> None:
     where = folder("bert", "MaskedLM")
     task = pipeline.Task(Settings(MODEL=where, TASK="feature-extraction", TORCH_THREADS=1))
     model = task.load(0)
@@ -665,20 +665,20 @@ def test_a_pipeline_that_padding_would_change_answers_one_by_one(folder: Any) ->
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "modules.json"])
 @pytest.mark.parametrize("content", [b'{"half": ', b"\xff\xfe", b"7"])
-def test_a_broken_file_of_the_model_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+def test_broken_file_of_the_model_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     shutil.copytree(HERE / "models" / "minilm-mlm", tmp_path, dirs_exist_ok=True)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=f"^{name} "):
         tasks.make(Settings(MODEL=str(tmp_path), TASK="feature-extraction"))
 
 
-def test_a_task_that_nobody_knows_says_how_to_serve_it_all_the_same() -> None:
+def test_task_that_nobody_knows_says_how_to_serve_it_all_the_same() -> None:
     with pytest.raises(ValueError, match=r"TASK=weather-forecast is not known; known are .* a custom class"):
         tasks.make(Settings(TASK="weather-forecast"))
 
 
 @pytest.mark.parametrize("name", ["fill_mask", "Fill-Mask", "fillmask"])
-def test_a_misspelt_task_is_told_what_was_meant_and_what_there_is(name: str) -> None:
+def test_misspelt_task_is_answered_by_what_was_meant_and_what_there_is(name: str) -> None:
     with pytest.raises(ValueError, match=f"TASK={name} is not known, did you mean fill-mask") as caught:
         tasks.make(Settings(TASK=name))
     known = str(caught.value).partition("known are ")[2].partition(";")[0].split(", ")
@@ -687,12 +687,12 @@ def test_a_misspelt_task_is_told_what_was_meant_and_what_there_is(name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["custom", "pipeline", "encoder"])
-def test_a_file_beside_the_tasks_is_none(name: str) -> None:
+def test_file_beside_the_tasks_is_none(name: str) -> None:
     with pytest.raises(ValueError, match=f"TASK={name} is not known"):
         tasks.make(Settings(TASK=name))
 
 
-def test_a_client_cannot_hand_the_pipeline_whatever_it_takes(folder: Any) -> None:
+def test_client_cannot_hand_the_pipeline_whatever_it_takes(folder: Any) -> None:
     task = pipeline.Task(Settings(TASK="text-generation"))
     with pytest.raises(Malformed, match='"custom_generate" is not a known field'):
         task.check("a text", {"custom_generate": "somebody/code", "trust_remote_code": True})

@@ -65,7 +65,7 @@ def test_there_is_a_thread_for_each_core_that_others_leave_free(
     assert machine.set_to == ([] if expected == cores else [expected])  # torch starts with all
 
 
-def test_the_threads_are_back_when_the_neighbour_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_back_when_the_neighbour_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Cores(monkeypatch, 2)
     model = machine.threads(2)
     machine.pass_s(60, 0, model)
@@ -75,7 +75,7 @@ def test_the_threads_are_back_when_the_neighbour_is_gone(monkeypatch: pytest.Mon
     assert machine.set_to == [1, 2] * 3
 
 
-def test_a_neighbour_that_comes_after_an_idle_night_is_noticed_in_two_seconds(
+def test_neighbour_that_comes_after_an_idle_night_is_noticed_in_two_seconds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     machine = Cores(monkeypatch, 2)
@@ -90,7 +90,7 @@ def test_what_was_asked_for_is_kept_where_others_leave_more_free(monkeypatch: py
     assert machine.set_to == []
 
 
-def test_copies_in_one_process_share_the_cores_that_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instances_in_one_process_share_the_cores_that_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Cores(monkeypatch, 4)
     assert machine.pass_s(3, 1, machine.threads(2, instances=2)) == 1
     assert machine.pass_s(3, 0, machine.threads(2, instances=2)) == 2
@@ -120,7 +120,7 @@ def test_where_the_system_does_not_say_what_its_cores_do_nothing_changes(
     assert machine.set_to == []
 
 
-def test_a_call_does_not_fail_because_no_file_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_does_not_fail_because_no_file_can_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Cores(monkeypatch, 2)
     model = machine.threads(2)
     assert machine.pass_s(3, 1, model) == 1
@@ -135,7 +135,7 @@ def test_a_call_does_not_fail_because_no_file_can_be_opened(monkeypatch: pytest.
     assert machine.pass_s(3, 0, model) == 2
 
 
-def test_the_cores_are_asked_once_a_second_however_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_asked_once_a_second_however_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, asked = Cores(monkeypatch, 2), []
     model = Threads(2, others_s=lambda: asked.append(1) or 0.0, clock=lambda: machine.now)  # type: ignore[func-returns-value]
     machine.pass_s(10.5, 0, model)
@@ -173,7 +173,7 @@ def test_what_a_neighbour_uses_is_counted() -> None:
         ("1600000 100000", 8),
     ],
 )
-def test_a_container_quota_is_a_number_of_cores(
+def test_container_quota_is_a_number_of_cores(
     monkeypatch: pytest.MonkeyPatch, cpu_max: str, cores: int
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
