@@ -37,7 +37,7 @@ from test_contract import (  # noqa: F401
     test_stalled_bodies_get_408_and_hold_nobody_up,
     test_too_much_work_gets_503_with_retry_after,
     test_two_masks_get_a_list_for_each,
-    test_wrong_input_is_refused_with_a_sentence,
+    test_wrong_input_is_rejected_with_a_sentence,
 )
 
 from loadtests.modes import ROOT, Server
