@@ -14,7 +14,7 @@ from typing import Any
 
 from tests.support import mode_matrix
 from workers.metrics import Metrics
-from workers.protocols import openai, rerank
+from workers.protocols import openai, rerank, transcriptions
 from workers.protocols.chat import fields as chat
 from workers.service import Service
 from workers.settings import HERE as ROOT
@@ -125,6 +125,7 @@ TABLES: dict[str, Callable[[], str]] = {
         {name: what for name, what in chat.COMPLETION_FIELDS.items() if name not in chat.SAMPLED}
     ),
     "unsupported_fields": lambda: api_fields(chat.UNSUPPORTED, "what to do without it"),
+    "transcription_fields": lambda: api_fields(transcriptions.FIELDS),
     "rerank_fields": lambda: api_fields(rerank.FIELDS),
 }
 

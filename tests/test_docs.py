@@ -35,7 +35,10 @@ def test_page_has_the_tables_that_the_code_makes(path: Path) -> None:
     assert path.read_text() == generate.page(path.read_text()), "stale: run `make docs`"
 
 
-@pytest.mark.parametrize("task", ["fill-mask", "feature-extraction", "text-ranking", "text-generation"])
+@pytest.mark.parametrize(
+    "task",
+    ["fill-mask", "feature-extraction", "text-ranking", "text-generation", "automatic-speech-recognition"],
+)
 def test_every_api_is_on_its_page(task: str) -> None:
     page = (generate.DOCS / "protocols.md").read_text()
     for found in iter_modules(protocols.__path__):

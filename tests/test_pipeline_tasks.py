@@ -50,7 +50,12 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
         {"return_timestamps": "word"},
         {"chunk_length_s": 2, "stride_length_s": 0.1},
     ],
-    "whisper": [{"return_timestamps": True}, {"language": "de", "task": "translate"}],
+    "whisper": [
+        {"return_timestamps": True},
+        {"language": "de", "task": "translate"},
+        {"return_timestamps": True, "return_language": True},
+        {"chunk_length_s": 1, "stride_length_s": 0.2},
+    ],
 }
 NEEDED = {
     "clip": {"candidate_labels": ["dog", "the old river"]},
@@ -218,7 +223,9 @@ def test_batch_that_changes_answers_or_gains_nothing_is_not_made_and_the_log_say
         ("detr", {"threshold": True}, "a number from 0 to 1"),
         ("segformer", {"subtask": "panoptic"}, "must be semantic"),
         ("ctc", {"return_timestamps": True}, "must be char or word"),
-        ("ctc", {"chunk_length_s": 2, "stride_length_s": 1}, 'more than twice "stride_length_s"'),
+        ("ctc", {"chunk_length_s": 2, "stride_length_s": 1}, 'at least three times "stride_length_s"'),
+        ("whisper", {"chunk_length_s": 31}, "a number of seconds from 1 to 30"),
+        ("whisper", {"language": "klingon"}, "de or en"),
         ("ctc", {"chunk_length_s": 1e9}, "a number of seconds from 1 to 60"),
         ("vit", {"timeout": 3}, "not a known field"),
     ],
@@ -264,6 +271,29 @@ def test_sound_has_a_bounded_length_and_no_more_of_it_is_decoded(folder: Any, tm
     with pytest.raises(Unprocessable, match="must last from"):
         task.check(media.example_sound(0, 0.01), {})
     assert task.check(media.example_sound(0, 2.0), {}).size > task.check(media.example_sound(0, 1.0), {}).size
+
+
+def test_whisper_walks_through_a_long_sound_as_the_pipeline_does_and_costs_its_windows(folder: Any) -> None:
+    task, model = load("whisper", folder("whisper"), BATCH_SIZE=1)
+    long, expected = media.example_sound(1, 45.0), plain("whisper", folder("whisper"))
+    costs = []
+    for parameters in ({}, {"return_timestamps": True}, {"chunk_length_s": 20}):
+        query = task.check(long, dict(parameters))
+        (answer,) = model([query.content])
+        assert same(answer, expected(long, parameters)) and answer["text"]
+        costs.append(query.size)
+    short = task.check(media.example_sound(1, 3.0), {}).size
+    assert [round(cost / short) for cost in costs] == [2, 2, 3], "sizes are windows of 30 s"
+    (answer,) = model([task.check(long, {"return_timestamps": False}).content])
+    assert same(answer, expected(long, {}))
+
+
+def test_windows_that_overlap_cost_more(folder: Any) -> None:
+    task = tasks.make(Settings(MODEL=folder("ctc"), TASK=MODELS["ctc"][0]))
+    sound = media.example_sound(0, 10.0)
+    whole = task.check(sound, {}).size
+    eight_windows = task.check(sound, {"chunk_length_s": 3, "stride_length_s": 1}).size
+    assert eight_windows == whole + 140, "24 s in place of 10"
 
 
 def test_samples_are_those_that_transformers_reads(monkeypatch: Any, tmp_path: Path) -> None:

@@ -182,6 +182,7 @@ def whisper(folder: Path) -> None:
         bos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         unk_token="<|endoftext|>",
+        extra_special_tokens=special,
     )
     config = transformers.WhisperConfig(
         vocab_size=len(vocab),

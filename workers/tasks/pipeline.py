@@ -17,8 +17,15 @@ from workers.errors import Malformed, Unprocessable
 from workers.settings import Settings
 from workers.tasks import Description, Query
 from workers.tasks.common import media
-from workers.tasks.common.parameters import REFUSED, TAKES, rules_of, window_is_too_short
-from workers.tasks.common.stock import Batched, Stock
+from workers.tasks.common.parameters import (
+    REFUSED,
+    TAKES,
+    WHISPER_S,
+    rules_of,
+    speech_size,
+    window_is_too_short,
+)
+from workers.tasks.common.stock import Batched, Prepared, Stock
 from workers.tasks.common.text import (
     TEXT_SCHEMA,
     Content,
@@ -128,6 +135,7 @@ class Task(TextTask):
             media.ffmpeg()  # missed at the start, not by clients
             features = read_model_json(settings, "preprocessor_config.json")
             self.rate: int = features.get("sampling_rate") or 16_000
+            self.is_whisper = self.config.get("model_type") == "whisper"
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Query:
         if self.name == "document-question-answering" and isinstance(inputs, bytes):
@@ -151,10 +159,14 @@ class Task(TextTask):
             labels = [label.strip() for label in labels.split(",") if label.strip()]
             parameters = parameters | {"candidate_labels": labels}
         parameters = check_parameters(parameters, self.rules)
+        if (
+            parameters.get("return_timestamps") is False
+        ):  # Whisper raises at it for a sound of more than one window
+            parameters = {name: value for name, value in parameters.items() if name != "return_timestamps"}
         if "candidate_labels" in self.rules and labels is None:
             raise Malformed('there are no "candidate_labels"; send those that may fit, as a parameter')
         if window_is_too_short(parameters):
-            raise Malformed('"chunk_length_s" must be more than twice "stride_length_s"')
+            raise Malformed('"chunk_length_s" must be at least three times "stride_length_s"')
         return parameters
 
     def bounded(self, parameters: dict[str, Any], n_tokens: int) -> dict[str, Any]:
@@ -201,7 +213,7 @@ class Task(TextTask):
         data = media.bytes_of(inputs, self.takes)
         size, value = 8 + n_labels if n_labels else 1, data if as_bytes else self.read(data)
         if self.takes == "audio":
-            size += round(10 * len(value) / self.rate)  # tenths of a second
+            size += speech_size(len(value) / self.rate, parameters, self.is_whisper)
         return Query(
             Content({"image": value, "question": question} if question else value, parameters, []), size
         )
@@ -211,6 +223,11 @@ class Task(TextTask):
         if self.takes == "image":
             return media.read_image(data)
         return media.read_sound(data, self.rate, self.settings.MAX_SOUND_S)
+
+    def seconds(self, query: Query) -> float:
+        """How long the sound of a query is."""
+        sound = query.content.inputs
+        return (sound.length if isinstance(sound, Prepared) else len(sound)) / self.rate
 
     def load(self, instance: int) -> Stock:
         pipe = load_pipeline(self.settings, instance)
@@ -247,7 +264,11 @@ class Task(TextTask):
                 counts = (2, 16) if "candidate_labels" in self.rules else (2,)
                 return [self.check(*self.example(media.example_image(), n)) for n in counts]
         lengths = (1.0, min(5.0, self.settings.MAX_SOUND_S))
-        return [self.check(*self.example(media.example_sound(0, length))) for length in lengths]
+        queries = [self.check(*self.example(media.example_sound(0, length))) for length in lengths]
+        if self.is_whisper and self.settings.MAX_SOUND_S > WHISPER_S:  # two of its windows
+            sound, parameters = self.example(media.example_sound(0, WHISPER_S + 1))
+            queries[1] = self.check(sound, {**parameters, "chunk_length_s": WHISPER_S})
+        return queries
 
     def describe(self) -> Description:
         gives = f"what the {self.name} pipeline answers"

@@ -51,6 +51,7 @@ REFUSED = {
     "vqa": f"Transformers 5 has removed it for image-text-to-text; {CUSTOM}",
     "zero-shot-object-detection": f"it runs the model once per label; {CUSTOM}",
 }
+WHISPER_S = 30  # a window of Whisper's: a shorter sound is padded to it
 SEGMENTS_ALL = {"conditional_detr", "detr", "eomt", "mask2former", "maskformer", "oneformer"}
 FRACTION_RULE = Rule(
     "a number from 0 to 1",
@@ -117,11 +118,12 @@ def speech_rules(settings: Settings, config: dict[str, Any], generation: dict[st
             lambda value: value is True or value is False or bool(is_aligned and value == "word"),
             {"enum": [True, False, "word"] if is_aligned else [True, False]},
         )
+        windows = {"chunk_length_s": seconds_rule(WHISPER_S, least=1.0), "stride_length_s": seconds_rule(10)}
         if not (languages := generation.get("lang_to_id")):
-            return {"return_timestamps": stamps}
+            return {"return_timestamps": stamps, **windows}
         codes = sorted(code.strip("<|>") for code in languages)
-        tasks = choice_rule("transcribe", "translate")
-        return {"return_timestamps": stamps, "language": choice_rule(*codes), "task": tasks}
+        spoken = {"language": choice_rule(*codes), "task": choice_rule("transcribe", "translate")}
+        return {"return_timestamps": stamps, **windows, **spoken, "return_language": BOOLEAN_RULE}
     if any(name.endswith("ForCTC") for name in config.get("architectures") or []):
         window = seconds_rule(settings.MAX_SOUND_S, least=1.0)
         stamps = choice_rule("char", "word")
@@ -130,6 +132,23 @@ def speech_rules(settings: Settings, config: dict[str, Any], generation: dict[st
 
 
 def window_is_too_short(parameters: dict[str, Any]) -> bool:
-    """Whether the windows of a long sound would have nothing between their overlaps."""
+    """Whether the windows of a long sound overlap so much that the model would compute more than three times its length."""
     window = parameters.get("chunk_length_s")
-    return window is not None and window <= 2 * parameters.get("stride_length_s", window / 6)
+    return window is not None and window < 3 * parameters.get("stride_length_s", window / 6)
+
+
+def speech_windows(seconds: float, parameters: dict[str, Any]) -> tuple[int, float]:
+    """Return into how many windows a sound is cut, and how long they are together; without `chunk_length_s` it is one."""
+    if (window := parameters.get("chunk_length_s")) is None or seconds <= window:
+        return 1, seconds
+    overlap = 2 * parameters.get("stride_length_s", window / 6)
+    n = math.ceil((seconds - overlap) / (window - overlap))
+    return n, seconds + (n - 1) * overlap
+
+
+def speech_size(seconds: float, parameters: dict[str, Any], is_whisper: bool) -> int:
+    """Return what a sound costs: tenths of a second that the model computes; Whisper's windows are always of 30 s."""
+    n, together_s = speech_windows(seconds, parameters)
+    if is_whisper:
+        together_s = WHISPER_S * max(n, math.ceil(seconds / WHISPER_S))
+    return round(10 * together_s)

@@ -37,6 +37,7 @@ class Prepared:
     forward: dict[str, Any]
     post: dict[str, Any]
     group: str  # only inputs of the same group run together
+    length: int = 0  # of a sound: its samples
 
 
 class Stock:
@@ -87,12 +88,17 @@ class Batched(Stock):
 
     def prepare(self, content: Content) -> Prepared:
         """Return the input as the model takes it. Several threads may call it at once. Raises whatever the pipeline raises."""
-        parameters = self.front._sanitize_parameters(**content.parameters)
+        known = (
+            {"ignore_warning": True} if "chunk_length_s" in content.parameters else {}
+        )  # or each request logs it
+        parameters = self.front._sanitize_parameters(**content.parameters, **known)
         own = (self.front._preprocess_params, self.front._forward_params, self.front._postprocess_params)
         before, forward, post = ({**first, **then} for first, then in zip(own, parameters))
-        items = self.front.preprocess(self.opened(content.inputs), **before)
+        inputs = self.opened(content.inputs)
+        items = self.front.preprocess(inputs, **before)
         items = list(items) if self.is_chunked else [items]
-        return Prepared(items, forward, post, repr((before, forward)))
+        length = len(inputs) if hasattr(inputs, "dtype") else 0
+        return Prepared(items, forward, post, repr((before, forward)), length)
 
     def all_prepared(self, contents: Sequence[Content]) -> list[Prepared]:
         """Return them prepared; those that are not yet, as in a model process, are prepared in threads."""
