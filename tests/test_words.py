@@ -48,3 +48,9 @@ def test_private_words_are_gone(pattern: str) -> None:
         if re.search(pattern, line)
     ]
     assert not found, f"say: {WORDS[pattern]}\n" + "\n".join(found[:40])
+
+
+def test_names_of_tests_have_no_private_words() -> None:
+    private = r"def (test_\w*_(?:doors?|refus(?:es|als?)|noes|anew|whoever|for_ever|embedded_model|(?:is|are)_no_(?!larger|longer|more))(?:_?\w+)?)\("
+    found = [name for path in ROOT.glob("tests/test_*.py") for name in re.findall(private, path.read_text())]
+    assert not found

@@ -260,7 +260,10 @@ class ModelLoop:
             self._fail(batch, error)
 
     async def _run_singly(self, run: Run, batch: list[Job]) -> None:
-        """One of `batch` made it raise: run each alone, once, so that only the culprit pays."""
+        """One of `batch` made it raise: run each alone, once, so that only the culprit fails.
+
+        `isolation/quarantine.py` raises ModelFailed to have this done for a batch with a suspect.
+        """
         log.warning("a batch of %d failed; running its queries one by one", len(batch))
         for job in batch:
             await asyncio.sleep(0)  # answers get out, and when one of a list fails the others are not run

@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
 
 class Instances:
-    """`now` tells the time; `on_lost` is called soon after an instance began to wait, as one that was lost does."""
+    """`now` tells the time; `on_lost` is called a turn of the event loop after an instance began to wait until it is ready."""
 
     def __init__(
         self, cost_model: Predictor, hang_s: float, now: Callable[[], float], on_lost: Callable[[], None]
@@ -45,7 +45,10 @@ class Instances:
         self.calls: list[Call] = []  # the oldest first
 
     async def until(self, ready: Ready | None) -> None:
-        """Wait until the instance that asks is ready. Until then it does not count as loaded."""
+        """Wait until the instance that asks is `ready`. Until then it does not count as loaded.
+
+        As a rule it is ready, and this returns in the same turn of the event loop: before `on_lost`, which then finds it loaded.
+        """
         if not ready:
             return
         self.loaded -= 1
