@@ -1,17 +1,26 @@
 """What runs inside a worker process. Read `minimal.py` first, then `loop.py`; each folder can be read alone.
 
+The pattern, which needs nothing but Python:
+
     loop.py jobs.py       one queue, batches, every job answered exactly once
+    scheduling/           which jobs are admitted, when a batch is due, how large it may be
     offload.py            where inference runs: on the event loop or in a thread
-    scheduling/           which jobs are admitted, and how large a batch may be
+    errors.py             every exception, and its HTTP status
+
+The server around it:
+
     service.py            the model's life: load, warm up, serve, stop
     settings.py           every setting, from the environment
+    context.py            what is known of a request: `web/`, `tasks/`, `protocols/` and `observability/` share it
     web/                  from bytes to inputs and back: limits, access, parsing, replies
     tasks/                one file per task: checks an input, runs the model
-    generation/           text, token by token
-    protocols/            one file per API
+    generation/           text, token by token: its own scheduler and loop
+    protocols/ apis.py    one file per API, and what finds them
     isolation/            the model in a process that may crash; inputs that crash it
     observability/        request log, traces, process metrics
-    gunicorn/             one config per mode
+    metrics.py            counters in Prometheus text format; metrics_folder.py adds up those of several workers
+    resources.py          memory and cores of this machine
+    gunicorn/             one config per mode; the *.conf.py and patient.py beside it are its old paths
 
 To use the loop in an app of your own: `from workers import ModelLoop, Thread, Rejected, Late, ModelFailed`; see docs/your-own-app.md.
 """

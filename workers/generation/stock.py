@@ -1,4 +1,4 @@
-"""The stock way: any causal language model of Transformers, unmodified, on a cache of slots.
+"""Any causal language model of Transformers, unmodified, on a cache of slots; `llama.py` is faster for those it knows.
 
 Transformers lets a model's cache have layers of one's own. Ours keep the keys and values of all slots in one tensor,
 [slots, heads, tokens, head size], and hand the model those of the slots that are in this step. The rows that continue by one

@@ -1,1 +1,1 @@
-"""How Gunicorn runs the app: one config a mode, and what they share."""
+"""How Gunicorn runs the app: one config per mode, and what they share."""

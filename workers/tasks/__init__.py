@@ -1,4 +1,4 @@
-"""What a model is: a task says what may be asked of it, and answers. One file a task, found by its name.
+"""What a model is: a task says what may be asked of it, and answers. One file per task, found by its name.
 
     TASK=fill-mask          workers/tasks/fill_mask.py
     TASK=anything else      workers/tasks/pipeline.py: the stock pipeline of that name

@@ -1,4 +1,6 @@
-"""A stock pipeline as a model: inputs prepared in threads of their own, run together where that is exact and gains, else one by one.
+"""A stock pipeline of Transformers as a model: inputs prepared in threads, run together where that is exact and gains.
+
+(`generation/stock.py` is something else: a stock language model, token by token.)
 
     prepare(content)    in a check's thread while the model computes, or in the model's process: pixels, features
     forward together    inputs whose tensors have the same shapes: padding would change answers
