@@ -95,3 +95,12 @@ def oracle() -> Any:
     import transformers
 
     return transformers.pipeline("fill-mask", model=str(MODEL), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real browser; for tests with `in_browser`."""
+    from tests.support.browser import launched
+
+    with launched() as browser:
+        yield browser

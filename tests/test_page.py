@@ -2,9 +2,7 @@
 
 import base64
 import io
-import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,31 +10,18 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import axe_playwright_python
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, Route, expect
 
 from loadtests import modes
 from loadtests.modes import MODES, Server, start
+from tests.support.browser import AXE, Visit, in_browser
 from tests.support.client import Crowd, Reply, get, post_json, until
 from workers.metrics import Metrics
-from workers.protocols import page as of_page
+from workers.protocols.page import recent as of_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-in_browser = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium: apt-get install chromium")
-AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
 FILL_MASK = {"MODEL": "tests.support.fake_models:FillMask", "BATCH_SIZE": "8"}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # As root Chromium has no sandbox; it sees this server's page only.
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +30,8 @@ def server() -> Iterator[Server]:
         yield server
 
 
-class Visit:
-    """A look at the page, what the browser complained of, and whom it asked."""
-
-    def __init__(self, browser: Browser, server: Server, **options: Any) -> None:
-        self.page: Page = browser.new_page(**options)
-        self.problems: list[str] = []
-        self.asked: set[str] = set()
-        self.page.on("console", lambda said: self.problems.append(f"{said.type}: {said.text}"))
-        self.page.on("pageerror", lambda error: self.problems.append(str(error)))
-        self.page.on("request", lambda asked: self.asked.add(asked.url))
-        self.page.goto(server.url)
-
-    def ask(self) -> None:
-        self.page.get_by_role("button", name="Ask the model").click()
-
-    def close(self) -> None:
-        self.page.close()
+def ask(visit: Visit) -> None:
+    visit.page.get_by_role("button", name="Ask the model").click()
 
 
 @pytest.fixture
@@ -85,7 +55,7 @@ def test_example_works_at_one_click_and_only_this_server_is_asked(visit: Visit, 
 @in_browser
 def test_curl_and_python_shown_give_the_same_answer(visit: Visit) -> None:
     visit.page.get_by_label("Text").fill("""it's a "[MASK]", é\nor \\ two""")
-    visit.ask()
+    ask(visit)
     expect(visit.page.locator("#json")).to_contain_text("it's a")
     shown = visit.page.locator("#json").text_content()
     curl = visit.page.locator("#curl").text_content() or ""
@@ -160,7 +130,7 @@ def test_parameters_that_are_not_json_get_help(visit: Visit, text: str, help_tex
     expect(visit.page.get_by_label("Text")).to_have_value("a [MASK]")
     visit.page.locator("#more summary").click()
     visit.page.get_by_role("textbox", name="As JSON").fill(text)
-    visit.ask()
+    ask(visit)
     expect(visit.page.locator("#answer")).to_contain_text(help_text)
 
 
@@ -216,7 +186,7 @@ def test_page_is_accessible(browser: Browser, server: Server, scheme: Any, width
     visit = Visit(browser, server, color_scheme=scheme, viewport={"width": width, "height": 844})
     visit.page.get_by_role("button", name="100", exact=True).click()
     visit.page.get_by_label("Text").fill("no mask here")
-    visit.ask()
+    ask(visit)
     expect(visit.page.locator("#answer")).to_contain_text("put [MASK] where the missing word is")
     visit.page.get_by_role("button", name="Example").click()
     expect(visit.page.locator("#answer")).to_contain_text("thing")
@@ -313,7 +283,7 @@ def test_rejection_is_shown_with_when_to_retry(browser: Browser, crowd: Crowd, t
         for n in (1, 0):  # one runs, one waits
             waiting.append(crowd.submit(post_json, server, {"inputs": {"until": str(gate)}}))
             until(lambda n=n: get(server, "/live").json["depth"] == 1 - n)
-        visit.ask()
+        ask(visit)
         expect(visit.page.locator("#answer")).to_contain_text("The server says 503")
         expect(visit.page.locator("#answer")).to_contain_text("Retry after")
         gate.touch()
@@ -328,7 +298,7 @@ def test_key_is_asked_for_where_it_is_required(browser: Browser) -> None:
         expect(visit.page.locator("#banner")).to_contain_text("send a key")
         visit.page.get_by_label("API key").fill("a-key-0123")
         expect(visit.page.get_by_label("Text")).to_have_value("a [MASK]")
-        visit.ask()
+        ask(visit)
         expect(visit.page.locator("#answer")).to_contain_text("thing")
         assert "a-key-0123" not in (visit.page.locator("#curl").text_content() or "")
         visit.close()
@@ -348,7 +318,7 @@ def test_restart_starts_over(browser: Browser, monkeypatch: pytest.MonkeyPatch) 
         expect(visit.page.locator("#sent")).to_contain_text("0 answered")
         expect(visit.page.locator("#rows tr")).to_have_count(0)
         expect(visit.page.locator("#banner")).to_be_hidden()
-        visit.ask()
+        ask(visit)
         expect(visit.page.locator("#answer")).to_contain_text("a text")
     visit.close()
 

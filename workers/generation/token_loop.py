@@ -57,6 +57,8 @@ class TokenLoop:
     hang_s: float = math.inf
     metrics: Metrics = field(default_factory=Metrics)
     now: Callable[[], float] = lambda: asyncio.get_running_loop().time()
+    # Called after each step, with its duration in seconds.
+    observer: Callable[[Step, float], None] | None = None
     # What a whole answer is made of, for `submit_all`: of a query the arguments of `submit`, of its pieces the answer.
     opened: Callable[[Any], dict[str, Any]] = lambda query: {"prompt": query}
     answered: Callable[[Any, Piece], Any] = lambda query, piece: [token.id for token in piece.tokens]
@@ -241,6 +243,8 @@ class TokenLoop:
         if error is None:
             self.cost_model.observe(step.work, step_s)
             self._hand_out(step, outcomes)
+            if self.observer:
+                self.observer(step, step_s)
         elif isinstance(error, ModelDied):
             self._lose(error)
         elif len(step.rows) > 1:

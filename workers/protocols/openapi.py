@@ -72,6 +72,7 @@ async def info(request: Request) -> Response:
         "gives": description.gives,
         "example": sayable(description.example),
         "media": list(task.media),
+        "has_chat": bool(service.generation and service.generation.task.has_chat),
         "limits": {
             "MAX_BODY_BYTES": service.in_flight.most_bytes,
             "MAX_TOKENS": getattr(task, "limit", settings.MAX_TOKENS),

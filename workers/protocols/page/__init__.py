@@ -1,6 +1,7 @@
 """The page at GET /: try the model, see where the time went, watch the queue. PAGE=0 leaves it out.
 
-One file, page.html, that loads nothing from elsewhere. It reads GET /info once and polls GET /live while its tab is visible.
+page.html, or chat.html where text is generated token by token, with the files of this folder put in that it names: one reply that
+loads nothing from elsewhere. It reads GET /info once and polls GET /live while its tab is visible.
 """
 
 import base64
@@ -9,7 +10,6 @@ import hashlib
 import os
 import re
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,22 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from workers.errors import LOADING
+from workers.generation.token_loop import TokenLoop
 from workers.metrics import Metrics
 from workers.protocols import samples
 from workers.protocols.openapi import STATUSES, operation
+from workers.protocols.page.recent import RecentBatches, RecentSteps
 from workers.service import Service
 from workers.settings import Settings
 from workers.web.access import public
 
-FORGET_S = 5.0  # without a poll: then no page is open
+HERE = Path(__file__).parent
 
 
 def routes(settings: Settings) -> list[Route]:
     if not settings.PAGE:
         return []
-    html = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    html = whole("chat.html" if settings.is_token_by_token else "page.html")
     reply = Response(
         html, headers={"Content-Security-Policy": policy(html), **HEADERS}, media_type="text/html"
     )
@@ -42,6 +44,14 @@ def routes(settings: Settings) -> list[Route]:
         return reply
 
     return [Route("/", page), Route("/docs", page), Route("/live", live)]
+
+
+def whole(name: str) -> str:
+    """Return this page with the files put in that its comments name."""
+    html = (HERE / name).read_text(encoding="utf-8")
+    for part in ("style.css", "common.js", "chat.js"):
+        html = html.replace(f"/* {part} */\n", (HERE / part).read_text(encoding="utf-8"))
+    return html
 
 
 def operations(service: Service) -> dict[str, Any]:
@@ -64,51 +74,31 @@ def policy(html: str) -> str:
     )
 
 
-class RecentBatches:
-    """The last model calls, recorded only while a page polls them."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self.metrics, self.polled_at, self.count = metrics, 0.0, 0
-        self.batches: deque[dict[str, Any]] = deque(maxlen=48)
-
-    def poll(self) -> list[dict[str, Any]]:
-        """Return the last model calls since the first poll. Poll again within FORGET_S to miss none."""
-        self.polled_at = time.monotonic()
-        if not self.metrics.observer:
-            self.batches.clear()
-            self.metrics.observer = self.record
-        return list(self.batches)
-
-    def record(self, size: int, dispatched_because: str, model_s: float, waits_s: list[float]) -> None:
-        """Record a model call; stop when no page polls any more."""
-        if time.monotonic() - self.polled_at > FORGET_S:
-            self.metrics.observer = None
-            return
-        self.count += 1
-        self.batches.append(
-            {
-                "n": self.count,
-                "size": size,
-                "dispatched_because": dispatched_because,
-                "model_s": round(model_s, 4),
-                "wait_s": round(max(waits_s, default=0.0), 4),
-            }
-        )
-
-
 @functools.cache
 def recent_batches(metrics: Metrics) -> RecentBatches:
     return RecentBatches(metrics)
 
 
+@functools.cache
+def recent_steps(loop: TokenLoop) -> RecentSteps:
+    return RecentSteps(loop)
+
+
+def generation(loop: TokenLoop, after: str) -> dict[str, Any]:
+    """Return the token loop now: its last steps, those after the one with this number, and its counts."""
+    counts = {s.labels["kind"]: int(s.value) for s in samples(loop.counts.tokens, "_total")}
+    number = int(after) if after.isascii() and after.isdigit() and len(after) < 16 else 0
+    return {"tokens": counts, **recent_steps(loop).poll(number)}
+
+
 async def live(request: Request) -> Response:
-    """GET /live: the queue now and the counts so far, of the worker that answers."""
+    """GET /live: the queue now and the counts so far, of the worker that answers; ?after=N: of the steps those after N."""
     service: Service = request.state.service
     loop, metrics, now = service.loop, service.metrics, time.monotonic()
     counts = {s.labels["status"]: int(s.value) for s in samples(metrics.requests, "_total")}
     unready = service.unready()
     oldest = loop.oldest_at or now
-    content = {
+    content: dict[str, Any] = {
         "worker": os.getpid(),
         "workers": service.settings.WEB_CONCURRENCY,
         "up_s": round(now - service.started_at, 3),
@@ -120,6 +110,9 @@ async def live(request: Request) -> Response:
         "oldest_s": round(now - oldest, 4),
         "requests": counts,
         "queries": sum(int(s.value) for s in samples(metrics.batch_size, "_sum")),
-        "batches": recent_batches(metrics).poll(),
     }
+    if isinstance(loop, TokenLoop):
+        content["generation"] = generation(loop, request.query_params.get("after", ""))
+    else:
+        content["batches"] = recent_batches(metrics).poll()
     return JSONResponse(content, headers={"Cache-Control": "no-store"})
