@@ -2,8 +2,10 @@
 
 import logging
 import math
+import os
 import signal
 import sys
+import threading
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from typing import Any
@@ -46,6 +48,15 @@ def run(main: Callable[[], int | None]) -> None:
         interrupted = True
         raise KeyboardInterrupt
 
+    def raise_again(ignored: Any) -> None:
+        # Python drops an exception that is raised in a callback, such as logging's at a fork.
+        if ignored.exc_type is KeyboardInterrupt:
+            signal.signal(signal.SIGINT, interrupt)
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            sys.__unraisablehook__(ignored)
+
+    sys.unraisablehook = raise_again
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     try:

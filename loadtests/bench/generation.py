@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from loadtests import arguments
 from workers import resources
 from workers.generation.model import TokenModel
 from workers.generation.scheduler import Scheduler, Sequence
@@ -205,4 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

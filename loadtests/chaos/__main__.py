@@ -1,4 +1,5 @@
+from loadtests import arguments
 from loadtests.chaos.run import main
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -17,7 +17,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 
 import psutil
 
+from loadtests import arguments
 from loadtests.chaos import clients, faults
 from loadtests.chaos.clients import (
     API,
@@ -402,7 +402,8 @@ def possible() -> Iterator[str]:
         yield name
 
 
-def main() -> None:
+def main() -> int:
+    """Run the deployments' storms, print the report; return 1 if there was a defect."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -410,22 +411,25 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="where the report goes; that of a full storm is stored")
     options, seconds = parser.parse_args(), float(os.environ.get("CHAOS_S", FULL_S))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C does: leave no server behind
     names = options.deployments or list(possible())
-    runs = []
-    for name in names:
-        runs.append(asyncio.run(Storm(name, seconds / len(names), options.seed).weather()))
-        print(f"{name}: {len(runs[-1].outcomes)} requests, {len(runs[-1].windows)} faults", file=sys.stderr)
-        for defect in runs[-1].defects:
-            print(f"  {defect}", file=sys.stderr)
-    text = report(runs, seconds, options.seed)
-    print(text)
+    runs: list[Run] = []
+    try:
+        for name in names:
+            runs.append(asyncio.run(Storm(name, seconds / len(names), options.seed).weather()))
+            print(
+                f"{name}: {len(runs[-1].outcomes)} requests, {len(runs[-1].windows)} faults", file=sys.stderr
+            )
+            for defect in runs[-1].defects:
+                print(f"  {defect}", file=sys.stderr)
+    finally:  # what was run before Ctrl-C is told
+        text = report(runs, seconds, options.seed) if runs else ""
+        print(text)
     is_full = not options.deployments and seconds >= FULL_S
     out = options.out or (REPORT if is_full else None)
     if out:
         out.write_text(text)
-    sys.exit(any(run.defects for run in runs))
+    return any(run.defects for run in runs)
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

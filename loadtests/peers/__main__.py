@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from loadtests import host
+from loadtests import arguments, host
 from loadtests.bench.overhead import CLIENT_CPU, SERVER_CPU
 from loadtests.load import expected, generator
 from loadtests.peers import report
@@ -179,7 +178,6 @@ def main(argv: list[str] | None = None) -> int:
         report.write(out)
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C does: leave no server behind
     chosen = list(options.peers or PEERS)
     names = chosen if options.only or options.add else list(dict.fromkeys([*chosen, *OURS_WITH_PEERS]))
     rounds = {model: 1 if options.quick else ROUNDS[model] for model in options.models}
@@ -224,4 +222,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    arguments.run(main)

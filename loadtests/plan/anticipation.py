@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from loadtests import arguments
 from loadtests.plan.fixed_delay import FixedDelay
 from loadtests.plan.planner import VirtualClock, markdown
 from workers.loop import ModelLoop
@@ -212,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import yaml
 
+from loadtests import arguments
 from loadtests.load import generator
 from loadtests.modes import ROOT
 from loadtests.ray.cluster import Cluster, nodes
@@ -128,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    arguments.run(main)
