@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support import mode_matrix
+from tests.support.small_models import ARCHITECTURES, batching, has
 from workers.metrics import Metrics
 from workers.protocols import openai, rerank, transcriptions
 from workers.protocols.chat import fields as chat
@@ -114,11 +115,38 @@ def api_fields(known: dict[str, str], what: str = "what it does") -> str:
     return markdown(("field", what), ([f"`{name}`", meaning] for name, meaning in known.items()))
 
 
+# The head that a task needs: a column of the table of architectures.
+HEADS = {
+    "fill-mask": "MaskedLM",
+    "classification, zero-shot, reranking": "SequenceClassification",
+    "token classification": "TokenClassification",
+    "question answering": "QuestionAnswering",
+    "embeddings, similarity": "Model",
+}
+
+
+def architectures() -> str:
+    """The encoders that the tests make small and compare, with the tasks that each is tested in."""
+    order = ("padding-free", "padded", "equal lengths")
+    rows = [
+        [
+            f"`{family}`",
+            batching(family),
+            ", ".join(task for task, head in HEADS.items() if has(family, head)),
+        ]
+        for family in sorted(ARCHITECTURES, key=lambda family: (order.index(batching(family)), family))
+    ]
+    every = ", ".join(HEADS)
+    body = [[*row[:2], "all" if row[2] == every else row[2]] for row in rows]
+    return markdown(("`model_type`", "batches are", "tested in"), body)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "guarantees": mode_matrix.table,
     "settings": settings,
     "metrics": metrics,
     "layers": layers,
+    "architectures": architectures,
     "openai_fields": lambda: api_fields(openai.FIELDS),
     "chat_fields": lambda: api_fields(chat.CHAT_FIELDS),
     "completion_fields": lambda: api_fields(

@@ -50,7 +50,7 @@ ANSWER = [{"token": i, "score": 0.5 / (i + 1)} for i in range(5)]
 def test_answer_is_taken_out_of_each_form_of_reply(form: str) -> None:
     replies: dict[str, Any] = {
         "bentoml": [ANSWER],
-        "triton": {"outputs": [{"name": "answer", "data": [json.dumps(ANSWER)]}]},
+        "pytriton": {"outputs": [{"name": "answer", "data": [json.dumps(ANSWER)]}]},
     }
     assert FORMS[form].answer(json.dumps(replies.get(form, ANSWER)).encode()) == ANSWER
     assert FORMS[form].answer(b"an error page") is None
@@ -85,11 +85,11 @@ def test_server_is_gone_when_all_of_its_processes_are(monkeypatch: pytest.Monkey
         first.wait()
         server: Any = SimpleNamespace(process=first)
         monkeypatch.setattr(failures, "BACK_S", 0.1)
-        assert failures.ended(server, [psutil.Process(other.pid)]).endswith("its others go on")
+        assert failures.ended(server, [psutil.Process(other.pid)]).endswith("its others keep running")
         family = [psutil.Process(other.pid)]
         other.kill()
         monkeypatch.setattr(failures, "BACK_S", 30.0)
-        assert failures.ended(server, family).startswith("gone after")
+        assert failures.ended(server, family).startswith("exits after")
 
 
 def test_peers_are_added_to_the_results_that_are_there(tmp_path: Path) -> None:

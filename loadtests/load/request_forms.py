@@ -44,7 +44,7 @@ FORMS = {
     "ray": Form(health="/-/healthz"),
     "bentoml": Form("/predict", "/livez", lambda text: {"texts": [text]}, lambda reply: reply[0]),
     "torchserve": Form("/predictions/fill_mask", "/ping"),
-    "triton": Form(
+    "pytriton": Form(
         "/v2/models/fill_mask/infer",
         "/v2/health/live",
         tensor,

@@ -10,7 +10,7 @@ from loadtests.modes import BASE, ROOT, Mode
 MODEL = ROOT / "models" / "minilm-mlm"
 FOLDER = Path(__file__).parent
 CACHE = ROOT / ".peers"
-OURS = "ours"
+OURS = "this server"
 FAILURE_S = "3"  # for who can set a limit on a model's call; what a hang costs is asked with it
 
 
@@ -120,10 +120,10 @@ PEERS = {
         ),
         Peer("torchserve", "python -m loadtests.peers.torchserve {port}", needs="torchserve", form="torchserve", code=("torchserve",)),
         Peer(
-            "triton",
+            "pytriton",
             "python -m loadtests.peers.triton {port}",
             needs="triton",
-            form="triton",
+            form="pytriton",
             code=("triton",),
         ),
         asgi("onnx-runtime", "onnx", "onnx", "onnx", "fastapi_batch", kinds=("float32",)),

@@ -1,4 +1,4 @@
-"""What happens when something goes wrong, told in words: a model of tricks, few clients, no speed measured."""
+"""What happens when something goes wrong, in words: a stub model that can fail, few clients, no speed measured."""
 
 import json
 import signal
@@ -33,11 +33,11 @@ def ended(server: Server, family: list[psutil.Process]) -> str:
         if first_s is None and server.process.poll() is not None:
             first_s = waited_s
         if first_s is not None and not any(map(is_alive, family)):
-            return f"gone after {waited_s:.1f} s"
+            return f"exits after {waited_s:.1f} s"
         time.sleep(0.02)
     if first_s is None:
-        return f"still there after {BACK_S:g} s"
-    return f"the first process ends after {first_s:.1f} s, its others go on"
+        return f"still running after {BACK_S:g} s"
+    return f"the first process exits after {first_s:.1f} s, its others keep running"
 
 
 class Failures:
@@ -87,7 +87,7 @@ class Failures:
         texts = ["BAD", *(f"neighbour {i}" for i in range(NEIGHBOURS))]
         bad, *others = self.ask_all(server, texts, PATIENCE_S)
         later = ask(server.url, self.peer.asked, "later", PATIENCE_S)
-        return f"itself {bad.outcome}; neighbours {told([r.outcome for r in others])}; later {later.outcome}"
+        return f"bad input {bad.outcome}; rest of batch {told([r.outcome for r in others])}; afterwards {later.outcome}"
 
     def stop(self, server: Server) -> Found:
         """Clients ask again and again; what those get who had asked before the signal, and who asked after it."""
@@ -114,7 +114,7 @@ class Failures:
             server.process.send_signal(signal.SIGTERM)
             end = ended(server, family)
         later = " or ".join(sorted(set(after))) or "nobody asked"
-        return {"SIGTERM under load": f"under way {told(before)}; later {later}; {end}"}
+        return {"SIGTERM under load": f"in flight {told(before)}; afterwards {later}; {end}"}
 
     def break_with(self, name: str, trick: str, server: Server) -> Found:
         """One text breaks the model; what those get who wait with it, and when a later one is answered."""
@@ -129,6 +129,6 @@ class Failures:
                     back_s = time.monotonic() - began
                 time.sleep(0.1)
             outcomes = [reply.outcome for reply in waiting.result()]
-        later = f"answers again after {back_s:.0f} s" if back_s else f"no answer for {BACK_S:g} s"
-        dead = "" if server.process.poll() is None else ", the server has ended"
-        return {name: f"under way {told(outcomes)}; {later}{dead}"}
+        later = f"recovers after {back_s:.0f} s" if back_s else f"no recovery within {BACK_S:g} s"
+        dead = "" if server.process.poll() is None else ", server exited"
+        return {name: f"in flight {told(outcomes)}; {later}{dead}"}

@@ -81,11 +81,38 @@ ARCHITECTURES = FAMILIES | {
     "xmod": ("Xmod", LIKE_ROBERTA | {"languages": ["en_XX"], "default_language": "en_XX"}),
     "yoso": ("Yoso", TWO_TYPES),
 }
+# How a batch of their texts is computed on a CPU, as the probe at load finds it; all others: padded.
+PADDING_FREE = {
+    "bert",
+    "distilbert",
+    "roberta",
+    "xlm-roberta",
+    "mpnet",
+    "electra",
+    "camembert",
+    "data2vec-text",
+}
+EQUAL_LENGTHS = {"canine", "convbert", "fnet", "mobilebert", "nystromformer", "xlnet", "yoso"}
 BYTE_LEVEL = {
     name for name, (_, config) in ARCHITECTURES.items() if "cls_token_id" in config and name != "rembert"
 }
 ENTITIES = dict(enumerate(["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]))
 ENTAILMENT = dict(enumerate(["contradiction", "neutral", "entailment"]))
+
+
+def batching(family: str) -> str:
+    """How the encoder batches sequence classification of this family."""
+    return (
+        "padding-free" if family in PADDING_FREE else "equal lengths" if family in EQUAL_LENGTHS else "padded"
+    )
+
+
+def has(family: str, head: str) -> bool:
+    """Return whether Transformers has this model, for texts alone."""
+    name, _ = ARCHITECTURES[family]
+    if (family, head) in (("perceiver", "Model"), ("layoutlm", "QuestionAnswering")):
+        return False  # takes no input_ids; no automatic class has it
+    return hasattr(transformers, class_name(name, head))
 
 
 def wordpiece_tokenizer(clean_up: bool = False) -> PreTrainedTokenizerFast:
