@@ -26,7 +26,7 @@ from workers.errors import Rejected
 from workers.metrics import Metrics
 from workers.service import Service
 from workers.settings import Settings
-from workers.web import generation, stream
+from workers.web import generation, items, stream
 from workers.web.access import AccessControl, public, with_cors
 from workers.web.middleware import RequestMiddleware
 from workers.web.replies import AnswerResponse
@@ -46,6 +46,9 @@ async def answer(request: Request) -> Response:
     if service.generation and not asked.is_list and asked.parameters.get("stream") is True:
         (query,) = await service.checked(request, asked, len(body))
         return generation.streamed(service.generation, request, query.content)
+    if not asked.is_list and (form := items.form_of(request, service.task)):
+        (query,) = await service.checked(request, asked, len(body))
+        return items.ItemStream(service.loop, settings.BODY_TIMEOUT_S, request, query, form)
     answers, _ = await service.ask(request, asked.inputs, asked.parameters, len(body))
     values = [answer.value for answer in answers]
     return AnswerResponse(answers, values if asked.is_list else values[0])

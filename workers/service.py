@@ -43,6 +43,7 @@ from workers.observability.process_metrics import ProcessMetrics
 from workers.offload import Offload, attempt_load, in_thread, in_words
 from workers.scheduling.instances import stuck
 from workers.settings import MOST, Settings
+from workers.tasks.calls import followed
 from workers.web import parsing
 from workers.web.checks import QUICK_BYTES, QUICK_JSON_BYTES, CheckThreads
 from workers.web.generation import Generation
@@ -187,7 +188,8 @@ class Service:
         async def answered() -> tuple[list[Answer], int]:
             queries = await self.check(context, inputs, parameters, n_bytes)
             contents, sizes = [query.content for query in queries], [query.size for query in queries]
-            context.answers = await self.loop.submit_all(contents, sizes, budget_s=context.left_s)
+            with followed(contents, context.left_s):
+                context.answers = await self.loop.submit_all(contents, sizes, budget_s=context.left_s)
             return context.answers, sum(sizes)
 
         return await self.in_flight.unless_left(request, answered())

@@ -10,20 +10,24 @@ OFFLOAD=process they have an instance of their own in the server's process, unle
 
 import base64
 import binascii
+import contextlib
 import functools
 import importlib
 import inspect
 import io
 import json
 import logging
+import math
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any, ClassVar, NoReturn, Protocol
 
 from workers.errors import Malformed, Unprocessable
 from workers.settings import MOST, Settings
 from workers.tasks import Description, Media, ModelInfo, Query, unknown_parameters
+from workers.tasks.calls import CallContext, Followed
 
 log = logging.getLogger("uvicorn.error")
 
@@ -46,9 +50,14 @@ class CustomModel(Protocol):
     media: ClassVar[tuple[str, ...]] = ()
     # The Content-Type of an answer that is bytes, and the form of one that is a PIL image, "image/png" by default.
     media_type: ClassVar[str] = "application/octet-stream"
+    # Whether an answer is a generator, whose items are sent as they come. Such inputs are answered one at a time.
+    streams: ClassVar[bool] = False
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
-        """Return one answer per input: JSON's types, NumPy's or torch's numbers and arrays, pydantic models, bytes, PIL images."""
+        """Return one answer per input: JSON's types, NumPy's or torch's numbers and arrays, pydantic models, bytes, PIL images.
+
+        With a second parameter `contexts` it gets a `CallContext` for each input: `cancelled`, `deadline`, `progress(0.4)`.
+        """
 
     def check(self, inputs: Any, parameters: dict[str, Any]) -> Any:
         """Return what `__call__` gets of one input; None: the input as it is. The sentence of a ValueError is the 422.
@@ -80,6 +89,8 @@ class Task:
                 f"the example of {settings.MODEL} is a list, and a list is several inputs; set input_rank = {rank} in "
                 "the class if one input is such a list"
             )
+        self.streams: bool = getattr(self.own, "streams", False)
+        self.follows = self.streams or takes_contexts(self.own)  # whether the model gets a context per input
         self.instance: Any = None
         # Without the cache, looking up a method would take half as long as everything else that a request costs.
         self.method = functools.cache(self._method)
@@ -121,7 +132,7 @@ class Task:
         n = int(size(content)) if size else 1
         if not 0 <= n <= MOST:
             raise TypeError(f"size() gives {n}; it must be from 0 to {MOST}")
-        return Query(content, n)
+        return Query(Followed(content, CallContext(), self.streams) if self.follows else content, n)
 
     def load(self, instance: int) -> "Own":
         if torch := sys.modules.get("torch"):
@@ -129,7 +140,7 @@ class Task:
         made = self.make()
         if self.instance is None:
             self.instance = made  # a server that runs the model itself needs no second one to check with
-        return Own(made, self.settings.MODEL)
+        return Own(made, self.settings.MODEL, self.settings.DEADLINE_S)
 
     def examples(self) -> list[Query]:
         for name in ("check", "size"):
@@ -148,8 +159,13 @@ class Task:
 class Own:
     """An instance of the class, as a model."""
 
-    def __init__(self, instance: Any, name: str) -> None:
+    def __init__(self, instance: Any, name: str, deadline_s: float = math.inf) -> None:
         self.instance, self.description = instance, ModelInfo("custom", name)
+        self.deadline_s = deadline_s
+        self.takes_contexts = takes_contexts(type(instance))
+        self.streams: bool = getattr(instance, "streams", False)
+        if self.streams:  # or the items of one would wait for those of all
+            self.description = self.description._replace(max_batch=1)
         self.media_type: str | None = getattr(instance, "media_type", None)
         if callable(close := getattr(instance, "close", None)):
             self.close = close
@@ -158,11 +174,35 @@ class Own:
             self.close = functools.partial(leave, None, None, None)
 
     def __call__(self, contents: list[Any]) -> list[Any]:
-        answers = self.instance(contents)
+        contexts = [content.context for content in contents if isinstance(content, Followed)]
+        for context in contexts:  # at warm-up and in a process of its own it has no deadline yet
+            context.deadline = min(context.deadline, time.monotonic() + self.deadline_s)
+        inputs = [content.content for content in contents] if contexts else contents
+        answers = self.instance(inputs, contexts) if self.takes_contexts else self.instance(inputs)
         if not isinstance(answers, Iterable) or isinstance(answers, NO_LIST):
             what = type(answers).__name__
             raise TypeError(f"__call__ gives {what}; it must give a list, with an answer for each input")
-        return [self.plain(answer) for answer in answers]
+        if not self.streams:
+            return [self.plain(answer) for answer in answers]
+        return [self.run_through(*pair) for pair in zip(answers, contexts, strict=True)]
+
+    def run_through(self, items: Any, context: CallContext) -> list[Any]:
+        """Give each item to the client as it comes, until nobody waits; return those that no client has taken."""
+        if not isinstance(items, Iterator):
+            raise TypeError(
+                f"streams = True, but an answer is {type(items).__name__}; it must be a generator"
+            )
+        left: list[Any] = []
+        while not context.cancelled:
+            try:
+                item = self.plain(next(items))
+            except StopIteration:
+                return left
+            if not context.give(item):
+                left.append(item)
+        if callable(close := getattr(items, "close", None)):
+            close()
+        return left
 
     def plain(self, answer: Any) -> Any:
         """Return the answer as JSON or HTTP can have it: what it holds of images, bytes and pydantic models included."""
@@ -173,6 +213,8 @@ class Own:
                 return [self.plain(value) for value in answer]
             case bytes() | bytearray() | memoryview():
                 return Media(bytes(answer), self.media_type or "application/octet-stream")
+        if inspect.isgenerator(answer):
+            raise TypeError("an answer is a generator; set streams = True in the class")
         if callable(dump := getattr(answer, "model_dump", None)):
             return dump(mode="json")
         if callable(save := getattr(answer, "save", None)) and hasattr(answer, "getbands"):
@@ -180,6 +222,13 @@ class Own:
             save(file, kind.partition("/")[2])
             return Media(file.getvalue(), kind)
         return answer
+
+
+def takes_contexts(own: type) -> bool:
+    """Whether its `__call__` has a parameter `contexts`."""
+    with contextlib.suppress(TypeError, ValueError):  # of a class in C
+        return "contexts" in inspect.signature(own.__call__).parameters
+    return False
 
 
 def nested(value: Any) -> int:

@@ -21,6 +21,7 @@ from workers.errors import Unanswered
 from workers.generation.token_loop import TokenLoop
 from workers.loop import ModelLoop
 from workers.tasks import Query
+from workers.tasks.calls import followed
 from workers.web.replies import explain, rendered
 
 Line = asyncio.Task[Any]
@@ -89,7 +90,8 @@ class Streamed(Response):
     async def line(self, scope: Scope, index: int, query: Query) -> bytes:
         """Return the line of one input."""
         try:
-            (answer,) = await self.loop.submit_all([query.content], [query.size], budget_s=self.budget_s)
+            with followed([query.content], self.budget_s):
+                (answer,) = await self.loop.submit_all([query.content], [query.size], budget_s=self.budget_s)
             context_of(scope).answers.append(answer)
             batch = f"size {answer.batch_size}, dispatched because {answer.dispatched_because}"
             times = {"queue_ms": round(answer.queue_s * 1000, 2), "model_ms": round(answer.model_s * 1000, 2)}

@@ -25,6 +25,7 @@ from workers.protocols.openapi import STATUSES, operation
 from workers.protocols.page.recent import RecentBatches, RecentSteps
 from workers.service import Service
 from workers.settings import Settings
+from workers.tasks.calls import RUNNING
 from workers.web.access import public
 
 HERE = Path(__file__).parent
@@ -108,6 +109,7 @@ async def live(request: Request) -> Response:
         "running": loop.running,
         "running_s": round(loop.instances.longest_s, 4),
         "oldest_s": round(now - oldest, 4),
+        "progress": sorted(c.fraction for c in set(RUNNING) if c.fraction is not None),  # of custom classes
         "requests": counts,
         "queries": sum(int(s.value) for s in samples(metrics.batch_size, "_sum")),
     }
