@@ -108,7 +108,8 @@ class ModelLoop:
     def rejection(self, budget_s: float = math.inf) -> Rejected | None:
         """Return why one more query of the usual size would be rejected now; None where it would be admitted.
 
-        Costs a few microseconds: ask before anything of a request is read.
+        Costs a few microseconds: ask before anything of a request is read. The sentence stays the same for about a second, so
+        its reply can be kept.
         """
         lane, size = self.queue.singles, self.estimate.usual_size
         if rejected := self._rejection(lane, 1, size, min(budget_s, self.budget_s)):
