@@ -95,6 +95,13 @@ def test_chat_template_that_does_not_work_is_reported_at_the_start() -> None:
         Chat(broken)
 
 
+@pytest.fixture(params=[256, 3])
+def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likeliest tokens that are sorted first are enough; or more are needed, or all."""
+    monkeypatch.setattr("workers.generation.sampling.FEW", request.param)
+    monkeypatch.setattr("workers.generation.sampling.MORE", request.param + 2)
+
+
 def allowed(logits: torch.Tensor, options: Options) -> set[int]:
     """The tokens that many seeds draw."""
     choices = [Choice(options._replace(seed=seed), 0) for seed in range(400)]
@@ -109,8 +116,10 @@ def allowed(logits: torch.Tensor, options: Options) -> set[int]:
         (Options(temperature=2.0, top_p=0.6), [TemperatureLogitsWarper(2.0), TopPLogitsWarper(0.6)]),
         (Options(temperature=1.0, min_p=0.2), [MinPLogitsWarper(0.2)]),
         (Options(temperature=1.0, top_k=6, top_p=0.7), [TopKLogitsWarper(6), TopPLogitsWarper(0.7)]),
+        (Options(temperature=1.5, top_k=2), [TemperatureLogitsWarper(1.5), TopKLogitsWarper(2)]),
     ],
 )
+@pytest.mark.usefixtures("few")
 def test_tokens_that_can_be_drawn_are_those_that_transformers_leaves(
     options: Options, warpers: list[object]
 ) -> None:
@@ -121,6 +130,7 @@ def test_tokens_that_can_be_drawn_are_those_that_transformers_leaves(
     assert allowed(logits, options) == expected
 
 
+@pytest.mark.usefixtures("few")
 def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     torch.manual_seed(0)
     logits = torch.randn(1, 8)

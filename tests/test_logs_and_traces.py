@@ -11,10 +11,13 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as conventions
 
 from loadtests.modes import MODES, start
 from tests.support.client import POISON, post, post_json, request, say
 from workers.context import context_of
+from workers.generation.steps import Options
+from workers.generation.stream import Generated
 from workers.jobs import Answer
 from workers.observability import leave_out_polls
 from workers.observability.request_log import REJECTIONS_PER_S, Json, RequestLog, logged
@@ -23,19 +26,24 @@ from workers.settings import Settings
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 ANSWERS = [Answer("a", 0.1, 0.2, 4, "empty"), Answer("b", 0.5, 0.25, 8, "full")]
+TEXTS = [
+    Answer("a", 0.1, 0.2, 4, "stop", Generated(30, 5, 0.15, "stop", Options(64, temperature=0.5))),
+    Answer("b", 0.1, 0.9, 4, "length", Generated(40, 64, 0.25, "length", Options(64, temperature=0.5))),
+]
 
 
 class App:
     """Replies with `status`; the model has answered `ANSWERS` where that is 200."""
 
     status = 200
+    answers = ANSWERS
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         context = context_of(scope)
         context.request_id = "an-id"
         context.route = "/" if scope["path"] == "/" else ""
         if self.status == 200:
-            context.answers = ANSWERS
+            context.answers = self.answers
         if self.status:
             await send({"type": "http.response.start", "status": self.status, "headers": []})
             await send({"type": "http.response.body", "body": b"the answer"})
@@ -140,6 +148,18 @@ def test_request_is_a_line_that_says_where_its_time_went(caplog: pytest.LogCaptu
     }
 
 
+def test_line_of_generated_texts_counts_tokens_and_says_why_they_ended(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = App()
+    app.answers = TEXTS
+    with caplog.at_level("INFO"):
+        ask(RequestLog(app))
+    (told,) = map(line, caplog.records)
+    names = ("prompt_tokens", "generated_tokens", "first_token_ms", "finish_reason")
+    assert [told[name] for name in names] == [70, 69, 250.0, "length"]
+
+
 def test_probe_has_no_line_unless_it_fails(caplog: pytest.LogCaptureFixture) -> None:
     app = App()
     with caplog.at_level("INFO"):
@@ -208,6 +228,22 @@ def test_request_is_a_span_with_its_time_in_queue_and_model() -> None:
     assert {span.parent.span_id for span in (queue, model)} == {root.context.span_id}
     assert queue.end_time == model.start_time
     assert (queue.end_time - queue.start_time, model.end_time - model.start_time) == (500e6, 250e6)
+
+
+def test_span_of_generated_texts_has_the_attributes_of_the_conventions() -> None:
+    app = App()
+    app.answers = TEXTS
+    found = spans(app)["POST /"].attributes
+    assert {name: value for name, value in found.items() if name.startswith("gen_ai.")} == {
+        conventions.GEN_AI_OPERATION_NAME: "text_completion",
+        conventions.GEN_AI_REQUEST_MAX_TOKENS: 64,
+        conventions.GEN_AI_REQUEST_TEMPERATURE: 0.5,
+        conventions.GEN_AI_REQUEST_TOP_P: 1.0,
+        conventions.GEN_AI_USAGE_INPUT_TOKENS: 70,
+        conventions.GEN_AI_USAGE_OUTPUT_TOKENS: 69,
+        conventions.GEN_AI_RESPONSE_FINISH_REASONS: ("stop", "length"),
+        conventions.GEN_AI_RESPONSE_TIME_TO_FIRST_CHUNK: 0.25,
+    }
 
 
 def test_clients_trace_goes_on() -> None:

@@ -14,10 +14,13 @@ import pytest
 from loadtests.modes import MODES, Server, start
 from tests.support import mode_matrix
 from tests.support.client import dial, get, request, until
+from tests.support.fake_steps import FakeSteps, expected, generating, options, prompt, read
+from tests.support.virtual_clock import now, on_virtual_clock
+from workers.context import context_of
 from workers.errors import ModelFailed
 from workers.generation.scheduler import Sequence
 from workers.generation.steps import Options, Token
-from workers.generation.stream import Stream
+from workers.generation.stream import MOST_UNREAD, Stream
 from workers.web import generation
 from workers.web.generation import HEARTBEAT, EventStream
 
@@ -98,7 +101,7 @@ class Played:
     """A stream that a test writes, and what is sent of it."""
 
     def __init__(self) -> None:
-        loop: Any = SimpleNamespace(end=lambda stream, reason: None, wake=asyncio.Event())
+        loop: Any = SimpleNamespace(end=lambda stream, reason: None, wake=asyncio.Event(), running=1)
         self.stream = Stream(loop, Sequence([1], Options()), None)
         self.sent: list[bytes] = []
         self.reply = EventStream(
@@ -161,3 +164,31 @@ def test_error_before_the_first_token_has_a_status_of_its_own() -> None:
         return played.sent
 
     assert asyncio.run(run()) == []
+
+
+@on_virtual_clock
+async def test_reader_that_takes_nothing_for_body_timeout_s_is_cut_off_and_others_never_notice() -> None:
+    stuck = asyncio.Event()  # its connection's buffers are full
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            sent.append(message["body"])
+            await stuck.wait()
+
+    sent: list[bytes] = []
+    async with generating(FakeSteps()) as loop:
+        slow = loop.submit(prompt(900, 10), options())
+        quick = asyncio.create_task(read(loop.submit(prompt(900, 10), options())))
+        reply = EventStream(slow, lambda piece: b"a", 2.0, lambda failure: {})
+        began = now()
+
+        async def receive() -> Any:
+            await asyncio.Event().wait()
+
+        scope = {"type": "http", "headers": []}
+        await reply(scope, receive, send)
+        assert now() - began == pytest.approx(2.0, abs=0.1)
+        assert sent == [b"a"]
+        assert (slow.sequence.reason, len(slow.unread)) == ("cancelled", MOST_UNREAD)
+        assert context_of(scope).answers[0].dispatched_because == "cancelled"
+        assert await quick == (expected(900), "stop")

@@ -19,6 +19,7 @@ class Answer(NamedTuple):
     model_s: float
     batch_size: int
     dispatched_because: str
+    generated: Any = None  # `generation.stream.Generated`, if it is a text that came token by token
 
 
 @dataclass(eq=False, slots=True)

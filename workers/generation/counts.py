@@ -36,3 +36,16 @@ class Counts:
             buckets=SECONDS,
             registry=registry,
         )
+        self.whole = Histogram(
+            "model_generation_seconds",
+            "Time from admission to the last token, of sequences that came to their end",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.step = Counter(
+            "model_step_seconds",
+            "Time of steps by part: plan, model (the way there and back included), hand_out",
+            ["part"],
+            registry=registry,
+        )
+        self.planning, self.model, self.handing_out = map(self.step.labels, ("plan", "model", "hand_out"))

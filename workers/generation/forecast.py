@@ -11,7 +11,7 @@ one waits for the sequence that ends first. Nobody knows how long an answer will
 
 from heapq import heapify, heappop, heappush
 
-from workers.generation.scheduler import Scheduler
+from workers.generation.scheduler import CHUNK_SHARES, Scheduler
 from workers.generation.step_cost import Work
 
 SOON = 0.5  # a sequence that is longer than expected already is taken to be half way through the rest
@@ -57,20 +57,23 @@ class Forecast:
 
     def _read(self, prompt: float, max_tokens: int) -> None:
         """Read a prompt in chunks beside those who decode, of whom some end meanwhile."""
+        start = 0.0
         while prompt > 0:
-            budget = self.scheduler.prompt_budget(len(self.ends), self.cached)
+            budget = self.scheduler.prompt_budget(len(self.ends), self.cached, start)
             steps = prompt / budget
             if self.ends:
                 steps = min(steps, max(self.ends[0] - self.steps, 1e-9))
-            self._decode(steps, budget)
+            start += steps * budget / 2
+            self._decode(steps, budget, start * budget / CHUNK_SHARES)
+            start += steps * budget / 2
             prompt -= steps * budget + 1e-9
         heappush(self.ends, self.steps + max(1.0, max_tokens * self.length))
 
-    def _decode(self, steps: float, prompt: float = 0.0) -> None:
-        """Let so many steps pass, each with so many tokens of prompts; those who decode and are done end."""
+    def _decode(self, steps: float, prompt: float = 0.0, seen: float = 0.0) -> None:
+        """Let so many steps pass, each with so many tokens of prompts, which look back at `seen`; those who are done end."""
         steps = max(steps, 0.0)
         decoding = len(self.ends)
-        self.seconds += steps * self.scheduler.cost.predict_s(Work(prompt, decoding, self.cached))
+        self.seconds += steps * self.scheduler.cost.predict_s(Work(prompt, decoding, self.cached + seen))
         self.steps += steps
         self.cached += steps * decoding
         while self.ends and self.ends[0] <= self.steps + 1e-6:

@@ -41,7 +41,7 @@ class Packed:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-        self.bias = None if bias is None else bias.detach()
+        self.bias = None if bias is None else bias.detach().clone()
 
     def __call__(self, x: Tensor, activation: str = "none", algorithm: str = "none") -> Tensor:
         """The activation of the product."""
@@ -105,11 +105,12 @@ class Llama:
         sin[..., : self.dim // 2] *= -1  # so that no half of a key need be negated
         self.cos, self.sin = cos[0, :, None].to(self.dtype), sin[0, :, None].to(self.dtype)
         self.layers = [self._layer(layer, bool(kinds.get(kind))) for layer, kind in zip(base.layers, types)]
-        self.words, self.norm = base.embed_tokens.weight.detach(), self._norm(base.norm)
+        # A copy of its own, as of all weights here: a view would keep the whole file mapped.
+        self.words, self.norm = base.embed_tokens.weight.detach().clone(), self._norm(base.norm)
         self.head = Packed(model.lm_head.weight, model.lm_head.bias)
 
     def _norm(self, norm: Any) -> Tensor:
-        return norm.weight.detach() + self.norm_offset if self.norm_offset else norm.weight.detach()
+        return norm.weight.detach() + self.norm_offset
 
     def _layer(self, layer: Any, is_near: bool) -> Layer:
         """Pack a layer's weights; give back the memory of its own."""
@@ -125,7 +126,7 @@ class Llama:
         packed = Layer(
             self._norm(layer.input_layernorm),
             Packed(qkv, bias),
-            (norms[0].weight.detach() * scale, norms[1].weight.detach()) if norms else None,
+            (norms[0].weight.detach() * scale, norms[1].weight.detach().clone()) if norms else None,
             Packed(a.o_proj.weight, a.o_proj.bias),
             self._norm(layer.post_attention_layernorm),
             Packed(m.gate_proj.weight, m.gate_proj.bias),

@@ -10,7 +10,8 @@ free. So a long prompt never holds up those who are reading an answer, and a sho
 before it, never for later ones.
 
 The budget follows the measured time of a step (`StepCost`): beside running sequences a step takes as many tokens of prompts
-as keep it within GAP_STEPS times the time of a step without any. That is the longest gap that a reader sees.
+as keep it within GAP_STEPS times the time of a step without any. That is the longest gap that a reader sees. Prompts are
+read all the same where even LEAST_PROMPT tokens take longer.
 """
 
 from collections.abc import Iterable
@@ -112,7 +113,8 @@ class Scheduler:
         started: list[Sequence] = []
         if self.prefill_first and (reading or (self.waiting and len(self.slots))):
             decoding = []  # what others do: all who are reading an answer wait for every prompt
-        budget = self.prompt_budget(len(decoding), sum(s.cached for s in decoding))
+        start = max((s.cached for s in reading), default=0)
+        budget = self.prompt_budget(len(decoding), sum(s.cached for s in decoding), start)
         sequences, rows = decoding, [s.row(1) for s in decoding]
         for sequence in [*reading, *self.waiting]:
             if budget <= 0 or not (sequence in self.running or len(self.slots)):
@@ -133,14 +135,17 @@ class Scheduler:
         sequence.started_at = now
         self.reused += sequence.cached
 
-    def prompt_budget(self, decoding: float, cached: float) -> int:
-        """Return how many tokens of prompts a step takes beside so many sequences that have so much in the cache."""
+    def prompt_budget(self, decoding: float, cached: float, start: float = 0) -> int:
+        """Return how many tokens of prompts a step takes beside so many sequences that have so much in the cache.
+
+        `start`: how far a prompt has been read, which its next tokens look back to.
+        """
         if self.step_tokens:
             return max(LEAST_PROMPT, int(self.step_tokens - decoding))
         if not decoding:
             return MOST_PROMPT
         plain_s = self.cost.predict_s(Work(0, decoding, cached))
-        per_token_s = self.cost.law[1]
+        per_token_s = self.cost.predict_s(Work(1, decoding, cached + start / CHUNK_SHARES)) - plain_s
         most = (GAP_STEPS - 1) * plain_s / per_token_s if per_token_s else MOST_PROMPT
         return max(LEAST_PROMPT, tidy(decoding + min(most, MOST_PROMPT)) - int(decoding))
 

@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Several
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from workers.errors import Unanswered
 from workers.generation.scheduler import Sequence
-from workers.generation.steps import Token
+from workers.generation.steps import Options, Token
+from workers.generation.text import TextStream
+from workers.jobs import Answer
 
 MOST_UNREAD = 64  # tokens that a slow reader may leave unread before its sequence pauses
 
@@ -17,19 +19,20 @@ class Loop(Protocol):
 
     wake: asyncio.Event  # something may have come that can run
 
+    @property
+    def running(self) -> int: ...  # sequences with a slot
+
     def end(self, stream: "Stream", reason: str, error: Unanswered | None = None) -> None: ...
 
 
-class TextOf(Protocol):
-    """Turns a sequence's tokens into its text; see `text.py`."""
+class Generated(NamedTuple):
+    """What there is to say of a generated text, but not what it says."""
 
-    stopped: bool  # a stop string is complete
-
-    def push(self, token: int) -> str:
-        """Return the text that this token completes."""
-
-    def rest(self) -> str:
-        """Return what was held back: there will be no more tokens."""
+    prompt_tokens: int
+    tokens: int
+    first_token_s: float  # after its admission
+    reason: str  # why it ended
+    options: Options  # by which rules its tokens were chosen
 
 
 class Piece(NamedTuple):
@@ -54,7 +57,7 @@ class Stream(AsyncIterator[Piece]):
     Raises an `Unanswered` where the sequence ends for any other reason than its own end.
     """
 
-    def __init__(self, loop: "Loop", sequence: Sequence, text: TextOf | None) -> None:
+    def __init__(self, loop: "Loop", sequence: Sequence, text: TextStream | None) -> None:
         self.loop, self.sequence, self.text = loop, sequence, text
         self.unread: list[tuple[str, Token]] = []
         self.rest = ""
@@ -86,6 +89,21 @@ class Stream(AsyncIterator[Piece]):
         """Free its slot at the end of the running step: nobody reads it any more."""
         self.loop.end(self, "cancelled")
 
+    def answer(self, value: Any = None) -> Answer:
+        """Return what there is to say of the sequence, however it has ended; `value`: its whole text, in an API's form."""
+        sequence = self.sequence
+        started_at = sequence.started_at or sequence.arrived_at
+        last_at = max(self.last_at, started_at)
+        generated = Generated(
+            len(sequence.prompt),
+            len(sequence.tokens),
+            (self.first_at or last_at) - sequence.arrived_at,
+            sequence.reason or "cancelled",
+            sequence.options,
+        )
+        queue_s, model_s = started_at - sequence.arrived_at, last_at - started_at
+        return Answer(value, queue_s, model_s, max(1, self.loop.running), generated.reason, generated)
+
     async def __aenter__(self) -> "Stream":
         return self
 
@@ -100,7 +118,7 @@ async def whole(stream: Stream) -> Piece:
 
 
 async def whole_of_each(streams: Several[Stream]) -> list[Piece]:
-    """Return all of each as one piece, in order: read side by side, as one that nobody reads pauses.
+    """Return all of each as one piece, in order: read side by side, as one that nobody reads pauses. Closes them.
 
     Raises the first failure; its `index` says whose it is, where there are several.
     """
@@ -112,4 +130,8 @@ async def whole_of_each(streams: Several[Stream]) -> list[Piece]:
             exc.index = index if len(streams) > 1 else None
             raise
 
-    return await asyncio.gather(*(read(*each) for each in enumerate(streams)))
+    try:
+        return await asyncio.gather(*(read(*each) for each in enumerate(streams)))
+    finally:
+        for stream in streams:
+            stream.close()

@@ -1,10 +1,12 @@
 """Tokens to text as they come, and chats to prompts."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+from workers.generation.steps import Options
 
 PRIMING = (
     32  # tokens of the prompt's end that decide how the first new one reads: with a blank before it or not
@@ -55,6 +57,14 @@ class TextStream:
         hold = max(overlap(text, stop) for stop in self.stop)
         self.held = text[len(text) - hold :]
         return text[: len(text) - hold]
+
+
+class Asked(NamedTuple):
+    """A prompt, how to go on with it, and what turns its tokens into text, where that is wanted."""
+
+    prompt: list[int]
+    options: Options = Options()
+    text: TextStream | None = None
 
 
 def overlap(text: str, stop: str) -> int:

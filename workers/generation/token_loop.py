@@ -32,7 +32,8 @@ from workers.generation.scheduler import Scheduler, Sequence, Step, work
 from workers.generation.slots import OWNER
 from workers.generation.step_cost import StepCost, Work
 from workers.generation.steps import Choice, Limits, Options, Outcome, Row
-from workers.generation.stream import MOST_UNREAD, Piece, Stream, TextOf, whole_of_each
+from workers.generation.stream import MOST_UNREAD, Piece, Stream, whole_of_each
+from workers.generation.text import Asked, TextStream
 from workers.jobs import Answer, empty_within
 from workers.metrics import Metrics
 from workers.scheduling.cost_model import Run
@@ -59,8 +60,8 @@ class TokenLoop:
     now: Callable[[], float] = lambda: asyncio.get_running_loop().time()
     # Called after each step, with its duration in seconds.
     observer: Callable[[Step, float], None] | None = None
-    # What a whole answer is made of, for `submit_all`: of a query the arguments of `submit`, of its pieces the answer.
-    opened: Callable[[Any], dict[str, Any]] = lambda query: {"prompt": query}
+    # What a whole answer is made of, for `submit_all`: of a query what is asked, of its pieces the answer.
+    opened: Callable[[Any], Asked] = Asked
     answered: Callable[[Any, Piece], Any] = lambda query, piece: [token.id for token in piece.tokens]
 
     def __post_init__(self) -> None:
@@ -68,6 +69,12 @@ class TokenLoop:
         self.scheduler = Scheduler(0, self.cost_model, self.step_tokens, self.prefill_first)
         self.instances = Instances(self.cost_model, self.hang_s, self.now, self._reject_hopeless)
         self.counts = Counts(self.metrics)
+        self.metrics.watch(
+            "model_kv_cache_tokens", "Tokens in the KV cache of sequences that run", self.cached
+        )
+        self.metrics.watch(
+            "model_kv_cache_capacity_tokens", "Tokens that the KV cache has room for", self.room
+        )
         self.streams: dict[Sequence, Stream] = {}  # admitted and not yet ended
         self.limits = Limits(0, 0)
         self.length = 1.0  # what part of its max_tokens a sequence uses
@@ -87,26 +94,39 @@ class TokenLoop:
         self,
         prompt: list[int],
         options: Options = Options(),  # noqa: B008  immutable
-        text: TextOf | None = None,
+        text: TextStream | None = None,
         *,
         budget_s: float = math.inf,
     ) -> Stream:
         """Return the stream of what is generated after `prompt`, its first token within `budget_s` (never more than the
         loop's own). Raises Rejected where that can't be had."""
+        (stream,) = self.submit_each([Asked(prompt, options, text)], budget_s=budget_s)
+        return stream
+
+    def submit_each(self, asked: Several[Asked], *, budget_s: float = math.inf) -> list[Stream]:
+        """Return a stream for each of several prompts, all of them admitted or none. Raises Rejected."""
         budget_s = min(budget_s, self.budget_s)
-        self.usual_prompt += (len(prompt) - self.usual_prompt) * (0.05 if self.usual_prompt else 1)
-        if rejected := self._rejection(len(prompt), budget_s):
-            raise rejected
+        waiting_tokens, firsts_s = self.waiting_tokens, []
+        for prompt, options, _ in asked:
+            self.usual_prompt += (len(prompt) - self.usual_prompt) * (0.05 if self.usual_prompt else 1)
+            rejected = self._rejection(len(prompt), budget_s)
+            if rejected or not self._forecast:
+                self.waiting_tokens, self._forecast = waiting_tokens, None
+                raise rejected or Rejected(STOPPING)
+            firsts_s.append(self.first_s)
+            self._forecast.add(len(prompt), options.max_tokens)
+            self.waiting_tokens += len(prompt)
+        return [self._admit(*each, budget_s) for each in zip(asked, firsts_s)]
+
+    def _admit(self, asked: Asked, first_s: float, budget_s: float) -> Stream:
+        """Let a sequence wait, whose first token is expected in `first_s`."""
         now = self.now()
-        sequence = Sequence(prompt, options, now, now + budget_s, OWNER.get())
-        stream = self.streams[sequence] = Stream(self, sequence, text)
-        stream.promised_at = now + self.first_s * self.cost_model.margin
+        sequence = Sequence(asked.prompt, asked.options, now, now + budget_s, OWNER.get())
+        stream = self.streams[sequence] = Stream(self, sequence, asked.text)
+        stream.promised_at = now + first_s * self.cost_model.margin
         late = Late(f"no token within {budget_s:g} s; allow more time")
         stream.timer = asyncio.get_running_loop().call_later(budget_s, self.end, stream, "late", late)
         self.scheduler.add(sequence)
-        self.waiting_tokens += len(prompt)
-        if self._forecast:
-            self._forecast.add(len(prompt), options.max_tokens)
         self.wake.set()
         return stream
 
@@ -117,15 +137,12 @@ class TokenLoop:
 
         All are admitted or none; when one fails or the client leaves, the others end.
         """
-        streams: list[Stream] = []
-        try:
-            for query in queries:
-                streams.append(self.submit(**self.opened(query), budget_s=budget_s))
-            pieces = await whole_of_each(streams)
-            return [self.answer(*each) for each in zip(queries, streams, pieces, strict=True)]
-        finally:
-            for stream in streams:
-                stream.close()
+        streams = self.submit_each([self.opened(query) for query in queries], budget_s=budget_s)
+        pieces = await whole_of_each(streams)
+        return [
+            stream.answer(self.answered(query, piece))
+            for query, stream, piece in zip(queries, streams, pieces, strict=True)
+        ]
 
     def rejection(self, budget_s: float = math.inf) -> Rejected | None:
         """Why one more prompt of the usual length would be rejected now; None where it would not.
@@ -154,6 +171,14 @@ class TokenLoop:
         """How many sequences have one."""
         return len(self.scheduler.running)
 
+    def cached(self) -> int:
+        """How many tokens the slots of running sequences hold."""
+        return sum(sequence.cached for sequence in self.scheduler.running)
+
+    def room(self) -> int:
+        """How many tokens all slots have room for."""
+        return self.limits.slots * self.limits.capacity
+
     # --- admission ----------------------------------------------------------------------------------------------------
 
     def _rejection(self, prompt: int, budget_s: float) -> Rejected | None:
@@ -168,10 +193,10 @@ class TokenLoop:
             self._forecast = Forecast(scheduler, self.length)
         self.first_s = first_s = free_s[0] + self._forecast.first_token_s(max(1, prompt))
         needed_s = first_s * self.cost_model.margin + self.slack_s
-        if not scheduler.running and not scheduler.waiting and needed_s < HOPELESS * budget_s:
+        if not scheduler.running and not self.waiting_tokens and needed_s < HOPELESS * budget_s:
             return None
         retry_after_s = first_s - budget_s / 2  # when half of the backlog that is too much is gone, and a bit
-        if scheduler.waiting and self.waiting_tokens + prompt > self.most_waiting:
+        if self.waiting_tokens and self.waiting_tokens + prompt > self.most_waiting:
             return Rejected("the queue is full; retry after the time in Retry-After", first_s)
         if needed_s > budget_s:
             sentence = (
@@ -189,8 +214,9 @@ class TokenLoop:
             while True:
                 await self.instances.until(ready)
                 self._end_hopeless()
-                step = self.scheduler.plan(self.now())
-                if step:
+                began = self.now()
+                if step := self.scheduler.plan(began):
+                    self.counts.planning.inc(self.now() - began)
                     await self._run(run, step)
                 else:
                     self.wake.clear()
@@ -240,9 +266,11 @@ class TokenLoop:
         step_s = self.now() - call.started_at
         waits_s = [call.started_at - sequence.arrived_at for sequence in step.started]
         self.metrics.batch(len(step.rows), "step" if len(step.sequences) > 1 else "alone", step_s, waits_s)
+        self.counts.model.inc(step_s)
         if error is None:
             self.cost_model.observe(step.work, step_s)
             self._hand_out(step, outcomes)
+            self.counts.handing_out.inc(self.now() - call.started_at - step_s)
             if self.observer:
                 self.observer(step, step_s)
         elif isinstance(error, ModelDied):
@@ -320,6 +348,7 @@ class TokenLoop:
         elif stream.text and reason in ("stop", "length"):
             stream.rest = stream.text.rest()
         if reason in ("stop", "length"):
+            self.counts.whole.observe(self.now() - sequence.arrived_at)
             used = len(sequence.tokens) / sequence.options.max_tokens
             self.length += (used - self.length) * 0.05
         if stream.timer:
@@ -377,13 +406,6 @@ class TokenLoop:
         for sequence in list(self.scheduler.waiting):
             if sequence.deadline < self.now() + load_s:
                 self.end(self.streams[sequence], "stopping", Rejected(LOADING, load_s))
-
-    def answer(self, query: Any, stream: Stream, piece: Piece) -> Answer:
-        """Return the whole answer that a stream has come to, and where its time went."""
-        sequence = stream.sequence
-        queue_s = sequence.started_at - sequence.arrived_at
-        model_s = stream.last_at - sequence.started_at
-        return Answer(self.answered(query, piece), queue_s, model_s, max(1, self.running), piece.reason)
 
 
 def warm_up_steps(limits: Limits) -> list[list[Row]]:

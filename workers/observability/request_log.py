@@ -3,6 +3,8 @@
     {"time":"2026-11-26T00:00:00.000+00:00","level":"INFO","message":"request","id":"e60b…","method":"POST","path":"/",
      "status":200,"ms":9.1,"inputs":1,"queue_ms":0.1,"model_ms":8.4,"batch_size":4,"dispatched_because":"empty"}
 
+A generated text's line has "prompt_tokens", "generated_tokens", "first_token_ms" and "finish_reason", too: stop, length, or why it
+was cut short (cancelled: the client disconnected, or read nothing for BODY_TIMEOUT_S).
 Successful probes and pages have no line. Of rejections (503) the first REJECTIONS_PER_S in each second have one; the next
 line after a gap says in "unlogged" how many were left out.
 """
@@ -102,6 +104,14 @@ def request_fields(scope: Scope, context: RequestContext, status: int) -> dict[s
             "batch_size": answer.batch_size,
             "dispatched_because": answer.dispatched_because,
         }
+        if generated := answer.generated:
+            texts = [one.generated for one in answers if one.generated]
+            fields |= {
+                "prompt_tokens": sum(text.prompt_tokens for text in texts),
+                "generated_tokens": sum(text.tokens for text in texts),
+                "first_token_ms": round(generated.first_token_s * 1000, 2),
+                "finish_reason": generated.reason,
+            }
     return fields
 
 

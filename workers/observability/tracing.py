@@ -4,7 +4,8 @@
     OTEL_TRACES_EXPORTER=console uvicorn server:app
 
 A POST is a span, a child of the client's if the client sends `traceparent`; its own children are its time in the queue and in
-the model. No span has an input or an answer. OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER and
+the model. A generated text's span has `gen_ai.*` attributes: token counts, finish reason.
+No span has an input or an answer. OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER and
 the exporter's variables mean what they always mean.
 """
 
@@ -13,12 +14,14 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from workers.context import context_of, slowest
+from workers.jobs import Answer
 from workers.observability import MAX_PATH_CHARS
 from workers.offload import in_thread
 
@@ -136,3 +139,21 @@ class Traces:
             "model.batch_dispatched_because": answer.dispatched_because,
         }
         self.tracer.start_span("model", within, start_time=model_at, attributes=batch).end(replied_at)
+        if answer.generated:
+            span.set_attributes(generation_attributes(context.route, answers))
+
+
+def generation_attributes(route: str, answers: Sequence[Answer]) -> dict[str, Any]:
+    """Return what is said of generated texts, by OpenTelemetry's conventions for generative AI."""
+    texts = [answer.generated for answer in answers if answer.generated]
+    options = texts[0].options
+    return {
+        "gen_ai.operation.name": "chat" if "chat" in route else "text_completion",
+        "gen_ai.request.max_tokens": options.max_tokens,
+        "gen_ai.request.temperature": options.temperature,
+        "gen_ai.request.top_p": options.top_p,
+        "gen_ai.usage.input_tokens": sum(text.prompt_tokens for text in texts),
+        "gen_ai.usage.output_tokens": sum(text.tokens for text in texts),
+        "gen_ai.response.finish_reasons": [text.reason for text in texts],
+        "gen_ai.response.time_to_first_chunk": max(text.first_token_s for text in texts),
+    }

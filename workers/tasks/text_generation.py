@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from workers import resources
 from workers.errors import Unprocessable
 from workers.generation.steps import Options, Token
-from workers.generation.text import Chat, TextStream
+from workers.generation.text import Asked, Chat, TextStream
 from workers.settings import Settings
 from workers.tasks import Description, Query
 from workers.tasks.common.text import (
@@ -210,10 +210,10 @@ class Task(TextTask):
 
     # --- answers --------------------------------------------------------------------------------------------------------
 
-    def opened(self, prompt: Prompt) -> dict[str, Any]:
-        """Return what the token loop's `submit` takes."""
+    def opened(self, prompt: Prompt) -> Asked:
+        """Return what the token loop takes."""
         text = TextStream(self.tokens.backend, prompt.ids, prompt.stop)
-        return {"prompt": prompt.ids, "options": prompt.options, "text": text}
+        return Asked(prompt.ids, prompt.options, text)
 
     def answered(self, prompt: Prompt, text: str, tokens: list[Token], reason: str) -> list[dict[str, Any]]:
         """Return a whole answer, as the pipeline gives it."""

@@ -20,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from workers.context import context_of
+from workers.context import RequestContext, context_of
 from workers.errors import Unanswered
 from workers.generation.stream import Piece, Stream, whole_of_each
 from workers.generation.token_loop import TokenLoop
@@ -47,21 +47,19 @@ class Generation:
 
     def submit(self, prompt: Prompt, budget_s: float = math.inf) -> Stream:
         """Return the stream of what follows this prompt. Raises Rejected. Close it: `async with` does."""
-        return self.loop.submit(**self.task.opened(prompt), budget_s=budget_s)
+        return self.loop.submit(*self.task.opened(prompt), budget_s=budget_s)
 
 
 async def written(
-    generation: Generation, prompts: list[Prompt], budget_s: float
+    generation: Generation, prompts: list[Prompt], context: RequestContext
 ) -> tuple[list[Stream], list[Piece]]:
-    """Return the ended stream of each prompt, and all of it as one piece. If one fails, all do."""
-    streams: list[Stream] = []
+    """Return the ended stream of each prompt, and all of it as one piece. If one fails or is rejected, all are."""
+    asked = [generation.task.opened(prompt) for prompt in prompts]
+    streams = generation.loop.submit_each(asked, budget_s=context.left_s)
     try:
-        for prompt in prompts:
-            streams.append(generation.submit(prompt, budget_s))
         return streams, await whole_of_each(streams)
     finally:
-        for stream in streams:
-            stream.close()
+        context.answers += [stream.answer() for stream in streams]
 
 
 def times(stream: Stream) -> dict[str, float]:
@@ -105,6 +103,7 @@ class EventStream(Response):
             pass  # it has stopped reading: without an end of the reply the server closes the connection
         finally:
             gone.cancel()
+            context_of(scope).answers.append(self.stream.answer())
 
     async def send_events(self, piece: Piece | None, scope: Scope, send: Send) -> None:
         """Send this piece and all that follow; where the sequence fails, tell why in a last event."""

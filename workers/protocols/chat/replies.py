@@ -165,9 +165,8 @@ async def whole(
         for i in range(n):  # each choice has a seed of its own; the first has the client's
             options = prompt.options._replace(seed=(prompt.options.seed + i) % (1 << 63))
             several.append(prompt._replace(options=options))
-    work = written(generation, several, context.left_s)
+    work = written(generation, several, context)
     streams, pieces = await service.in_flight.unless_left(request, work)
-    context.answers = [generation.loop.answer(*each) for each in zip(several, streams, pieces)]
     choices = [form.choice(index, piece) for index, piece in enumerate(pieces)]
     content = form.head | {"object": form.kind, "choices": choices, "usage": usage(prompts, streams)}
     if len(streams) == 1:
