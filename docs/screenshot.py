@@ -15,7 +15,7 @@ from loadtests.modes import MODES, start
 
 WATCHED_S = 15  # of a steady rate, so that there are batches to be seen
 
-with start(MODES["thread"], {"BATCH_SIZE": "16"}) as server, sync_playwright() as playwright:
+with start(MODES["thread"], {"BATCH_SIZE": "32"}) as server, sync_playwright() as playwright:
     browser = playwright.chromium.launch(
         executable_path=shutil.which("chromium"), args=["--no-sandbox"] if os.geteuid() == 0 else []
     )
