@@ -1,10 +1,14 @@
 """Who is admitted, on a virtual clock: in time, near the target, at the full rate, whatever the cost law and the load."""
 
+import ast
 import asyncio
 import contextlib
 import math
 import random
+import re
 from collections import deque
+from importlib import import_module
+from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
 
@@ -13,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadtests.plan.planner import VirtualClock
+from workers import scheduling
 from workers.errors import Late, Rejected
 from workers.jobs import Answer, Job, JobQueue
 from workers.loop import ModelLoop
@@ -420,3 +425,16 @@ def test_batches_grow_again_when_a_call_is_found_to_cost_the_same_for_any_size()
     cost_model.b = 0.0
     estimate.plan(2.0, 1)
     assert estimate.affordable == math.inf
+
+
+def test_table_of_the_scheduler_has_every_number_as_it_is() -> None:
+    numbers = {}
+    for file in Path(scheduling.__path__[0]).glob("[a-z]*.py"):
+        module = import_module(f"{scheduling.__name__}.{file.stem}")
+        for node in ast.parse(file.read_text()).body:
+            for name in ast.walk(node) if isinstance(node, ast.Assign) else ():
+                if isinstance(name, ast.Name) and isinstance(
+                    value := getattr(module, name.id, None), int | float
+                ):
+                    numbers[name.id] = str(value)
+    assert dict(re.findall(r"^    ([A-Z_]+) = (\S+)", scheduling.__doc__ or "", re.MULTILINE)) == numbers

@@ -31,11 +31,10 @@ from workers.context import RequestContext, context_of
 from workers.errors import Late, ModelFailed, Rejected
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
-from workers.service import Service
 from workers.settings import Settings
 from workers.tasks import Query
 from workers.web import replies
-from workers.web.checks import MAX_BODIES, CheckThreads
+from workers.web.checks import MAX_BODIES, CheckThreads, check_all
 from workers.web.inflight import InFlight
 from workers.web.middleware import HOLD_S, REJECTIONS_PER_S, TICK_S, RequestMiddleware
 
@@ -293,12 +292,11 @@ def test_check_of_a_list_stops_when_its_client_has_left_or_its_time_is_over() ->
         context.given_up = len(checked) == 2
         return Query(one)
 
-    service: Any = SimpleNamespace(task=SimpleNamespace(check=check), quarantine=None)
     with pytest.raises(Late):
-        Service.check_all(service, list("abcdef"), {}, context)
+        check_all(check, list("abcdef"), {}, context)
     assert checked == ["a", "b"]
     with pytest.raises(Late):
-        Service.check_all(service, list("abcdef"), {}, RequestContext({}, "an-id", budget_s=0))
+        check_all(check, list("abcdef"), {}, RequestContext({}, "an-id", budget_s=0))
 
 
 def test_deadline_counts_from_the_arrival() -> None:

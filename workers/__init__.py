@@ -19,7 +19,7 @@ The server around it:
     isolation/            the model in a process that may crash; inputs that crash it
     observability/        request log, traces, process metrics
     metrics.py            counters in Prometheus text format; metrics_folder.py adds up those of several workers
-    resources.py          memory and cores of this machine
+    resources.py          memory and cores of this machine; process_manager.py: what restarts this process
     gunicorn/             one config per mode; the *.conf.py and patient.py beside it are its old paths
 
 To use the loop in an app of your own: `from workers import ModelLoop, Thread, Rejected, Late, ModelFailed`; see docs/your-own-app.md.

@@ -3,10 +3,14 @@
 import asyncio
 import contextlib
 import logging
+import os
 import queue
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 from workers.errors import CannotLoad, ModelFailed
@@ -159,6 +163,25 @@ def in_words(exc: BaseException) -> str:
         return repr(exc)
     except Exception:
         return type(exc).__name__
+
+
+def model_stacks() -> str:
+    """Return where in its code each thread of the model is now."""
+    frames = sys._current_frames()
+    model_threads = [thread for thread in threading.enumerate() if thread.name == "model"]
+    return "".join(
+        chain.from_iterable(
+            traceback.format_stack(frames[t.ident]) for t in model_threads if t.ident in frames
+        )
+    )
+
+
+def failed_at(exc: CannotLoad) -> str:
+    """Return the line of a custom class's file at which loading it failed, if this process knows it, else an empty text."""
+    frames = traceback.extract_tb(exc.__cause__.__traceback__) if exc.__cause__ else []
+    ours = (os.path.dirname(__file__), os.path.dirname(os.__file__), "<")  # and Python's
+    own = [one for one in frames if not one.filename.startswith(ours) and "site-packages" not in one.filename]
+    return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
 
 
 def settle(future: asyncio.Future[Any], outcome: Any) -> None:

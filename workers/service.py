@@ -8,13 +8,10 @@ import math
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
-import traceback
 from collections.abc import AsyncIterator
 from functools import partial
-from itertools import chain
 from types import FrameType
 from typing import Any, cast
 
@@ -23,16 +20,7 @@ from starlette.requests import Request
 from workers import resources as memory
 from workers import tasks
 from workers.context import RequestContext, context_of
-from workers.errors import (
-    LOADING,
-    TOO_SHORT,
-    CannotLoad,
-    Late,
-    Malformed,
-    ModelFailed,
-    Rejected,
-    Unprocessable,
-)
+from workers.errors import LOADING, CannotLoad, ModelFailed, Rejected
 from workers.generation.token_loop import TokenLoop
 from workers.isolation import make_instances, make_quarantine
 from workers.jobs import Answer
@@ -40,12 +28,13 @@ from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.observability import leave_out_polls
 from workers.observability.process_metrics import ProcessMetrics
-from workers.offload import Offload, attempt_load, in_thread, in_words
+from workers.offload import Offload, attempt_load, failed_at, in_thread, model_stacks
+from workers.process_manager import is_one_of_uvicorns_workers, is_relieved, is_supervised
 from workers.scheduling.instances import stuck
 from workers.settings import MOST, Settings
 from workers.tasks.calls import followed
 from workers.web import parsing
-from workers.web.checks import QUICK_BYTES, QUICK_JSON_BYTES, CheckThreads
+from workers.web.checks import QUICK_BYTES, QUICK_JSON_BYTES, CheckThreads, check_all
 from workers.web.generation import Generation
 from workers.web.inflight import SWEEP_S, InFlight
 from workers.web.parsing import ParsedBody
@@ -109,7 +98,7 @@ class Service:
             self.exit(
                 code,
                 "the model cannot be loaded",
-                f"cannot load MODEL={self.settings.MODEL}: {exc}{where(exc)}",
+                f"cannot load MODEL={self.settings.MODEL}: {exc}{failed_at(exc)}",
             )
         except Exception:
             log.exception("the model loop has ended")
@@ -206,29 +195,16 @@ class Service:
 
         Raises Late and Rejected, too: what takes long has the request's deadline and a bound of its own.
         """
-        work = partial(self.check_all, inputs, parameters, context)
+        work = partial(check_all, self.check_one, inputs, parameters, context)
         # An image or a sound of a few bytes may take long to decode.
         return await self.checks.run(context, n_bytes, work, 0 if self.task.media else QUICK_BYTES)
 
-    def check_all(
-        self, inputs: list[Any], parameters: dict[str, Any], context: RequestContext
-    ) -> list[tasks.Query]:
-        queries = []
-        for number, one in enumerate(inputs):
-            if context.given_up or (number and not context.left_s):
-                raise Late(TOO_SHORT)
-            try:
-                queries.append(self.task.check(one, parameters))
-                if self.quarantine:
-                    self.quarantine.check(queries[-1].content)
-            except (Malformed, Unprocessable) as exc:
-                if len(inputs) == 1:
-                    raise
-                raise type(exc)(f"input {number}: {exc}") from exc
-            except BaseException as exc:
-                # SystemExit would end the server, StopIteration would never leave its thread.
-                raise ModelFailed(in_words(exc)) from exc
-        return queries
+    def check_one(self, one: Any, parameters: dict[str, Any]) -> tasks.Query:
+        """Return the query that asks for `one` input. Raises what the task's check does, and Quarantined."""
+        query = self.task.check(one, parameters)
+        if self.quarantine:
+            self.quarantine.check(query.content)
+        return query
 
     def model_pids(self) -> list[int]:
         """Return the ids of the model's own processes."""
@@ -254,17 +230,14 @@ class Service:
             log.warning(
                 "each worker takes all cores for its own; start n with WEB_CONCURRENCY=n, not --workers n"
             )
-        if (call_s := self.shortest_call_s()) > settings.DEADLINE_S:
+        # Of the smallest example; 0 where there is none.
+        if (call_s := self.loop.cost_model.shortest_s) > settings.DEADLINE_S:
             log.warning(
                 "one call of the model takes %g s, more than DEADLINE_S=%g: no request can be answered in time; "
                 "raise DEADLINE_S, or serve a smaller model",
                 round(call_s, 1 if call_s < 10 else 0),
                 settings.DEADLINE_S,
             )
-
-    def shortest_call_s(self) -> float:
-        """Return how long the model takes for its smallest example, 0 where it has none."""
-        return self.loop.cost_model.shortest_s
 
     async def tick(self) -> None:
         """Every SWEEP_S look after the requests in flight, the gauges and the master.
@@ -395,34 +368,6 @@ def counted(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
-def is_relieved() -> bool:
-    """Return whether another worker answers from now on: see `gunicorn/succession.py`."""
-    return os.path.exists(f"{os.environ.get('PROMETHEUS_MULTIPROC_DIR', '')}/relieved-{os.getpid()}")
-
-
-def model_stacks() -> str:
-    """Return where in its code each thread of the model is now."""
-    frames = sys._current_frames()
-    model_threads = [thread for thread in threading.enumerate() if thread.name == "model"]
-    return "".join(
-        chain.from_iterable(
-            traceback.format_stack(frames[t.ident]) for t in model_threads if t.ident in frames
-        )
-    )
-
-
-def is_one_of_uvicorns_workers() -> bool:
-    """Return whether `uvicorn --workers` started this process and starts another when it ends. (`uvicorn --reload` does not.)"""
-    return bool(multiprocessing.parent_process()) and not any(
-        word.startswith("--reload") for word in sys.argv
-    )
-
-
-def is_supervised() -> bool:
-    """Return whether a process manager that never asks /health replaces this server: Gunicorn's, uvicorn's, a container's."""
-    return bool(os.environ.get("SERVER_SOFTWARE")) or is_one_of_uvicorns_workers() or os.getpid() == 1
-
-
 def make_loop(settings: Settings, metrics: Metrics) -> ModelLoop | TokenLoop:
     """Return the loop that the settings ask for: whole answers in batches, or text token by token."""
     if settings.is_token_by_token:
@@ -443,11 +388,3 @@ def make_loop(settings: Settings, metrics: Metrics) -> ModelLoop | TokenLoop:
         metrics=metrics,
         now=time.monotonic,  # uvloop's own time has whole milliseconds only
     )
-
-
-def where(exc: CannotLoad) -> str:
-    """Return the line of a custom class's file at which loading it failed, where this process knows it."""
-    frames = traceback.extract_tb(exc.__cause__.__traceback__) if exc.__cause__ else []
-    ours = (os.path.dirname(__file__), os.path.dirname(os.__file__), "<")  # and Python's
-    own = [one for one in frames if not one.filename.startswith(ours) and "site-packages" not in one.filename]
-    return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""

@@ -48,7 +48,7 @@ class Succession:
     def let_leave(self, pids: list[int]) -> None:
         """Tell these workers, once, to answer what they have admitted and to end."""
         for pid in set(pids) - self.told:
-            # It may still answer the requests on its connections: see `is_relieved` in service.py.
+            # It may still answer the requests on its connections: see `is_relieved` in process_manager.py.
             with contextlib.suppress(OSError):
                 Path(os.environ["PROMETHEUS_MULTIPROC_DIR"], f"relieved-{pid}").touch()
             self.server.kill_worker(pid, signal.SIGTERM)

@@ -9,7 +9,8 @@ from workers.jobs import Job
 from workers.scheduling.anticipation import Anticipation
 from workers.scheduling.dispatch import Greedy
 
-LEAST_S = 1e-6  # no timer is finer
+# No timer is finer.
+SHORTEST_HOLD_S = 1e-6
 
 
 class Holding(Greedy):
@@ -45,7 +46,7 @@ class Holding(Greedy):
         while queue and len(queue) < enough and not self.closing and self.next_free_s():
             run_s = cost_model.predict_s(queue.size) * cost_model.margin
             left_s = min(held_at + hold_s, self._deadline - run_s) - self.now()
-            if left_s < LEAST_S:
+            if left_s < SHORTEST_HOLD_S:
                 break
             self._changed.clear()
             with contextlib.suppress(TimeoutError):

@@ -9,10 +9,12 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from workers import tasks
 from workers.context import RequestContext
-from workers.errors import TOO_SHORT, Late, Rejected
+from workers.errors import TOO_SHORT, Late, Malformed, ModelFailed, Rejected, Unprocessable
+from workers.offload import in_words
 from workers.resources import usable_cores
 
 T = TypeVar("T")
@@ -77,3 +79,26 @@ class CheckThreads:
         """Start no more work."""
         for pool in self.pools:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def check_all(
+    check: Callable[[Any, dict[str, Any]], tasks.Query],
+    inputs: list[Any],
+    parameters: dict[str, Any],
+    context: RequestContext,
+) -> list[tasks.Query]:
+    """Return the query of each input. Raises what `check` does, with the input's number if there are several, and Late."""
+    queries = []
+    for number, one in enumerate(inputs):
+        if context.given_up or (number and not context.left_s):
+            raise Late(TOO_SHORT)
+        try:
+            queries.append(check(one, parameters))
+        except (Malformed, Unprocessable) as exc:
+            if len(inputs) == 1:
+                raise
+            raise type(exc)(f"input {number}: {exc}") from exc
+        except BaseException as exc:
+            # SystemExit would end the server, StopIteration would never leave its thread.
+            raise ModelFailed(in_words(exc)) from exc
+    return queries
