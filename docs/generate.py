@@ -15,7 +15,7 @@ from typing import Any
 from tests.support import mode_matrix
 from tests.support.small_models import ARCHITECTURES, batching, has
 from workers.metrics import Metrics
-from workers.protocols import openai, rerank, transcriptions
+from workers.protocols import embed, openai, rerank, transcriptions
 from workers.protocols.chat import fields as chat
 from workers.service import Service
 from workers.settings import HERE as ROOT
@@ -154,6 +154,8 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "unsupported_fields": lambda: api_fields(chat.UNSUPPORTED, "what to do without it"),
     "transcription_fields": lambda: api_fields(transcriptions.FIELDS),
+    "embed_fields": lambda: api_fields(embed.TEI_FIELDS),
+    "cohere_embed_fields": lambda: api_fields(embed.COHERE_FIELDS),
     "rerank_fields": lambda: api_fields(rerank.FIELDS),
 }
 

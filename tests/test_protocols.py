@@ -22,6 +22,7 @@ from tests.support.client import metric, until
 from tests.support.embedding_models import sentence_model, small_bert
 from workers.errors import ModelFailed
 from workers.jobs import Answer
+from workers.protocols import embed as embed_api
 from workers.protocols import openai, rerank
 from workers.settings import Settings
 from workers.tasks import text_ranking
@@ -36,7 +37,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
     """An embedder whose model is in a process of its own, a reranker, and a model of token vectors."""
     folder = tmp_path_factory.mktemp("models")
     reranker = small_bert(folder / "reranker", "ForSequenceClassification", num_labels=1)
-    sentence_model(folder)
+    sentence_model(folder, prompts={"query": "find: ", "document": ""})
     shared = {"MAX_QUEUE": "8", "MAX_INPUTS": "4", "BATCH_SIZE": "4"}
     with (
         start(
@@ -181,6 +182,130 @@ def test_body_that_cannot_be_read_is_rejected_in_openais_form(
     assert reply.status_code == status and openai_error(reply)
     reply = client.get("/v1/embeddings")
     assert reply.status_code == 405 and openai_error(reply)
+
+
+@pytest.mark.parametrize("ids", [[15339, 1917], [102, 101], [7592]])
+def test_token_ids_of_another_tokenizer_are_rejected(client: httpx2.Client, ids: list[int]) -> None:
+    """LangChain sends those of OpenAI unless told not to. Each is a word here, too, but another one."""
+    reply = embed(client, {"input": ids})
+    assert reply.status_code == 400 and "don't begin with [101]" in openai_error(reply)
+    reply = client.post("/embed", json={"inputs": [ids]})
+    assert reply.status_code == 422 and "don't begin with [101]" in reply.json()["error"]
+
+
+def test_text_embeddings_inference_embeds(client: httpx2.Client) -> None:
+    expected = client.post("/", json={"inputs": TEXTS, "normalize": True}).json()
+    for inputs in (TEXTS, TEXTS[0], [101, 1037, 2158, 2003, 5983, 2833, 1012, 102]):
+        reply = client.post("/embed", json={"inputs": inputs})
+        assert np.allclose(reply.json(), expected[: len(reply.json())], atol=1e-6)
+        assert len(reply.json()) == (3 if inputs is TEXTS else 1)
+    assert "model;dur=" in reply.headers["server-timing"]
+    raw = client.post("/embed", json={"inputs": TEXTS, "normalize": False}).json()
+    assert np.allclose(raw, client.post("/", json={"inputs": TEXTS}).json(), atol=1e-6)
+    assert not np.allclose(raw, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("path", ["/", "/embed"])
+def test_directions_of_truncation_may_be_capitalised(client: httpx2.Client, path: str) -> None:
+    def cut(direction: str) -> Any:
+        content = {"inputs": [LONG], "truncate": True, "truncation_direction": direction}
+        return client.post(path, json=content).json()
+
+    assert cut("Left") == cut("left") != cut("right") == cut("Right")
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_cohere_embeds(client: httpx2.Client, version: str) -> None:
+    expected = client.post("/embed", json={"inputs": TEXTS}).json()
+
+    def ask(**more: Any) -> Any:
+        reply = client.post(f"/v{version}/embed", json={"texts": TEXTS, "model": "embed-v4.0", **more})
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    found = ask(input_type="search_document", embedding_types=["float", "base64"])
+    np.testing.assert_allclose(found["embeddings"]["float"], expected, atol=1e-6)
+    as_bytes = [np.frombuffer(base64.b64decode(one), "<f4") for one in found["embeddings"]["base64"]]
+    np.testing.assert_allclose(as_bytes, expected, atol=1e-6)
+    assert found["response_type"] == "embeddings_by_type" and found["texts"] == TEXTS
+    assert found["meta"] == {"api_version": {"version": version}, "billed_units": {"input_tokens": 21}}
+    plain = ask()
+    assert plain["response_type"] == ("embeddings_floats" if version == "1" else "embeddings_by_type")
+    vectors = plain["embeddings"] if version == "1" else plain["embeddings"]["float"]
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    asked = client.post("/embed", json={"inputs": TEXTS, "prompt_name": "query"}).json()
+    found = ask(input_type="search_query", embedding_types=["float"])["embeddings"]["float"]
+    np.testing.assert_allclose(found, asked, atol=1e-6)
+    assert not np.allclose(found, expected, atol=1e-2)
+    few = ask(output_dimension=8, embedding_types=["float"])["embeddings"]["float"]
+    assert np.shape(few) == (3, 8)
+    parts = [{"content": [{"type": "text", "text": text}]} for text in TEXTS]
+    reply = client.post("/v2/embed", json={"inputs": parts, "model": "any"}).json()
+    np.testing.assert_allclose(reply["embeddings"]["float"], expected, atol=1e-6)
+
+
+def test_cohere_cuts_long_texts_as_told(client: httpx2.Client) -> None:
+    def ask(**more: Any) -> Any:
+        return client.post("/v2/embed", json={"texts": [LONG + "end"], "model": "any", **more})
+
+    def cut(direction: str) -> Any:
+        content = {"inputs": LONG + "end", "truncate": True, "truncation_direction": direction}
+        return client.post("/embed", json=content).json()
+
+    assert ask().json()["embeddings"]["float"] == cut("right")
+    assert ask(truncate="END").json()["embeddings"]["float"] == cut("right")
+    assert ask(truncate="START").json()["embeddings"]["float"] == cut("left") != cut("right")
+    reply = ask(truncate="NONE")
+    assert reply.status_code == 422 and "send at most 512" in reply.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "sentence"),
+    [
+        ("/embed", {}, '"inputs" must be a text'),
+        ("/embed", {"inputs": []}, '"inputs" must be a text or a list of 1 to 4 texts'),
+        ("/embed", {"inputs": ["a"] * 5}, '"inputs" must be a text or a list of 1 to 4 texts'),
+        ("/embed", {"inputs": "a", "normalize": 1}, '"normalize" must be true or false'),
+        ("/embed", {"inputs": "a", "encoding_format": "float"}, '"encoding_format" is not a known field'),
+        ("/v2/embed", {}, '"texts" is missing'),
+        ("/v2/embed", {"texts": ["a"], "inputs": []}, "send one of them"),
+        ("/v2/embed", {"texts": "a"}, '"texts" must be a list of 1 to 4 texts'),
+        ("/v2/embed", {"texts": ["a", 1]}, 'input 1: "inputs" must be a text'),
+        ("/v2/embed", {"inputs": [{"content": []}]}, 'each of "inputs" must be {"content"'),
+        ("/v2/embed", {"texts": ["a"], "embedding_types": ["int8"]}, '"embedding_types" must be a list of'),
+        ("/v2/embed", {"texts": ["a"], "embedding_types": [[]]}, '"embedding_types" must be a list of'),
+        ("/v2/embed", {"texts": ["a"], "input_type": "image"}, '"input_type" must be one of search_query'),
+        ("/v2/embed", {"texts": ["a"], "input_type": []}, '"input_type" must be one of search_query'),
+        ("/v2/embed", {"texts": ["a"], "truncate": "MIDDLE"}, '"truncate" must be one of NONE, START, END'),
+        ("/v2/embed", {"texts": ["a"], "output_dimension": 33}, '"dimensions" must be a whole number'),
+        ("/v1/embed", {"images": ["data:image/png;base64,"]}, '"images" is not supported'),
+        ("/v2/embed", {"texts": ["a"], "max_tokens": 8}, '"max_tokens" is not supported'),
+    ],
+)
+def test_embedding_request_that_makes_no_sense_is_a_400(
+    client: httpx2.Client, path: str, content: Any, sentence: str
+) -> None:
+    reply = client.post(path, json=content)
+    assert reply.status_code == 400 and sentence in reply.json()["error"], reply.text
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "known"),
+    [
+        ("/v1/embeddings", {"input": "a"}, openai.FIELDS),
+        ("/embed", {"inputs": "a"}, embed_api.TEI_FIELDS),
+        ("/v1/embed", {"texts": ["a"]}, embed_api.COHERE_FIELDS),
+        ("/v2/embed", {"texts": ["a"]}, embed_api.COHERE_FIELDS),
+        ("/rerank", {"query": "a", "texts": ["b"]}, rerank.FIELDS),
+        ("/v2/rerank", {"query": "a", "documents": ["b"]}, rerank.FIELDS),
+    ],
+)
+def test_every_field_may_be_null(
+    client: httpx2.Client, rank: httpx2.Client, path: str, content: Any, known: dict[str, str]
+) -> None:
+    server = rank if "rank" in path else client
+    reply = server.post(path, json=dict.fromkeys(known) | {"another": None} | content)
+    assert reply.status_code == 200, reply.text
 
 
 def test_its_requests_have_ids_and_are_counted(client: httpx2.Client, servers: dict[str, Server]) -> None:

@@ -46,6 +46,14 @@ def embeds(service: Service) -> bool:
     return bool(getattr(service.task, "embeds", False))
 
 
+def embedder(request: Request) -> Service:
+    """Return the service. Raises Rejected while the model loads, HTTPException 404 if it gives a vector per token."""
+    service: Service = request.state.service
+    if not embeds(service):
+        raise HTTPException(404, "this model has no sentence embeddings; serve a sentence-transformers model")
+    return service
+
+
 def samples(metric: Counter | Histogram, ending: str) -> list[Any]:
     """Return this worker's own samples whose names end in `ending`."""
     return [s for family in metric.collect() for s in family.samples if s.name.endswith(ending)]

@@ -12,13 +12,13 @@ import time
 from typing import Any
 
 import numpy as np
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from workers.errors import Malformed, ModelFailed, Unprocessable
-from workers.protocols import embeds, read_json, whole
+from workers.jobs import Answer
+from workers.protocols import embedder, embeds, read_json, whole
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
 from workers.settings import Settings
@@ -52,14 +52,14 @@ def operations(service: Service) -> dict[str, Any]:
     if not embeds(service):
         return {}
     description, most = service.task.describe(), service.settings.MAX_INPUTS
-    text = description.inputs["anyOf"][0]
+    text, ids = description.inputs["anyOf"]
     task: Any = service.task
     a_token = {
         "type": "integer",
         "minimum": 0,
         "maximum": (task.config.get("vocab_size") or len(task.tokens)) - 1,
     }
-    ids = {"type": "array", "items": a_token, "minItems": 1, "maxItems": task.limit}
+    ids = ids | {"items": a_token, "maxItems": task.limit}
     several = {"type": "array", "items": {"anyOf": [text, ids]}, "minItems": 1, "maxItems": most}
     optional = {
         "model": {},
@@ -89,13 +89,8 @@ async def embeddings(request: Request) -> Response:
         answers, n_tokens = await service.ask(request, inputs, parameters, n_bytes)
     except (Unprocessable, Malformed) as exc:
         raise Malformed(in_openais_words(str(exc))) from exc  # it has no 422
-    data = []
-    for index, answer in enumerate(answers):
-        try:
-            data.append({"object": "embedding", "index": index, "embedding": encoded(answer.value, form)})
-        except ModelFailed as exc:
-            exc.index = index if len(answers) > 1 else None
-            raise
+    vectors = enumerate(encoded_all(answers, form))
+    data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in vectors]
     usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
     reply = {"object": "list", "data": data, "model": service.settings.model_name, "usage": usage}
     return AnswerResponse(answers, reply)
@@ -113,14 +108,6 @@ def model_list(service: Service) -> Response:
     return JSONResponse({"object": "list", "data": [model]})
 
 
-def embedder(request: Request) -> Service:
-    """Return the service. Raises Rejected while the model loads, HTTPException 404 if it gives a vector per token."""
-    service: Service = request.state.service
-    if not embeds(service):
-        raise HTTPException(404, "this model has no sentence embeddings; serve a sentence-transformers model")
-    return service
-
-
 def in_openais_words(sentence: str) -> str:
     """Return the task's sentence without what is not sent here."""
     return sentence.replace('"inputs"', '"input"').removesuffix(', or "truncate": true')
@@ -136,6 +123,18 @@ def texts(content: dict[str, Any], most: int) -> list[Any]:
             f'"input" must be a text, a list of 1 to {most} texts, or token ids in place of texts'
         )
     return [list(map(whole, one)) if isinstance(one, list) else one for one in inputs]
+
+
+def encoded_all(answers: list[Answer], form: str) -> list[Any]:
+    """Return each answer's vector as the reply has it. Raises ModelFailed, with its index, for one that is not finite."""
+    vectors = []
+    for index, answer in enumerate(answers):
+        try:
+            vectors.append(encoded(answer.value, form))
+        except ModelFailed as exc:
+            exc.index = index if len(answers) > 1 else None
+            raise
+    return vectors
 
 
 def encoded(vector: np.ndarray, form: str) -> Any:

@@ -19,6 +19,7 @@ from workers.protocols import read_json, whole
 from workers.protocols.openapi import an_object, asking
 from workers.service import Service
 from workers.settings import Settings
+from workers.tasks.common.sentence import CUTTING
 from workers.web.replies import AnswerResponse
 
 PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
@@ -60,7 +61,7 @@ def operations(service: Service) -> dict[str, Any]:
         "return_documents": {},
         "raw_scores": flag,
         "truncate": flag,
-        "truncation_direction": {"enum": ["left", "right", "Left", "Right"]},
+        "truncation_direction": CUTTING["truncation_direction"].schema,
         "rank_fields": {"type": "array", "items": {"type": "string"}, "minItems": 1},
         "priority": {},
         **dict.fromkeys(WHOLE, a_count),
@@ -112,11 +113,8 @@ async def rerank(request: Request) -> Response:
 
 def parameters(content: dict[str, Any]) -> dict[str, Any]:
     """Return the task's parameters. The raw score is always asked for: many scores of 1.0 have an order in it."""
-    found = {"truncate": content.get("truncate", "documents" in content), "raw_scores": True}
-    if "truncation_direction" in content:
-        direction = content["truncation_direction"]
-        found["truncation_direction"] = direction.lower() if isinstance(direction, str) else direction
-    return found
+    cutting = {name: content[name] for name in CUTTING if name in content}
+    return {"truncate": "documents" in content, "raw_scores": True} | cutting
 
 
 def texts(content: dict[str, Any], most: int) -> list[Any]:

@@ -56,15 +56,28 @@ class Task(SentenceTask):
         return self.query(inputs, parameters, self.cut(parameters, prompt + require_text(inputs)))
 
     def known(self, ids: list[int]) -> Row:
-        """Return the row of token ids, if they are this model's, special ones included: many of another tokenizer's are larger."""
+        """Return the row of token ids, if they are this model's, special ones included.
+
+        Another tokenizer's would be other words: many of them are larger, and they don't begin as this model's do. LangChain
+        sends OpenAI's unless told not to.
+        """
         size = self.config.get("vocab_size") or len(self.tokens)
         if foreign := [token for token in ids if not 0 <= token < size]:
             raise Unprocessable(
                 f"{foreign[0]} is not a token of this model; send texts, or its ids, below {size}"
             )
+        if ids[: len(self.begin)] != self.begin:
+            raise Unprocessable(
+                f"the token ids don't begin with {self.begin}, as this model's do; send texts, or its ids, special ones too"
+            )
         if len(ids) > self.limit:
             raise Unprocessable(f"there are {len(ids)} tokens; send at most {self.limit}")
         return Row("", None, ids)
+
+    @property
+    def begin(self) -> list[int]:
+        """The special tokens that every text begins with."""
+        return self.tokens.frame[0]
 
     def load(self, instance: int) -> "FeatureExtraction":
         return FeatureExtraction(self, load_model(self.settings, instance, self.kind), self.recipe)
@@ -74,7 +87,13 @@ class Task(SentenceTask):
 
     def describe(self) -> Description:
         gives = "its vector" if self.recipe else "the vectors of its tokens"
-        ids = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+        ids = {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0},
+            "minItems": max(1, len(self.begin)),
+        }
+        if self.begin:
+            ids["prefixItems"] = [{"const": token} for token in self.begin]
         inputs = {"anyOf": [TEXT_SCHEMA, ids]}
         return Description("a text", gives, {"inputs": "a text"}, inputs, schemas(self.rules))
 

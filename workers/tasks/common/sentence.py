@@ -17,7 +17,9 @@ from workers.tasks.common.tokens import Row
 if TYPE_CHECKING:
     from torch import Tensor
 
-CUTTING = {"truncate": BOOLEAN_RULE, "truncation_direction": choice_rule("left", "right")}
+# text-embeddings-inference has its directions capitalised, its predecessors don't.
+DIRECTIONS = choice_rule("left", "right", "Left", "Right")
+CUTTING = {"truncate": BOOLEAN_RULE, "truncation_direction": DIRECTIONS}
 # What a Pooling's configuration said once, in the order in which several vectors stand side by side.
 MODES = {
     "pooling_mode_cls_token": "cls",
@@ -96,7 +98,7 @@ class SentenceTask(TextTask):
 
     def cut(self, parameters: dict[str, Any], text: str, pair: str | None = None) -> Row:
         """Return the tokens of a text, or of a pair; those that the model can take where `truncate` says so."""
-        direction = parameters.get("truncation_direction", "right")
+        direction = parameters.get("truncation_direction", "right").lower()
         start, pair_start = self.starts(self.limit, text, pair, direction == "left")
         row = self.tokens.join(start, pair_start)
         if len(row.ids) > self.limit and parameters.get("truncate"):

@@ -69,8 +69,14 @@ class Tokens:
     @cached_property
     def ends_special(self) -> bool:
         """Whether a special token stands after every text."""
-        (encoding,) = self.backend.encode_batch([""])
-        return bool(encoding.special_tokens_mask) and bool(encoding.special_tokens_mask[-1])
+        return bool(self.frame[1])
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens before every text, and those after it."""
+        (empty,), (one,) = (self.backend.encode_batch([text]) for text in ("", "a"))
+        before = next((i for i, special in enumerate(one.special_tokens_mask) if not special), len(one.ids))
+        return one.ids[:before], empty.ids[before:]
 
     def _start(self, text: str, tokens: int, from_end: bool = False) -> str:
         """Return as much of a text as holds its first `tokens` tokens, or its last, and some more; or all of it.
@@ -164,6 +170,7 @@ class SlowTokens(Tokens):
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.keeps_encodings = tokenizer, False
         self.start, self.ends_special = lru_cache(4)(self._start), True
+        self.frame = [], []  # not known
 
     def __call__(self, text: str, pair: str | None = None) -> Row:
         encoding = self.tokenizer(text, pair)
