@@ -61,7 +61,7 @@ def oracle(folder: str) -> Any:
     return text
 
 
-def events(server: Server, prompt: str, **parameters: Any) -> list[dict[str, Any]]:
+def events(server: Server, prompt: Any, **parameters: Any) -> list[dict[str, Any]]:
     body = {"inputs": prompt, "parameters": parameters, "stream": True}
     with httpx2.Client(timeout=60) as client, client.stream("POST", server.url, json=body) as reply:
         assert reply.status_code == 200, reply.read()
@@ -84,6 +84,36 @@ def test_list_of_prompts_gets_a_list_of_answers(server: Server, oracle: Any) -> 
         server, {"inputs": asked, "parameters": {"max_new_tokens": 9, "return_full_text": False}}
     )
     assert reply.json == [[{"generated_text": oracle(prompt, 9)}] for prompt in asked]
+
+
+def test_chat_is_one_input_and_gets_what_the_pipeline_gives(server: Server, folder: str) -> None:
+    import transformers
+
+    pipe = transformers.pipeline("text-generation", model=folder, device="cpu", dtype="float32")
+    chat = [{"role": "system", "content": "a river"}, {"role": "user", "content": PARIS}]
+    for more in ({}, {"return_full_text": False}):
+        expected = pipe(chat, max_new_tokens=9, do_sample=False, **more)
+        parameters = {"max_new_tokens": 9, **more}
+        assert post_json(server, {"inputs": chat, "parameters": parameters}).json == expected
+        both = post_json(server, {"inputs": [chat, chat[1:]], "parameters": parameters}).json
+        assert both[0] == expected and len(both) == 2 and both[1] != expected
+    streamed = events(server, chat, max_new_tokens=9)
+    assert streamed[-1]["generated_text"] == expected[0]["generated_text"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ([{"role": "user"}], 'each message of a chat must be {"role"'),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "must be texts"),
+        ([{"role": "assistant", "content": "a"}], "must be one to answer"),
+        ([[]], "must be one to answer"),
+        ([[{"role": "user", "content": "a"}, "b"]], "each message of a chat must be"),
+    ],
+)
+def test_what_is_not_a_chat_is_malformed(server: Server, inputs: Any, sentence: str) -> None:
+    reply = post_json(server, {"inputs": inputs})
+    assert reply.status == 400 and sentence in reply.json["error"]
 
 
 def test_stream_has_the_same_text_token_by_token(server: Server, oracle: Any) -> None:

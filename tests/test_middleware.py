@@ -32,7 +32,7 @@ from workers.errors import Late, ModelFailed, Rejected
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
 from workers.settings import Settings
-from workers.tasks import Query
+from workers.tasks import Query, zero_shot_classification
 from workers.web import replies
 from workers.web.checks import MAX_BODIES, CheckThreads, check_all
 from workers.web.inflight import InFlight
@@ -244,6 +244,27 @@ def test_long_work_before_the_queue_is_off_the_event_loop_and_short_work_is_not(
         assert await checks.run(context, 1000, threading.get_ident) == threading.get_ident()
         assert await checks.run(context, 2000, threading.get_ident) != threading.get_ident()
         assert await checks.run(context, 2000, threading.get_ident, quick_bytes=3000) == threading.get_ident()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("checks_at_once", "media"), [(True, ()), (False, ()), (True, ("image/",))])
+def test_short_body_of_a_task_that_takes_its_time_is_checked_off_the_event_loop(
+    checks_at_once: bool, media: tuple[str, ...]
+) -> None:
+    """Zero-shot: 1 KB holds 64 texts and 100 labels, which are 6,400 pairs."""
+    assert not zero_shot_classification.Task.checks_at_once
+
+    async def scenario() -> None:
+        task = SimpleNamespace(media=media, checks_at_once=checks_at_once)
+        found: list[Any] = []
+        service: Any = SimpleNamespace(
+            task=task,
+            checks=CheckThreads(),
+            check_one=lambda *_: found.append(threading.get_ident()),
+        )
+        await Service.check(service, RequestContext({}, "an-id"), ["a"], {}, 100)
+        assert (found == [threading.get_ident()]) == (checks_at_once and not media)
 
     asyncio.run(scenario())
 

@@ -368,6 +368,86 @@ def test_what_is_not_a_table_is_malformed(tmp_path: Path) -> None:
         task.check(asked | {"table": {"a": ["word"] * 5000}}, {})
 
 
+def tapas(folder: Path) -> str:
+    """A random TAPAS that answers with cells, saved."""
+    words = [
+        "[PAD]",
+        "[EMPTY]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "how",
+        "old",
+        "is",
+        "ada",
+        "alan",
+        "name",
+        "age",
+        "?",
+        "3",
+        "4",
+        "##1",
+        "##6",
+    ]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.TapasTokenizer(str(folder / "vocab.txt"))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    names = {0: "NONE", 1: "SUM", 2: "AVERAGE", 3: "COUNT"}
+    config = transformers.TapasConfig(
+        vocab_size=len(words),
+        num_aggregation_labels=4,
+        aggregation_labels=names,
+        initializer_range=0.5,
+        **sizes,
+    )
+    torch.manual_seed(2)
+    model = transformers.TapasForQuestionAnswering(config)
+    torch.nn.init.constant_(model.output_bias, 5.0)
+    for part in (model, tokenizer):
+        part.save_pretrained(str(folder))
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore")  # Transformers' own
+def test_tables_get_the_answers_of_the_plain_pipeline(tmp_path: Path) -> None:
+    where, name = tapas(tmp_path), "table-question-answering"
+    plain = transformers.pipeline(name, model=where, device="cpu", dtype=torch.float32)
+    task = tasks.make(Settings(MODEL=where, TASK=name, TORCH_THREADS=1))
+    model = task.load(0)
+    asked = task.describe().example["inputs"]
+    tables = [asked, {"table": {"age": ["36", "", "41"]}, "query": "how old?"}]
+    for parameters in ({}, {"sequential": True}):
+        expected = [in_json(plain(**one, **parameters)) for one in tables]
+        assert any(answer["cells"] for answer in expected)
+        assert model([task.check(one, dict(parameters)).content for one in tables]) == expected
+    with pytest.raises(Malformed, match="there is nothing in the table"):
+        task.check({"table": {"": [" "]}, "query": "how old?"}, {})
+    for table in ({"a": ["1"] * 254}, {f"a{i}": ["1"] for i in range(254)}):
+        model([task.check({"table": table, "query": "how old?"}, {}).content])
+        larger = table | {"b": ["1"]} if len(table) > 1 else {"a": ["1"] * 255}
+        with pytest.raises(Unprocessable, match="at most 254 rows and 254 columns"):
+            task.check({"table": larger, "query": "how old?"}, {})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("has_pooler", [True, False])
+def test_only_a_trained_pooler_is_asked(tmp_path: Path, has_pooler: bool) -> None:
+    """Transformers makes up one that is not in the files, and fails where a model has none."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.ViTConfig(image_size=32, patch_size=8, **sizes)
+    transformers.ViTModel(config, add_pooling_layer=has_pooler).save_pretrained(str(tmp_path))
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(str(tmp_path))
+    task = tasks.make(Settings(MODEL=str(tmp_path), TASK="image-feature-extraction", TORCH_THREADS=1))
+    model = task.load(0)
+    if has_pooler:
+        (answer,) = model([task.check(IMAGES[0], {"pool": True}).content])
+        assert len(answer[0]) == 32
+    else:
+        with pytest.raises(Malformed, match='"pool" must be false: this model has no pooler'):
+            task.check(IMAGES[0], {"pool": True})
+
+
 def test_text_to_speech_is_text_to_audio_and_starts_with_characters_as_tokens(tmp_path: Path) -> None:
     letters = {"<pad>": 0, " ": 1, **{letter: i + 2 for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz")}}
     (tmp_path / "vocab.json").write_text(json.dumps(letters))

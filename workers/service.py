@@ -196,8 +196,9 @@ class Service:
         Raises Late and Rejected, too: what takes long has the request's deadline and a bound of its own.
         """
         work = partial(check_all, self.check_one, inputs, parameters, context)
-        # An image or a sound of a few bytes may take long to decode.
-        return await self.checks.run(context, n_bytes, work, 0 if self.task.media else QUICK_BYTES)
+        # An image or a sound of a few bytes may take long to decode, as may labels times texts.
+        at_once = not self.task.media and getattr(self.task, "checks_at_once", True)
+        return await self.checks.run(context, n_bytes, work, QUICK_BYTES if at_once else 0)
 
     def check_one(self, one: Any, parameters: dict[str, Any]) -> tasks.Query:
         """Return the query that asks for `one` input. Raises what the task's check does, and Quarantined."""

@@ -92,6 +92,8 @@ class Task(Protocol):
 
     # The media types that it takes as raw bytes, besides text and JSON: "image/", "audio/".
     media: tuple[str, ...] = ()
+    # Whether a short body is checked in a moment: on the event loop. Without this attribute it is.
+    checks_at_once: bool = True
 
     def __init__(self, settings: Settings) -> None: ...
 

@@ -29,6 +29,7 @@ from workers.tasks.common.stock import Batched, Prepared, Stock
 from workers.tasks.common.text import (
     TEXT_SCHEMA,
     Content,
+    Rule,
     TextTask,
     check_parameters,
     object_schema,
@@ -43,6 +44,9 @@ __all__ = ["Stock", "Task", "load_model", "load_pipeline"]
 # long. Measured with 2 threads on 2 cores: beside 2 busy processes 86 texts/s instead of 18, without them 238 instead of 224.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+NO_POOLER = Rule(
+    "false: this model has no pooler", lambda value: value is False, {"const": False}
+)  # or one that was never trained
 LOADING = threading.Lock()  # two loads at once collide in Transformers: "Tensor on device meta"
 
 
@@ -86,16 +90,29 @@ def load_model(settings: Settings, instance: int, kind: str) -> Any:
 def check_weights(model: Any, settings: Settings) -> None:
     """Raise ValueError where weights were not in the files: Transformers makes them up, and so would the answers be.
 
-    All but the pooler of a model without a head: nothing here asks it.
+    All but the pooler of a model without a head: only `pool` asks it, and `can_pool` sees to that.
     """
-    weights = dict(model.named_parameters())
-    read = {name for name, weight in weights.items() if getattr(weight, "_is_hf_initialized", False)}
-    missing = [name for name in weights.keys() - read if not name.startswith("pooler.")]
-    if read and missing:  # Transformers' own mark: were it gone, nothing would be marked
+    missing = [name for name in made_up(model) if not name.startswith("pooler.")]
+    if missing:
         raise ValueError(
             f"its files have no {missing[-1]} for TASK={settings.TASK}; "
             f"set the TASK that it was trained for: it is a {' or '.join(model.config.architectures or ['?'])}"
         )
+
+
+def made_up(model: Any) -> list[str]:
+    """Return the names of the weights that were not in the model's files."""
+    weights = dict(model.named_parameters())
+    read = {name for name, weight in weights.items() if getattr(weight, "_is_hf_initialized", False)}
+    return (
+        sorted(weights.keys() - read) if read else []
+    )  # it is Transformers' own mark, and may be gone one day
+
+
+def can_pool(pipe: Any, image: bytes) -> bool:
+    """Return whether an image model has a pooler, with weights of its own."""
+    outputs = pipe.forward(pipe.preprocess(media.read_image(image)))
+    return "pooler_output" in outputs and not any(name.startswith("pooler.") for name in made_up(pipe.model))
 
 
 def place(settings: Settings, instance: int) -> tuple[str, Any]:
@@ -186,6 +203,13 @@ class Task(TextTask):
         is_table = cells and all(isinstance(one, list) and len(one) == len(columns[0]) for one in columns)
         if not is_table or not all(isinstance(cell, str) for cell in cells):
             raise Malformed('"table" must be an object of columns, each a list of as many texts')
+        if not any(text.strip() for text in (*table, *cells)):
+            raise Malformed("there is nothing in the table; send one with texts")
+        most = (
+            min(self.config.get("type_vocab_sizes", [1 << 30] * 3)[1:3]) - 2
+        )  # of TAPAS, which counts them from 1
+        if max(len(columns), len(columns[0])) > most:
+            raise Unprocessable(f"the table is too large; send at most {most} rows and {most} columns")
         size = (sum(map(len, cells)) + sum(map(len, table)) + len(question)) // 4 + len(cells)
         if size > self.settings.MAX_TOKENS * 4:  # the tokenizer drops rows that the model has no room for
             raise Unprocessable(f"the table is too long: about {size} tokens; send fewer rows")
@@ -233,6 +257,8 @@ class Task(TextTask):
         pipe = load_pipeline(self.settings, instance)
         if self.takes in ("text", "table"):
             return Stock(self, pipe)
+        if "pool" in self.rules and not can_pool(pipe, media.example_image()):
+            self.rules["pool"] = NO_POOLER
         self.model = model = Batched(self, pipe, [self.opened(*probe).content for probe in self.probes()])
         return model
 

@@ -9,7 +9,7 @@ import random
 from typing import Any, NamedTuple
 
 from workers import resources
-from workers.errors import Unprocessable
+from workers.errors import Malformed, Unprocessable
 from workers.generation.steps import Options, Token
 from workers.generation.text import Asked, Chat, TextStream
 from workers.settings import Settings
@@ -58,6 +58,15 @@ class Prompt(NamedTuple):
     full_text: bool = True  # the answer begins with the prompt
     details: bool = False
     stream: bool = False
+    messages: list[dict[str, str]] | None = None  # where the prompt is a chat
+
+    def whole(self, text: str) -> Any:
+        """Return the generated text in the form that was asked for: alone, or after the prompt, of a chat as its messages."""
+        if not self.full_text:
+            return text
+        if self.messages is None:
+            return self.text + text
+        return [*self.messages, {"role": "assistant", "content": text}]
 
 
 def float_rule(least: float, most: float, above: bool = False) -> Rule:
@@ -135,19 +144,28 @@ class Task(TextTask):
             if name not in ASKS_NOTHING or value != ASKS_NOTHING[name]
         }
         given = check_parameters(asked, self.rules)
-        text = require_text(inputs)
+        if messages := messages_of(inputs) if isinstance(inputs, list) else None:
+            text, ids = "", self.chat_prompt(messages)
+        else:
+            text = require_text(inputs)
+            ids = self.tokens(text).ids
         stop = tuple(given.get("stop") or given.get("stop_sequences") or ())
         options = self.options(given)
         prompt = Prompt(
-            self.tokens(text).ids,
+            ids,
             options,
             stop,
             text,
             given.get("return_full_text", not given.get("details") and not given.get("stream")),
             bool(given.get("details")),
             bool(given.get("stream")),
+            messages,
         )
         return self.checked(prompt)
+
+    def is_one(self, inputs: list[Any]) -> bool:
+        """Whether this list is a chat, as the pipeline takes it."""
+        return bool(inputs) and all(isinstance(one, dict) and "role" in one for one in inputs)
 
     def checked(self, prompt: Prompt) -> Query:
         """Return the query for this prompt. Raises Unprocessable where it could never be answered."""
@@ -217,7 +235,7 @@ class Task(TextTask):
 
     def answered(self, prompt: Prompt, text: str, tokens: list[Token], reason: str) -> list[dict[str, Any]]:
         """Return a whole answer, as the pipeline gives it."""
-        answer: dict[str, Any] = {"generated_text": prompt.text + text if prompt.full_text else text}
+        answer: dict[str, Any] = {"generated_text": prompt.whole(text)}
         if prompt.details:
             answer["details"] = self.details(prompt, tokens, reason) | {
                 "prefill": [],
@@ -268,12 +286,24 @@ class Task(TextTask):
 
     def describe(self) -> Description:
         return Description(
-            "a prompt",
+            "a prompt, or a chat as a list of messages",
             "the text that follows it: a list with one object, whose generated_text it is",
             {"inputs": "Paris is", "parameters": {"max_new_tokens": 5}},
             TEXT_SCHEMA,
             schemas(self.rules),
         )
+
+
+def messages_of(inputs: list[Any]) -> list[dict[str, str]]:
+    """Return the messages of a chat. Raises Malformed where they are not a chat that waits for an answer."""
+    for one in inputs:
+        if not isinstance(one, dict) or one.keys() != {"role", "content"}:
+            raise Malformed('each message of a chat must be {"role": "user", "content": "a text"}')
+        if not all(isinstance(value, str) for value in one.values()):
+            raise Malformed('"role" and "content" of a message must be texts')
+    if not inputs or inputs[-1]["role"] == "assistant":
+        raise Malformed("the last message of a chat must be one to answer; send a user's")
+    return inputs
 
 
 def reject_unsuitable(config: dict[str, Any]) -> None:

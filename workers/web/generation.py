@@ -162,7 +162,7 @@ class HuggingFaceEvents:
             self.texts.append(piece.rest)
             events[-1]["token"]["text"] += piece.rest
             text = "".join(self.texts)
-            events[-1]["generated_text"] = self.prompt.text + text if self.prompt.full_text else text
+            events[-1]["generated_text"] = self.prompt.whole(text)
             events[-1]["details"] = self.task.details(self.prompt, self.tokens, piece.reason)
         return b"".join(map(event, events))
 
