@@ -31,6 +31,7 @@ from workers.context import RequestContext, context_of
 from workers.errors import Late, ModelFailed, Rejected
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
+from workers.service import Service
 from workers.settings import Settings
 from workers.tasks import Query, zero_shot_classification
 from workers.web import replies
