@@ -7,15 +7,12 @@
 #
 # Afterwards you can decide for your own model whether to batch, how many texts at most, and when to hold a batch for more.
 #
-# It takes about 3 minutes (the quick form 40 s), two cores, 4 GB of memory and Linux: it pins servers to a core and reads
-# `/proc`. Elsewhere run it in a container.
-#
-# `quick(short, full)` is the first value in the quick form (`QUICK=1`) and the second one otherwise. The quick form is too
-# short to measure well. It only shows that the lesson runs.
+# It takes about 3 minutes (the quick form 40 s), two cores and 4 GB of memory. [What all lessons need](README.md).
 
 # %%
-from lesson import BLUE, GREEN, GREY, ORANGE, RED, SERVER_CORES, bars, capacity, claim, counters, dots
-from lesson import guessed, holds, line, load, picture, quick, serve_all, simulate, stop, table, tell, way
+from lesson import BLUE, GREEN, GREY, ORANGE, RED, SERVER_CORES, bars, capacity, claim, compare, counters
+from lesson import dots, guessed, holds, line, load, picture, quick, said, score, serve_all, simulate, stop
+from lesson import table, tell, way
 
 import checks
 
@@ -87,16 +84,20 @@ with picture(
 #
 # ## "Dynamic batching gives 10×"
 #
-# Now the real server: one by one, then in batches up to 32. We ask both as hard as we can. The prediction is the law's, and
-# 0.7 ms more for each text: the planner's allowance for HTTP.
+# Now the real server: one by one, then in batches up to 32. A server does more than call the model: HTTP, the queue, the answer.
+# That is a law of its own, $a' + b'\,n$. We measure it with a model that returns at once, one by one and in batches. The prediction
+# is the sum of the two laws.
 
 # %%
 law = laws["fast"]
-singly, batched, waiting, static = serve_all(
+INSTANT = {"MODEL": "loadtests.bench.apps:Instant"}
+singly, batched, waiting, static, empty_1, empty_32 = serve_all(
     {},
     {"BATCH_SIZE": 32},
     {"BATCH_SIZE": 32, "FIXED_DELAY_MS": 10},
     {"BATCH_SIZE": 8, "FIXED_DELAY_MS": 600_000, "DEADLINE_S": 600, "QUEUE_TARGET_S": 0},
+    INSTANT,
+    INSTANT | {"BATCH_SIZE": 32},
     cores=SERVER_CORES,
 )
 
@@ -111,10 +112,22 @@ def saturate(server):
     return per_s, model_s / texts * 1000, texts / calls
 
 
+def server_law():
+    """The a' and b' of the server itself: ms of a call, and of each text in it."""
+    (one_s, _, _), (many_s, _, n) = ((1 / per_s, 0, n) for per_s, _, n in map(saturate, (empty_1, empty_32)))
+    b_s = max(0.0, (n * many_s - one_s) / max(1.0, n - 1))
+    return planner.CostLaw(max(0.0, one_s - b_s), b_s)
+
+
+around = server_law()
+stop(empty_1, empty_32)
 found = {1: saturate(singly), 32: saturate(batched)}
 per_s = {n: found[n][0] for n in found}
-foreseen = {n: planner.predict_capacity(law, n) for n in found}
+foreseen = {n: n / (law.seconds(n) + around.seconds(n)) for n in found}
 gain = per_s[32] / per_s[1]
+tell(
+    f"The server itself takes {around.a_s * 1000:.2f} ms for a call and {around.b_s * 1000:.2f} ms for each text in it."
+)
 
 
 # %%
@@ -135,6 +148,7 @@ with picture(
     guessed(ax, guess_gain * per_s[1], 1.7)
     ax.set_ylim(-0.6, 2)
     ax.set_yticks([0, 1], ["one by one", "up to 32"])
+compare("times the texts/s in batches", guess=guess_gain, formula=foreseen[32] / foreseen[1], measured=gain)
 tell(
     f"Predicted: {foreseen[1]:.0f} and {foreseen[32]:.0f} texts/s, a gain of {foreseen[32] / foreseen[1]:.1f}. Measured:"
     f" {per_s[1]:.0f} and {per_s[32]:.0f}, a gain of {gain:.1f}."
@@ -177,12 +191,10 @@ tell(
 # %% [markdown]
 # Read the columns downwards. The first two lines differ because a line through all sizes is a compromise. The third is the same
 # call in a server, whose event loop reads other requests on the same core. The last adds what lies between two calls: the
-# answers go from the thread to the event loop, and the next batch comes back. Lines can change places when the machine was
-# faster or slower meanwhile.
+# answers go from the thread to the event loop, and the next batch comes back.
 #
-# *Where the prediction fails:* it allows 0.7 ms per text, in batches too. The difference between the last two lines is what a
-# text really costs outside of the model. A batch pays once for what lies between two calls. So the server has an $a$ of
-# its own, and the bare model's $(a+b)/b$ is not a hard limit for it.
+# *Where the prediction fails:* it adds the two laws, as if the server and the model never worked at the same time. And each law is a
+# straight line. The server has an $a$ of its own, which a batch pays once. So the bare model's $(a+b)/b$ is not a hard limit for it.
 
 # %%
 stock = timings["stock"].groupby("texts").seconds.mean()
@@ -203,7 +215,7 @@ claim(
     "Batching lifts GPU utilisation from 20 % to 80 %",
     who="nobody: no GPU is at hand",
     number="it would take one, its own counter of utilisation, and the same texts one by one and in batches",
-    verdict="untested here",
+    verdict="untested: no GPU",
 )
 
 # %% [markdown]
@@ -243,21 +255,18 @@ def shortest_s(call):
 
 @torch.inference_mode()
 def measure_layer():
-    """Bytes a second, operations a second, and the layer's time by its number of rows, ms."""
-    weights, square = torch.rand(side, side), torch.rand(1024, 1024)
-    times_ms = {}
-    for n in row_counts:
-        rows = torch.rand(n, side)
-        times_ms[n] = shortest_s(lambda rows=rows: rows @ weights.T) * 1000
-    return (
-        weights.nbytes / shortest_s(weights.sum),
-        2 * 1024**3 / shortest_s(lambda: square @ square),
-        times_ms,
-    )
+    """The layer's time by its number of rows, ms."""
+    weights = torch.rand(side, side)
+    rows = {n: torch.rand(n, side) for n in row_counts}
+    return {n: shortest_s(lambda n=n: rows[n] @ weights.T) * 1000 for n in row_counts}
 
+
+from support.speeds import speeds
 
 side, row_counts = 8192, quick([1, 12, 32, 384], [1, 2, 4, 8, 12, 16, 32, 64, 128, 384])
-bytes_s, operations_s, layer_ms = measure_layer()
+limits = speeds(quick(0.2, 1.0), mb=268)  # lesson 9 measures them in the same way
+bytes_s, operations_s = limits["bytes"], limits["float32"]
+layer_ms = measure_layer()
 roof_ms = {n: max(4 * side**2 / bytes_s, 2 * n * side**2 / operations_s) * 1000 for n in row_counts}
 
 # %%
@@ -294,6 +303,12 @@ table(
         for n in (1, 12, 32, 384)
     ]
 )
+compare(
+    "32 rows, times one row",
+    guess=guess_times,
+    formula=roof_ms[32] / roof_ms[1],
+    measured=layer_ms[32] / layer_ms[1],
+)
 claim(
     "Batching is essential for very large models",
     who="one layer of such a model, 268 MB of float32 weights, one core; not a whole model",
@@ -306,9 +321,9 @@ claim(
 
 # %% [markdown]
 # *Where the prediction fails:* it assumes that the layer reaches one of the two speeds in full. The table says how much of each
-# it really reaches. The matrix product is made for many rows. With a dozen it reaches neither, so they take much longer than
-# one row. (More than 100 % means that our measure of the speed is too low: we took a sum, which reads a little more slowly than
-# the layer does.)
+# it really reaches. Torch's product of plain weights is made for many rows. Between one row and many there is a range where it
+# reaches neither. (A share of a little more than 100 % is the error of measuring the two speeds.) A server that packs its weights, as
+# this project's does, narrows that range: [lesson 11](11_token_by_token.ipynb) draws the same curve for a whole model.
 #
 # ## To wait or not to wait
 #
@@ -320,6 +335,21 @@ claim(
 #   setting for it. This one has none; for comparison there is `loadtests/plan/fixed_delay.py`.
 # * **[anticipation](glossary.md)**, what this server does: it is greedy, unless it has learnt that the clients it has just answered
 #   ask again at once. More about that below.
+#
+# Five requests, A to E, on a line of time. A call takes 20 ms and 2 ms for each text. **Before you run the cell:** which of the three
+# rules answers E first?
+
+# %%
+from support import l04_timeline
+
+from loadtests.plan.planner import CostLaw
+
+l04_timeline.draw(l04_timeline.timeline(CostLaw(0.02, 0.002), [0, 14, 18, 21, 55]))
+
+# %% [markdown]
+# One by one, each waits for all before it. Greedy: A goes alone, and *the call is the window* in which B, C and D gather. With a delay
+# A waits for nobody, and so does E. (Had B come sooner, the delay would have bought something: try `[0, 5, 9, 14, 31]`. These are
+# from the simulator, with this server's loop.)
 #
 # First we let strangers come, at random times. Batches without a delay are then this server as it is: for strangers it is nearly
 # always greedy.
@@ -439,8 +469,6 @@ claim(
 # %%
 from support.l04_greedy import Greedy, ModelLoop, watch
 
-from loadtests.plan.planner import CostLaw
-
 flat = CostLaw(a_s=0.05, b_s=0.0002)
 greedy = watch(Greedy, flat, users=8)
 tell(f"Ten calls of the greedy loop, texts in each: **{', '.join(map(str, greedy.sizes[10:20]))}**.")
@@ -488,8 +516,14 @@ with picture("A short hold makes one call of two", "ms", "", xlim=(0, 420), ylim
             ax.text(x + took * 500, y, n, color="white", ha="center", va="center", clip_on=True)
     ax.set_yticks([0, 1], ["antici-\npation", "greedy"])
 back = held[50].per_s / greedy.per_s
+compare(
+    "times the texts/s with a hold",
+    guess=guess_back,
+    formula=(2 * 50 + 8 * 0.2) / (50 + 8 * 0.2 + 3),
+    measured=back,
+)
 tell(
-    f"Numbers are texts in the call. You guessed {guess_back} times; it is {back:.2f} times, and the mean latency falls from"
+    f"Numbers are texts in the call. It is {back:.2f} times the texts/s, and the mean latency falls from"
     f" {greedy.mean_ms:.0f} to {held[50].mean_ms:.0f} ms."
 )
 
@@ -567,6 +601,12 @@ with picture(
     guessed(ax, guess_static_ms, 0.4)
     ax.set_ylim(-0.6, 1.5)
     ax.set_yticks([0, 1], ["exactly 8", "up to 32,\nno delay"])
+compare(
+    "the mean with exactly 8, ms",
+    guess=guess_static_ms,
+    formula=predicted_ms,
+    measured=full.latency_ms.mean(),
+)
 tell(
     f"Predicted {predicted_ms:.0f} ms, measured {full.latency_ms.mean():.0f} ms; without waiting {undelayed_ms:.0f} ms. And"
     f" {len(asked) - len(full)} of {len(asked)} texts got no answer, because their batch did not become full before they left."
@@ -648,14 +688,24 @@ with picture(title, f"texts/s in batches of {MOST}, times those one by one", "",
     guessed(ax, guess_mixed, 2)
     ax.set_ylim(-0.6, 4)
     ax.set_yticks(range(4), [f"{name}, {kind}" for name, kind in gains])
+said(
+    gains["stock", "mixed"] < 1,
+    f"In the stock pipeline batching mixed texts makes them slower than one by one: {gains['stock', 'mixed']:.2f} times.",
+    f"In the stock pipeline batching mixed texts still gains a little: {gains['stock', 'mixed']:.2f} times.",
+)
+compare(
+    "the stock pipeline's gain, mixed texts",
+    guess=guess_mixed,
+    formula=foretold("stock"),
+    measured=gains["stock", "mixed"],
+)
 tell(
     f"{m:.0%} of the texts are long, so {p:.0%} of the batches should hold none. Stock, mixed: {foretold('stock'):.2f} predicted, {gains['stock', 'mixed']:.2f} measured."
 )
 
 # %% [markdown]
-# The red line is “no gain”. Where the stock pipeline's dot lies left of it, batching mixed texts makes it slower than one by
-# one. The fast path gains less with mixed texts than with short ones, too, because a long text gains little in a batch. But it
-# pads nothing, and lies near where the formula without padding puts it.
+# The red line is “no gain”. The fast path gains less with mixed texts than with short ones, too, because a long text gains little in
+# a batch. But it pads nothing.
 #
 # *Where the prediction fails:* a batch of long texts takes seconds, so there are few of them in this measurement, and one slow
 # moment of the machine moves the dot.
@@ -698,6 +748,55 @@ def mean_wait_s(rate_per_s, delay_s): ...
 
 
 checks.exercise_4_3(mean_wait_s)
+
+# %% [markdown]
+# ## In the lab
+#
+# Predict the gain of batches of up to 16 on this machine, within a fifth, from your own a and b. One number. It starts the
+# real server and judges what it measures.
+
+# %%
+import labs
+
+predicted_gain = ...
+
+labs.lab_4(predicted_gain)
+
+# %% [markdown]
+# ## Ten questions
+#
+# Answer them aloud, then open the answers.
+#
+# 1. What does a batch save, and what never?
+# 2. Why is (a + b)/b the limit?
+# 3. Why can a server gain more than its bare model?
+# 4. Why does one long text hurt a padded batch?
+# 5. Why is a row of a layer nearly free below the bend?
+# 6. Why does a fixed delay cost strangers all of it at low load?
+# 7. Why does a greedy loop make 1, 7, 1, 7?
+# 8. When does holding pay?
+# 9. Why can't a simulation say how long an answer takes?
+# 10. Why measure with your own mix of lengths?
+#
+# <details><summary>Answers</summary>
+#
+# 1. It saves a, once per text after the first; never b.
+# 2. In an endless batch a is shared by all, and b is left.
+# 3. Its own fixed part per call is shared, too.
+# 4. All texts are made as long as the longest.
+# 5. The weights are read once, whatever the rows.
+# 6. Nobody else comes while the first one waits.
+# 7. The first client back starts a call alone, and the others miss it.
+# 8. When those who were just answered come back within less than a.
+# 9. It leaves out the client and most of HTTP. It is made for differences.
+# 10. One sentence has no padding to show.
+# </details>
+
+# %% [markdown]
+# ## How far off were you?
+
+# %%
+score()
 
 # %% [markdown]
 # ## What must hold

@@ -8,16 +8,12 @@
 #
 # Afterwards you can choose a bound, a deadline and a queue target for your own model, and say what your users will see.
 #
-# Time: about two and a half minutes, and 40 s in the quick form. It wants two cores, 1 GB of memory and Linux
-# (elsewhere in a container): it pins servers to cores and reads `/proc`.
-#
-# `quick(short, full)` is its first value in the quick form (`QUICK=1`) and its second one otherwise. The quick form
-# only shows that the lesson runs.
+# It takes about 2.5 minutes (the quick form 40 s), two cores and 2 GB of memory. [What all lessons need](README.md).
 
 # %%
-from lesson import BLUE, GREY, ORANGE, RED, SERVER_CORES, TEXT, ask_together, bars, capacity, claim, dots, get
-from lesson import guessed, holds, line, load, name_lines, picture, quick, serve_all, simulate, stop, table
-from lesson import tell, way
+from lesson import BLUE, GREY, ORANGE, RED, SERVER_CORES, TEXT, ask_together, bars, capacity, claim, compare
+from lesson import dots, get, guessed, holds, line, load, name_lines, picture, quick, said, score, serve_all
+from lesson import simulate, stop, table, tell, way
 
 import time
 
@@ -35,7 +31,7 @@ from loadtests.plan import planner
 # The right answers within the client's limit, per second, are the **goodput** ([glossary](glossary.md)). Our clients'
 # limit is $l$ = 2 s. Our model takes $S$ = 20 ms a text, so it does $\mu$ = 50 texts a second.
 #
-# On its way a request passes two places that can say no:
+# On its way a request passes two places that can reject:
 
 # %%
 way(
@@ -45,8 +41,8 @@ way(
 )
 
 # %% [markdown]
-# - The **door** looks at the queue before it reads a single byte of the text. Its no is a *503*: not now.
-# - The **loop** looks once more, when it takes a batch. Its no is a *504*: you have waited in vain.
+# - The **door** looks at the queue before it reads a single byte of the text. It rejects with a *503*: not now.
+# - The **loop** looks once more, when it takes a batch. It rejects with a *504*: you have waited in vain.
 #
 # Which rules should they follow? We try them on the planner first. It runs this project's own loop on a virtual clock:
 # a minute passes in a second, and the model takes 20 ms exactly. We call that a **simulation**. Below, the real server
@@ -77,11 +73,11 @@ def goodput(df):
 guess_goodput = 25  # right answers within 2 s, per second, of 50 possible
 
 # %% [markdown]
-# **Prediction.** Who comes last into a queue of $n$ waits for $n$ calls, and then for its own: $(n+1)\,S$.
+# **Prediction.** The last to join a queue of $n$ waits for $n$ calls, and then for its own: $(n+1)\,S$.
 #
 # - If that is at most $l$, everybody who is let in is in time. The model never rests, so the goodput is $\mu$.
 # - If it is more, the full queue is worth nothing. Only the first ones are in time, while the queue still fills. It
-#   grows by $\rho - 1$ seconds of work each second ($\rho$ is the load, as a multiple of the capacity). So who comes at
+#   grows by $\rho - 1$ seconds of work each second ($\rho$ is the load, as a multiple of the capacity). So a text that comes at
 #   $t$ waits $(\rho-1)\,t$, and the good time is over after $l/(\rho-1)$ seconds.
 #
 # Goodput is counted from second $l$ to the end of the run: a queue that is empty at first flatters everybody. In a run
@@ -112,6 +108,7 @@ with picture(
     ax.set_xticks([0.02, 0.1, 0.5, 2, 10], ["0.02", "0.1", "0.5", "2", "10"])
 
 # %%
+compare("goodput with a bound of 256, per s", guess=guess_goodput, formula=lost, measured=goodputs[256])
 tell(
     f"In {SECONDS} s {in_time_of[256]} texts are answered in time with a bound of 256, and {in_time_of[10**6]} without any bound."
     f" {'Not one more' if in_time_of[256] == in_time_of[10**6] else 'Hardly more'}. A bound of 99 gives {in_time_of[99]}."
@@ -131,7 +128,7 @@ tell(
 # becomes free. But a few places are enough. A queue is there to bridge gaps, and gaps are short.
 
 # %% [markdown]
-# ## When do you hear the no?
+# ## When do you hear of it?
 #
 # Three better rules look at time instead of number:
 #
@@ -142,17 +139,17 @@ tell(
 # | queue target | also 503 while there is always a queue, if the wait is above a target | the same |
 #
 # This project's server uses the last. Twice the capacity comes again. **Your guesses:** with the predicted wait, how
-# long until an answer, for those who get one? And with a deadline alone, how long until the no?
+# long until an answer, for those who get one? And with a deadline alone, how long until the rejection?
 
 # %%
 guess_yes_s = 1.0  # seconds to an answer, with "predicted wait"
-guess_no_s = 1.0  # seconds to a no, with "deadline"
+guess_no_s = 1.0  # seconds to a rejection, with "deadline"
 
 # %% [markdown]
 # **Prediction.** Under overload the queue grows until a rule holds it. So whoever is let in waits about as long as the
 # rule allows.
 #
-# - *Deadline*: the queue holds 2 s of work. A yes comes after just under 2 s, and so does a no.
+# - *Deadline*: the queue holds 2 s of work. An answer comes after just under 2 s, and so does a rejection.
 # - *Predicted wait*: the door multiplies its forecast by a safety margin. The loop learns how long calls take, and how
 #   wrong its forecasts were. The margin is 1.1 plus that error. Our model is always on time, so the margin is 1.1, and
 #   a yes comes after 2 ÷ 1.1 s.
@@ -201,7 +198,7 @@ table(
         "a yes after, s": f"{yes_s[name]:.2f}",
         "503s": int((df.outcome == "503").sum()),
         "504s": int((df.outcome == "504").sum()),
-        "a no after": "nobody hears one"
+        "a rejection after": "nobody hears one"
         if (df.outcome == "200").all()
         else f"{no_504_s:.2f} s"
         if name == "deadline"
@@ -211,7 +208,9 @@ table(
 )
 
 # %%
-with picture("Who is let in waits as long as the rule allows", "s until an answer", "", xlim=(0, 2.3)) as ax:
+with picture(
+    "Whoever is let in waits as long as the rule allows", "s until an answer", "", xlim=(0, 2.3)
+) as ax:
     names = list(expected_yes_s)
     bars(ax, list(expected_yes_s.values()), range(3))
     dots(ax, [yes_s[name] for name in names], range(3), "simulated")
@@ -220,8 +219,12 @@ with picture("Who is let in waits as long as the rule allows", "s until an answe
     ax.set_ylim(-0.6, 2.6)
 
 # %%
+compare(
+    "s to an answer, predicted wait", guess=guess_yes_s, formula=2 / 1.1, measured=yes_s["predicted wait"]
+)
+compare("s to a rejection, deadline", guess=guess_no_s, formula=LIMIT_S, measured=no_504_s)
 tell(
-    f"A deadline alone says its no after {no_504_s:.2f} s; you guessed {guess_no_s:g}. All three rules keep the goodput:"
+    f"A deadline alone rejects after {no_504_s:.2f} s; you guessed {guess_no_s:g}. All three rules keep the goodput:"
     f" {', '.join(f'{goodput(by_rule[name]):.1f}' for name in names)} a second."
 )
 
@@ -232,16 +235,16 @@ tell(
 # - A *503* says at once: not now. `Retry-After` in its headers says when. Its client can ask another server, or show
 #   last week's answer.
 #
-# So refuse early what you can foresee. The 504 is for what nobody could: a call that took longer than usual, a client
+# So reject early what you can predict. The 504 is for what nobody could predict: a call that took longer than usual, a client
 # that became impatient.
 
 # %% [markdown]
 # ## A burst is no overload
 #
 # Why does the queue target count only "while there is always a queue"? Because a short queue limit alone hurts bursts.
-# Every five seconds 60 texts come in the same moment, and nothing in between. That is 1.2 s of work: all of it could be
-# done in time. Compare a bound of 25 texts, half a second of work, with a queue target of half a second. **Your
-# guess:** which share of the texts is answered with the bound?
+# Every five seconds 60 texts come in the same moment, and nothing in between. That is $60 \cdot 20\,\text{ms} = 1.2\,\text{s}$ of
+# work: all of it could be done in time. Compare a bound of 25 texts, half a second of work, with a queue target of half a second. **Your
+# guess:** what share of the texts is answered with the bound?
 
 # %%
 guess_share = 0.75  # of the texts, with a bound of 25; all is 1
@@ -253,7 +256,7 @@ guess_share = 0.75  # of the texts, with a bound of 25; all is 1
 #
 # And a queue that stays? The server's rule: it has not been empty for two targets, a whole second. At twice the load
 # the wait has then grown to a second, too. Now the door lets in nobody until the wait has fallen to the target. It
-# falls by one second a second. So who comes between 1.0 s and 1.5 s is refused, and whoever is let in later waits half
+# falls by one second a second. So a text that comes between 1.0 s and 1.5 s is refused, and whoever is let in later waits half
 # a second.
 
 # %%
@@ -263,6 +266,9 @@ after_burst = {
     for name, settings in {"bound of 25": {"max_queue": 25}, "queue target": rules["queue target"]}.items()
 }
 share = {name: float(generator.good(df, LIMIT_S).mean()) for name, df in after_burst.items()}
+compare(
+    "share answered with a bound of 25", guess=guess_share, formula=26 / 60, measured=share["bound of 25"]
+)
 tell(
     f"Of a burst of 60, the bound of 25 lets {share['bound of 25']:.0%} be answered in time (predicted: {25 / 60:.0%} and"
     f" a little; you guessed {guess_share:.0%}). The queue target: {share['queue target']:.0%}."
@@ -282,7 +288,7 @@ tell(
 # - *patient* takes everything, and has no deadline;
 # - *careful* is this project's default, but for a deadline of 2 s;
 # - *blocked* is careful, but its model runs on the event loop (`OFFLOAD=inline`);
-# - *stuck* has a model that never returns, so it says no to all. We need it to find out what a no costs.
+# - *stuck* has a model that never returns, so it rejects all. We need it to find out what a rejection costs.
 #
 # **Your guess:** what is the goodput of the patient server?
 
@@ -312,6 +318,13 @@ tell(
 )
 
 # %%
+compare(
+    "the patient server's goodput",
+    guess=guess_patient,
+    formula=expected_patient,
+    measured=real_goodput["patient"],
+)
+
 import matplotlib.pyplot as plt
 
 STEP_S = quick(0.5, 1.0)
@@ -390,28 +403,28 @@ claim(
 # *Where the formula fails:* it is for the mean. Arrivals are random, so the queue of one run may become longer than the line says, or
 # stay shorter.
 #
-# ## What a no costs
+# ## What a rejection costs
 #
-# A no is not free. The server has to wake up, read the headers and write the reply. **Your guess:** for how many
-# microseconds does one no keep the server's core busy?
+# A rejection is not free. The server has to wake up, read the headers and write the reply. **Your guess:** for how many
+# microseconds does one rejection keep the server's core busy?
 
 # %%
 guess_no_us = 1000  # microseconds of the server's core, for one 503
 
 # %% [markdown]
-# **Prediction.** A no costs $c$ seconds. We find $c$ at the lowest load. Then $\lambda$ noes a second take the share
-# $\lambda c$ of a core. The *stuck* server does nothing but say no, and Linux counts the processor time of each
+# **Prediction.** A rejection costs $c$ seconds. We find $c$ at the lowest load. Then $\lambda$ rejections per second take the share
+# $\lambda c$ of a core. The *stuck* server does nothing but reject, and Linux counts the processor time of each
 # process.
 
 
 # %%
 def noes_at(rate_per_s, duration_s):
-    """How many noes a second it says, which share of a core they take, and how often it wakes up for each."""
+    """How many noes a second it says, what share of a core they take, and how often it wakes up for each."""
     event_loop = psutil.Process(stuck.process.pid)  # whose first thread is the loop's
     before_s, before = stuck.cpu_s(), event_loop.num_ctx_switches().voluntary
     df = load(stuck, "open", rate_per_s=rate_per_s, duration_s=duration_s, timeout_s=0.5)
-    said, wakings = int((df.outcome == "503").sum()), event_loop.num_ctx_switches().voluntary - before
-    return said / duration_s, (stuck.cpu_s() - before_s) / duration_s, wakings / said
+    rejected, wakings = int((df.outcome == "503").sum()), event_loop.num_ctx_switches().voluntary - before
+    return rejected / duration_s, (stuck.cpu_s() - before_s) / duration_s, wakings / rejected
 
 
 load(stuck, "open", rate_per_s=100, duration_s=0.5, timeout_s=0.5)  # one is in the model; and to warm up
@@ -420,7 +433,10 @@ no_us = noes[0][1] / noes[0][0] * 1e6
 
 # %%
 with picture(
-    "A no is cheap, and cheaper in a crowd", "noes per second", "share of a core, %", ylim=(0, None)
+    "A rejection is cheap, and cheaper in a crowd",
+    "rejections per second",
+    "share of a core, %",
+    ylim=(0, None),
 ) as ax:
     most = noes[-1][0]
     line(ax, [0, most], [0, most * no_us / 1e4])
@@ -430,7 +446,7 @@ with picture(
 # %%
 table(
     {
-        "noes per second": f"{rate:.0f}",
+        "rejections per second": f"{rate:.0f}",
         "µs of the core for each": f"{share / rate * 1e6:.0f}",
         "the event loop wakes up for each": f"{wakings:.1f} times",
     }
@@ -439,16 +455,15 @@ table(
 last_us = noes[-1][1] / noes[-1][0] * 1e6
 tell(
     f"You guessed {guess_no_us:g} µs. An answer of this model takes {1e6 / mu:,.0f} µs. At {last_us:.0f} µs each,"
-    f" {1e6 / last_us:,.0f} noes a second would fill a core: {1e6 / last_us / mu:.0f} times the capacity."
+    f" {1e6 / last_us:,.0f} rejections per second would fill a core: {1e6 / last_us / mu:.0f} times the capacity."
 )
 
 # %% [markdown]
-# *Where the formula fails:* a no gets cheaper in a crowd. One reason stands in the last column: the event loop wakes up
-# less often for each of them, because several wait when it looks. Where the cost falls faster than the wakings do, there
-# is another reason, which we have not measured.
+# *Where the formula fails:* a rejection gets cheaper in a crowd. The event loop wakes up less often for each of them, because several wait
+# when it looks: see the last column.
 
 # %% [markdown]
-# ## Who says no must be awake
+# ## To reject you must be awake
 #
 # "A model may block the event loop, as long as it takes less than a second." Ours takes 20 ms. The *blocked* server has
 # the same rules as the careful one. But the model sits on the event loop, where the door does its work, too:
@@ -462,8 +477,8 @@ way(
 
 # %% [markdown]
 # Twice the capacity again, now from strangers. Each comes with a connection of its own, and leaves after some seconds
-# (`PATIENCE_S`, below). Ten times a second somebody else asks for `/health`. **Your guess:** which share of the
-# strangers gets a quick no, a 503? A good server would refuse about half of them.
+# (`PATIENCE_S`, below). Ten times a second somebody else asks for `/health`. **Your guess:** what share of the
+# strangers gets a quick rejection, a 503? A good server would refuse about half of them.
 
 # %%
 guess_refused = 0.25  # of all strangers
@@ -520,7 +535,7 @@ with picture(
 
 # %%
 def share_of(name, status):
-    """Which share of the strangers got this status."""
+    """What share of the strangers got this status."""
     return np.mean([reply.status == status for reply in met[name]["replies"]])
 
 
@@ -558,10 +573,10 @@ claim(
 )
 
 # %% [markdown]
-# ## Retry storms
+# ## Clients that ask again
 #
-# Who was refused comes back. A client here asks five times at most. Some wait as `Retry-After` says, a second or more.
-# Others come back after 50 ms. The load is 1.7 times the capacity. **Your guess:** which share of the clients gets an
+# Rejected clients come back. A client here asks five times at most. Some wait as `Retry-After` says, a second or more.
+# Others come back after 50 ms. The load is 1.7 times the capacity. **Your guess:** what share of the clients gets an
 # answer in the end, if all of them wait as they are told?
 
 # %%
@@ -607,25 +622,41 @@ table(
 )
 
 # %%
-with picture("Who is refused asks again", "time, s", "requests per second", ylim=(0, None)) as ax:
+with picture("Rejected clients ask again", "time, s", "requests per second", ylim=(0, None)) as ax:
     edges = np.arange(0, max(df.sent_s.max() for df in storms.values()) + STEP_S, STEP_S)
     steps(ax, storms[1].sent_s, edges, "waits as told", BLUE)
     steps(ax, storms[0].sent_s, edges, "after 50 ms", ORANGE)
     steps(ax, storms[0][storms[0].attempt == 0].sent_s, edges, "new clients only", GREY)
 
+# %%
+per_client = {honour: len(df) / clients[honour] for honour, df in storms.items()}
+compare(
+    "share of the clients answered",
+    guess=guess_answered,
+    formula=expected_answered[1],
+    measured=answered_share[1],
+)
+said(
+    answered_share[1] > answered_share[0] and abs(per_client[0] - per_client[1]) < 1,
+    f"Both ask about as often: {per_client[1]:.1f} and {per_client[0]:.1f} requests per client. But those that wait come back, in part,"
+    f" when the overload is over, and the server has time for them: {answered_share[1]:.0%} of them are answered, and"
+    f" {answered_share[0]:.0%} of the impatient.",
+    f"Answered: {answered_share[1]:.0%} of those that wait, {answered_share[0]:.0%} of the impatient.",
+)
+
 # %% [markdown]
-# The impatient turn one question into a burst of noes, and gain next to nothing: as many are answered as the server can do
-# while they come. Some of those who wait come back when the overload is over. Then the server has time for them.
-#
 # `Retry-After` is computed from the work ahead and the measured speed, so it is true when it is given. But it only
-# *moves* an overload. And a crowd that was refused in one moment would come back in one moment: a good client adds a
-# random bit to what it is told.
+# *moves* an overload. And a crowd that was rejected in one moment would come back in one moment: a good client adds a
+# random bit to what it is told (*jitter*).
+#
+# Five retries end by themselves, and a rejection is cheap. So this crowd is no danger. A storm is a crowd whose retries never end: it can
+# keep a fleet down when its cause is gone. [Lesson 13](13_a_fleet.ipynb) makes one, and cures it in three ways.
 
 # %%
 stop()
 
 # %% [markdown]
-# ## The poison text
+# ## The poison input
 #
 # One text makes the model raise. It shares a batch with seven innocent ones. Who pays? A text without `[MASK]` would do
 # it, but the task checks every text before the queue:
@@ -748,6 +779,60 @@ claim(
 )
 
 # %% [markdown]
+# ## Quarantine: three deaths open the switch
+#
+# Some inputs do worse than raise: they end the process. Then a new process must load, and meanwhile nobody is answered.
+# A client that doesn't know better sends it again. The model runs in a process of its own here; it is a small class that does nothing
+# but die when it is told to.
+#
+# You send a text that ends the process, eight times, and each time wait until the server is ready again. **Guess:** how many
+# times does the process die?
+
+# %%
+guess_deaths = 8
+
+# %% [markdown]
+# **Prediction.** In electricity a *circuit breaker* cuts the current after a fault. In software: after some failures don't
+# try again (*open*), after a while try (*half open*), and after a success go on as before (*closed*). This server keeps one
+# for each input, its *quarantine*: three deaths in a row open it, an answer or ten minutes close it. So three deaths, each
+# as long as the process needs to load; then a 422 at once.
+
+# %%
+from lesson import ask, counters, serve
+from workers.isolation.quarantine import DEATHS
+
+failing = serve(MODEL="notebooks.support.l10_fails:Fails", OFFLOAD="process")
+seen = []
+for _ in range(8):
+    reply = ask(failing, "die, please")
+    began = time.monotonic()
+    failing.wait_until_ready()
+    seen.append((reply.status, 1000 * (time.monotonic() - began), ask(failing, "an innocent text").status))
+deaths = int(counters(failing)["model_process_restarts_total"])
+
+# %%
+stop()
+compare("deaths of the process", guess=guess_deaths, formula=DEATHS, measured=deaths)
+down_ms = seen[0][1]  # the first death tells what each costs
+with picture("Three deaths open the breaker", "attempt", "time until it is ready again, ms") as ax:
+    attempts = range(1, len(seen) + 1)
+    line(ax, [1, DEATHS, DEATHS + 1, len(seen)], [down_ms, down_ms, 0, 0])
+    dots(ax, attempts, [ms for _, ms, _ in seen])
+    guessed(ax, guess_deaths, down_ms, "your guess: the last death")
+table(
+    {
+        "attempt": i,
+        "the killer's status": status,
+        "ready again after, ms": f"{ms:.0f}",
+        "an innocent text": innocent,
+    }
+    for i, (status, ms, innocent) in enumerate(seen, 1)
+)
+
+# %% [markdown]
+# (How long it is until the process is ready again is seen by asking every 50 ms, so it comes in steps of that.)
+
+# %% [markdown]
 # ## Exercises
 #
 # Fill in and run. The checker tells you what it thinks; it never stops the notebook. Solutions are in
@@ -785,6 +870,55 @@ def good_answers(mu, rho, limit_s, t): ...
 checks.exercise_5_3(good_answers)
 
 # %% [markdown]
+# ## In the lab
+#
+# Choose `MAX_QUEUE`, `DEADLINE_S`, `QUEUE_TARGET_S`, a dictionary, so that at twice the capacity at least 40 of 50 per
+# second are in time (2 s), and a burst of 60 loses nobody. It starts the real server and judges what it measures.
+
+# %%
+import labs
+
+settings_5 = ...
+
+labs.lab_5(settings_5)
+
+# %% [markdown]
+# ## Ten questions
+#
+# Answer them aloud, then open the answers.
+#
+# 1. Why is a bound of 256 as bad as none?
+# 2. Why is a bound a time?
+# 3. Why is a 503 better than a 504?
+# 4. Why does a queue target wait before it rejects?
+# 5. Why does the patient server never recover during overload?
+# 6. Why is a rejection cheaper in a crowd?
+# 7. Why can a blocked server not reject?
+# 8. Why add jitter to Retry-After?
+# 9. Why run a failed batch one by one, once?
+# 10. Why quarantine after three deaths and not one?
+#
+# <details><summary>Answers</summary>
+#
+# 1. At 50 per second it is five seconds of waiting, for clients that leave after two.
+# 2. What counts is bound ÷ speed, and speed changes with the texts.
+# 3. It comes at once: the client can go elsewhere.
+# 4. A burst drains by itself; only a queue that stays is overload.
+# 5. Each answer comes just after its client has left, and clients that come take the free places.
+# 6. One wake-up of the loop serves several.
+# 7. Its queue is in the kernel, where no rule of yours looks.
+# 8. A crowd that was rejected in one moment would come back in one moment.
+# 9. To find the culprit; the others get their answers and pay with time.
+# 10. One death can be an accident; three of the same input in a row are not.
+# </details>
+
+# %% [markdown]
+# ## How far off were you?
+
+# %%
+score()
+
+# %% [markdown]
 # ## What must hold
 
 # %%
@@ -799,22 +933,24 @@ assert share["queue target"] == 1 and share["bound of 25"] < 0.5, "a burst is no
 assert refused_with, "a bad text is stopped before the queue"
 assert sum(isinstance(fate, ModelFailed) for fate in fates) == 1
 assert [n for n, _ in poisoned_calls] == [8] + [1] * 8
+assert [status for status, *_ in seen] == [500] * DEATHS + [422] * (len(seen) - DEATHS) and deaths == DEATHS
+assert {innocent for *_, innocent in seen} == {200}, "innocent texts are answered"
 holds(real_goodput["careful"] > 1.5 * real_goodput["patient"], "so it is on the real server")
 holds(no_ms < 0.2 * yes_ms, "a 503 comes at once")
-holds(share_of("careful", 503) > 0.2 > share_of("blocked", 503), "a blocked loop says no to nobody")
+holds(share_of("careful", 503) > 0.2 > share_of("blocked", 503), "a blocked loop rejects nobody")
 holds(
     np.median(met["blocked"]["health_s"]) > 10 * np.median(met["careful"]["health_s"]),
     "and its /health waits",
 )
-holds(no_us < 5000, "a no is cheap")
+holds(no_us < 5000, "a rejection is cheap")
 holds(answered_share[1] > answered_share[0], "who waits as told gets an answer more often")
 
 # %% [markdown]
 # ## Take away
 #
 # - A queue's bound is a time. If *bound ÷ speed* is above the clients' patience, it is as bad as no bound.
-# - Say no early (503, at the door) when you can foresee it, and late (504) only when you could not. A burst may wait, a
+# - Reject early (503, at the door) when you can foresee it, and late (504) only when you could not. A burst may wait, a
 #   queue that stays may not.
-# - Only a free event loop can say no. Calls of milliseconds block it as well as calls of seconds.
+# - Only a free event loop can reject. Calls of milliseconds block it as well as calls of seconds.
 #
 # Next: [Lesson 6](6_gunicorn.ipynb). Which of Gunicorn's workers, and how many?

@@ -9,16 +9,12 @@
 # Afterwards you can choose the kind and the number of workers, threads and copies for your own model, and say what they
 # cost.
 #
-# Time: about three and a half minutes, and about one in the quick form. It wants two cores, 5 GB of memory and
-# Linux (elsewhere in a container): it pins servers to cores and reads `/proc`.
-#
-# `quick(short, full)` is its first value in the quick form (`QUICK=1`) and its second one otherwise. The quick form
-# only shows that the lesson runs.
+# It takes about 3.5 minutes (the quick form one), two cores and 5 GB of memory. [What all lessons need](README.md).
 
 # %%
 from lesson import BLUE, CLIENT_CORES, CORES, GREY, ORANGE, PURPLE, SERVER_CORES, TEXT, ask, ask_together
-from lesson import bars, claim, counters, dots, guessed, holds, line, load, picture, quick, serve, serve_all
-from lesson import stop, table, tell, way
+from lesson import bars, claim, compare, counters, dots, guessed, holds, line, load, picture, quick, said
+from lesson import score, serve, serve_all, stop, table, tell, way
 
 import math
 import os
@@ -140,6 +136,13 @@ table(
     }
     for name, (per_s, batch) in by_kind.items()
 )
+compare(
+    "texts/s with 8 threads", guess=guess_threads, formula=expected["gthread"], measured=by_kind["gthread"][0]
+)
+said(
+    mean_batch["uvicorn"] < 0.9 * USERS,
+    f"Behind uvicorn's worker the batches held {mean_batch['uvicorn']:.0f} of {USERS} texts: some clients came back after the hold had ended.",
+)
 claim(
     "Gunicorn supports only gevent for async",
     who=f"one worker of each kind, a model that sleeps {CALL_S} s a call, {USERS} clients, no gevent in the server",
@@ -159,9 +162,8 @@ claim(
 # So with `gthread` you need as many threads as the batch size. Where an event loop waits, you need none.
 #
 # *Where the formula fails:* it assumes that all clients come back together. The loop needs some calls to learn that they do. A
-# client that comes back after the hold has ended misses the batch and waits for the next one. Compare the columns: where
-# calls/s are as predicted and texts/s are not, such clients made the batches smaller. The greedy server's clients come back just
-# as fast, but the first of them starts a call that the others miss.
+# client that comes back after the hold has ended misses the batch and waits for the next one. The greedy server's clients come back
+# just as fast, but the first of them starts a call that the others miss.
 
 # %% [markdown]
 # ## "Then take 1,024 threads"
@@ -304,6 +306,12 @@ with picture(
     guessed(ax, 50, 50 * guess_thread_mb, "your guess, for 50")
 
 # %%
+compare(
+    "MB for 1,000 waiting threads",
+    guess=CROWD * guess_thread_mb,
+    formula=CROWD * thread_mb,
+    measured=with_threads["MB more than before the crowd"],
+)
 claim(
     "1,024 threads are too many",
     who=f"one gthread worker with 1,024 threads, {CROWD:,} clients at the same time, a model that sleeps {CALL_S} s a call of 64",
@@ -323,7 +331,7 @@ claim(
 # %% [markdown]
 # Threads that wait cost little memory. What costs is to wake them: look at the switches from thread to thread. A
 # request goes from a thread to the event loop, and its answer comes back the same way (`workers/gunicorn/wsgi.py`). Each switch
-# is a wait, for the core or for Python's lock. The core itself has time to spare: see its column.
+# is a wait, for the core or for Python's lock.
 #
 # *Where the formula fails:* a request is more than its thread. Its buffers, its text and its place in the queue take
 # memory, too. The event loop's dot shows how much: it has the requests without the threads.
@@ -368,6 +376,12 @@ with picture(
     ax.set_ylim(-0.6, 3.6)
 
 # %%
+compare(
+    "s until the last of 16 has its answer",
+    guess=guess_last_s,
+    formula=16 * CALL_S,
+    measured=last_s["default"],
+)
 claim(
     "A model server serialises by default, one execution at a time",
     who=f"this server around a model that sleeps {CALL_S} s a call, 16 clients in the same moment",
@@ -382,7 +396,7 @@ claim(
 # %% [markdown]
 # ## "Use (2 × cores) + 1 workers"
 #
-# It stands in Gunicorn's documentation ("How Many Workers?", chapter Design), for apps that wait for something else
+# Gunicorn's documentation says so ("How Many Workers?", chapter Design), for apps that wait for something else
 # half of the time. Now it is the embedded model again, and 32 clients. One `sync` worker for each core answers some
 # texts per second. **Your guess:** how many times as many do (2 × cores) + 1 of them answer?
 
@@ -391,7 +405,7 @@ guess_more = 1.5  # times the texts/s
 
 # %% [markdown]
 # **Prediction** for $k$ workers on $c$ cores, each with one torch thread. A model waits for nothing: it computes. So texts
-# per second grow until $k = c$, and then stay. Memory grows with $k$ for ever.
+# per second grow until $k = c$, and then stay. Memory grows with $k$ forever.
 #
 # And batches? One event loop with `BATCH_SIZE=32`, then one for each core, then as many as the rule says. Like is
 # compared with like: `sync` workers run one text at a time, the event loops all run batches.
@@ -422,6 +436,7 @@ def saturate(server):
         "MB": sum(sizes),
         "each": [f"{mb:.0f}" for mb in sizes if mb > 5],
         "per_s": float(np.mean([generator.throughput_per_s(df, quick(0.2, 0.5)) for df in runs])),
+        "batch": float(np.mean([df.batch_size.count() / (1 / df.batch_size).sum() for df in runs])),
     }
 
 
@@ -491,6 +506,7 @@ table(
     {
         "workers": f"{key[0]} × {key[1]}" if isinstance(key, tuple) else names[key],
         "batches of up to": 1 if key[0] == "sync" else 8 if key == "gthread-1x8" else 32,
+        "texts in a call, mean": f"{row['batch']:.1f}",
         "texts/s": f"{row['per_s']:.0f}",
         "memory, MB": f"{row['MB']:.0f}",
         "of which each process, MB": " + ".join(row["each"]),
@@ -503,6 +519,17 @@ table(
 )
 
 # %%
+said(
+    found["uvicorn", rule]["per_s"] < 0.9 * found["uvicorn", cores]["per_s"],
+    f"{rule} event loops are slower than {cores}: their batches hold {found['uvicorn', rule]['batch']:.0f} texts in place of"
+    f" {found['uvicorn', cores]['batch']:.0f}, because each has a queue of its own, and {rule} models take turns on {cores} cores.",
+)
+compare(
+    "times the texts/s with the rule, sync",
+    guess=guess_more,
+    formula=1,
+    measured=found["sync", rule]["per_s"] / found["sync", cores]["per_s"],
+)
 sync, many, loops = found["sync", cores], found["sync", rule], {k: found["uvicorn", k] for k in numbers}
 claim(
     "Use (2 × cores) + 1 workers",
@@ -513,7 +540,7 @@ claim(
     f" {loops[cores]['per_s'] / loops[1]['per_s']:.2f} times",
     verdict="fails for a model: it computes, it does not wait"
     if many["per_s"] < 1.4 * sync["per_s"]
-    else "not decided by this run: other programs took the cores",
+    else "untested: other programs took the cores in this run",
 )
 
 # %% [markdown]
@@ -522,8 +549,7 @@ claim(
 # - The load generator needs a core, too, and takes its share of the same ones. So the step from one worker to one for
 #   each core is smaller than predicted.
 # - Workers share no queue. A connection belongs to the one that accepted it first, whatever waits there. If the kernel
-#   tossed a coin for each, 16 of 32 would fall to either worker, give or take 3. Look at the second table: one of them
-#   often gets far more, and then the other one has less to do.
+#   tossed a coin for each, 16 of 32 would fall to either worker, give or take 3. The second table shows what it did.
 
 # %% [markdown]
 # ## Memory against speed
@@ -551,6 +577,7 @@ with picture(
 
 # %%
 two = found["uvicorn", cores]["MB"] / one_mb
+compare("MB of two workers", guess=guess_two_mb, formula=2 * one_mb, measured=found["uvicorn", cores]["MB"])
 tell(
     f"{cores} event loops take {two:.2f} times the memory of one; {cores} sync workers {sync['MB'] / one_mb:.2f} times; you"
     f" guessed {guess_two_mb / one_mb:.2f} times."
@@ -618,6 +645,13 @@ table(
     for scene in scenes
     for how, name in hows.items()
 )
+four = str(2 * cores)
+said(
+    four in by_scene["one core busy"]
+    and by_scene["one core busy"].get(four, 0) > 1.1 * by_scene["one core busy"][str(cores)],
+    f"Beside a busy core {four} threads are faster than {cores}: the kernel deals its time by the head, so {four} threads beside one neighbour"
+    f" get {four} fifths of all cores where {cores} get two thirds. That takes from the neighbour, and works until it does the same.",
+)
 times = {scene: rates[str(cores)] / rates["1"] for scene, rates in by_scene.items()}
 table(
     [
@@ -635,6 +669,12 @@ table(
         },
     ]
 )
+compare(
+    "two threads beside a busy core, times one",
+    guess=guess_beside,
+    formula=cores / 2,
+    measured=times["one core busy"],
+)
 claim(
     "More torch threads are faster",
     who=f"the embedded model in batches of 32, called in a loop, {cores} cores",
@@ -646,8 +686,8 @@ claim(
 # %% [markdown]
 # *Where the formula fails:* "half of a core" is not half of every moment. The kernel gives the core to one of them for
 # some milliseconds, then to the other. An operation of the model is much shorter. So all threads stand still until the
-# one without a core gets it back. Do they sleep meanwhile, or do they spin, which is to look again and again? Who spins
-# keeps a core busy. So the processor time of a text tells:
+# one without a core gets it back. Do they sleep meanwhile, or do they spin, which is to look again and again? A spinning
+# thread keeps its core busy. So the processor time of a text tells:
 
 # %%
 one_ms, all_ms = core_ms["one core busy", "1"], core_ms["one core busy", str(cores)]
@@ -700,7 +740,7 @@ tell(f"You guessed {guess_status} for the second.")
 # %% [markdown]
 # ## "100,000 requests per second per core"
 #
-# Such figures stand on the front pages of web frameworks. Take a bare Starlette handler. It reads the body and returns
+# Such figures are on the front pages of web frameworks. Take a bare Starlette handler. It reads the body and returns
 # 500 bytes of JSON. **Your guesses:** how many requests a second does it answer on one core? And this server, in batches
 # of 32, if its model took no time?
 
@@ -771,13 +811,14 @@ with picture("One core in Python is far from 100,000", "requests per second", ""
 
 # %%
 bare_per_s, batched_per_s, single_per_s = rates.values()
+compare("requests/s of a bare handler", guess=guess_bare, formula=1e6 / app_us, measured=bare_per_s)
 claim(
     "100,000 requests per second per core",
     who="one core of the server, 32 connections that stay open, on another core: bare Starlette on uvicorn, and this server around a model"
     " that returns at once",
     number=f"{bare_per_s:,.0f}/s; {batched_per_s:,.0f}/s in batches, {single_per_s:,.0f}/s one by one. Without any network the bare app"
     f" takes {app_us:.0f} µs, which allows {1e6 / app_us:,.0f}/s",
-    verdict="fails for an HTTP server in Python" if bare_per_s < 5e4 else "holds on this machine",
+    verdict="fails for Starlette on uvicorn" if bare_per_s < 5e4 else "holds on this machine",
 )
 
 # %% [markdown]
@@ -790,8 +831,8 @@ claim(
 # %% [markdown]
 # ## The answer
 #
-# One worker, an event loop, the model in a thread, batches if they pay (lesson 4): that is `gunicorn.conf.py`. For
-# another core, give torch another thread first. It costs no memory. More copies only where memory and a core or a GPU
+# One worker, an event loop, the model in a thread, batches if they pay (lesson 4): that is `gunicorn.conf.py`. Another core? Give
+# torch another thread first, if the core is free. It costs no memory. More copies only where memory and a core or a GPU
 # are to spare, and then `INSTANCES`, on the *same* queue.
 
 # %% [markdown]
@@ -834,6 +875,55 @@ def wait_shared(arrivals, durations): ...
 
 
 checks.exercise_6_3((wait_in_turn, wait_shared))
+
+# %% [markdown]
+# ## In the lab
+#
+# 24 clients, a model that takes 24 texts per call. Choose the number of threads of one gthread worker, so that a call holds
+# at least 19 on average. One number. It starts the real server and judges what it measures.
+
+# %%
+import labs
+
+threads = ...
+
+labs.lab_6(threads)
+
+# %% [markdown]
+# ## Ten questions
+#
+# Answer them aloud, then open the answers.
+#
+# 1. Why do k threads bound the batch at k?
+# 2. Why does an event loop need no threads for waiting?
+# 3. Why are 1,024 threads cheap in memory?
+# 4. Why (2 × cores) + 1 for web sites and not for models?
+# 5. Why are five event loops slower than two?
+# 6. Why do connections fall unevenly?
+# 7. Why do torch's threads hate a busy neighbour?
+# 8. Why is a heartbeat lost under inline?
+# 9. Why must a timeout exceed the longest healthy silence?
+# 10. Why ignore requests per second of frameworks?
+#
+# <details><summary>Answers</summary>
+#
+# 1. A text is inside only while somebody waits for its answer.
+# 2. A waiting coroutine is a small object, not a stack that has to be woken.
+# 3. Reserved is not used: a thread that waits touches some pages.
+# 4. A web handler waits half of its time; a model computes.
+# 5. Five queues make five small batches, and five models share the cores.
+# 6. A worker that is awake accepts several at once; the kernel deals no turns.
+# 7. They work in step: all wait for the one without a core.
+# 8. It is a task of the loop, and the loop computes.
+# 9. Else healthy workers are killed in the middle of large batches.
+# 10. The model takes hundreds of times as long as the framework.
+# </details>
+
+# %% [markdown]
+# ## How far off were you?
+
+# %%
+score()
 
 # %% [markdown]
 # ## What must hold

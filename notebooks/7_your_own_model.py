@@ -8,14 +8,12 @@
 # Afterwards you can decide, for a model of yours: what its class must do, what a batch will gain, how large its reply may be,
 # and whether it wants a process of its own.
 #
-# It takes about two and a half minutes (under a minute in the quick form), 2 cores and 4 GB of memory. It needs Linux, because it
-# pins servers to cores and reads `/proc`; elsewhere run it in a container.
-#
-# `quick(short, full)` is its first value in the quick form (`QUICK=1`), which only shows that the lesson runs, else the second.
+# It takes about 2.5 minutes (the quick form under one), two cores and 4 GB of memory. [What all lessons need](README.md).
 
 # %%
-from lesson import BLUE, CLIENT_CORES, GREY, ORANGE, PURPLE, RED, SKY, ask, bars, claim, counters
-from lesson import dots, guessed, holds, line, picture, quick, serve, serve_all, stop, table, tell, way
+from lesson import BLUE, CLIENT_CORES, GREY, ORANGE, PURPLE, RED, SKY, ask, bars, claim, compare, counters
+from lesson import dots, guessed, holds, line, picture, quick, said, score, serve, serve_all, stop, table
+from lesson import tell, way
 
 import inspect
 import json
@@ -111,7 +109,7 @@ def furthest_apart(forget):
 careful, careless = furthest_apart(forget=False), furthest_apart(forget=True)
 alone = net(l07_language.numbers(asked[0])[None])[0].tolist()
 tell(
-    f"Alone the text has the raw scores {', '.join(f'{score:.1f}' for score in alone)}. Beside a long text they move by"
+    f"Alone the text has the raw scores {', '.join(f'{logit:.1f}' for logit in alone)}. Beside a long text they move by"
     f" {careful:.5f} at most; where the zeros count as letters, by {careless:.1f}."
 )
 
@@ -138,7 +136,7 @@ started = serve_all(
     *({"MODEL": folders[name], "TASK": task, "BATCH_SIZE": 32} for name, task in SERVED.items())
 )
 servers = dict(zip(SERVED, started))
-said = {name: post(server, "We met in Paris.") for name, server in servers.items()}
+embedded = {name: post(server, "We met in Paris.") for name, server in servers.items()}
 table(
     [
         {
@@ -147,7 +145,7 @@ table(
             "reply begins": reply.body[:60].replace("|", ""),
             "bytes": len(reply.body),
         }
-        for name, reply in said.items()
+        for name, reply in embedded.items()
     ]
 )
 
@@ -392,6 +390,12 @@ with picture("What a batch of 32 gains differs by model", "times the texts/s of 
     ax.set(ylim=(-0.8, len(rows)), xlim=(0, None))
 
 # %%
+compare(
+    "the language model's gain of 32",
+    guess=guess_gain,
+    formula=laws["language"]["predicted"],
+    measured=laws["language"]["measured"],
+)
 least, most = (f(law["measured"] for law in laws.values()) for f in (min, max))
 furthest = max(laws, key=lambda name: abs(laws[name]["measured"] / laws[name]["predicted"] - 1))
 tell(
@@ -426,6 +430,10 @@ def prices_in(n):
 
 
 prices = [(n, *prices_in(n)) for n in (1, 8, 32)]
+said(
+    prices[2][2] < 0.9 * prices[1][2],
+    "A token of the encoder is still cheaper beyond eight texts, so the encoder gains more than the line says.",
+)
 table(
     [
         {
@@ -438,13 +446,9 @@ table(
 )
 
 # %% [markdown]
-# A piece has no fixed price. A product of few rows leaves most of the core idle, so a token is cheaper in company. Where it is
-# still cheaper beyond eight texts, the encoder gains more than the line says.
-#
-# The language model pads: in a larger batch the longest text is longer, and everybody pays for it. Its price for a letter has both
-# in it, what company saves and what padding costs. Where these prices don't explain a gain, something else in the call does: the
-# Python part of the class, or the thread that it runs in. We have not taken that apart. So measure a batch of the size that you
-# will serve.
+# A piece has no fixed price. A product of few rows leaves most of the core idle, so a token is cheaper in a batch. And the language
+# model pads: in a larger batch the longest text is longer, and all pay for it. Its price for a letter has both in it. So measure a
+# batch of the size that you will serve.
 #
 # ## When is a process worth it?
 #
@@ -538,10 +542,11 @@ with picture(
     fine = [i / 100 for i in range(5, 86)]
     ax.plot([100 * s for s in fine], [2 for _ in fine], color=ORANGE, linewidth=1.5)
     ax.plot([100 * s for s in fine], [min(2, 1 / s) for s in fine], color=BLUE, linewidth=1.5)
+    ax.plot([100 * s for s in fine], [2 / (1 + s) for s in fine], color=GREY, linestyle="--", linewidth=1.5)
     for kind, plural, color in (("process", "two processes", ORANGE), ("thread", "two threads", BLUE)):
         dots(ax, [100 * s for s in shares], [gain[kind, s] for s in shares], plural, color)
     guessed(ax, [60], [guess_two_threads])
-    ax.text(6, 0.15, "lines: formulas · dots: measured", color=GREY, fontsize=12)
+    ax.text(6, 0.15, "lines: formulas (dashed: see below) · dots: measured", color=GREY, fontsize=12)
 
 # %%
 table(
@@ -565,7 +570,7 @@ tell(
 
 # %% [markdown]
 # Two processes come near their line, and the nearer the longer a call is. The event loop and our clients need some of the two
-# cores, too. That makes each call a little longer, a short one about as much as a long one: compare the last but one column.
+# cores, too. That makes each call a little longer, a short one about as much as a long one: compare the second column from the right.
 #
 # *Where the formula fails:* two threads lie well below their line. The formula lets them take turns perfectly: while one computes
 # in torch, the other has the lock. But nobody arranges that. Two threads with equal work fall into step. Both want the lock at once
@@ -580,6 +585,9 @@ tell(
 # switch for that.
 
 # %%
+compare(
+    "two threads, Python six tenths", guess=guess_two_threads, formula=2 / 1.6, measured=gain["thread", 0.6]
+)
 hasty = at("two threads, turns of 0.2 ms", 0.6)
 python_s = rounds_for(0.6) * round_s
 alone_ms, in_step_ms = 1000 * (python_s + torch_s), 1000 * (2 * python_s + torch_s)
@@ -659,13 +667,49 @@ def times_one_copy(place, copies, cores, share): ...
 checks.exercise_7_3(times_one_copy)
 
 # %% [markdown]
+# ## Ten questions
+#
+# Answer them aloud, then open the answers.
+#
+# 1. Why must padding be masked?
+# 2. Why check inputs before the queue?
+# 3. Why does the head matter so much in fill-mask?
+# 4. Why can a reply be larger than its question by far?
+# 5. Why does a small model not always gain from batches?
+# 6. Why do two threads fall into step?
+# 7. Why is Amdahl's law the right one?
+# 8. How could turns of 0.2 ms have refuted it?
+# 9. Why does /health get quicker with short turns?
+# 10. When a process, then?
+#
+# <details><summary>Answers</summary>
+#
+# 1. Else a text's answer depends on its neighbours in the batch.
+# 2. A bad text then costs one 422 and no batch.
+# 3. It gives a score to each word of the vocabulary, at each token.
+# 4. A vector per token has hundreds of numbers, each a dozen characters in JSON.
+# 5. Its fixed part is small, too: a/b decides.
+# 6. Both want the lock at once, share it, and then both are in torch.
+# 7. The lock is the part that can't be done side by side.
+# 8. If the lock's hand-over were the cost, more of them would have changed the speed.
+# 9. The loop waits for the lock for one turn at most.
+# 10. For several copies with much Python, if you have the memory.
+# </details>
+
+# %% [markdown]
+# ## How far off were you?
+
+# %%
+score()
+
+# %% [markdown]
 # ## What must hold
 
 # %%
 assert careful < 1e-3 < careless, "padding must not change an answer"
 statuses = [reply.status for reply in replies]
 assert statuses == [200, 200, 200, 422], "check refuses before the queue"
-assert len(said["a vector a text"].json) == 384
+assert len(embedded["a vector a text"].json) == 384
 for tokens, (size, *_) in replies_of.items():
     assert 0.8 < size / (tokens * 384 * 12) < 1.2, "the reply's size follows the formula"
 assert len(base64_form.body) < 0.8 * len(one_vector.body)

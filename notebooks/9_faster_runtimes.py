@@ -9,13 +9,12 @@
 # Afterwards you can decide whether your model has anything left to gain, what to change first, and how to tell whether it
 # still gives the same answers.
 #
-# Time: about two minutes, or half a minute in the quick form. You need two cores, 16 GB of memory (the quick form: 4) and Linux,
-# for this notebook pins processes to cores and reads /proc; elsewhere run it in a container. `quick(short, full)` is the
-# first value in the quick form (`QUICK=1`) and the second in the full one. The quick form only shows that the lesson runs.
+# It takes about 2 minutes (the quick form half a minute), two cores and 16 GB of memory (the quick form 4). [What all
+# lessons need](README.md).
 
 # %%
-from lesson import BLUE, GREEN, GREY, ORANGE, PURPLE, SERVER_CORES, claim, dots, guessed, holds, line, picture
-from lesson import quick, table, tell, way
+from lesson import BLUE, GREEN, GREY, ORANGE, PURPLE, SERVER_CORES, claim, compare, dots, guessed, holds
+from lesson import line, picture, quick, said, score, table, tell, way
 
 import math
 
@@ -193,15 +192,21 @@ tell(
 tell(
     f"ONNX Runtime's own call for one text takes {1000 / per_s['ONNX Runtime', 'short', 1]:.1f} ms. Reading the weights"
     f" takes about {read_s * 1000:.1f} ms and computing at least"
-    f" {operations(mean, mean) / limits['float32'] * 1000:.1f} ms. Both can happen at the same time."
+    f" {operations(mean, mean) / limits['float32'] * 1000:.1f} ms. Both can happen at the same time. So the better prediction for one"
+    f" text is {(a_s + b_s) / (b_s + read_s):.1f} times."
+)
+compare(
+    "ONNX Runtime for one text, times PyTorch",
+    guess=guess_times,
+    formula=(a_s + b_s) / (b_s + read_s),
+    measured=onnx[0],
 )
 
 # %% [markdown]
 # *Where the formula fails:* for one text the fixed part $a$ is not only Python. The weights must be read even for a single
 # token, and no runtime can save that: the sentence above says how long it takes. With that time beside $b$, the prediction
-# for one text is $(a+b)/(b+\text{reading})$. That is much nearer to what was measured. What is left is not explained here.
-# And $b$ is PyTorch's own: a runtime whose products are quicker lies above the line, one
-# whose products are slower lies below.
+# for one text is $(a+b)/(b+\text{reading})$: the last sentence gives it. And $b$ is PyTorch's own: a runtime whose products are
+# quicker lies above the line, one whose products are slower lies below.
 #
 # ## How far from the limit?
 #
@@ -338,11 +343,23 @@ tell(
     )
     + f", of {limits['float32'] / 1e9:.0f} at most."
 )
+said(
+    speed_of["ONNX Runtime", "mixed"] < speed_of["ONNX Runtime", "short"],
+    "In the padded batch ONNX Runtime's operations take longer: that makes the ratio larger than predicted.",
+)
+said(
+    speed_of["fast path", "mixed"] > speed_of["fast path", "short"],
+    "With mixed lengths the fast path's operations go quicker: that makes the ratio larger than predicted, too.",
+)
+compare(
+    "the fast path, mixed texts, times ONNX Runtime",
+    guess=guess_less,
+    formula=predicted_less["mixed"],
+    measured=measured_less["mixed"],
+)
 
 # %% [markdown]
-# *Where the formula fails:* it assumes that both do as many operations a second. The sentence above shows whether they do.
-# Where ONNX Runtime's second number is the smaller one, its operations took longer in the padded batch. Where the fast path's
-# second number is the larger one, its operations went quicker. Both make the ratio larger than predicted.
+# *Where the formula fails:* it assumes that both do as many operations per second.
 #
 # None of this needs PyTorch. You can export a graph whose head runs at the mask only.
 
@@ -479,9 +496,7 @@ if "ONNX Runtime" in running:
 
 # %%
 order = sorted(peaks, key=peaks.__getitem__)
-with picture(
-    "The scores of a padded batch take the memory", "memory of the process, MB", "", xlim=(0, None)
-) as ax:
+with picture("A padded batch takes the memory", "memory of the process, MB", "", xlim=(0, None)) as ax:
     rows(
         ax,
         order,
@@ -500,12 +515,24 @@ tell(
     + ", ".join(f"{name} {times_over:.1f}" for name, times_over in copies.items())
     + "."
 )
+if "ONNX Runtime, mask" in peaks and "ONNX Runtime" in peaks:
+    saved_mb = peaks["ONNX Runtime"] - peaks["ONNX Runtime, mask"]
+    tell(
+        f"With its head at the mask, ONNX Runtime needs {saved_mb:,.0f} MB less. So the head's scores do cost that much:"
+        f" {saved_mb / scores_mb('ONNX Runtime'):.1f} copies of them, where the formula counts one."
+    )
+if "ONNX Runtime" in peaks:
+    compare(
+        "ONNX Runtime's memory at most, MB",
+        guess=guess_mb,
+        formula=held["ONNX Runtime"] + scores_mb("ONNX Runtime"),
+        measured=peaks["ONNX Runtime"],
+    )
 
 # %% [markdown]
 # Memory here is all of the process's pages (RSS), as if it were alone on the machine. *Where the formula fails:* it counts the
-# scores once, and nothing else of the batch. The sentence above says how many times the scores would fill what came on top.
-# The full form also has ONNX Runtime with its head at the mask: it holds no such scores, so its row shows what the rest of
-# a padded batch takes.
+# scores once, and nothing else of the batch. The sentences above say how many times the scores would fill what came on top, and (in
+# the full form) what of that is really theirs.
 #
 # ## When does compiling pay?
 #
@@ -533,7 +560,7 @@ if "ONNX Runtime" in running:
     faster = (
         f"{onnx[0]:.1f}, {onnx[1]:.1f} and {onnx[2]:.1f} times for 1, 8 and 32 short texts a call, {gains[-1]:.1f} times for"
         f" {size} of mixed lengths; the fast path, which is PyTorch too, is {measured_less['mixed']:.1f} times as fast as"
-        " ONNX Runtime there"
+        " ONNX Runtime there, which pads and runs its head at each token"
     )
     depends = "depends on the batch: it saves the fixed part of a call" if gains[0] > 1.3 else "fails"
     sizes_mb, held_mb = ([mb[name] for name in ("ONNX Runtime", "PyTorch")] for mb in (installed, held))
@@ -545,7 +572,7 @@ if "ONNX Runtime" in running:
     verdicts = "holds" if min(gains) >= 2 else depends, "holds" if sizes_mb[0] <= 50 else ratio
 else:
     faster = smaller = "it takes `pip install onnxruntime onnx onnxscript`"
-    verdicts = ("untested here",) * 2
+    verdicts = ("untested: ONNX Runtime is not installed",) * 2
 claim(
     "ONNX Runtime is 2–3 × faster",
     who="ONNX Runtime against PyTorch, both float32, the same model and texts, one core, without HTTP",
@@ -574,7 +601,7 @@ checks.exercise_9_1(most_per_s)
 
 
 # %% [markdown]
-# **★★** Texts of these lengths, in tokens, are padded to the longest. Which share of all tokens computed is padding?
+# **★★** Texts of these lengths, in tokens, are padded to the longest. What share of all tokens computed is padding?
 
 
 # %%
@@ -596,6 +623,42 @@ def texts_until_paid(later_s, old, new, n):
 
 
 checks.exercise_9_3(texts_until_paid)
+
+# %% [markdown]
+# ## Ten questions
+#
+# Answer them aloud, then open the answers.
+#
+# 1. Why count operations first?
+# 2. Why does a lean runtime help single texts most?
+# 3. Why does reading the weights bound one text?
+# 4. Why does computing less beat computing faster?
+# 5. Why are products not everything?
+# 6. Why can bfloat16 change a word?
+# 7. Why is agreement on 60 texts not quality?
+# 8. Why does a padded batch take gigabytes?
+# 9. Why does compiling pay only after many texts?
+# 10. Why install size matters?
+#
+# <details><summary>Answers</summary>
+#
+# 1. No runtime computes more per second than the core can.
+# 2. It saves the fixed part of a call, which a batch shares anyway.
+# 3. Each weight is needed even for one token.
+# 4. Padding and a head at each token can be most of the work.
+# 5. Between them values are added, normalised and moved through memory.
+# 6. It keeps 8 bits, and where two words are close a step decides.
+# 7. It shows a broken model, not a slightly worse one.
+# 8. Scores for each word at each token, padding included.
+# 9. It costs at each start, and saves a little per call.
+# 10. A cold start loads it, and each replica holds it.
+# </details>
+
+# %% [markdown]
+# ## How far off were you?
+
+# %%
+score()
 
 # %% [markdown]
 # ## What must hold

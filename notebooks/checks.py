@@ -641,3 +641,117 @@ def exercise_10_3(Breaker: Any) -> None:
     expect(True, "after a success")
     breaker.note(False)
     expect(True, "after a success and one failure")
+
+
+# --- lesson 11 --------------------------------------------------------------------------------------------------------
+
+
+@exercise("Weights over bandwidth: no program makes a single reader's tokens faster than that.")
+def exercise_11_1(ms_a_token: Any) -> None:
+    if near(ms_a_token, 16 / 2 * 1000 / 400, 0.02):
+        raise NotYet("that is half of it: bfloat16 has 2 bytes per weight")
+    if not near(ms_a_token, 40, 0.02):
+        raise NotYet("bytes to read: weights times 2. Divide by bytes per second")
+
+
+@exercise("Which is why long contexts, and not weights, decide how many readers fit.")
+def exercise_11_2(sequences_that_fit: Any) -> None:
+    for arguments, expected in (
+        ((1e9, 30, 3, 64, 4, 512), 42),
+        ((16e9, 32, 8, 128, 2, 4096), 29),
+        ((1e6, 32, 8, 128, 2, 4096), 0),
+    ):
+        answer = sequences_that_fit(*arguments)
+        if not near(answer, expected, 0):
+            raise NotYet(
+                f"{arguments}: {expected}, not {answer}. Keys and values, in each layer, for each token; whole sequences"
+            )
+
+
+@exercise("Static batches finish with their longest; a slot that is free at once is the whole trick.")
+def exercise_11_3(functions: Any) -> None:
+    static, continuous = functions
+    for lengths, slots, expected in (
+        ([1, 1, 1, 9], 2, (10, 10)),
+        ([9, 1, 1, 1], 2, (10, 9)),
+        ([5, 1, 5, 1], 2, (10, 6)),
+        ([3], 4, (3, 3)),
+    ):
+        found = static(lengths, slots), continuous(lengths, slots)
+        if found != expected:
+            raise NotYet(
+                f"lengths {lengths}, {slots} slots: {expected[0]} and {expected[1]} steps, not {found[0]} and {found[1]}"
+            )
+
+
+# --- lesson 12 --------------------------------------------------------------------------------------------------------
+
+
+@exercise("The gap is bounded by the budget, and the newcomer pays with more steps.")
+def exercise_12_1(longest_gap_ms: Any) -> None:
+    if not near(longest_gap_ms, 20 + 64 * 0.5, 0.01):
+        raise NotYet("a step takes 20 ms, and 0.5 ms more for each token of the prompt in it")
+
+
+@exercise("Both limits, for each request: a mean would hide the readers that were stalled.")
+def exercise_12_2(meets: Any) -> None:
+    for ttft_s, gaps_s, expected in (
+        (0.4, [0.05, 0.05], True),
+        (1.2, [0.05], False),
+        (0.4, [0.05, 0.3, 0.05], False),
+        (0.4, [], True),
+    ):
+        if meets(ttft_s, gaps_s, 1.0, 0.2) is not expected:
+            raise NotYet(f"first token after {ttft_s} s, gaps {gaps_s}, limits 1.0 and 0.2 s: {expected}")
+
+
+@exercise("A draft pays where it is cheap and right, and where the model's step hardly grows with k.")
+def exercise_12_3(speedup: Any) -> None:
+    for p, k, b, expected in (
+        (0.0, 4, 0.0, 1.0),
+        (0.8, 4, 0.0, 3.3616),
+        (0.8, 4, 0.5, 1.12053),
+        (0.5, 1, 0.1, 1.5 / 1.1),
+    ):
+        answer = speedup(p, k, b)
+        if not near(answer, expected, 0.01):
+            raise NotYet(
+                f"p = {p}, k = {k}, each further token {b} of a step: {expected:.2f}, not {answer}."
+                " Tokens per step, divided by how much longer a step is"
+            )
+
+
+# --- lesson 13 --------------------------------------------------------------------------------------------------------
+
+
+@exercise("Work first, then its root.")
+def exercise_13_1(replicas: Any) -> None:
+    if near(replicas, 90, 0):
+        raise NotYet("that is the work: nothing to spare for its fluctuations")
+    if not (near(replicas, 100, 0) or near(replicas, 99.49, 0.001)):
+        raise NotYet("R = 900 x 0.1; then R + the root of R, rounded up")
+
+
+@exercise("One in ten thousand, a hundred times: one page in a hundred.")
+def exercise_13_2(slow_pages: Any) -> None:
+    for parts in (1, 10, 100):
+        answer, expected = slow_pages(parts), 1 - (1 - 0.01**2) ** parts
+        if not near(answer, expected, 0.01):
+            raise NotYet(f"{parts} parts: {expected:.4f}, not {answer}. A part is slow when both tries are")
+
+
+@exercise("A tenth of the requests at most, whatever happens: no storm can feed on it.")
+def exercise_13_3(Budget: Any) -> None:
+    budget = Budget(0.1)
+    if budget.may_retry():
+        raise NotYet("nothing has come yet, so nothing is earned: no retry")
+    for _ in range(25):
+        budget.came()
+    granted = sum(bool(budget.may_retry()) for _ in range(10))
+    if granted != 2:
+        raise NotYet(f"25 requests earn 2 retries at a tenth each, not {granted}")
+    for _ in range(10_000):
+        budget.came()
+    granted = sum(bool(budget.may_retry()) for _ in range(50))
+    if granted != 10:
+        raise NotYet(f"it keeps ten at most, not {granted}: or a quiet day would pay for a storm")

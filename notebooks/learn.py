@@ -46,6 +46,6 @@ def copy(numbers: list[str]) -> list[str]:
 if __name__ == "__main__":
     names = copy(sys.argv[1:])
     as_root = ["--allow-root"] if os.getuid() == 0 else []
-    environment = os.environ | {"PYTHONPATH": str(run.HERE)}
+    environment = os.environ | {"PYTHONPATH": str(run.HERE), "LEARNING": "1"}
     command = [sys.executable, "-m", "jupyter", "lab", *names[:1], *as_root]
     sys.exit(subprocess.run(command, cwd=COPIES, env=environment).returncode)

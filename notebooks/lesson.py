@@ -10,7 +10,9 @@ import datetime
 import functools
 import json
 import logging
+import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -45,8 +47,10 @@ from loadtests import host, modes  # noqa: E402
 from loadtests.compare.pictures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, name_lines, plain_numbers  # noqa: E402
 from loadtests.load import generator  # noqa: E402
 from loadtests.plan import planner  # noqa: E402
+from notebooks.support import said_by  # noqa: E402
 
 QUICK = os.environ.get("QUICK") == "1"
+LEARNING = os.environ.get("LEARNING") == "1"  # set by `make learn`: the guesses are the learner's own
 TEXT = "Paris is the [MASK] of France."
 CORES = sorted(os.sched_getaffinity(0))
 SERVER_CORES, CLIENT_CORES = {CORES[0]}, {CORES[-1]}  # so that they don't take each other's time
@@ -329,6 +333,9 @@ def picture(title: str, x: str, y: str, **axes: Any) -> Iterator[Axes]:
     _, ax = plt.subplots()
     yield ax
     ax.set(title=title, xlabel=x, ylabel=y, **axes)
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    if any("your guess" in name for name in names):
+        ax.set_yticks(ax.get_yticks(), [whose(name) for name in names])
     plain_numbers(*(one for one in (ax.xaxis, ax.yaxis) if one.get_scale() == "log" and one.isDefault_majfmt))
     name_lines(ax)
     plt.show()
@@ -350,8 +357,75 @@ def dots(ax: Axes, x: Any, y: Any, label: str = "measured", color: str = BLUE, *
 
 
 def guessed(ax: Axes, x: Any, y: Any, label: str = "your guess") -> None:
-    """What the learner said before."""
-    ax.plot(x, y, "*", color=PURPLE, markersize=15, label=label)
+    """The guess that was made before."""
+    ax.plot(x, y, "*", color=PURPLE, markersize=15, label=whose(label) if label else label)
+
+
+# --- guesses ----------------------------------------------------------------------------------------------------------
+
+_compared: list[
+    tuple[str, float, float]
+] = []  # of each comparison: its name, the guess and the formula as factors
+
+
+def whose(text: str) -> str:
+    """`text`, in which nobody is told to have guessed who only reads: a stored notebook shows common guesses."""
+    if LEARNING:
+        return text
+    for mine, common in (
+        ("your guess", "a common guess"),
+        ("Your guess", "A common guess"),
+        ("you guessed", "a common guess is"),
+        ("You guessed", "A common guess is"),
+    ):
+        text = text.replace(mine, common)
+    return text
+
+
+def factor_off(value: float, measured: float) -> float:
+    """How many times too high or too low `value` is: 1 for a perfect one, infinite where one of the two is not above zero."""
+    if value == measured:
+        return 1.0
+    return max(value / measured, measured / value) if value > 0 and measured > 0 else math.inf
+
+
+def off(value: float, measured: float) -> str:
+    """The same in words: "3.2 × too low"."""
+    factor = factor_off(value, measured)
+    if factor < 1.05:
+        return "right"
+    where = "high" if value > measured else "low"
+    return f"{factor:.2g} × too {where}" if factor < math.inf else f"too {where}"
+
+
+def compare(what: str, *, guess: float, formula: float, measured: float) -> None:
+    """Show one line: the guess, the formula and the measurement, and how far off the first two are. `score` counts it."""
+    _compared.append((what, factor_off(guess, measured), factor_off(formula, measured)))
+    tell(
+        f"*{what}.* Your guess: {guess:.3g} ({off(guess, measured)}). Formula: {formula:.3g} ({off(formula, measured)})."
+        f" Measured: **{measured:.3g}**."
+    )
+
+
+def score() -> None:
+    """Show how far off the guesses of this lesson were, and its formulas."""
+
+    def times(factor: float) -> str:
+        return f"{factor:.2g} ×" if factor < math.inf else "no factor"
+
+    table(
+        [
+            {"how far off": what, "your guess": times(guess), "formula": times(formula)}
+            for what, guess, formula in _compared
+        ]
+    )
+    guesses = [guess for _, guess, _ in _compared]
+    formulas = [formula for _, _, formula in _compared]
+    better = sum(guess <= formula for guess, formula in zip(guesses, formulas))
+    tell(
+        f"Your guess is off by {times(statistics.median(guesses))} in the median, the formula by"
+        f" {times(statistics.median(formulas))}. The guess is at least as good as the formula in {better} of {len(_compared)}."
+    )
 
 
 # --- drawings, tables, sentences --------------------------------------------------------------------------------------
@@ -395,23 +469,37 @@ def way(*rows: Sequence[str], changed: Collection[str] = (), title: str = "") ->
 def table(rows: pd.DataFrame | Sequence[dict[str, Any]]) -> None:
     """Show rows as a table; its columns' names say what they are, and in which unit."""
     frame = pd.DataFrame(rows).astype(object)
-    display(Markdown(planner.markdown(frame.where(frame.notna(), "-").astype(str).to_dict("records"))))
+    text = planner.markdown(frame.where(frame.notna(), "-").astype(str).to_dict("records"))
+    display(Markdown(whose(text)))
 
 
 def tell(text: str) -> None:
     """Show a paragraph of Markdown: what a measurement says, with its figures."""
-    display(Markdown(text))
+    display(Markdown(whose(text)))
+
+
+def said(condition: Any, sentence: str, otherwise: str = "") -> None:
+    """Show the sentence where what it states was measured, else `otherwise`: prose that rests on a number goes with it."""
+    if text := sentence if condition else otherwise:
+        tell(text)
 
 
 # --- the ledger -------------------------------------------------------------------------------------------------------
 
+VERDICTS = ("holds", "fails", "depends", "untested")
 
-def claim(text: str, *, who: str, number: str, verdict: str) -> None:
-    """Enter a piece of folk wisdom into notebooks/claims.md: what was measured, what came out, whether it holds.
 
-    A claim that can't be tested here has the verdict "untested here", and `number` says what it would take.
+def claim(text: str, *, who: str, number: str, verdict: str, shown: bool = True) -> None:
+    """Enter a common claim into notebooks/claims.md: what was measured, what came out, whether it holds.
+
+    The verdict begins with one of VERDICTS. Who says so is in support/said_by.py. Of a claim that can't be tested here,
+    `number` says what it would take; unless `shown` it is only in the ledger.
     """
+    if verdict.split()[0].rstrip(":,;") not in VERDICTS:
+        raise ValueError(f"a verdict begins with one of {', '.join(VERDICTS)}: {verdict!r}")
     on = f"{host.processor()}, {len(CORES)} cores, {datetime.date.today()}"
     entry = {"claim": text, "who": who, "number": number, "verdict": verdict, "on": on}
-    lines = [f"> **“{text}”**", f"> {who}: {number}", f"> Verdict: **{verdict}**"]
-    display(Markdown("  \n".join(lines)), metadata={"claim": entry} if len(CORES) > 1 else {})
+    lines = [f"> **“{text}”**", f"> Said by: {said_by.link(text)}", f"> {who}: {number}"]
+    lines.append(f"> Verdict: **{verdict}**")
+    text = "  \n".join(lines) if shown else ""
+    display(Markdown(text), metadata={"claim": entry} if len(CORES) > 1 else {})

@@ -1,13 +1,17 @@
 """Run the lessons, store their outputs beside them, write the claims ledger: `python notebooks/run.py [--quick] [3 4]`.
 
-A lesson is a script in jupytext's percent format; its notebook has the same cells and the outputs of a full run.
+A lesson is a script in jupytext's percent format; its notebook has the same cells and the outputs of a full run. The
+notebook's metadata says when, where and at which commit that was. `--cells` runs nothing: a cell that is as it was keeps
+its outputs, a changed one has none until the next full run.
 """
 
 import argparse
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime
+from datetime import date, datetime
 from pathlib import Path
 
 import jupytext
@@ -15,6 +19,11 @@ import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from loadtests import host  # noqa: E402
+from notebooks.support import said_by  # noqa: E402
+
 LESSONS = sorted(HERE.glob("[0-9]*_*.py"), key=lambda script: int(script.stem.split("_")[0]))
 
 
@@ -44,7 +53,30 @@ def execute(script: Path, *, quick: bool) -> nbformat.NotebookNode:
             raise ValueError(
                 f"{script.stem}, {cell.id} shows a path of this machine: …{shown[max(0, where - 200) :][:600]}"
             )
-    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata |= {"language_info": {"name": "python"}, "run": this_run()}
+    return notebook
+
+
+def this_run() -> dict[str, str]:
+    """The commit, the machine and the date, for a notebook's metadata."""
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    machine = f"{host.processor()}, {len(os.sched_getaffinity(0))} cores"
+    return {"commit": commit or "unknown", "machine": machine, "date": str(date.today())}
+
+
+def with_stored_outputs(script: Path) -> nbformat.NotebookNode:
+    """The script as a notebook; cells that the stored one has too keep their outputs."""
+    notebook, path = read(script), script.with_suffix(".ipynb")
+    if not path.exists():
+        return notebook
+    stored = nbformat.read(path, 4)
+    outputs = {cell.source: cell for cell in stored.cells if cell.cell_type == "code"}
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and (was := outputs.get(cell.source)):
+            cell.outputs, cell.execution_count = was.outputs, was.execution_count
+    if run := stored.metadata.get("run"):
+        notebook.metadata["run"] = run
     return notebook
 
 
@@ -73,25 +105,42 @@ def claims(notebook: nbformat.NotebookNode) -> Iterator[dict[str, str]]:
 
 def ledger() -> str:
     """The claims of all stored notebooks, in Markdown."""
-    stored = {
-        script: script.with_suffix(".ipynb") for script in LESSONS if script.with_suffix(".ipynb").exists()
-    }
-    entries = [(script, entry) for script, path in stored.items() for entry in claims(nbformat.read(path, 4))]
-    machines = sorted({entry["on"] for _, entry in entries})
     text = [
-        "# Claims",
+        "# Common claims, tested",
         "",
-        f"Folk wisdom about serving models, put to the test by the lessons ({'; '.join(machines)}). Your own machine may",
-        "tell otherwise: run them. This page is written by `notebooks/run.py` from the lessons' outputs.",
-        "",
-        "| claim | who is measured | number | verdict | where |",
-        "|---|---|---|---|---|",
+        "What is often said about serving models, put to the test by the lessons. A verdict is *holds*, *fails*, *depends* or",
+        "*untested*. Your own machine may tell otherwise: run them. This page is written by `notebooks/run.py` from the lessons'",
+        "outputs.",
     ]
-    for script, entry in entries:
-        where = f"[lesson {script.stem.split('_')[0]}]({stored[script].name}), “{entry['heading']}”"
-        cells = (f"“{entry['claim']}”", entry["who"], entry["number"], f"**{entry['verdict']}**", where)
-        text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    for script in LESSONS:
+        if (path := script.with_suffix(".ipynb")).exists():
+            text += lesson_claims(nbformat.read(path, 4), path.name)
     return "\n".join(text) + "\n"
+
+
+def lesson_claims(notebook: nbformat.NotebookNode, name: str) -> list[str]:
+    """A lesson's part of the ledger: where and when it was run, and a row for each claim."""
+    title = notebook.cells[0].source.splitlines()[0].lstrip("# ")
+    found = list(claims(notebook))
+    if not found:
+        return []
+    run = notebook.metadata.get("run")
+    where = f"{run['machine']}, {run['date']}, commit {run['commit']}" if run else found[0]["on"]
+    text = ["", f"## [{title}]({name})", "", f"Run on {where}.", ""]
+    text += ["| claim | said by | measured | verdict | under |", "|---|---|---|---|---|"]
+    for entry in found:
+        first, *rest = entry["verdict"].split(maxsplit=1)
+        verdict = " ".join([f"**{first.rstrip(':,;')}**{first[len(first.rstrip(':,;')) :]}", *rest])
+        measured = f"{entry['who']}: {entry['number']}"
+        cells = (
+            f"“{entry['claim']}”",
+            said_by.link(entry["claim"]),
+            measured,
+            verdict,
+            f"“{entry['heading']}”",
+        )
+        text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return text
 
 
 def main() -> None:
@@ -103,9 +152,15 @@ def main() -> None:
         default=os.environ.get("QUICK") == "1",
         help="short experiments: shows that it runs, stores nothing; also by QUICK=1",
     )
+    parser.add_argument(
+        "--cells", action="store_true", help="run nothing; store the cells and what outputs they have"
+    )
     arguments = parser.parse_args()
     for script in LESSONS:
         if arguments.lessons and script.stem.split("_")[0] not in arguments.lessons:
+            continue
+        if arguments.cells:
+            nbformat.write(with_stored_outputs(script), script.with_suffix(".ipynb"))
             continue
         began = time.monotonic()
         notebook = execute(script, quick=arguments.quick)

@@ -23,6 +23,8 @@ import checks  # noqa: E402
 import learn  # noqa: E402
 import run  # noqa: E402
 
+from notebooks.support import said_by  # noqa: E402
+
 SOLUTIONS = sorted((NOTEBOOKS / "solutions").glob("*.py"))
 
 
@@ -71,6 +73,69 @@ def test_figures_in_bold_come_from_the_lessons_own_outputs(script: Path) -> None
         number for number in quoted if not re.search(rf"(?<![\d.,]){re.escape(number)}(?![\d]|[.,]\d)", shown)
     ]
     assert not missing, "run the lesson anew, or mend its prose"
+
+
+MEASURED = re.compile(
+    r"(?<![\w.,])(\d[\d,]*(?:\.\d+)?) ?(?:%|ms|µs|s|MB|GB|KB|×|times|(?:\w+ )?per second)(?![\w-])"
+)
+
+
+def figures_without_a_source(cells: list[nbformat.NotebookNode], machinery: str = "") -> list[str]:
+    """Figures with a unit in plain sentences that stand in no output, in no code and in no formula.
+
+    The first cell, which says how long the lesson takes, and the exercises have figures of their own.
+    """
+    known = machinery + "".join(c.source + str(c.get("outputs", "")) for c in cells if c.cell_type == "code")
+    prose = "\n".join(cell.source for cell in cells[1:] if cell.cell_type == "markdown")
+    prose = prose.partition("## Exercises")[0]
+    known += "".join(re.findall(r"\$.*?\$", prose, re.DOTALL))
+    prose = re.sub(r"\$.*?\$|`.*?`|\]\(.*?\)|\*\*.*?\*\*|<details>.*?</details>", "", prose, flags=re.DOTALL)
+    found = re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", known.replace("_", "").replace(",", ""))
+    numbers = {f"{float(one) * factor:g}" for one in found if len(one) < 12 for factor in (1, 100, 1000)}
+    return [
+        match[0].replace("\n", " ")
+        for match in MEASURED.finditer(prose)
+        if f"{float(match[1].replace(',', '')):g}" not in numbers
+    ]
+
+
+@pytest.mark.parametrize("script", run.LESSONS, ids=name)
+def test_figure_in_a_plain_sentence_is_the_lessons_own(script: Path) -> None:
+    """A sentence that rests on a measured figure belongs into `said`, which shows it only where it is true."""
+    stored = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+    machinery = [
+        path.read_text()
+        for path in (NOTEBOOKS / "support").glob(f"l{int(script.stem.split('_')[0]):02}_*.py")
+    ]
+    assert not figures_without_a_source(stored.cells, "".join(machinery))
+
+
+def test_sentence_with_a_figure_that_no_output_has_is_found() -> None:
+    head = nbformat.v4.new_markdown_cell("It takes about 3 minutes (quick form: 40 s).")
+    prose = nbformat.v4.new_markdown_cell("A call takes 0.7 ms more, and $a$ is 20 ms.")
+    output = nbformat.v4.new_output("stream", text="0.36 ms")
+    code = nbformat.v4.new_code_cell("a_s = 0.02", outputs=[output])
+    assert figures_without_a_source([head, prose, code]) == ["0.7 ms"]
+    code.outputs[0].text = "0.7 ms"
+    assert figures_without_a_source([head, prose, code]) == []
+
+
+def test_every_source_belongs_to_a_claim_and_claims_have_a_verdict_of_four() -> None:
+    import lesson
+
+    scripts = (
+        "".join(script.read_text() for script in run.LESSONS) + (NOTEBOOKS / "support/l08_gpu.py").read_text()
+    )
+    assert [claim for claim in said_by.SAID_BY if f'"{claim}"' not in scripts] == []
+    stored = [
+        entry
+        for script in run.LESSONS
+        for entry in run.claims(nbformat.read(script.with_suffix(".ipynb"), 4))
+    ]
+    verdicts = {entry["verdict"].split()[0].rstrip(":,;") for entry in stored}
+    assert verdicts <= set(lesson.VERDICTS)
+    with pytest.raises(ValueError, match="holds, fails, depends, untested"):
+        lesson.claim("Water is wet", who="water", number="1", verdict="surely")
 
 
 def test_claims_are_those_of_the_stored_notebooks() -> None:
@@ -130,3 +195,101 @@ def test_killed_kernel_leaves_no_server(tmp_path: Path) -> None:
     kernel = subprocess.run([sys.executable, "-c", code], cwd=NOTEBOOKS, capture_output=True, text=True)
     assert kernel.returncode == -signal.SIGKILL
     until(lambda: not psutil.pid_exists(int(kernel.stdout.split()[-1])))
+
+
+def test_changed_cell_loses_its_outputs_and_the_others_keep_theirs(tmp_path: Path) -> None:
+    script = tmp_path / "1_name.py"
+    script.write_text("# %%\n1 + 1\n\n# %%\n2 + 2\n")
+    stored = run.read(script)
+    for cell, text in zip(stored.cells, ("2", "4")):
+        cell.outputs = [nbformat.v4.new_output("stream", text=text)]
+    stored.metadata["run"] = run.this_run()
+    nbformat.write(stored, script.with_suffix(".ipynb"))
+    script.write_text("# %%\n1 + 1\n\n# %%\n3 + 3\n")
+    kept = run.with_stored_outputs(script)
+    assert [[output.text for output in cell.outputs] for cell in kept.cells] == [["2"], []]
+    assert set(kept.metadata["run"]) == {"commit", "machine", "date"}
+
+
+@pytest.mark.parametrize(
+    ("value", "measured", "words"),
+    [
+        (100, 100, "right"),
+        (50, 100, "2 × too low"),
+        (300, 100, "3 × too high"),
+        (0, 100, "too low"),
+        (5, 0, "too high"),
+    ],
+)
+def test_guess_is_told_how_far_off_it_is(value: float, measured: float, words: str) -> None:
+    import lesson
+
+    assert lesson.off(value, measured) == words
+
+
+def test_comparisons_are_counted_and_a_reader_is_not_told_to_have_guessed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import lesson
+
+    shown: list[str] = []
+    monkeypatch.setattr(lesson, "display", lambda markdown, **_: shown.append(markdown.data))
+    monkeypatch.setattr(lesson, "_compared", [])
+    lesson.compare("the wait, s", guess=2, formula=9.5, measured=10)
+    lesson.score()
+    assert shown[0].startswith("*the wait, s.* A common guess: 2 (5 × too low).")
+    assert "a common guess" in shown[1] and "5 ×" in shown[1] and "0 of 1" in shown[2]
+    monkeypatch.setattr(lesson, "LEARNING", True)
+    lesson.compare("the wait, s", guess=2, formula=9.5, measured=10)
+    assert "Your guess: 2" in shown[3]
+
+
+def test_sentence_is_shown_only_where_its_condition_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lesson
+
+    shown: list[str] = []
+    monkeypatch.setattr(lesson, "display", lambda markdown, **_: shown.append(markdown.data))
+    lesson.said(1 < 2, "one is less than two")
+    lesson.said(1 > 2, "one is more than two")
+    lesson.said(1 > 2, "one is more than two", "it is not")
+    assert shown == ["one is less than two", "it is not"]
+
+
+JUDGED = [
+    ("1", ([200] * 100,), ([200] * 65 + [503] * 35,)),
+    ("2", ([500, 503, 503, 503],), ([500, 200, 200, 200],)),
+    ("3", (60.0, 80.0, 40.0, 50.0), (90.0, 80.0, 48.0, 50.0)),
+    ("3", (60.0, 80.0, 40.0, 50.0), (25.0, 80.0, 20.0, 50.0)),
+    ("4", (4.0, 3.5), (4.0, 8.0)),
+    ("5", (45.0, 60), (5.0, 60)),
+    ("5", (45.0, 60), (45.0, 26)),
+    ("6", (23.0, 24), (8.0, 24)),
+    ("8", ({1: 900.0, 2: 12.0}, 2), ({2: 12.0, 3: 1.0}, 3)),
+    ("8", ({1: 900.0, 2: 12.0}, 2), ({1: 900.0}, 1)),
+    ("10", ({"200": 300},), ({"200": 280, "503": 20},)),
+    ("12", (20.0, 50.0, 400.0), (20.0, 500.0, 400.0)),
+    ("13", (0.84, 0.1), (0.44, 1.0)),
+    ("13", (0.84, 0.1), (0.84, 0.0)),
+]
+
+
+@pytest.mark.parametrize(("lesson", "right", "wrong"), JUDGED)
+def test_lab_accepts_what_was_asked_for_and_no_more(lesson: str, right: tuple, wrong: tuple) -> None:
+    import labs
+
+    judge = getattr(labs, f"judge_{lesson}")
+    assert judge(*right), judge(*right)
+    assert not judge(*wrong), judge(*wrong)
+
+
+def test_lab_without_an_answer_measures_nothing_and_a_failed_one_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import labs
+
+    def refuse(**settings: object) -> None:
+        raise RuntimeError(f"no server with {settings}")
+
+    monkeypatch.setattr(labs, "serve", refuse)
+    assert "your turn" in labs.lab_5(...).sentence
+    assert "no server with" in labs.lab_5({"MAX_QUEUE": 3}).sentence

@@ -226,35 +226,18 @@ def export(folder: Path, head_at_mask: bool) -> dict[str, float]:
 
 
 def limits(seconds: float) -> dict[str, float]:
-    """What this core can do at most: operations a second of a matrix product that stays in the caches, in float32 and
-    bfloat16, and bytes a second of weights that are read once. And "counted": the operations of a pass of ten tokens,
-    as torch counts them; an addition and a multiplication are two.
+    """What this core can do at most, see `speeds`. And "counted": the operations of a pass of ten tokens, as torch counts
+    them; an addition and a multiplication are two.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoModelForMaskedLM
 
-    from workers.tasks.common.packed import PackedLinear
+    from notebooks.support.speeds import speeds
 
     torch.set_num_threads(1)
-
-    def most(call: Callable[[], Any], amount: float) -> float:
-        best, end = 0.0, time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            began = time.perf_counter()
-            call()
-            best = max(best, amount / (time.perf_counter() - began))
-        return best
-
-    found, rows, width, wide = {}, 512, 384, 1536
+    found = speeds(seconds)
     with torch.inference_mode():
-        for dtype in (torch.float32, torch.bfloat16):
-            layer, x = torch.nn.Linear(width, wide).to(dtype), torch.randn(rows, width).to(dtype)
-            with contextlib.suppress(RuntimeError):  # a processor without AVX-512 can't pack bfloat16
-                layer = PackedLinear(layer)
-            found[str(dtype).removeprefix("torch.")] = most(lambda: layer(x), 2 * rows * width * wide)  # noqa: B023
-        weights, one = torch.randn(30_000, 768), torch.randn(768)  # as many bytes as the model has
-        found["bytes"] = most(lambda: weights @ one, weights.numel() * 4)
         net = AutoModelForMaskedLM.from_pretrained(
             FOLDER, dtype="float32", attn_implementation="eager"
         ).eval()

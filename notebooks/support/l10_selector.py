@@ -66,18 +66,3 @@ def choose(
         return pd.Series(dtype=float)
     wanted = pd.Series(weights, dtype=float)
     return (shares(found)[wanted.index] @ (wanted / wanted.sum())).sort_values(ascending=False)
-
-
-def unbeaten(found: pd.DataFrame) -> list[str]:
-    """Those than which no other one is at least as good in everything and better in something."""
-    score = shares(found).to_numpy()
-    beaten = [((score >= row).all(1) & (score > row).any(1)).any() for row in score]
-    return [name for name, is_beaten in zip(found.index, beaten) if not is_beaten]
-
-
-def wins(found: pd.DataFrame, people: int = 20_000, seed: int = 0) -> pd.Series:
-    """The share of so many people, each with weights of their own at random, for whom each server comes first."""
-    drawn = np.random.default_rng(seed).dirichlet(np.full(found.shape[1], 0.5), people)
-    first = (drawn @ shares(found).to_numpy().T).argmax(1)
-    counts = np.bincount(first, minlength=len(found))
-    return pd.Series(counts / people, found.index).sort_values(ascending=False)
