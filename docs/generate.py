@@ -76,12 +76,24 @@ def default(knob: Any) -> str:
     return f"`{shown}`" if shown else "none"
 
 
+def generation() -> str:
+    """What GET /metrics has where texts are generated, beside the rest."""
+    always = {row[0] for row in metric_rows(Settings())}
+    rows = [row for row in metric_rows(Settings(TASK="text-generation")) if row[0] not in always]
+    return markdown(("name", "kind", "labels", "what"), rows)
+
+
 def metrics() -> str:
     """What GET /metrics has."""
+    return markdown(("name", "kind", "labels", "what"), metric_rows(Settings()))
+
+
+def metric_rows(settings: Settings) -> list[list[str]]:
+    """What a server with these settings counts and watches."""
     counted = Metrics()
 
     async def serve() -> None:
-        Service(Settings(), counted)  # what it counts and watches
+        Service(settings, counted)
 
     asyncio.run(serve())
     rows = []
@@ -92,7 +104,7 @@ def metrics() -> str:
             name = family.name + "_total" * (family.type == "counter")
             labels = ", ".join(f"`{label}`" for label in getattr(collector, "_labelnames", ()))
             rows.append([f"`{name}`", family.type, labels, family.documentation])
-    return markdown(("name", "kind", "labels", "what"), rows)
+    return rows
 
 
 def layers() -> str:
@@ -145,6 +157,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "guarantees": mode_matrix.table,
     "settings": settings,
     "metrics": metrics,
+    "generation": generation,
     "layers": layers,
     "architectures": architectures,
     "openai_fields": lambda: api_fields(openai.FIELDS),

@@ -178,21 +178,56 @@ def test_dashboard_is_what_its_code_makes() -> None:
     assert grafana.FILE.read_text() == grafana.text(), "it is stale: python -m deploy.monitoring.grafana"
 
 
+async def names(settings: Settings) -> set[str]:
+    """The metrics of a server with these settings."""
+    service = Service(settings, Metrics())
+    return {name for names in service.metrics.registry._collector_to_names.values() for name in names}
+
+
+def test_dashboard_and_rules_know_the_metrics_of_generated_texts_by_their_names() -> None:
+    known = asyncio.run(names(Settings(TASK="text-generation")))
+    mine = known - asyncio.run(names(Settings()))
+    assert "model_time_to_first_token_seconds_bucket" in mine
+    about_text = [
+        *(expr for row in ROWS_OF_TEXTS for panel in grafana.ROWS[row] for expr in panel.shows.values()),
+        *(rule["expr"] for rule in RULES if "token" in rule.get("record", "")),
+    ]
+    assert len(about_text) > 10
+    for expr in about_text:
+        assert set(re.findall(r"model_\w+", expr)) <= known, expr
+
+
+ROWS_OF_TEXTS = ("Text, token by token", "Sequences and the KV cache")
+
+
 def expressions() -> dict[str, str]:
-    """All of rules, dashboard and autoscaler. An alert's comparisons say 0 or 1, instead of nothing where nothing is wrong."""
+    """All of rules, dashboard and autoscaler, but what only generated texts have.
+
+    An alert's comparisons say 0 or 1, instead of nothing where nothing is wrong.
+    """
     panels = {
         f"{panel.title}: {legend}": expr.replace(grafana.RATE, "15s")
-        for panel in grafana.PANELS
+        for row, panels in grafana.ROWS.items()
+        for panel in panels
         for legend, expr in panel.shows.items()
+        if row not in ROWS_OF_TEXTS
     }
-    alerts = {rule["alert"]: re.sub(r" (>|<|==) ", r" \1 bool ", rule["expr"]) for rule in ALERTS}
+    alerts = {
+        rule["alert"]: re.sub(r" (>|<|==) ", r" \1 bool ", rule["expr"])
+        for rule in ALERTS
+        if "token" not in rule["expr"]
+    }
     (scaled,) = yaml.safe_load_all((DEPLOY / "kubernetes" / "autoscale.yaml").read_text())
     scales = {f"scale {i}": one["metadata"]["query"] for i, one in enumerate(scaled["spec"]["triggers"])}
     return {
         **panels,
         **scales,
         **alerts,
-        **{rule["record"]: rule["record"] for rule in RULES if "record" in rule},
+        **{
+            rule["record"]: rule["record"]
+            for rule in RULES
+            if "record" in rule and "token" not in rule["record"]
+        },
     }
 
 

@@ -98,6 +98,54 @@ ROWS = {
             "heatmap",
         ),
     ],
+    "Text, token by token": [
+        Panel(
+            "Time to the first token",
+            "s",
+            quantiles("model_time_to_first_token_seconds"),
+            "From admission. DEADLINE_S bounds it: what would take longer is rejected.",
+        ),
+        Panel(
+            "Between two tokens",
+            "s",
+            quantiles("model_inter_token_latency_seconds"),
+            "A gap is a step; beside long prompts it is up to three.",
+        ),
+        Panel(
+            "Tokens",
+            "cps",
+            {"{{kind}}": f"sum by (kind) (rate(model_tokens_total[{RATE}]))"},
+            "prompt: read; reused: of prompts that were in the KV cache; generated; wasted: computed for clients that had left.",
+        ),
+    ],
+    "Sequences and the KV cache": [
+        Panel(
+            "Sequences that run, and that wait",
+            "short",
+            {
+                "running": "sum(model_running and on (instance) model_kv_cache_capacity_tokens)",
+                "waiting": "sum(model_queue_depth and on (instance) model_kv_cache_capacity_tokens)",
+            },
+            "As many as MAX_SEQUENCES run at once; the others wait for a slot of the KV cache.",
+        ),
+        Panel(
+            "KV cache in use",
+            "percentunit",
+            {"tokens": "sum(model_kv_cache_tokens) / sum(model_kv_cache_capacity_tokens)"},
+            "Tokens of running sequences, of all that the slots have room for.",
+            most=1,
+        ),
+        Panel(
+            "Time of a step, by part",
+            "percentunit",
+            {
+                "{{part}}": f"sum by (part) (rate(model_step_seconds_total[{RATE}])) "
+                f"/ ignoring (part) group_left sum(rate(model_step_seconds_total[{RATE}]))"
+            },
+            "Share of plan and hand_out: what the loop takes beside the model.",
+            most=1,
+        ),
+    ],
     "Saturation": [
         Panel(
             "Utilization of the instances",
