@@ -15,7 +15,7 @@ from typing import Any
 from tests.support import mode_matrix
 from tests.support.small_models import ARCHITECTURES, batching, has
 from workers.metrics import Metrics
-from workers.protocols import embed, openai, rerank, transcriptions
+from workers.protocols import embed, openai, rerank, responses, transcriptions
 from workers.protocols.chat import fields as chat
 from workers.service import Service
 from workers.settings import HERE as ROOT
@@ -169,6 +169,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "transcription_fields": lambda: api_fields(transcriptions.FIELDS),
     "embed_fields": lambda: api_fields(embed.TEI_FIELDS),
     "cohere_embed_fields": lambda: api_fields(embed.COHERE_FIELDS),
+    "response_fields": lambda: api_fields(responses.FIELDS),
     "rerank_fields": lambda: api_fields(rerank.FIELDS),
 }
 

@@ -168,7 +168,9 @@ def test_times_are_in_the_last_chunk_and_in_a_whole_reply(client: openai.OpenAI)
     for times in (last.model_extra["timings"], whole.parse().model_extra["timings"]):
         assert times.keys() == {"queue_ms", "time_to_first_token_ms", "time_per_output_token_ms"}
         assert 0 <= times["queue_ms"] <= times["time_to_first_token_ms"]
-    assert all(type(value) is int for value in whole.parse().usage.model_dump(exclude_none=True).values())
+    assert all(
+        type(value) in (int, dict) for value in whole.parse().usage.model_dump(exclude_none=True).values()
+    )
     assert "queue;dur=" in whole.headers["server-timing"]
 
 
@@ -267,6 +269,81 @@ def test_null_is_not_given_and_user_and_name_have_no_effect(client: openai.OpenA
         model="any", messages=messages, max_tokens=5, temperature=0, user="u", stop=None, n=None, seed=None
     )
     assert reply.choices[0].message.content == oracle([{"role": "user", "content": "a river"}], 5)[0]
+
+
+def test_next_turn_reports_what_was_still_in_the_cache(client: openai.OpenAI) -> None:
+    messages = [{"role": "user", "content": "a river and " * 20}]
+    first = client.chat.completions.create(model="any", messages=messages, max_tokens=5, temperature=0)
+    again = client.chat.completions.create(model="any", messages=messages, max_tokens=5, temperature=0)
+    assert again.usage.prompt_tokens_details.cached_tokens > first.usage.prompt_tokens / 2
+
+
+# --- /v1/responses ----------------------------------------------------------------------------------------------------
+
+
+def test_response_is_what_generate_writes(client: openai.OpenAI, oracle: Any) -> None:
+    response = client.responses.create(
+        model="any",
+        instructions="the old dog",
+        input="runs over a river",
+        max_output_tokens=12,
+        temperature=0,
+    )
+    text, n_prompt = oracle(MESSAGES, 12)
+    assert response.output_text == text
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert (response.usage.input_tokens, response.usage.output_tokens) == (n_prompt, 12)
+
+
+def test_next_turn_of_a_response_takes_the_last_ones_output(client: openai.OpenAI, oracle: Any) -> None:
+    first = client.responses.create(model="any", input="a river", max_output_tokens=5, temperature=0)
+    turns: list[Any] = [
+        {"role": "user", "content": [{"type": "input_text", "text": "a river"}]},
+        *(item.model_dump(exclude_none=True) for item in first.output),
+        {"role": "user", "content": "the old dog"},
+    ]
+    chat = [
+        {"role": "user", "content": "a river"},
+        {"role": "assistant", "content": first.output_text},
+        {"role": "user", "content": "the old dog"},
+    ]
+    second = client.responses.create(model="any", input=turns, max_output_tokens=5, temperature=0)
+    assert second.output_text == oracle(chat, 5)[0]
+
+
+def test_streamed_response_has_openais_events_in_their_order(client: openai.OpenAI, oracle: Any) -> None:
+    asked: Any = {"model": "any", "input": "a river", "max_output_tokens": 8, "temperature": 0}
+    events = list(client.responses.create(**asked, stream=True))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert kinds[:4] == ["created", "in_progress", "output_item.added", "content_part.added"]
+    assert kinds[-4:] == ["output_text.done", "content_part.done", "output_item.done", "incomplete"]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    text = oracle([{"role": "user", "content": "a river"}], 8)[0]
+    assert "".join(deltas) == text == events[-1].response.output_text and all(deltas)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"store": True}, "store"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"reasoning": {"effort": "low"}}, "reasoning"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input"),
+        ({"instructions": 3}, "instructions"),
+    ],
+)
+def test_field_that_a_response_does_not_support_is_a_400_that_names_it(
+    client: openai.OpenAI, fields: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as failed:
+        client.post("/responses", body={"model": "any", "input": "a river"} | fields, cast_to=object)
+    assert named in failed.value.body["message"]
 
 
 def test_models_lists_the_one_model(client: openai.OpenAI, folder: str) -> None:

@@ -44,6 +44,7 @@ class Sequence:
     owner: str = ""  # whose it is: only a sequence of the same owner may start in what it leaves in its slot
     tokens: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose keys and values are in its slot
+    reused: int = 0  # those of them that were there when it started
     slot: int = -1  # -1 before it has started and after it has ended
     started_at: float = 0.0
     reason: str = ""
@@ -133,6 +134,7 @@ class Scheduler:
         self.running[sequence] = None
         sequence.slot, sequence.cached = self.slots.take(sequence.prompt, sequence.owner)
         sequence.started_at = now
+        sequence.reused = sequence.cached
         self.reused += sequence.cached
 
     def prompt_budget(self, decoding: float, cached: float, start: float = 0) -> int:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from workers.context import context_of
-from workers.errors import Malformed, Unprocessable
+from workers.errors import Malformed
 from workers.protocols import read_json
 from workers.protocols.chat.fields import (
     CHAT_FIELDS,
@@ -31,11 +31,11 @@ from workers.protocols.chat.fields import (
     sampling,
 )
 from workers.protocols.chat.replies import Chat, Completion, answer
+from workers.protocols.chat.template import chat_prompt
 from workers.protocols.openai import ERROR, error_body, model_list
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
 from workers.settings import Settings
-from workers.tasks.text_generation import Task
 
 __all__ = ["error_body", "operations", "routes"]
 
@@ -96,19 +96,6 @@ async def chat(request: Request) -> Response:
     ids = await chat_prompt(request, task, messages_of(content.get("messages")), n_bytes)
     prompt = prompt_of(task, ids, given | {"logprobs": most}, content.get("stop"))
     return await answer(request, form, [prompt], content)
-
-
-async def chat_prompt(
-    request: Request, task: Task, messages: list[dict[str, Any]], n_bytes: int
-) -> list[int]:
-    """Return a chat as token ids, off the event loop. Raises Malformed where the template does not take it."""
-    service: Service = request.state.service
-    try:
-        return await service.checks.run(
-            context_of(request.scope), n_bytes, lambda: task.chat_prompt(messages), 0
-        )
-    except Unprocessable as exc:
-        raise Malformed(str(exc)) from exc
 
 
 async def completions(request: Request) -> Response:
