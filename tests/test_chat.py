@@ -166,11 +166,9 @@ def test_times_are_in_the_last_chunk_and_in_a_whole_reply(client: openai.OpenAI)
     whole = client.chat.completions.with_raw_response.create(**asked)
     assert not any("timings" in chunk.model_extra for chunk in chunks)
     for times in (last.model_extra["timings"], whole.parse().model_extra["timings"]):
-        assert times.keys() == {"queue_ms", "time_to_first_token_ms", "time_per_output_token_ms"}
+        assert {"queue_ms", "time_to_first_token_ms", "time_per_output_token_ms"} <= times.keys()
         assert 0 <= times["queue_ms"] <= times["time_to_first_token_ms"]
-    assert all(
-        type(value) in (int, dict) for value in whole.parse().usage.model_dump(exclude_none=True).values()
-    )
+    assert all(type(value) is int for value in whole.parse().usage.model_dump(exclude_none=True).values())
     assert "queue;dur=" in whole.headers["server-timing"]
 
 
@@ -275,7 +273,7 @@ def test_next_turn_reports_what_was_still_in_the_cache(client: openai.OpenAI) ->
     messages = [{"role": "user", "content": "a river and " * 20}]
     first = client.chat.completions.create(model="any", messages=messages, max_tokens=5, temperature=0)
     again = client.chat.completions.create(model="any", messages=messages, max_tokens=5, temperature=0)
-    assert again.usage.prompt_tokens_details.cached_tokens > first.usage.prompt_tokens / 2
+    assert again.model_extra["timings"]["cached_tokens"] > first.usage.prompt_tokens / 2
 
 
 # --- /v1/responses ----------------------------------------------------------------------------------------------------

@@ -88,9 +88,8 @@ async def responses(request: Request) -> Response:
         return EventStream(
             form.stream, form.events, generation.stall_s, lambda failure: error_body(failure.status, failure.sentence)
         )  # fmt: skip
-    work = written(generation, [prompt], context.left_s)
+    work = written(generation, [prompt], context)
     (form.stream,), (piece,) = await service.in_flight.unless_left(request, work)
-    context.answers = [generation.loop.answer(prompt, form.stream, piece)]
     return AnswerResponse(context.answers, form.response(piece.text, piece.reason))
 
 
@@ -171,7 +170,7 @@ class Form:
         counts = usage_of([self.prompt], [self.stream])
         return {
             "input_tokens": counts["prompt_tokens"],
-            "input_tokens_details": counts["prompt_tokens_details"],
+            "input_tokens_details": {"cached_tokens": self.stream.sequence.reused},
             "output_tokens": counts["completion_tokens"],
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": counts["total_tokens"],

@@ -63,7 +63,10 @@ async def written(
 
 
 def times(stream: Stream) -> dict[str, float]:
-    """Return where the time of a sequence went, in ms: in the queue, until the first token, per token after that."""
+    """Return where the time of a sequence went, in ms: in the queue, until the first token, per token after that.
+
+    And how many tokens of its prompt a sequence before had left in its slot.
+    """
     sequence = stream.sequence
     decode_s = (stream.last_at - stream.first_at) / max(1, len(sequence.tokens) - 1)
     seconds = {
@@ -71,7 +74,8 @@ def times(stream: Stream) -> dict[str, float]:
         "time_to_first_token_ms": stream.first_at - sequence.arrived_at,
         "time_per_output_token_ms": decode_s,
     }
-    return {name: round(value * 1000, 2) for name, value in seconds.items()}
+    found = {name: round(value * 1000, 2) for name, value in seconds.items()}
+    return found | {"cached_tokens": sequence.reused}
 
 
 Events = Callable[[Piece], bytes]

@@ -181,10 +181,4 @@ def usage(prompts: list[Prompt], streams: list[Stream]) -> dict[str, Any]:
     """
     n = sum(len(prompt.ids) for prompt in prompts)
     generated = sum(len(stream.sequence.tokens) for stream in streams)
-    return {
-        "prompt_tokens": n,
-        "completion_tokens": generated,
-        "total_tokens": n + generated,
-        # Those that a sequence before had left in the slot.
-        "prompt_tokens_details": {"cached_tokens": sum(stream.sequence.reused for stream in streams)},
-    }
+    return {"prompt_tokens": n, "completion_tokens": generated, "total_tokens": n + generated}
