@@ -696,6 +696,7 @@ def test_stream_is_not_read_while_streams_hold_too_much(monkeypatch: pytest.Monk
 
         async def replied(raw: bytes, context: Any) -> Any:
             await waiting.wait()
+            yield
 
         monkeypatch.setattr(servicer, "replied", replied)
         context = SimpleNamespace(read=read)

@@ -154,6 +154,10 @@ class HuggingFaceEvents:
         self.tokens: list[Any] = []
 
     def __call__(self, piece: Piece) -> bytes:
+        return b"".join(map(event, self.contents(piece)))
+
+    def contents(self, piece: Piece) -> list[dict[str, Any]]:
+        """Return what the events of this piece say."""
         events: list[dict[str, Any]] = []
         for text, token in piece.parts:
             self.texts.append(text)
@@ -168,7 +172,7 @@ class HuggingFaceEvents:
             text = "".join(self.texts)
             events[-1]["generated_text"] = self.prompt.whole(text)
             events[-1]["details"] = self.task.details(self.prompt, self.tokens, piece.reason)
-        return b"".join(map(event, events))
+        return events
 
 
 def streamed(generation: Generation, request: Request, prompt: Prompt) -> Response:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,11 +21,13 @@ from tritonclient.grpc import service_pb2 as pb
 from workers.context import RequestContext, request_id
 from workers.errors import STOPPING, Malformed, Rejected, Unprocessable
 from workers.protocols.open_inference import model_info, tensors, unknown_model
-from workers.protocols.open_inference.tensors import ANSWER, VERSION, Tensor
+from workers.protocols.open_inference.tensors import ANSWER, VERSION, Output, Tensor
 from workers.service import Service
+from workers.tasks import Query
 from workers.web import replies
 from workers.web.access import NO_KEY, AccessControl
 from workers.web.checks import QUICK_JSON_BYTES
+from workers.web.generation import HuggingFaceEvents
 from workers.web.middleware import HOLD_S
 from workers.web.replies import CLIENT_GONE, explain
 
@@ -284,14 +286,15 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         asked = self.arrival(context)
         if rejected := self.loop.rejection(asked.budget_s):
             raise rejected
-        return await self.answered(await self.read(context, pb.ModelInferRequest), asked)
+        request = await self.read(context, pb.ModelInferRequest)
+        return await self.answered(request, await self.queries(request, asked), asked)
 
     def arrival(self, context: Context) -> RequestContext:
         """Return the context of a request that has arrived now."""
         return RequestContext({}, "", budget_s=min(left_s(context), self.loop.budget_s))
 
-    async def answered(self, request: Any, asked: RequestContext) -> Any:
-        """Return the model's answer to each element of the tensor."""
+    async def queries(self, request: Any, asked: RequestContext) -> list[Query]:
+        """Return the checked inputs of a request, whose time limit counts from now on. Raises what `Service.check` raises."""
         service = self.service
         self.check_model(request.model_name, request.model_version)
         n_bytes = request.ByteSize()
@@ -299,18 +302,26 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             asked, n_bytes, partial(prepared, request, service), QUICK_JSON_BYTES
         )
         asked.budget_s = min(asked.budget_s, limit_s)
-        queries = await service.check(asked, inputs, parameters, n_bytes)
+        return await service.check(asked, inputs, parameters, n_bytes)
+
+    async def answered(self, request: Any, queries: list[Query], asked: RequestContext) -> Any:
+        """Return the model's answer to each element of the tensor."""
         contents, sizes = [query.content for query in queries], [query.size for query in queries]
         answers = await self.loop.submit_all(contents, sizes, budget_s=asked.left_s)
-        output = tensors.output(answers, service)
-        return pb.ModelInferResponse(
-            model_name=request.model_name,
-            model_version=VERSION,
-            id=request.id,
-            parameters={"timing": pb.InferParameter(string_param=replies.timing(answers))},
-            outputs=[{"name": ANSWER, "datatype": output.datatype, "shape": output.shape}],
-            raw_output_contents=[output.raw],
-        )
+        timing = pb.InferParameter(string_param=replies.timing(answers))
+        return reply_to(request, tensors.output(answers, self.service), timing=timing)
+
+    async def pieces(self, request: Any, queries: list[Query], asked: RequestContext) -> AsyncIterator[Any]:
+        """Yield what follows a prompt as it is written, each message an event of `POST /`; the last one says that it is."""
+        if len(queries) > 1:
+            raise Malformed('"stream" takes one prompt; send one per request')
+        generation, prompt = self.service.generating(), queries[0].content
+        events = HuggingFaceEvents(generation.task, prompt)
+        async with generation.submit(prompt, asked.left_s) as stream:
+            async for piece in stream:
+                texts = [replies.rendered(one) for one in events.contents(piece)]
+                is_last = pb.InferParameter(bool_param=bool(piece.reason))
+                yield reply_to(request, tensors.of_texts(texts), triton_final_response=is_last)
 
     async def stream(self, context: Context) -> None:
         """ModelStreamInfer: many requests, each answered by itself."""
@@ -325,28 +336,50 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         finally:
             self.stream_bytes -= n_bytes
 
-    async def replied(self, raw: bytes, context: Context) -> Any:
-        """Return the reply to one request of a stream, an error too."""
+    async def replied(self, raw: bytes, context: Context) -> AsyncGenerator[Any]:
+        """Yield the reply to one request of a stream, an error too; of text that streams, piece by piece."""
         request, asked = pb.ModelInferRequest(), self.arrival(context)
         try:
             request = parsed(raw, pb.ModelInferRequest)
             if rejected := self.loop.rejection(asked.budget_s):
                 raise rejected
-            reply = await self.answered(request, asked)
+            queries = await self.queries(request, asked)
+            if self.service.generation and queries[0].content.stream:
+                async for piece in self.pieces(request, queries, asked):
+                    yield pb.ModelStreamInferResponse(infer_response=piece)
+            else:
+                reply = await self.answered(request, queries, asked)
+                yield pb.ModelStreamInferResponse(infer_response=reply)
             self.count(200).inc()
-            return pb.ModelStreamInferResponse(infer_response=reply)
         except asyncio.CancelledError:
             self.count(CLIENT_GONE).inc()
             raise
         except Exception as exc:
             status = self.failure(exc, dict(context.trailing_metadata())["x-request-id"], True)
-            # Triton clients show only the message of an error.
-            sentence = f"request {request.id}: {status.sentence}" if request.id else status.sentence
-            fields = {"status": pb.InferParameter(string_param=status.code.name)}
-            if status.retry_after_s:
-                fields["retry_after_s"] = pb.InferParameter(int64_param=status.retry_after_s)
-            response = pb.ModelInferResponse(id=request.id, model_name=request.model_name, parameters=fields)
-            return pb.ModelStreamInferResponse(error_message=sentence, infer_response=response)
+            yield error_to(request, status)
+
+
+def reply_to(request: Any, output: Output, **parameters: Any) -> Any:
+    """Return the reply with this tensor."""
+    return pb.ModelInferResponse(
+        model_name=request.model_name,
+        model_version=VERSION,
+        id=request.id,
+        parameters=parameters,
+        outputs=[{"name": ANSWER, "datatype": output.datatype, "shape": output.shape}],
+        raw_output_contents=[output.raw],
+    )
+
+
+def error_to(request: Any, status: Status) -> Any:
+    """Return the message of a stream that says why this request of it failed."""
+    # Triton clients show only the message of an error.
+    sentence = f"request {request.id}: {status.sentence}" if request.id else status.sentence
+    fields = {"status": pb.InferParameter(string_param=status.code.name)}
+    if status.retry_after_s:
+        fields["retry_after_s"] = pb.InferParameter(int64_param=status.retry_after_s)
+    response = pb.ModelInferResponse(id=request.id, model_name=request.model_name, parameters=fields)
+    return pb.ModelStreamInferResponse(error_message=sentence, infer_response=response)
 
 
 class Stream:
@@ -398,17 +431,25 @@ class Stream:
         """Answer one request, unless the client has stopped reading."""
         servicer = self.servicer
         with servicer.held(len(raw)):
-            reply = await servicer.replied(raw, self.context)
-            if "retry_after_s" in reply.infer_response.parameters:
-                self.rejected.set()
-            with servicer.held(reply.ByteSize()):
-                async with self.writing:
-                    if self.failed.done():
+            async with contextlib.aclosing(servicer.replied(raw, self.context)) as replies:
+                async for reply in replies:
+                    if "retry_after_s" in reply.infer_response.parameters:
+                        self.rejected.set()
+                    if not await self.write(reply):
                         return
-                    try:
-                        await servicer.write(self.context, reply)
-                    except HTTPException as exc:
-                        self.failed.set_result(exc)
+
+    async def write(self, reply: Any) -> bool:
+        """Write one message; return whether the client still reads."""
+        servicer = self.servicer
+        with servicer.held(reply.ByteSize()):
+            async with self.writing:
+                if self.failed.done():
+                    return False
+                try:
+                    await servicer.write(self.context, reply)
+                except HTTPException as exc:
+                    self.failed.set_result(exc)
+        return not self.failed.done()
 
 
 def prepared(request: Any, service: Service) -> tuple[list[Any], dict[str, Any], float]:

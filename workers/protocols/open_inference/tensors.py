@@ -196,6 +196,11 @@ def output(answers: list[Answer], service: Service) -> Output:
             texts.append(replies.rendered(answer.value))
         except ModelFailed as exc:
             raise failed(str(exc), index, answers) from exc
+    return of_texts(texts)
+
+
+def of_texts(texts: list[bytes]) -> Output:
+    """Return texts as one tensor."""
     raw = b"".join(struct.pack("<I", len(text)) + text for text in texts)
     return Output("BYTES", [len(texts)], [text.decode() for text in texts], raw)
 
