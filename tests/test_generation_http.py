@@ -227,8 +227,19 @@ def test_metrics_count_tokens_and_why_sequences_ended(server: Server) -> None:
     assert get(server, "/live").status == 200
 
 
-def test_stopping_lets_a_stream_end_with_an_error_event(folder: str) -> None:
-    with start(MODES["thread"], served(folder, GRACE_S="3")) as server:
+STOPPING = [
+    "thread",
+    "process",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("recommended", "asgi", "gthread-1x8", "haproxy-2")
+    ),
+]
+
+
+@pytest.mark.parametrize("mode", STOPPING)
+def test_stopping_ends_a_stream_with_its_end_or_an_error_event(folder: str, mode: str) -> None:
+    with start(MODES[mode], served(folder, GRACE_S="3")) as server:
         body = {"inputs": PARIS, "parameters": {"max_new_tokens": 1000, "ignore_eos": True}, "stream": True}
         with httpx2.Client(timeout=60) as client, client.stream("POST", server.url, json=body) as reply:
             lines = reply.iter_lines()
@@ -238,6 +249,26 @@ def test_stopping_lets_a_stream_end_with_an_error_event(folder: str) -> None:
             found = [json.loads(line[5:]) for line in lines if line]
         assert time.monotonic() - began < 30
         assert "error" in found[-1] or found[-1]["details"]
+
+
+def test_model_process_that_is_killed_ends_its_texts_with_an_error_and_those_that_wait_are_answered(
+    folder: str, oracle: Any, crowd: Crowd
+) -> None:
+    with start(MODES["process"], served(folder, MAX_SEQUENCES="1")) as server:
+        long = {"inputs": PARIS, "parameters": {"max_new_tokens": 1000, "ignore_eos": True}, "stream": True}
+        short = json.dumps({"inputs": PARIS, "parameters": {"max_new_tokens": 8}})
+        with httpx2.Client(timeout=60) as client, client.stream("POST", server.url, json=long) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            (waiting,) = crowd.post(server, short, Content_Type="application/json")
+            until(lambda: metric(server, "model_queue_depth") == 1)
+            (model,) = (p for p in server.processes() if "workers.isolation.process" in " ".join(p.cmdline()))
+            model.kill()
+            found = [json.loads(line[5:]) for line in lines if line]
+        assert "error" in found[-1]
+        assert waiting.result().json == [{"generated_text": PARIS + oracle(PARIS, 8)}]
+        assert metric(server, 'model_sequences_total{reason="failed"}') == 1
+        assert metric(server, "model_process_restarts_total") == 1
 
 
 def test_chat_does_not_begin_in_what_another_key_left(folder: str) -> None:

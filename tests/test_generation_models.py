@@ -187,6 +187,19 @@ def test_same_seed_gives_the_same_text_alone_and_in_a_batch(options: Options) ->
     assert alone[0] != alone[1]  # other seeds
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+def test_few_slots_are_enough_for_the_probe_and_for_many_sequences(slots: int) -> None:
+    stock, _ = made("llama")
+    model = make(lambda: make_model("llama"), Limits(slots, 96), pack)
+    assert "by hand" in model.description
+    asked = prompts([5, 19, 33])
+    sequences = [Sequence(prompt, Options(max_tokens=12, end_ids=frozenset([1]))) for prompt in asked]
+    run(model, [(0, sequence) for sequence in sequences], {}, 24)
+    for sequence, prompt in zip(sequences, asked):
+        expected = greedy(stock, prompt, 12)
+        assert sequence.tokens[: len(expected)] == expected
+
+
 def test_model_that_has_no_room_for_one_sequence_says_what_to_change() -> None:
     from workers.generation.model import limits_of
 

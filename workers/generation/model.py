@@ -97,7 +97,7 @@ def make(read: Read, limits: Limits, pack: Callable[[Any], None] | None = None) 
 
     `pack` makes its Linears faster, in place; without it only its own forward pass is tried.
     """
-    model, small = read(), Limits(3, min(64, limits.capacity))
+    model, small = read(), Limits(min(3, limits.slots), min(64, limits.capacity))
     stock = StockForward(model, limits)
     if not pack:
         return TokenModel(stock, limits, "stock forward pass")
