@@ -10,19 +10,23 @@ import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from pkgutil import iter_modules
+from typing import Any, cast
 
 from tests.support import mode_matrix
 from tests.support.small_models import ARCHITECTURES, batching, has
+from workers import tasks
 from workers.metrics import Metrics
 from workers.protocols import embed, openai, rerank, responses, transcriptions
 from workers.protocols.chat import fields as chat
 from workers.service import Service
 from workers.settings import HERE as ROOT
 from workers.settings import Settings
+from workers.tasks.common.parameters import REFUSED, TAKES, rules_of
 
 DOCS = Path(__file__).parent
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "CONTRIBUTING.md"]
+OTHER_FILES = {"calls", "common", "custom", "pipeline", "threads"}  # in workers/tasks/, that are not a task's
 TABLE = re.compile(r"(<!-- made by make docs: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 KNOB = re.compile(r"    (?:# (?P<comment>.+)|(?P<name>[A-Z_]+): .+|)")
 
@@ -153,12 +157,55 @@ def architectures() -> str:
     return markdown(("`model_type`", "batches are", "tested in"), body)
 
 
+SPOKEN = {"lang_to_id": {"<|de|>": 1, "<|en|>": 2}, "alignment_heads": [[0, 0]]}
+
+
+def parameters() -> str:
+    """What may be sent of each task, and what each must be."""
+    texts = sorted(
+        name.replace("_", "-") for _, name, _ in iter_modules(tasks.__path__) if name not in OTHER_FILES
+    )
+    rows = [(f"`{name}`", "text", cast(Any, tasks.make(Settings(TASK=name))).rules) for name in texts]
+    wave = {"architectures": ["Wav2Vec2ForCTC"]}
+    whisper = {"model_type": "whisper"}
+    for name, takes in TAKES.items():
+        if name in texts:
+            continue
+        kinds: dict[str, Any] = {"": ({"model_type": "detr" if takes == "image" else "tapas"}, {})}
+        if name == "automatic-speech-recognition":
+            kinds = {", Whisper": (whisper, SPOKEN), ", CTC": (wave, {})}
+        rows += [
+            (f"`{name}`{kind}", takes, rules_of(name, Settings(), *files)) for kind, files in kinds.items()
+        ]
+    return markdown(
+        ("task", "takes", "parameters"), [[name, takes, in_words(rules)] for name, takes, rules in rows]
+    )
+
+
+def in_words(rules: dict[str, Any]) -> str:
+    """Each parameter with its rule; those of one rule together."""
+    by_rule: dict[str, list[str]] = {}
+    for name, rule in rules.items():
+        by_rule.setdefault(rule.words, []).append(f"`{name}`")
+    said = "; ".join(f"{', '.join(names)}: {words}" for words, names in by_rule.items())
+    return said.replace("de or en", "one of the model's languages, such as de") or "none"
+
+
+def refused() -> str:
+    """Transformers' tasks that are not served."""
+    return markdown(
+        ("task", "why it is not served"), [[f"`{task}`", why] for task, why in sorted(REFUSED.items())]
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "guarantees": mode_matrix.table,
     "settings": settings,
     "metrics": metrics,
     "generation": generation,
     "layers": layers,
+    "parameters": parameters,
+    "refused": refused,
     "architectures": architectures,
     "openai_fields": lambda: api_fields(openai.FIELDS),
     "chat_fields": lambda: api_fields(chat.CHAT_FIELDS),

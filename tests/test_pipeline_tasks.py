@@ -38,6 +38,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "vit": [{"top_k": 2}, {"function_to_apply": "sigmoid"}, {"function_to_apply": "none", "top_k": 3}],
     "clip": [{"candidate_labels": ["a dog", "the river", "old"], "hypothesis_template": "It is {}!"}],
     "siglip": [{"candidate_labels": ["a dog", "the river"]}],
+    "clap": [{"candidate_labels": ["a dog", "the river", "old"], "hypothesis_template": "It is {}!"}],
     "vit features": [{"pool": True}],
     "detr": [{"threshold": 0.0}, {"threshold": 0.2}],
     "segformer": [{"subtask": "semantic"}],
@@ -60,6 +61,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
 NEEDED = {
     "clip": {"candidate_labels": ["dog", "the old river"]},
     "siglip": {"candidate_labels": ["dog", "over it"]},
+    "clap": {"candidate_labels": ["dog", "over it"]},
 }
 
 
@@ -480,6 +482,17 @@ def test_text_to_speech_is_text_to_audio_and_starts_with_characters_as_tokens(tm
     model = tasks.load(task, settings)  # warms up with its examples
     (answer,) = model([task.check("a dog", {}).content])
     assert answer["audio"].ndim == 1 and answer["sampling_rate"] == 16_000
+
+
+def test_each_parameter_of_a_task_is_compared_with_the_pipeline(folder: Any) -> None:
+    known: dict[str, set[str]] = {}
+    compared: dict[str, set[str]] = {}
+    for name, (task, _) in MODELS.items():
+        rules = tasks.make(Settings(MODEL=folder(name), TASK=task)).rules  # type: ignore[attr-defined]
+        known.setdefault(task, set()).update(rules)
+        asked = [NEEDED.get(name, {}), *PARAMETERS.get(name, [])]
+        compared.setdefault(task, set()).update(parameter for some in asked for parameter in some)
+    assert compared == known
 
 
 # Tasks that are not served

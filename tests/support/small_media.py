@@ -218,6 +218,26 @@ def whisper(folder: Path) -> None:
     save(folder, model, tokenizer, transformers.WhisperFeatureExtractor())
 
 
+def clap(folder: Path) -> None:
+    tokenizer = wordpiece_tokenizer()
+    text = {**SIZE, "vocab_size": len(tokenizer), "max_position_embeddings": 64, "pad_token_id": 0}
+    sound = {
+        "hidden_size": 32,
+        "patch_embeds_hidden_size": 16,
+        "depths": [1, 1],
+        "num_attention_heads": [2, 2],
+    }
+    layout = {"spec_size": 128, "num_mel_bins": 64, "window_size": 4, "patch_size": 4, "num_classes": 4}
+    config = transformers.ClapConfig(
+        text_config=text, audio_config={**sound, **layout, "projection_dim": 16}, projection_dim=16
+    )
+    features = transformers.ClapFeatureExtractor(
+        sampling_rate=16_000, max_length_s=2, truncation="rand_trunc"
+    )
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    save(folder, transformers.ClapModel(config), features, tokenizer)
+
+
 MODELS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "vit": ("image-classification", vit),
     "resnet": ("image-classification", resnet),
@@ -230,5 +250,6 @@ MODELS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "glpn": ("depth-estimation", glpn),
     "audio": ("audio-classification", audio),
     "whisper": ("automatic-speech-recognition", whisper),
+    "clap": ("zero-shot-audio-classification", clap),
     "ctc": ("automatic-speech-recognition", ctc),
 }
