@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.virtual_clock import now, on_virtual_clock, outcomes, serving, submit_all
+from workers.errors import Late
 from workers.jobs import Answer
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
@@ -171,6 +172,69 @@ async def test_idle_instance_runs_what_another_one_holds() -> None:
         rng = random.Random(1)
         answers = await users(loop, 2, 3.0, rng)
         assert max(a.queue_s for a in answers) < 0.002, "two users, two instances: nobody waits for anybody"
+
+
+class AsLongAsAsked(Flat):
+    """Takes 100 ms, or as many seconds as a query says."""
+
+    async def __call__(self, queries: list[Any]) -> list[Any]:
+        await asyncio.sleep(max((q for q in queries if isinstance(q, float)), default=self.a))
+        return queries
+
+
+@on_virtual_clock
+async def test_hold_ends_at_once_when_another_instance_is_free() -> None:
+    """Users come back 20 ms after their answers. The other instance, expected after 79 ms of the hold, is free after 11."""
+    async with serving(AsLongAsAsked(), AsLongAsAsked(), batch_size=32) as loop:
+        warm(loop)
+        for _ in range(10):
+            await asyncio.gather(*submit_all(loop, *range(4)))
+            await asyncio.sleep(0.02)
+        served = submit_all(loop, *range(4))
+        await asyncio.sleep(0.08)
+        other = submit_all(loop, 0.032)
+        await asyncio.gather(*served)
+        await asyncio.sleep(0.001)
+        (task,) = submit_all(loop, "held")
+        await asyncio.sleep(0.001)
+        assert loop.depth == 1 and loop.running == 1, "an instance is free, and the job is held"
+        answer = await task
+        assert answer.queue_s == pytest.approx(0.011), "it would be held for 8 ms more"
+        assert answer.dispatched_because == "waited"
+        await asyncio.gather(*other)
+
+
+@on_virtual_clock
+async def test_where_all_instances_run_full_batches_the_rest_wait_for_nobody_elses_place() -> None:
+    """64 users, two instances that are free 6 ms after one another: who misses a batch finds the next one full as well."""
+    async with serving(Flat(), Flat(), batch_size=32) as loop:
+        warm(loop)
+        await users(loop, 64, 3.0, random.Random(0))
+        answers = await users(loop, 64, now() + 10.0, random.Random(0))
+        waited = [answer for answer in answers if answer.queue_s > 0.05]
+        assert len(answers) / 10 > 610, (
+            "627 are possible, 589 where a place in the next batch is taken for granted"
+        )
+        assert len(waited) < len(answers) * 0.02
+
+
+@pytest.mark.parametrize("a", [0.1, 0.01])
+@on_virtual_clock
+async def test_no_admitted_request_is_late_by_a_hold(a: float) -> None:
+    """Users who come back after up to 30 ms, with deadlines of one to three calls."""
+    rng = random.Random(0)
+    results: list[Any] = []
+    async with serving(Flat(a), batch_size=32) as loop:
+        warm(loop, a)
+
+        async def user() -> None:
+            while now() < 5.0:
+                results.extend(await outcomes(submit_all(loop, "a", budget_s=a * rng.uniform(1.2, 3.0))))
+                await asyncio.sleep(rng.uniform(0.001, 0.03))
+
+        await asyncio.gather(*(user() for _ in range(8)))
+        assert loop.dispatch.anticipation.jobs
+    assert Late not in results and results.count("a") > len(results) / 2
 
 
 @on_virtual_clock

@@ -384,7 +384,7 @@ def verdict(cost: CostLaw, overhead_s: float) -> str:
     gains = {n: predict_capacity(cost, n, overhead_s=overhead_s) / one for n in SIZES[1:]}
     ceiling = (cost.seconds(1) + overhead_s) / (cost.b_s + overhead_s) if cost.b_s + overhead_s else math.inf
     law = (
-        f"A call with n texts takes {cost.a_s * 1e3:.2f} ms + n x {cost.b_s * 1e3:.2f} ms, "
+        f"A call with n inputs takes {cost.a_s * 1e3:.2f} ms + n x {cost.b_s * 1e3:.2f} ms, "
         f"and a request costs {overhead_s * 1e3:.2f} ms besides."
     )
     if gains[SIZES[-1]] < 1.1:
@@ -425,7 +425,7 @@ def table(choices: list[Setting], limit_s: float, duration_s: float) -> str:
     best = max(choice.capacity_per_s for choice in choices)
     rates = [best * share for share in (0.25, 0.5, 0.8)]
     rows: list[dict[str, Any]] = []
-    for choice in tqdm(choices, "Simulating", delay=2.0, leave=False):
+    for choice in tqdm(choices, "Simulating", delay=2.0, leave=False, disable=None):
         row: dict[str, Any] = {"setting": choice.name, "capacity /s": choice.capacity_per_s}
         for rate in rates:
             found = choice.summary(rate, limit_s, duration_s)
@@ -487,18 +487,22 @@ def main() -> int:
     medians = (
         measured.assign(ms=measured["seconds"] * 1e3).groupby(["kind", "texts"])["ms"].median().unstack()
     )
-    print("\nMilliseconds per call, by how many texts it has:\n")
+    what = f"{options.kind} texts" if len(kinds) > 1 else "the task's example"
+    print("\nMilliseconds per call, by how many inputs it has:\n")
     print(
         markdown(
             [
-                {"texts": kind, **{str(n): f"{ms:.1f}" for n, ms in row.items()}}
+                {
+                    "inputs": kind if len(kinds) > 1 else "example",
+                    **{str(n): f"{ms:.1f}" for n, ms in row.items()},
+                }
                 for kind, row in medians.iterrows()
             ]
         )
     )
     of_kind = measured[measured["kind"] == options.kind]
     laws = {1: fit(of_kind)}
-    print(f"\nFor {options.kind} texts: {verdict(laws[1], overhead_s)}")
+    print(f"\nFor {what}: {verdict(laws[1], overhead_s)}")
     for kind in set(kinds) - {options.kind}:
         gain = predict_capacity(fit(measured[measured["kind"] == kind]), SIZES[-1], overhead_s=overhead_s)
         gain /= predict_capacity(fit(measured[measured["kind"] == kind]), overhead_s=overhead_s)

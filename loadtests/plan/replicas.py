@@ -50,7 +50,7 @@ def plan(fleet: Fleet, rate_per_s: float, loss: float) -> str:
         "",
     ]
     rows: list[dict[str, Any]] = []
-    for policy in tqdm(POLICIES, "Simulating each policy", delay=2.0, leave=False):
+    for policy in tqdm(POLICIES, "Simulating each policy", delay=2.0, leave=False, disable=None):
         n = replicas_for(replace(fleet, policy=policy), rate_per_s, loss)
         chosen = replace(fleet, policy=policy, replicas=n)
         found = simulate(

@@ -11,6 +11,8 @@ from workers.scheduling.dispatch import Greedy
 
 # No timer is finer.
 SHORTEST_HOLD_S = 1e-6
+# Of BATCH_SIZE: who comes back from such a call leaves no room for others in the next one.
+FULL = 0.8
 
 
 class Holding(Greedy):
@@ -66,9 +68,16 @@ class Holding(Greedy):
         return self.anticipation.hold(self.now(), queued, int(most) - queued, a, b, self.next_free_s())
 
     def next_free_s(self) -> float:
-        """Return in how many seconds an instance other than the one that gathers a batch is free; inf if there is none."""
-        free_s = self.instances.free_s()
-        return free_s[1] if len(free_s) > 1 else math.inf
+        """Return in how many seconds an instance other than the one that gathers a batch can run a job; inf if there is none.
+
+        Where all of the others run full batches that is a call later than they are free: their own clients come back first.
+        """
+        free_s, estimate = self.instances.free_s(), self.estimate
+        if len(free_s) < 2:
+            return math.inf
+        full = FULL * estimate.batch_size * estimate.usual_size
+        is_full = free_s[0] == 0 < free_s[1] and all(call.size >= full for call in self.instances.calls)
+        return free_s[1] + estimate.cost_model.a * is_full
 
     def arrived(self, jobs: list[Job]) -> None:
         self.anticipation.arrived(jobs[0].enqueued_at, len(jobs))
