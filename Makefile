@@ -26,19 +26,19 @@ test: $(VENV)/dev  ## the tests, in a few minutes
 test-slow: $(VENV)/dev  ## the lessons, small comparisons, every task in every mode, a cluster
 	$(BIN)/pytest -m slow --numprocesses=2
 
-bench: $(VENV)/dev models/chat/config.json  ## what the server adds to its model: many minutes, two idle cores; BENCH=--quick shortens it
+bench: $(VENV)/dev models/chat/config.json  ## measure the overhead of the server: many minutes, two idle cores; BENCH=--quick shortens it
 	$(BIN)/python -m loadtests.bench $(BENCH)
 	$(BIN)/python -m loadtests.bench.model $(BENCH)
 	$(BIN)/python -m loadtests.bench.threads $(BENCH)
 	$(BIN)/python -m loadtests.bench.generation $(BENCH)
 
-chaos: $(VENV)/dev  ## a storm around the real server; CHAOS_S=3600 for an hour, SEED=1 for another one
+chaos: $(VENV)/dev  ## fault injection around the real server; CHAOS_S=3600 for an hour, SEED=1 for another one
 	$(BIN)/python -m loadtests.chaos $(if $(SEED),--seed $(SEED))
 
 compare: $(VENV)/dev  ## every deployment mode through the same scenarios, most of an hour; COMPARE="--quick --modes thread sync-2"
 	$(BIN)/python -m loadtests.compare $(COMPARE)
 
-peers: $(VENV)/dev  ## this server and the alternatives; PEERS="litserve mosec" for some
+peers: $(VENV)/dev  ## compare with other servers; PEERS="litserve mosec" for some
 	$(BIN)/python -m loadtests.peers $(if $(PEERS),--peers $(PEERS))
 
 plan: $(VENV)/dev  ## does batching pay here? FLEET="--rate 5000 --replica-ms 10+0.5n": how many replicas?

@@ -52,7 +52,7 @@ from tests.support.mode_matrix import (
     kept,
 )
 
-GATHERS = "a batch gathers all connections"
+GATHERS = "batches span all connections"
 WORKERS = {mode: 2 if mode in ("uvicorn-2", "sync-2", "dirty", "haproxy-2") else 1 for mode in TESTED}
 HAPROXY = pytest.mark.skipif(not shutil.which("haproxy"), reason="haproxy is not installed")
 
@@ -540,7 +540,7 @@ def test_sigterm_under_load_answers_everybody_exactly_once(server: Server, crowd
         assert is_own(i, reply.json) if reply.status == 200 else reply.error
     server.process.wait(60)
     assert time.monotonic() - began < 20
-    assert (not outcomes) is kept("SIGTERM resets nobody", mode), outcomes
+    assert (not outcomes) is kept("SIGTERM resets no connection", mode), outcomes
 
 
 def test_dead_worker_is_replaced_and_none_outlives_its_master(sick: Server, mode: str) -> None:
@@ -607,7 +607,7 @@ WRONG_SETTINGS = {
     "cannot load MODEL=tests.support.misbehaving_model:Missing: ImportError: there is no class": {
         "MODEL": "tests.support.misbehaving_model:Missing"
     },
-    "MAX_QUEUE='0' is not allowed: it must be a whole number from 1 to 1000000000": {"MAX_QUEUE": "0"},
+    "MAX_QUEUE='0' is not allowed: it must be an integer of at least 1": {"MAX_QUEUE": "0"},
 }
 
 
@@ -621,5 +621,5 @@ def test_wrong_setting_ends_the_server_with_a_sentence(mode: str) -> None:
             assert server.process.wait(120) != 0
             assert sentence in server.log()
         traceback = any("Traceback" in server.log() for server in servers.values())
-        if kept("a wrong setting ends it with one sentence", mode):
+        if kept("an invalid setting stops the start with one line", mode):
             assert not traceback  # elsewhere Gunicorn shows one, unless it gives up before

@@ -267,7 +267,7 @@ async def test_early_no_is_the_one_that_submit_gives_and_the_same_for_a_second()
         await outcomes(tasks)
         assert loop.rejection() is None
         loop.stop_admitting()
-        assert str(loop.rejection()) == loop.unready() == "the server is stopping; try another one"
+        assert str(loop.rejection()) == loop.unready() == "the server is shutting down; retry"
 
 
 # --- lists ------------------------------------------------------------------------------------------------------------

@@ -448,5 +448,5 @@ def test_array_reads_back_as_the_very_numbers_of_its_type(dtype: str) -> None:
     ],
 )
 def test_what_json_cannot_say_is_the_models_failure(value: Any) -> None:
-    with pytest.raises(ModelFailed, match="can't be said in JSON"):
+    with pytest.raises(ModelFailed, match="cannot be serialised to JSON"):
         replies.rendered(value)

@@ -108,7 +108,7 @@ def test_parameters_may_stand_beside_the_inputs_and_null_is_none() -> None:
 
 
 def test_parameter_that_says_two_things_is_rejected() -> None:
-    with pytest.raises(HTTPException, match='422: "top_k" is there twice'):
+    with pytest.raises(HTTPException, match='422: "top_k" is given both'):
         read_json('{"inputs": "a", "top_k": 1, "parameters": {"top_k": 2}}')
 
 

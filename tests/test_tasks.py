@@ -650,7 +650,7 @@ def test_text_of_too_many_windows_is_rejected_before_it_keeps_the_model(
 
 
 def test_slow_tokenizer_cuts_no_windows_and_says_so() -> None:
-    with pytest.raises(Unprocessable, match="a slow one"):
+    with pytest.raises(Unprocessable, match="no fast tokenizer"):
         SlowTokens(None).windows(64, 512, 17, "a text")
 
 

@@ -17,7 +17,7 @@ UnsupportedArchitecture       the packed encoder can't run this model: the stock
 import math
 
 TOO_SHORT = "the time left is shorter than the model takes; allow more time"
-STOPPING = "the server is stopping; try another one"
+STOPPING = "the server is shutting down; retry"
 LOADING = "the model is still loading"
 
 

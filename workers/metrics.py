@@ -48,7 +48,7 @@ class Metrics(Observer):
             "model_call_seconds", "Duration of a model call", buckets=SECONDS, registry=registry
         )
         self.batch_size = Histogram(
-            "model_batch_size", "Queries in a model call", buckets=SIZES, registry=registry
+            "model_batch_size", "Inputs in a model call", buckets=SIZES, registry=registry
         )
         self.batches = Counter(
             "model_batches", "Model calls by why the batch was dispatched", ["reason"], registry=registry
@@ -72,7 +72,7 @@ class Metrics(Observer):
         )
         self.restarts = Counter("model_process_restarts", "Model processes replaced", registry=registry)
         self.quarantined = Counter(
-            "model_quarantined", "Queries refused: the model's process died of them", registry=registry
+            "model_quarantined", "Inputs rejected because they crashed the model process", registry=registry
         )
 
     def watch(self, name: str, what: str, read: Callable[[], float], mode: Any = "livesum") -> None:

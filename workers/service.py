@@ -218,7 +218,7 @@ class Service:
         # With "dirty" the model is in Gunicorn's own pool, in none of these workers.
         instances = 0 if settings.OFFLOAD == "dirty" else settings.INSTANCES
         log.info(
-            "Worker %d, one of %d: %s of the model, %s each, %d MB",
+            "Ready: worker %d, one of %d: %s of the model, %s each, %d MB",
             os.getpid(),
             settings.WEB_CONCURRENCY,
             counted(instances, "instance"),

@@ -32,7 +32,7 @@ def switch(default: bool) -> Any:
 
 def at_least(least: int, default: int) -> Any:
     """Return a field for a whole number."""
-    return knob(default, f"a whole number from {least} to {MOST}", lambda value: least <= value <= MOST)
+    return knob(default, f"an integer of at least {least}", lambda value: least <= value <= MOST)
 
 
 def seconds(default: float) -> Any:
@@ -53,7 +53,7 @@ def one_of(*choices: str) -> Any:
 def secret() -> Any:
     """Return a field for a text that is shown nowhere."""
     allowed = {
-        "allowed": "keys with commas between, printable, without blanks",
+        "allowed": "comma-separated keys of printable ASCII without spaces",
         "is_allowed": partial(is_list_of, is_allowed=is_key),
         "is_secret": True,
     }
@@ -147,7 +147,7 @@ class Settings:
 
     # The queue and the batch
 
-    # opt-in: `make plan` tells whether it pays for your model
+    # maximum inputs per model call; 1: no batching. docs/tuning.md recommends 32
     BATCH_SIZE: int = at_least(1, 1)
     # maximum number of waiting jobs, of single requests and of lists each; the deadline bounds the wait
     MAX_QUEUE: int = at_least(1, 256)
@@ -199,7 +199,7 @@ class Settings:
 
     # Access
 
-    # one key or several, with commas between; empty: everybody is allowed
+    # comma-separated keys; empty: no authentication
     API_KEY: str = secret()
     # 1: /metrics needs no API_KEY
     METRICS_OPEN: bool = switch(False)

@@ -183,10 +183,10 @@ class Run:
             "requests": f"{len(self.outcomes):,}",
             **{status: ends[status] for status in shown},
             "other statuses": sum(n for name, n in ends.items() if name.isdigit() and name not in shown),
-            "the client left": ends[LEFT],
-            "nobody listened": self.unheard,
+            "client disconnected": ends[LEFT],
+            "not accepted": self.unheard,
             "lost": lost,
-            "mixed up": self.count("mixed up"),
+            "response to wrong request": self.count("mixed up"),
             "hung": self.count(HUNG, "late"),
             "longest outage": f"{self.outage_s():.1f} s",
             "answers/s before → after": f"{self.before_per_s:.0f} → {self.after_per_s:.0f}",
@@ -371,13 +371,13 @@ def report(runs: list[Run], seconds: float, seed: int) -> str:
     flipped = [{"": key, **{str(row["deployment"]): row[key] for row in rows}} for key in list(rows[0])[1:]]
     defects = [f"- {run.name}: {defect}" for run in runs for defect in run.defects]
     parts = [
-        "# Chaos",
+        "# Fault injection",
+        "With a stub model that sleeps 4 ms + 1 ms per text.",
         f"`CHAOS_S={seconds:g} python -m loadtests.chaos --seed {seed}`; {machine}.",
-        "Each request must end once, rightly and within its deadline, whatever happens: an answer to its own text, its own "
-        "error, or a rejection. 500 is right for a poison text, and for others only while a model process dies or the model "
-        "raises on everybody. Nobody listened: a connection that was made while the server was restarted, or had no "
-        "file descriptor left, and was never read from; over gRPC, which a fifth of the texts take, also a call that was not "
-        "yet taken up when a worker stopped. Starved: the recommended deployment with a model process, where "
+        "Every request must get exactly one correct response within its deadline, whatever happens: its own answer, its own "
+        "error, or a rejection. 500 is correct for a poison input, and for others only while a model process dies or the model "
+        "raises on every input. Not accepted: connections opened while the server was restarting or out of file descriptors; "
+        "over gRPC, which 20 % of the requests use, also calls not yet started when a worker stopped. Starved: the recommended deployment with a model process, where "
         "`/dev/shm` is read-only and the disk for temporary files has 1 MB.",
         markdown(flipped),
         "Faults:",

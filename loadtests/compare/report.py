@@ -38,7 +38,7 @@ KINDS = {
 }
 PREDICTED_SCENARIOS = ("own 50 %", "own 80 %", "own 2 x", "own 10 x")
 TABLES = {  # title: {column: (scenario, metric, digits)}
-    "CostModel": {
+    "Speed": {
         "capacity /s": ("capacity", "per_s", 0),
         "p50 ms at 80 %": ("own 80 %", "p50_ms", 0),
         "p99 ms at 80 %": ("own 80 %", "q99_ms", 0),
@@ -51,19 +51,19 @@ TABLES = {  # title: {column: (scenario, metric, digits)}
         "/health p99 ms at 80 %": ("own 80 %", "health_p99_ms", 0),
         "/health p99 ms at 2 x": ("own 2 x", "health_p99_ms", 0),
     },
-    "Price": {
+    "Cost": {
         "memory MB": ("capacity", "memory_mb", 0),
         "instances": ("start", "instances", 0),
         "CPU s / 1000": ("capacity", "cpu_s_per_1000", 1),
-        "first answer s": ("start", "first_answer_s", 1),
+        "cold start s": ("start", "first_answer_s", 1),
     },
 }
 PICTURES = {  # title: {file: what it shows}
-    "CostModel": {
+    "Speed": {
         "latency": "The 99th percentile of the latency against offered load",
         "distribution": "The latencies at 80 % of each mode's capacity",
     },
-    "Overload": {"overload": "Right answers in time at 2 and 10 times the capacity"},
+    "Overload": {"overload": "Goodput at 2 and 10 times the capacity, % of it"},
     "The planner": {"prediction": "The 99th percentile, predicted and measured"},
 }
 
@@ -122,7 +122,7 @@ def table(results: Results) -> str:
         rows = []
         for mode in results.modes:
             cells = {"mode": mode}
-            if title == "CostModel":
+            if title == "Speed":
                 cells["BATCH_SIZE"] = MODES[mode].env.get("BATCH_SIZE", BASE["BATCH_SIZE"])
             for column, (scenario, metric, digits) in columns.items():
                 cells[column] = cell(results, mode, scenario, metric, digits)
@@ -131,15 +131,15 @@ def table(results: Results) -> str:
     about = results.about
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return (
-        "# Every deployment mode, by the same load\n\n"
+        "# Every deployment mode, under the same load\n\n[Which number is which](../../docs/numbers.md).\n\n"
         + "\n".join(parts)
         + f"\nMedians of {results.rounds} rounds, with the least and greatest where they differ; "
-        f"{about['pinning']}. A client waits {about['limit_s']:g} s, hangs up after {about['timeout_s']:g} s, and counts a "
-        f"rejection as {about['limit_s']:g} s of waiting. Goodput: right answers within that time, a second, while the load "
-        "lasts. Recovery: none, where it is not within the run. Own loads are multiples of the mode's capacity, "
-        f"common ones of {about['common_per_s']:g} requests a second. "
-        f"No load is above {about['most_per_s']:g} a second, which is all that the generator sends on time: "
-        "the faster modes are asked for less than 10 times their capacity.\n"
+        f"{about['pinning']}. A client waits {about['limit_s']:g} s, disconnects after {about['timeout_s']:g} s, and counts a "
+        f"rejection as {about['limit_s']:g} s of waiting. Goodput: correct responses within that time, per second, while the load "
+        "lasts. Recovery: none, if it is not within the run. Own loads are multiples of the mode's capacity, "
+        f"common ones of {about['common_per_s']:g} requests/s. "
+        f"Loads are capped at {about['most_per_s']:,.0f} requests/s, the most that the generator can send on schedule: faster modes get "
+        "less than 10 times their capacity.\n"
         + (f"Failed and left out: {', '.join(about['failed'])}.\n" if about["failed"] else "")
         + f"{about['processor']}, {about['cores']} cores, {about['memory_gb']} GB, device {about['device']}, "
         f"{about['date']}; Python {about['python']}, {versions}.\n"
@@ -190,7 +190,7 @@ def prediction_table(results: Results) -> str:
     return (
         "\n## The planner\n\nIts prediction and its error: medians of the rounds (the error is the rounds' own, not that of the two "
         "medians beside it), and the error's least and greatest. In each round "
-        "it times the bare model on the server's core beside the visit, and is told when the requests came.\n\n"
+        "it times the plain model on the server's core beside the visit, and is told when the requests came.\n\n"
         f"{markdown(rows)}\n{pictures('The planner')}"
     )
 
@@ -232,7 +232,7 @@ def draw_latency(results: Results) -> Figure | None:
         return None
     figure, first = frame("", 1.2 + 3.0 * len(kinds))
     first.remove()
-    figure.suptitle("99 of 100 clients wait at most …", x=0.01, ha="left", fontsize=14, fontweight="bold")
+    figure.suptitle(latency_title(results), x=0.01, ha="left", fontsize=14, fontweight="bold")
     limit_ms = results.about["limit_s"] * 1000
     panels: list[Axes] = list(figure.subplots(len(kinds), sharex=True, sharey=True, squeeze=False)[:, 0])
     for axes, (kind, modes) in zip(panels, kinds.items(), strict=True):
@@ -241,7 +241,7 @@ def draw_latency(results: Results) -> Figure | None:
         for mode, color in zip(modes, (BLUE, RED, GREEN, PURPLE)):
             axes.plot(*zip(*points[mode], strict=True), "o-", color=color, markersize=5)
         axes.axhline(limit_ms, color=GREY, linewidth=1, linestyle=":")
-        axes.set(xscale="log", yscale="log", ylabel="ms", ylim=(None, limit_ms * 1.6))
+        axes.set(xscale="log", yscale="log", ylabel="p99 latency, ms", ylim=(None, limit_ms * 1.6))
         axes.set_title(kind, loc="left", fontsize=12)
         axes.grid(color="#dddddd", linewidth=0.6)
         plain_numbers(axes.xaxis, axes.yaxis)
@@ -253,39 +253,47 @@ def draw_latency(results: Results) -> Figure | None:
         ]
         write_names(axes, names, size=10.5)
     for axes in panels[-1:]:
-        axes.set_xlabel("requests per second: 50 %, 80 %, 2 x its own capacity")
+        axes.set_xlabel("offered load, requests/s: 50 %, 80 %, 2× of the mode's own capacity")
     return figure
 
 
+def latency_title(results: Results) -> str:
+    one, batches = (results.get(mode, "capacity", "per_s") for mode in ("thread", "batch"))
+    if math.isnan(one) or math.isnan(batches):
+        return "p99 latency against offered load"
+    return f"Batching moves saturation\nfrom about {one:.0f} to about {batches:.0f} requests/s"
+
+
+def prediction_title(results: Results, modes: list[str]) -> str:
+    pairs = [
+        (results.get(mode, "own 80 %", "predicted_p99_ms"), results.get(mode, "own 80 %", "p99_ms"))
+        for mode in modes
+    ]
+    close = sum(abs(predicted / measured - 1) <= 0.25 for predicted, measured in pairs)
+    return f"{close} of {len(modes)} p99 predictions at 80 % are within 25 %"
+
+
 def draw_overload(results: Results) -> Figure:
-    """What is left of a mode's capacity when it is asked for more."""
-    figure, axes = frame("Right answers in time when overloaded", 2.2 + 0.42 * len(results.modes))
-    rows = range(len(results.modes))
-    for (scenario, metric), label, marker, colour in (
-        (("own 2 x", "goodput_per_s"), "asked for 2 times the capacity", "o", "#0072B2"),
-        (
-            ("own 10 x", "goodput_per_s"),
-            f"10 times, at most {results.about['most_per_s']:g}/s",
-            "D",
-            "#D55E00",
-        ),
-        (("capacity", "per_s"), "capacity", "|", "#000000"),
-    ):
-        values = [results.get(mode, scenario, metric) for mode in results.modes]
-        axes.scatter(
-            values,
-            rows,
-            marker=marker,
-            s=80 if marker != "|" else 260,
-            color=colour,
-            label=label,
-            linewidth=2,
-            zorder=3,
-        )
+    """What is left of a mode's capacity at 2 and at 10 times the load, in % of it."""
+    loads = {
+        "own 2 x": ("at 2×", "o", BLUE),
+        "own 10 x": (f"at 10×, at most {results.about['most_per_s']:,.0f}/s", "D", RED),
+    }
+    shares = {
+        scenario: [100 * results.get(mode, scenario, "goodput_per_s") / results.get(mode, "capacity", "per_s") for mode in results.modes]
+        for scenario in loads
+    }  # fmt: skip
+    kept = sum(share >= 75 for share in shares["own 2 x"])
+    title = f"{kept} of {len(results.modes)} modes keep 75 % or more\nof their capacity at twice that load"
+    figure, axes = frame(title, 2.4 + 0.42 * len(results.modes))
+    for row, ends in enumerate(zip(*shares.values(), strict=True)):
+        axes.plot(ends, [row, row], color=FAINT, linewidth=2)
+    for scenario, (label, marker, colour) in loads.items():
+        axes.scatter(shares[scenario], range(len(results.modes)), marker=marker, s=70, color=colour, label=label, zorder=3)  # fmt: skip
     list_modes(axes, results.modes)
     axes.set_xlim(left=0)
-    axes.set_xlabel("right answers per second within the client's limit")
-    axes.legend(loc="lower right", frameon=False, fontsize=11)
+    axes.set_xlabel(f"goodput within {results.about['limit_s']:g} s, % of own capacity")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 0), frameon=False, fontsize=11)
     return figure
 
 
@@ -294,7 +302,12 @@ def draw_distribution(results: Results) -> Figure | None:
     modes = [mode for mode in results.modes if (mode, "own 80 %", "q50_ms") in results.medians]
     if not modes:
         return None
-    figure, axes = frame("Latency at 80 % of the mode's own capacity", 2.2 + 0.42 * len(modes))
+    modes.sort(key=lambda mode: results.get(mode, "own 80 %", "q50_ms"))
+    p99 = [results.get(mode, "own 80 %", "q99_ms") for mode in modes]
+    least, most = min(p99), max(p99)
+    figure, axes = frame(
+        f"At 80 % of its capacity every mode's p99\nis {least:.0f} to {most:.0f} ms", 2.2 + 0.42 * len(modes)
+    )
     for row, mode in enumerate(modes):
         q = {n: results.get(mode, "own 80 %", f"q{n}_ms") for n in (5, 25, 50, 75, 95, 99)}
         axes.plot([q[5], q[95]], [row, row], color="#56B4E9", linewidth=3, solid_capstyle="butt")
@@ -302,7 +315,7 @@ def draw_distribution(results: Results) -> Figure | None:
         axes.plot(q[50], row, "o", color="white", markersize=6, markeredgecolor="#000000")
         axes.plot(q[99], row, "D", color="#D55E00", markersize=6)
     list_modes(axes, modes)
-    axes.set(xscale="log", xlabel="ms; ○ median, thick: half, thin: 90 %, ◆ 99th percentile")
+    axes.set(xscale="log", xlabel="latency, ms: ○ median, thick 25 to 75 %, thin 5 to 95 %, ◆ p99")
     plain_numbers(axes.xaxis)
     return figure
 
@@ -312,7 +325,7 @@ def draw_prediction(results: Results) -> Figure | None:
     modes = [mode for mode in results.modes if not results.errors(mode, "own 80 %", "p99_ms").empty]
     if not modes:
         return None
-    figure, axes = frame("The planner's p99: on the line it was right", 7)
+    figure, axes = frame(prediction_title(results, modes), 7)
     names = []
     for scenario, color in (("own 50 %", SKY), ("own 80 %", BLUE)):
         predicted, measured = (

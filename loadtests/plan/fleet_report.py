@@ -135,18 +135,18 @@ def write(out: Path) -> None:
     fewest = [math.ceil(rate * 0.02) for rate in rates]
     text = [
         "# How many replicas, which balancer, where a retry storm begins\n",
-        "Simulated, not measured: `make plan FLEET=--report`. For your own load and model: "
+        "Simulated, not measured: `make plan FLEET=--report`, with fixed seeds. For your own load and model: "
         '`make plan FLEET="--rate 5000 --replica-ms 10+0.5n --batch 32"`.\n',
         "![Policies, replicas needed, retries, a day](fleet.png)\n",
         "## Which policy\n",
-        "p99 in ms of 20 replicas, by load; a text takes 20 ms on average, one in ten nine times as long as the others.\n",
+        "p99 in ms of 20 replicas, by load; a request takes 20 ms on average, one in ten nine times as long as the others.\n",
         markdown(
             [{"policy": p, **{f"{x:.0%}": ms for x, ms in zip(loads, p99[p], strict=True)}} for p in POLICIES]
         ),
-        "\nTake least connections. It is close to one queue for all, which no balancer before replicas can be. Two choices need no "
-        "common view and are next: with many balancers take those. Round robin is as good where all texts take the same time, and "
-        "the worst where they don't.\n",
-        "1,000 replicas (10 ms and 0.5 ms a text, batches of 32), a million requests a second, 81 % of what they can:\n",
+        "\nTake least connections: it is close to one shared queue, which no load balancer can be. Power of two choices needs no shared "
+        "state and comes second; use it with many load balancers. Round robin is as good if all requests take the same time, and the "
+        "worst if they don't.\n",
+        "1,000 replicas (10 ms per call and 0.5 ms per input, batches of 32), a million requests/s, 81 % of their capacity:\n",
         markdown(million()),
         "\n## How many\n",
         "99.9 % of the requests answered within 0.5 s, least connections:\n",
@@ -156,16 +156,16 @@ def write(out: Path) -> None:
                     "requests /s": f"{rate:g}",
                     "at least": str(least),
                     "needed": str(n),
-                    "busy": f"{rate * 0.02 / n:.0%}",
+                    "utilization": f"{rate * 0.02 / n:.0%}",
                 }
                 for rate, least, n in zip(rates, fewest, needed, strict=True)
             ]
         ),
-        "\nA small fleet needs spare replicas, a large one next to none. Add one that may die or restart.\n",
+        "\nA small fleet needs spare replicas, a large one next to none. Add one for restarts and failures.\n",
         "## When one dies\n",
         markdown(deaths()),
         "\n## Where a retry storm begins\n",
-        f"Right answers as a share of the capacity of 4 replicas of 20 ms; a no costs {REFUSAL_S * 1e3:g} ms of their core.\n",
+        f"Goodput as a share of the capacity of 4 replicas of 20 ms; a rejection costs {REFUSAL_S * 1e3:g} ms of their core.\n",
         markdown(
             [
                 {
@@ -177,22 +177,22 @@ def write(out: Path) -> None:
         ),
         storm_advice(times, goodput),
         "## A day\n",
-        "Between 5 and 35 requests a second of 100 ms each, twice as many for ten minutes at eleven. The autoscaler looks every 15 s "
-        "and takes away what was idle for 5 minutes.\n",
+        "Between 5 and 35 requests/s of 100 ms each, twice as many for ten minutes at eleven. The autoscaler looks every 15 s "
+        "and removes replicas that were idle for 5 minutes.\n",
         markdown(
             [
                 {
                     "cold start s": f"{cold_s:g}",
                     "headroom": f"{headroom:g}",
-                    "refused": f"{outcome.failed / outcome.offered:.2%}",
+                    "rejected": f"{outcome.failed / outcome.offered:.2%}",
                     "replica hours": replica_hours(outcome),
                     "most": str(max(n for _, n in outcome.replicas)),
                 }
                 for (cold_s, headroom), outcome in days.items()
             ]
         ),
-        "\nRefused is who comes while replicas start, and at night, when one is alone. Headroom must cover what the load can grow in one cold start; or make the "
-        "start shorter, which costs nothing all day.\n",
+        "\nRequests are rejected while replicas start, and at night when only one is running. Headroom must cover the growth of the load during one cold start; a "
+        "shorter start costs less.\n",
     ]
     (out / "fleet.md").write_text("\n".join(text))
 
@@ -207,18 +207,18 @@ def storm_advice(times: list[float], goodput: dict[str, list[float]]) -> str:
             next((x for x, share in zip(times, shares) if share < most), None) for most in (0.9, 0.5)
         )
         found = (
-            f"a tenth of the answers gone from {tenth:g} times the capacity on"
+            f"10 % of the goodput lost from {tenth:g}× the capacity on"
             if tenth
-            else "no tenth of the answers gone"
+            else "less than 10 % of the goodput lost"
         )
         lines.append(
-            f"- {name}: {found}, " + (f"half of them from {half:g} times on." if half else "and never half.")
+            f"- {name}: {found}, " + (f"half of it from {half:g}× on." if half else "and never half.")
         )
     return (
         "\n"
         + "\n".join(lines)
-        + "\n\nThe load that counts is offered, times 1 + retries, times what a no costs. Honest refusals keep the answers coming for long; what "
-        "kills a fleet is the retrying that nothing bounds. Follow Retry-After, or keep a budget. (The simulator is cautious: the server holds "
+        + "\n\nWhat matters is offered load × (1 + retries) × the cost of a rejection. Shedding load keeps goodput up for a long time; unbounded "
+        "retries are what collapse a fleet. Honour Retry-After or use a retry budget. (The simulation is pessimistic: the server holds "
         "each rejection for up to 0.1 s once there are more than 1,000 a second, which slows such clients down.)\n"
     )
 

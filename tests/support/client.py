@@ -108,7 +108,7 @@ def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
 
 def workers(server: Server) -> list[int]:
     """The ids of the processes that have said that they serve, in that order."""
-    return [int(pid) for pid in re.findall(r"Worker (\d+), one of", server.log())]
+    return [int(pid) for pid in re.findall(r"worker (\d+), one of", server.log())]
 
 
 class Crowd(ThreadPoolExecutor):

@@ -17,22 +17,22 @@ WHILE_A_WORKER_IS_FREE = "while a worker is free"
 # What the tests assert for every mode alike, then what differs: guarantee -> the modes that can't, and why.
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "answers are the plain pipeline's, raw and JSON": {},
-    "any task: an input's answer is its own, alone and in a batch": {},
+    "any task: results do not depend on the other inputs in the batch": {},
     "wrong input is rejected at once, in one JSON form": {},
     "a body far too large gets its 413": dict.fromkeys(
         ("asgi", "gthread-1x8", "sync-2"), "or a reset, if it goes on sending"
     ),
     "a stalled body gets 408, and 503 on SIGTERM": {"haproxy-2": "on SIGTERM a close"},
     "a poison input fails alone": {},
-    "a client that disconnects frees its place": {"sync-2": "it waits unseen in the accept backlog"},
-    "a killed model process costs its own batch": {"dirty": "and all until it is back"},
+    "a client that disconnects frees its place": {"sync-2": "it stays in the accept backlog"},
+    "a killed model process costs its own batch": {"dirty": "and all requests until it has restarted"},
     "keeps connections open": {"sync-2": "one request each"},
     "over-long headers are rejected in JSON": {
         "asgi": GUNICORNS_PAGE,
         "gthread-1x8": GUNICORNS_PAGE,
         "sync-2": GUNICORNS_PAGE,
     },
-    "a batch gathers all connections": {
+    "batches span all connections": {
         "uvicorn-2": ITS_SHARE,
         "dirty": ITS_SHARE,
         "gthread-1x8": ITS_THREADS,
@@ -40,18 +40,18 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "haproxy-2": ITS_REPLICAS,
     },
     "text that is generated streams, token by token": {"dirty": "generates no text"},
-    "too much work is rejected (503)": {"sync-2": "waits unseen in the accept backlog"},
+    "too much work is rejected (503)": {"sync-2": "stays in the accept backlog"},
     "/health answers while the model runs": {
         "gthread-1x8": WHILE_A_THREAD_IS_FREE,
         "sync-2": WHILE_A_WORKER_IS_FREE,
     },
     "SIGTERM lets admitted work finish": {"dirty": "500: its model ends first"},
-    "SIGTERM resets nobody": {"sync-2": "resets those in the accept backlog"},
-    "a dead worker is replaced": {"thread": "by your supervisor"},
-    "a wrong setting ends it with one sentence": {
-        "uvicorn-2": "and a traceback of Gunicorn's",
-        "sync-2": "and a traceback of Gunicorn's",
-        "dirty": "and a traceback of Gunicorn's",
+    "SIGTERM resets no connection": {"sync-2": "resets those in the accept backlog"},
+    "a dead worker is replaced": {"thread": "by your process manager"},
+    "an invalid setting stops the start with one line": {
+        "uvicorn-2": "and a Gunicorn traceback",
+        "sync-2": "and a Gunicorn traceback",
+        "dirty": "and a Gunicorn traceback",
     },
 }
 

@@ -135,7 +135,7 @@ def document(service: Service) -> dict[str, Any]:
     whole = {
         "openapi": "3.1.0",
         "info": {
-            "title": f"{settings.model_name}, behind one queue",
+            "title": settings.model_name,
             "version": workers.__version__,
             "description": f"Takes {said.takes}; gives {said.gives}. Every error is JSON and says what to do.",
         },

@@ -69,7 +69,9 @@ class InFlight:
             self.reading.pop(handler, None)
         if not body and b"upgrade" in headers:
             # uvicorn takes what comes after such headers as another protocol.
-            raise HTTPException(400, "the body got lost: send no Upgrade header (curl --http1.1)", CLOSE)
+            raise HTTPException(
+                400, "request body lost because of the Upgrade header; remove it (curl --http1.1)", CLOSE
+            )
         return bytes(body)
 
     def expect(self, media: tuple[str, ...]) -> None:

@@ -65,7 +65,7 @@ def parse(
     media_type = content_type.partition(";")[0].strip().lower()
     reject_encoded(context)
     if not body:
-        raise HTTPException(400, "the body is empty; send what the model should answer")
+        raise HTTPException(400, "the body is empty; send the input for the model")
     if media_type in NOT_GIVEN and body.lstrip()[:1] == b"{" and is_inputs(body):
         media_type = "application/json"
     if media and (media_type in NOT_GIVEN or media_type.startswith(media)):
@@ -83,7 +83,7 @@ def parse(
     if media_type == "application/json":
         return parse_json(text, max_inputs, is_one)
     if not text.strip():
-        raise HTTPException(400, "the text is empty; send one")
+        raise HTTPException(400, "the text is empty; send some text")
     return ParsedBody([text], {})
 
 
@@ -109,7 +109,7 @@ def text_of(body: bytes) -> str:
 def reject_encoded(context: RequestContext) -> None:
     """Raise HTTPException 415 if the body is compressed."""
     if context.headers.get(b"content-encoding", b"identity").lower() != b"identity":
-        raise HTTPException(415, "the body is encoded; send it without Content-Encoding")
+        raise HTTPException(415, "compressed bodies are not supported; send it without Content-Encoding")
 
 
 def charset_of(content_type: str) -> str:
@@ -154,7 +154,7 @@ def parse_json(text: str, max_inputs: int, is_one: IsOne = never) -> ParsedBody:
     if not isinstance(parameters, dict):
         raise HTTPException(400, '"parameters" must be an object, such as {"top_k": 3}; send one')
     if twice := sorted(content.keys() & parameters.keys()):
-        raise HTTPException(422, f'"{twice[0]}" is there twice; send it beside "inputs" or in "parameters"')
+        raise HTTPException(422, f'"{twice[0]}" is given both beside "inputs" and in "parameters"; use one')
     parameters = {name: value for name, value in (content | parameters).items() if value is not None}
     if not isinstance(inputs, list) or is_one(inputs):
         return ParsedBody([inputs], parameters)
@@ -166,7 +166,7 @@ def parse_json(text: str, max_inputs: int, is_one: IsOne = never) -> ParsedBody:
 def finite(number: str) -> float:
     """Return the number. Raises HTTPException for NaN and Infinity, which are not JSON, and 1e999, which would be one of them."""
     if not math.isfinite(value := float(number)):
-        raise HTTPException(400, f"{number[:20]} is not a finite number; send one")
+        raise HTTPException(400, f"{number[:20]} is not valid JSON; send a finite number")
     return value
 
 
@@ -174,7 +174,8 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of these fields. Raises HTTPException where one is there twice: a proxy may have read the other one."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise HTTPException(400, "a field of the JSON is there twice; send each once")
+        name = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise HTTPException(400, f'duplicate key "{name[:100]}" in the JSON object; send it once')
     return fields
 
 

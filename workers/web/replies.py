@@ -138,7 +138,7 @@ def rendered(content: Any) -> bytes:
                 return body
         return ENCODER.encode(content).encode()
     except Exception as exc:  # NaN, an object of its own, a text with half of a character
-        raise ModelFailed(f"the answer can't be said in JSON: {exc}") from exc
+        raise ModelFailed(f"the model's output cannot be serialised to JSON: {exc}") from exc
 
 
 def is_finite(content: Any) -> bool:

@@ -187,7 +187,7 @@ class SlowTokens(Tokens):
         return self(text, pair)
 
     def windows(self, most: int, length: int, stride: int, text: str, pair: str | None = None) -> list[Row]:
-        raise Unprocessable("this model's tokenizer is a slow one, which can't cut a text into windows")
+        raise Unprocessable("this model has no fast tokenizer, which is needed to split long texts")
 
     def __len__(self) -> int:
         return len(self.tokenizer)
