@@ -10,7 +10,10 @@ A task knows neither HTTP nor where it runs: its errors are sentences for the cl
 import base64
 import importlib
 import importlib.util
+import itertools
 import sys
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -69,7 +72,10 @@ class ModelInfo(NamedTuple):
 
 
 class Model(Protocol):
-    """A loaded instance of the model. It may have a `close()`, called in its own thread when the server stops."""
+    """A loaded instance of the model. It may have a `close()`, called in its own thread when the server stops.
+
+    With `shareable`, a call changes nothing of the model: several threads may call it at once.
+    """
 
     description: ModelInfo
 
@@ -148,7 +154,7 @@ def load(task: Task, settings: Settings, instance: int = 0, *, beside: int = 0) 
 
     `beside`: how many other instances in this process share its cores.
     """
-    model = task.load(instance)
+    model = load_or_share(task, settings, instance) if beside else task.load(instance)
     for batch in warm_up_batches(
         task, min(settings.BATCH_SIZE, getattr(model.description, "max_batch", MOST))
     ):
@@ -158,6 +164,44 @@ def load(task: Task, settings: Settings, instance: int = 0, *, beside: int = 0) 
     if settings.TORCH_THREADS or "torch" not in sys.modules:
         return model
     return AdaptiveThreads(model, Threads(settings.threads_per_instance, 1 + beside))
+
+
+class Shared:
+    """One of several instances that share a model, its weights included. The last one to close closes that."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.description = model, model.description
+        self.left = itertools.count(1)  # atomic
+        self.instances = 1
+
+    def __call__(self, contents: list[Any]) -> list[Any]:
+        return self.model(contents)
+
+    def close(self) -> None:
+        if next(self.left) == self.instances and callable(close := getattr(self.model, "close", None)):
+            close()
+
+
+LOADING = threading.Lock()
+SHARED: weakref.WeakKeyDictionary[Task, Shared] = weakref.WeakKeyDictionary()
+
+
+def load_or_share(task: Task, settings: Settings, instance: int) -> Model:
+    """Load an instance, or share the model of another one in this process: where that is on the CPU and says that it may be shared."""
+    with LOADING:
+        if task in SHARED:
+            if torch := sys.modules.get("torch"):
+                torch.set_num_threads(settings.threads_per_instance)  # of this thread
+            SHARED[task].instances += 1
+            return SHARED[task]
+        model = task.load(instance)
+        if not getattr(model, "shareable", False) or getattr(model.description, "device", "") not in (
+            "",
+            "cpu",
+        ):
+            return model
+        SHARED[task] = Shared(model)
+        return SHARED[task]
 
 
 def load_alone(settings: Settings, instance: int = 0) -> Model:

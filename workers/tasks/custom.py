@@ -52,6 +52,8 @@ class CustomModel(Protocol):
     media_type: ClassVar[str] = "application/octet-stream"
     # Whether an answer is a generator, whose items are sent as they come. Such inputs are answered one at a time.
     streams: ClassVar[bool] = False
+    # Whether several threads may call one instance at once: then INSTANCES=n in threads share it, and its weights.
+    shareable: ClassVar[bool] = False
 
     def __call__(self, inputs: list[Any]) -> list[Any]:
         """Return one answer per input: JSON's types, NumPy's or torch's numbers and arrays, pydantic models, bytes, PIL images.
@@ -164,6 +166,7 @@ class Own:
         self.deadline_s = deadline_s
         self.takes_contexts = takes_contexts(type(instance))
         self.streams: bool = getattr(instance, "streams", False)
+        self.shareable: bool = getattr(instance, "shareable", False)
         if self.streams:  # or the items of one would wait for those of all
             self.description = self.description._replace(max_batch=1)
         self.media_type: str | None = getattr(instance, "media_type", None)

@@ -70,6 +70,8 @@ class Batched(Stock):
     def __init__(self, task: Any, pipe: Any, probe: Sequence[Content]) -> None:
         super().__init__(task, pipe)
         self.is_chunked = is_chunk_pipeline(pipe)
+        # `generate` keeps state in the model.
+        self.shareable = not (pipe._pipeline_calls_generate and pipe.model.can_generate())
         self.front = copy.copy(pipe)
         if pipe.tokenizer is not None:
             self.front.tokenizer = Locked(pipe.tokenizer)

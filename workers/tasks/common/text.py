@@ -247,6 +247,7 @@ class TextModel:
     """
 
     per_text = False
+    shareable = True  # the encoder's passes change nothing of the model
 
     def __init__(self, task: TextTask, pipe: Any) -> None:
         from workers.tasks.common.encoder import Encoder  # torch takes seconds: not at import
