@@ -32,8 +32,9 @@ bench: $(VENV)/dev models/chat/config.json  ## measure the overhead of the serve
 	$(BIN)/python -m loadtests.bench.threads $(BENCH)
 	$(BIN)/python -m loadtests.bench.generation $(BENCH)
 
-chaos: $(VENV)/dev  ## fault injection around the real server; CHAOS_S=3600 for an hour, SEED=1 for another one
+chaos: $(VENV)/dev models/chat/config.json  ## fault injection around the real server; CHAOS_S=3600 for an hour, SEED=1 for another one
 	$(BIN)/python -m loadtests.chaos $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m loadtests.chaos.texts $(if $(SEED),--seed $(SEED))
 
 compare: $(VENV)/dev  ## every deployment mode through the same scenarios, most of an hour; COMPARE="--quick --modes thread sync-2"
 	$(BIN)/python -m loadtests.compare $(COMPARE)

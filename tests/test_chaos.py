@@ -6,6 +6,7 @@ import random
 import struct
 from collections.abc import AsyncIterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ from loadtests.chaos.clients import KINDS, NOBODY, SLACK_S, Outcome, asked, good
 from loadtests.chaos.faults import Fault, nothing
 from loadtests.chaos.grpc_clients import MODEL, by_call, by_stream, over_grpc
 from loadtests.chaos.run import DEPLOYMENTS, Census, Run, Storm, Window, possible, report
+from loadtests.chaos.texts import storm
 
 CHANCE = random.Random(0)
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s"
@@ -152,3 +154,12 @@ def test_short_storm_finds_nothing() -> None:
     run = asyncio.run(Storm(name, seconds=12, seed=1).weather())
     assert run.defects == []
     assert len(run.outcomes) > 500 and len(run.windows) > 3
+
+
+@pytest.mark.slow
+def test_texts_of_a_storm_are_right_and_the_servers_counts_are_the_clients(tmp_path: Path) -> None:
+    from tests.support.small_language_models import save
+
+    texts = storm(save(tmp_path, max_position_embeddings=2048), seconds=15, seed=1)
+    assert texts.defects == []
+    assert texts.whole > 20 and any(end == "left" for _, end in texts.ends)
