@@ -408,62 +408,20 @@ guess_ms = {"inline": 0.1, "thread": 1.0, "process": 1.0}
 # themselves: a helper, thread or process, only sends back what it gets.
 
 # %%
-import asyncio
-import queue
-import socket
-import subprocess
+from support.l02_handover import by_socket, by_thread, median_ms
 
-from workers.isolation.process import Process, packed, unpacked
-
-eight = [TEXT] * 8
-there, loop = queue.SimpleQueue(), asyncio.get_running_loop()
-ours, theirs = socket.socketpair()
-
-
-def send_back():
-    for future, sent in iter(there.get, None):
-        loop.call_soon_threadsafe(future.set_result, sent)
-
-
-threading.Thread(target=send_back, daemon=True).start()
-parrot = "import socket, sys\ns = socket.socket(fileno=int(sys.argv[1]))\nwhile data := s.recv(65536): s.sendall(data)"
-command = [sys.executable, "-c", parrot, str(theirs.fileno())]
-child = subprocess.Popen(command, pass_fds=[theirs.fileno()])
-theirs.close()
-reader, writer = await asyncio.open_connection(sock=ours)
-
-
-async def by_thread():
-    future = loop.create_future()
-    there.put((future, eight))
-    await future
-
-
-async def by_socket():
-    writer.write(packed(eight))
-    await unpacked(reader)
-
-
-async def median_ms(call):
-    took = []
-    for _ in range(quick(200, 2000)):
-        began = time.perf_counter()
-        await call()
-        took.append(time.perf_counter() - began)
-    return float(np.median(took)) * 1000
-
-
-parts = {call.__name__: await median_ms(call) for call in (by_thread, by_socket)}
-there.put(None)
-writer.close()
-await writer.wait_closed()
-child.wait(5)
-formula_ms = {"inline": 0.001, "thread": parts["by_thread"], "process": parts["by_socket"]}
+eight, times = [TEXT] * 8, quick(200, 2000)
+formula_ms = {
+    "inline": 0.001,
+    "thread": await by_thread(eight, times),
+    "process": await by_socket(eight, times),
+}
 
 # %%
 from functools import partial
 
 from workers import tasks
+from workers.isolation.process import Process
 from workers.metrics import Metrics
 from workers.settings import Settings
 
@@ -478,7 +436,7 @@ places = {
 async def cost_ms(place):
     """The median time that a call spends outside the model."""
     await place.start()
-    found = await median_ms(lambda: place.run(eight))
+    found = await median_ms(lambda: place.run(eight), times)
     place.stop()
     return found
 

@@ -664,7 +664,7 @@ stop()
 # %%
 from dataclasses import replace
 
-from workers import errors, offload, tasks
+from workers import errors, tasks
 from workers.settings import Settings
 
 settings = replace(Settings(), TORCH_THREADS=1, BATCH_SIZE=8, FAST=False)
@@ -691,39 +691,15 @@ guess_times = 2.0  # times as long
 # n$. So the time grows from $a + 8b$ to $(a + 8b) + 8\,(a + b)$.
 
 # %%
-import functools
-
+from support import l05_poison
 from workers.errors import ModelFailed
 
-copy = offload.Thread(functools.partial(tasks.load_alone, settings))
-await copy.start()
-calls = []
-
-
-async def timed(contents):
-    """The model; notes how many texts each call had, and how long it took."""
-    began = time.perf_counter()
-    try:
-        return await copy.run(contents)
-    finally:
-        calls.append((len(contents), (time.perf_counter() - began) * 1000))
-
-
-async def batch_of(contents):
-    """What becomes of these in one batch, and the calls that it took."""
-    import asyncio
-
-    calls.clear()
-    loop = ModelLoop(batch_size=8)
-    consumer = asyncio.create_task(loop.consume(timed))
-    fates = await asyncio.gather(*(loop.submit(one) for one in contents), return_exceptions=True)
-    consumer.cancel()
-    return fates, list(calls)
-
-
+watched = l05_poison.Watched(settings)
+await watched.place.start()
 bad = good._replace(inputs="no mask here")
 rounds = [
-    (await batch_of([good] * 8), await batch_of([good] * 3 + [bad] + [good] * 4)) for _ in range(quick(2, 6))
+    (await watched.batch_of([good] * 8), await watched.batch_of([good] * 3 + [bad] + [good] * 4))
+    for _ in range(quick(2, 6))
 ]
 fates, poisoned_calls = rounds[-1][1]
 clean_ms = float(np.median([sum(ms for _, ms in clean[1]) for clean, _ in rounds]))
@@ -732,7 +708,7 @@ failed_ms = float(np.median([poisoned[1][0][1] for _, poisoned in rounds]))
 alone_ms = float(
     np.median([ms for _, poisoned in rounds for i, (_, ms) in enumerate(poisoned[1]) if i not in (0, 4)])
 )
-copy.stop()
+watched.place.stop()
 
 # %%
 expected_times = (clean_ms + 8 * alone_ms) / clean_ms

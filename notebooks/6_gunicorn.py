@@ -12,15 +12,13 @@
 # It takes about 3.5 minutes (the quick form one), two cores and 5 GB of memory. [What all lessons need](README.md).
 
 # %%
-from lesson import BLUE, CLIENT_CORES, CORES, GREY, ORANGE, PURPLE, SERVER_CORES, TEXT, ask, ask_together
-from lesson import bars, claim, compare, counters, dots, guessed, holds, line, load, picture, quick, said
-from lesson import score, serve, serve_all, stop, table, tell, way
+from lesson import BLUE, CORES, GREY, ORANGE, PURPLE, SERVER_CORES, TEXT, ask, ask_together, bars, claim
+from lesson import compare, dots, guessed, holds, line, load, picture, quick, said, score, serve, serve_all
+from lesson import stop, table, tell, way
 
 import math
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
@@ -201,73 +199,16 @@ tell(f"A waiting thread took {thread_mb * 1000:.0f} kB here. 1,000 of them: {thr
 # somebody asks for `/health`.
 
 # %%
-import asyncio
+from support import l06_crowd
 
-import uvloop
-from loadtests.load.raw_client import Crowd
-
-CROWD, WARM_S = 1000, quick(1.0, 2.0)
-
-
-def crowd_at(server, seconds):
-    """Many clients who ask again and again, all from the clients' core; the first WARM_S seconds don't count."""
-
-    def work():
-        os.sched_setaffinity(0, CLIENT_CORES)  # of this thread only
-        crowd = Crowd(server.url, [TEXT], limit_s=WARM_S)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(crowd.run(seconds + WARM_S, lambda: asyncio.create_task(crowd.insist(CROWD, 1.0))))
-        return crowd
-
-    with ThreadPoolExecutor(1) as pool:
-        working = pool.submit(work)
-        time.sleep(WARM_S)
-        crowd_there = sum(
-            one.status == "ESTABLISHED"
-            for process in server.processes()
-            for one in process.net_connections("tcp")
-        )
-        return working.result(), crowd_there - 1  # one asks for /health
-
-
-def wakings(server):
-    """How often its threads have gone to sleep or lost their core, all together."""
-    tasks = [path for one in server.processes() for path in Path(f"/proc/{one.pid}/task").glob("*/status")]
-    lines = [line for path in tasks for line in path.read_text().splitlines() if "ctxt_switches" in line]
-    return sum(int(line.split()[1]) for line in lines)
-
-
+CROWD = 1000
 patient = {"BATCH_SIZE": 64, "MAX_QUEUE": 4000, "QUEUE_TARGET_S": 0, "DEADLINE_S": 30}
 threads_1024 = Mode(
     "1,024 threads",
     "gunicorn -c workers/gunicorn/gthread.conf.py --threads 1024 --worker-connections 4000",
 )
 event_loop = Mode("an event loop", "gunicorn -c workers/gunicorn/uvicorn.conf.py --workers 1")
-crowds = []
-for mode in (threads_1024, event_loop):
-    began = time.perf_counter()
-    server = serve(mode, **(SLEEPS | patient))
-    start_s, small_mb = time.perf_counter() - began, server.memory_mb()
-    before, before_switches, before_s = counters(server), wakings(server), server.cpu_s()
-    crowd, there = crowd_at(server, quick(1.5, 4))
-    switches, used_s, after = wakings(server) - before_switches, server.cpu_s() - before_s, counters(server)
-    calls = after["model_call_seconds_count"] - before["model_call_seconds_count"]
-    crowds.append(
-        {
-            "who waits": mode.name,
-            "clients connected when counting began": there,
-            "ready after, s": f"{start_s:.1f}",
-            "texts in a batch, mean": f"{(after['model_batch_size_sum'] - before['model_batch_size_sum']) / calls:.0f}",
-            "answers/s": (crowd.right + crowd.other) / crowd.seconds,
-            "switches of threads for an answer": switches
-            / (after["model_queue_wait_seconds_count"] - before["model_queue_wait_seconds_count"]),
-            "of a core in use, %": 100 * used_s / (crowd.seconds + crowd.limit_s),
-            "/health, median ms": float(np.median(crowd.health_s)) * 1000 if crowd.health_s else math.inf,
-            "MB more than before the crowd": server.memory_mb() - small_mb,
-            "threads": max(process.num_threads() for process in server.processes()),
-        }
-    )
-    stop(server)
+crowds = [l06_crowd.measure(mode, CROWD, **(SLEEPS | patient)) for mode in (threads_1024, event_loop)]
 with_threads, with_loop = crowds
 
 
@@ -411,6 +352,8 @@ guess_more = 1.5  # times the texts/s
 # compared with like: `sync` workers run one text at a time, the event loops all run batches.
 
 # %%
+from support import l06_workers
+
 cores = len(CORES)
 rule = quick(cores + 1, 2 * cores + 1)
 which_model = quick(SLEEPS, {})
@@ -424,50 +367,13 @@ def start(kind, k, batch_size):
     return serve(mode, cores=None, **(which_model | {"BATCH_SIZE": batch_size}))
 
 
-def saturate(server):
-    """Its memory, process by process, and its texts per second with 32 users."""
-    # Several times: which worker a connection falls to is luck.
-    runs = [
-        load(server, "closed", users=USERS, duration_s=quick(0.7, 2.5), limit_s=20)
-        for _ in range(quick(1, 2))
-    ]
-    sizes = [process.memory_full_info().pss / 1e6 for process in server.processes()]
-    return {
-        "MB": sum(sizes),
-        "each": [f"{mb:.0f}" for mb in sizes if mb > 5],
-        "per_s": float(np.mean([generator.throughput_per_s(df, quick(0.2, 0.5)) for df in runs])),
-        "batch": float(np.mean([df.batch_size.count() / (1 / df.batch_size).sum() for df in runs])),
-    }
-
-
-def dealt(server, times=6):
-    """How 32 connections that come at once fall to its workers, again and again."""
-    import socket
-
-    found = []
-    for _ in range(times):
-        connections = [
-            socket.create_connection(("127.0.0.1", int(server.url.split(":")[2][:-1]))) for _ in range(USERS)
-        ]
-        time.sleep(0.2)
-        each = [
-            sum(one.status == "ESTABLISHED" for one in process.net_connections("tcp"))
-            for process in psutil.Process(server.process.pid).children()
-        ]
-        for connection in connections:
-            connection.close()
-        time.sleep(0.1)
-        found.append(sorted(each))
-    return found
-
-
 numbers = sorted({1, cores, rule})
 found = {}
 for kind, k, batch_size in [("sync", k, 1) for k in numbers[1:]] + [("uvicorn", k, 32) for k in numbers]:
     server = start(kind, k, batch_size)
-    found[kind, k] = saturate(server)
+    found[kind, k] = l06_workers.saturate(server, USERS)
     if (kind, k) == ("uvicorn", cores):
-        shares = dealt(server)
+        shares = l06_workers.dealt(server, USERS)
     stop(server)
 names = {
     ("sync", cores): f"sync × {cores}",
@@ -477,7 +383,7 @@ names = {
 if quick(False, True):
     for name, label in (("gthread-1x8", "gthread, 8 threads"), ("instances-2", "event loop, 2 copies")):
         server = serve(MODES[name], cores=None, BATCH_SIZE=32)
-        found[name], names[name] = saturate(server), label
+        found[name], names[name] = l06_workers.saturate(server, USERS), label
         stop(server)
 
 # %%

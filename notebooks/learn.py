@@ -12,6 +12,10 @@ import nbformat
 import run
 
 COPIES = run.HERE / "learn"
+FIRST = """import sys
+
+sys.path.insert(0, "..")  # this copy lies in notebooks/learn: keep it there
+"""
 GUESS = re.compile(r"^((?:guess_\w+, )*guess(?:_\w+)?) = (.+?)(  #.*)?$", re.MULTILINE)
 
 
@@ -36,9 +40,10 @@ def copy(numbers: list[str]) -> list[str]:
         names.append(path.name)
         if not path.exists():
             notebook = run.read(script)
-            for cell in notebook.cells:
-                if cell.cell_type == "code":
-                    cell.source = unset(cell.source)
+            code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+            for cell in code:
+                cell.source = unset(cell.source)
+            code[0].source = FIRST + code[0].source
             nbformat.write(notebook, path)
     return names
 

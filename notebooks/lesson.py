@@ -38,6 +38,11 @@ if sys.platform != "linux":
         "The lessons need Linux: they pin servers to cores and read /proc. Elsewhere: in a container."
     )
 
+if not Path(sys.executable).with_name("uvicorn").exists():
+    raise RuntimeError(
+        "This kernel's Python does not have the project's packages. Run `make learn`, or choose the kernel .venv/bin/python."
+    )
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the project, from which the lessons import
 warnings.filterwarnings("ignore", message="IProgress")  # we show no progress bars

@@ -169,6 +169,7 @@ def test_learners_copy_has_no_outputs_and_no_guess_is_made(
     ]
     assert guesses and all(re.search(r"= \.\.\.(, \.\.\.)*($|  #)", line) for line in guesses)
     assert not any(cell.get("outputs") for cell in cells)
+    assert 'sys.path.insert(0, "..")' in next(cell.source for cell in cells if cell.cell_type == "code")
 
 
 def test_cell_that_needs_a_guess_does_not_run_and_says_so_in_one_line(
