@@ -522,7 +522,7 @@ guess_two_per_s = 120
 
 # %% [markdown]
 # **Prediction.** One replica answers a text every 20 ms, so 50 a second. Two answer twice as many, and the balancer adds little.
-# `loadtests/plan/fleet.py` simulates it, with each replica's queue and what it refuses.
+# `loadtests/plan/fleet.py` simulates it, with each replica's queue and what it rejects.
 
 # %%
 import shutil
@@ -648,7 +648,7 @@ if HAPROXY:
     )
 
 # %% [markdown]
-# Nobody is lost, but some are refused, because one replica can't do the work of two. Two that are left could have done it:
+# Nobody is lost, but some are rejected, because one replica can't do the work of two. Two that are left could have done it:
 # keep **one to spare**. The refusals begin a little after the kill, because a short queue is allowed to fill first.
 #
 # ## How fast it grows
@@ -837,7 +837,7 @@ holds(importing_s > 0.5 * sum_s, "most of a cold start is importing")
 # 1. Ask what share of the time a part has before you replace it: a protocol, a layer, an import. It can save no more than that.
 # 2. Choose by limits that you know and by numbers that you can measure again. Points and weights are opinions.
 # 3. A lost replica and a new one cost one cold start. An autoscaler costs more: Ray's second replica came after **12 s**, and a
-#    cold start of its model takes about a second. Keep one to spare; refuse at once until then.
+#    cold start of its model takes about a second. Keep one to spare; reject at once until then.
 #
 # Next: [Lesson 11](11_token_by_token.ipynb), for models that write. All the claims and their verdicts are in the [ledger](claims.md); the words are in the
 # [glossary](glossary.md). To put your own model behind all this, go back to the [README](../README.md#deployments).

@@ -468,7 +468,7 @@ stop(broken, repaired)
 # %% [markdown]
 # ## Load once: what a copy costs
 #
-# Why one model for everybody? A copy takes memory. Instances can live in threads of one process, or each in a process of its
+# Why one model foreverybody? A copy takes memory. Instances can live in threads of one process, or each in a process of its
 # own. **How many MB does each further copy take?**
 #
 # *Memory* means the same in all lessons (`server.memory_mb()`): what all processes of the server hold. A page that several
@@ -674,7 +674,7 @@ checks.exercise_1_1(longest_queue)
 
 
 # %% [markdown]
-# **★★** Repair `serve_one_batch`: no text lost, five words for everybody, at most `most` texts in a batch, and no
+# **★★** Repair `serve_one_batch`: no text lost, five words foreverybody, at most `most` texts in a batch, and no
 # waiting for texts that have not come.
 
 
@@ -729,7 +729,7 @@ labs.lab_1(max_queue)
 #
 # <details><summary>Answers</summary>
 #
-# 1. Without one the last waits for everybody, and nobody is told. A bound turns endless waiting into a quick rejection.
+# 1. Without one the last waits foreverybody, and nobody is told. A bound turns endless waiting into a quick rejection.
 # 2. The model's task never pauses while there is work, so the event loop doesn't run and sends nothing until the queue is
 #    empty.
 # 3. The same thread computes the model and serves all connections.

@@ -315,7 +315,7 @@ claim(
 # better: beside torch it is as short as beside nobody, beside a Python loop it is the switch interval and a tick.
 #
 # So a thread is enough for a model. But *the tokenizer's Python part, JSON, a regular expression* hold the lock. That is
-# why the server refuses texts that are too large before it touches them.
+# why the server rejects texts that are too large before it touches them.
 
 # %% [markdown]
 # ## A crash contained

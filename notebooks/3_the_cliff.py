@@ -606,7 +606,7 @@ claim(
 # Solutions are in `notebooks/solutions/`.
 #
 # **★** Write M/D/1 as a function of the arrival rate and the time of a call: the mean time from arrival to answer. Where
-# the queue grows for ever return `math.inf`.
+# the queue grows forever return `math.inf`.
 
 
 # %%

@@ -4,7 +4,7 @@
 # Twice as many people want an answer as you can give. Half of them will get none. You choose which half, and when they
 # hear of it. You even choose whether the other half gets anything.
 #
-# **Question: when should a server refuse?**
+# **Question: when should a server reject?**
 #
 # Afterwards you can choose a bound, a deadline and a queue target for your own model, and say what your users will see.
 #
@@ -256,7 +256,7 @@ guess_share = 0.75  # of the texts, with a bound of 25; all is 1
 #
 # And a queue that stays? The server's rule: it has not been empty for two targets, a whole second. At twice the load
 # the wait has then grown to a second, too. Now the door lets in nobody until the wait has fallen to the target. It
-# falls by one second a second. So a text that comes between 1.0 s and 1.5 s is refused, and whoever is let in later waits half
+# falls by one second a second. So a text that comes between 1.0 s and 1.5 s is rejected, and whoever is let in later waits half
 # a second.
 
 # %%
@@ -362,7 +362,7 @@ plt.show()
 # frees their places, so its queue stays as long as their patience: it works to the end, and always too late.
 #
 # The careful one gives answers at its full speed all the time. (The picture goes by the time of arrival: all of the first second
-# are let in, so most of the next are refused.) Here is how long its clients wait:
+# are let in, so most of the next are rejected.) Here is how long its clients wait:
 
 # %%
 answered = model["careful"][model["careful"].outcome == "200"]
@@ -478,14 +478,14 @@ way(
 # %% [markdown]
 # Twice the capacity again, now from strangers. Each comes with a connection of its own, and leaves after some seconds
 # (`PATIENCE_S`, below). Ten times a second somebody else asks for `/health`. **Your guess:** what share of the
-# strangers gets a quick rejection, a 503? A good server would refuse about half of them.
+# strangers gets a quick rejection, a 503? A good server would reject about half of them.
 
 # %%
 guess_refused = 0.25  # of all strangers
 
 # %% [markdown]
 # **Prediction.** This loop takes in one new connection, calls the model for 20 ms, takes in the next (lesson 1, bug 3).
-# So it never finds a queue, and the door has nothing to refuse. The queue is elsewhere: in the kernel, where new
+# So it never finds a queue, and the door has nothing to reject. The queue is elsewhere: in the kernel, where new
 # connections wait until somebody accepts them. No rule of ours sees it. It grows as if there were no rule at all: who
 # comes at $t$ waits $(\rho-1)\,t$. Whoever asks for `/health` stands in the same line.
 
@@ -558,7 +558,7 @@ tell(f"You guessed that {guess_refused:.0%} are refused.")
 # %% [markdown]
 # The last column is the proof. There is the queue that no rule of ours can see.
 #
-# The blocked server may answer more of them than the careful one, because it refuses nobody; but many of these answers come too
+# The blocked server may answer more of them than the careful one, because it rejects nobody; but many of these answers come too
 # late. *Where the formula fails:* it is for new connections. Over connections that stay open the door would find a queue (not
 # measured here).
 

@@ -159,7 +159,7 @@ table(
 # **Forward**: the encoder's layers. **Head**: what turns their result into scores. **Answer**: the scores become labels and
 # words. **Serialise**: all that becomes JSON.
 #
-# Take 32 short sentences. The same encoder reads them for every task. Filling a mask has the largest head: it gives a score for
+# Take 32 short sentences. The same encoder reads them forevery task. Filling a mask has the largest head: it gives a score for
 # each of 30,522 words, at each token. What share of the call do you think that head takes?
 
 # %%
@@ -644,7 +644,7 @@ checks.exercise_7_1(reply_mb)
 
 # %% [markdown]
 # **★★** Write the class for a model that counts the words of a text. `__call__(self, inputs)` answers a whole batch.
-# `check(self, inputs, parameters)` refuses what is no text, and a text without a word, with a ValueError. Its sentence says what
+# `check(self, inputs, parameters)` rejects what is not a text, and a text without a word, with a ValueError. Its sentence says what
 # to send.
 
 

@@ -395,7 +395,7 @@ way(
 #
 # All replies come out of one queue. `predict` takes the next one. If it is somebody else's, `predict` throws it away and waits
 # on. Two callers ask one text after the other, up to 100 each. The texts take random times. How many right answers do the
-# two get together, before both wait for ever?
+# two get together, before both wait forever?
 
 # %%
 guess_answers = 100  # of 200
@@ -452,7 +452,7 @@ tell(
 # (Two hundred trials leave the mean uncertain by a tenth.) Why does nobody notice the mistake? The author tested it with one caller, or with the same text again and again. Even there a
 # hiccup of the machine, half a call long, is enough to change the order.
 #
-# Its older version has no numbers at all: `predict` returns whatever comes. Then nobody waits for ever. **What do you
+# Its older version has no numbers at all: `predict` returns whatever comes. Then nobody waits forever. **What do you
 # think**: of 100 answers, how many belong to somebody else's text?
 
 # %%
