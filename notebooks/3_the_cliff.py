@@ -286,7 +286,7 @@ with picture("The same cliff over HTTP", "utilisation ρ", "mean wait, calls", y
     ax.plot(clean, [hours[rho].mean() for rho in clean], "o", color=GREY, fillstyle="none", label="_")
     dots(ax, rhos, waits)
     guessed(ax, 0.95, guess_wait)
-    ax.set_xlim(0, 1.03 * max(1, *rhos))
+    ax.set_xlim(0, 1.03 * min(1.3, max(1, *rhos)))
 
 # %% [markdown]
 # Hollow dots are the hour from above, filled ones are measured. Of simulated runs as short as ours, nine in ten lie in the grey area.

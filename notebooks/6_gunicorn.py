@@ -14,7 +14,7 @@
 # %%
 from lesson import BLUE, CORES, GREY, ORANGE, PURPLE, SERVER_CORES, TEXT, ask, ask_together, bars, claim
 from lesson import compare, dots, guessed, holds, line, load, picture, quick, said, score, serve, serve_all
-from lesson import stop, table, tell, way
+from lesson import stop, table, tell, way, whose
 
 import math
 import time
@@ -708,7 +708,7 @@ with picture("One core in Python is far from 100,000", "requests per second", ""
     dots(ax, list(rates.values()), range(3), "_")
     ax.text(list(rates.values())[2] + 2500, 2, "measured", color=BLUE, va="center")
     guessed(ax, [guess_bare, guess_instant], [0, 1], "_")
-    ax.text(guess_instant + 2500, 1, "your guess", color=PURPLE, va="center")
+    ax.text(guess_instant + 2500, 1, whose("your guess"), color=PURPLE, va="center")
     ax.axvline(100_000, color=GREY, linestyle=":")
     ax.text(98_000, 1.5, "the claim", rotation=90, ha="right", va="center", color=GREY)
     ax.set_yticks(range(3), rates)
