@@ -384,40 +384,19 @@ K = 4
 stock, tokenizer = first.stock(), tokens.tokenizer()
 fresh = tokenizer("Once upon a time there was")["input_ids"] if tokenizer else tokens.prompt(7)
 longer = tokens.step_ms(model, tokens.reading(K + 1), 9) / tokens.step_ms(model, tokens.reading(1), 9)
+drafts = {
+    kind: first.with_drafts(stock, text, K, quick(24, 48))
+    for kind, text in (("repeats itself", tokens.prompt(60) * 3), ("is new", fresh))
+}
 
-
-def with_drafts(text):
-    """How often a draft is right; tokens per step and the gain, predicted and measured; whether the text is the same."""
-    plain = first.write(stock, text, quick(24, 48))
-    drafted = first.write(stock, text, len(plain.ids), drafted=K)
-    p = first.draft_is_right(text, plain.ids)
-    per_step = (1 - p ** (K + 1)) / (1 - p) if p < 1 else K + 1
-    return (
-        p,
-        (per_step, plain.steps / drafted.steps),
-        (per_step / longer, plain.seconds / drafted.seconds),
-        plain.ids == drafted.ids,
-    )
-
-
-drafts = {"repeats itself": with_drafts(tokens.prompt(60) * 3), "is new": with_drafts(fresh)}
-table(
-    [
-        {
-            "the text": kind,
-            "p": f"{p:.2f}",
-            "tokens per step, formula": f"{per_step[0]:.1f}",
-            "measured": f"{per_step[1]:.1f}",
-            "times as fast, formula": f"{gain[0]:.1f}",
-            "gain, measured": f"{gain[1]:.1f}",
-        }
-        for kind, (p, per_step, gain, _) in drafts.items()
-    ]
+# %%
+table({"the text": kind} | draft.row(longer) for kind, draft in drafts.items())
+repeated, new = drafts.values()
+compare(
+    "times as fast", guess=guess_speedup, formula=repeated.predicted_per_step / longer, measured=repeated.gain
 )
-p, per_step, gain, is_same = drafts["repeats itself"]
-compare("times as fast", guess=guess_speedup, formula=gain[0], measured=gain[1])
 said(
-    is_same and drafts["is new"][-1],
+    repeated.is_same and new.is_same,
     f"The text is the same, token by token. A step of {K + 1} tokens takes {longer:.2f} times as long as one of 1.",
 )
 
@@ -428,13 +407,13 @@ with picture("A draft pays where it is right", "p, a drafted token is right", "t
         gains = sum(chances**i for i in range(k + 1)) / (1 + k * (longer - 1) / K)
         line(ax, chances, gains, f"k = {k}", color)
     ax.axhline(1, color="#999999", linestyle=":")
-    dots(ax, [one[0] for one in drafts.values()], [one[2][1] for one in drafts.values()], None, "black")
-    guessed(ax, p, guess_speedup, None)
+    dots(ax, [repeated.p, new.p], [repeated.gain, new.gain], None, "black")
+    guessed(ax, repeated.p, guess_speedup, None)
 claim(
     "Speculative decoding is 2–3 × faster",
     who="look-up drafts of four tokens, one reader, Transformers' generate; a text that repeats itself and a new one",
-    number=f"{gain[1]:.1f} times as fast where the text repeats itself (p = {p:.2f}), {drafts['is new'][2][1]:.1f} times where it is new"
-    f" (p = {drafts['is new'][0]:.2f})",
+    number=f"{repeated.gain:.1f} times as fast where the text repeats itself (p = {repeated.p:.2f}), {new.gain:.1f} times where it is new"
+    f" (p = {new.p:.2f})",
     verdict="depends on p, and on whether the processor has time to spare: in a full batch the drafts cost in full",
 )
 
@@ -537,7 +516,7 @@ assert by_chunk[16][0] < by_chunk[400][0] and by_chunk[16][1] > by_chunk[400][1]
 assert good["budget by time", at] > 1.5 * good["prefill first", at], "and more are served well"
 assert careful.unread == 0 < careless.unread, "an answer ends when its reader leaves"
 assert off_ms < 200, "the first token can be predicted"
-assert per_step[1] > 1 and is_same, "drafts save steps, and change nothing"
+assert repeated.per_step > 1 and repeated.is_same, "drafts save steps, and change nothing"
 holds(found[smallest][1] < found[largest][1], "so it is with a real model")
 
 # %% [markdown]

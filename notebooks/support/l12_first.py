@@ -198,3 +198,37 @@ def stock() -> Any:
     """The model of lesson 11 as Transformers runs it."""
     torch.set_num_threads(1)
     return read()
+
+
+@dataclass
+class Draft:
+    """What look-up drafts brought for one text."""
+
+    p: float  # how often a drafted token is right
+    predicted_per_step: float  # tokens
+    per_step: float
+    gain: float  # times as fast
+    is_same: bool  # the text
+
+    def row(self, longer: float) -> dict[str, str]:
+        """For a table; a step with drafts takes `longer` times as long as one without."""
+        return {
+            "p": f"{self.p:.2f}",
+            "tokens per step, formula": f"{self.predicted_per_step:.1f}",
+            "measured": f"{self.per_step:.1f}",
+            "times as fast, formula": f"{self.predicted_per_step / longer:.1f}",
+            "gain, measured": f"{self.gain:.1f}",
+        }
+
+
+def with_drafts(model: Any, text: list[int], k: int, tokens: int) -> Draft:
+    """Write so many tokens behind a text, without and with drafts of up to k tokens."""
+    plain, drafted = write(model, text, tokens), write(model, text, tokens, drafted=k)
+    p = draft_is_right(text, plain.ids)
+    return Draft(
+        p,
+        sum(p**i for i in range(k + 1)),
+        plain.steps / drafted.steps,
+        plain.seconds / drafted.seconds,
+        plain.ids == drafted.ids,
+    )
