@@ -31,6 +31,7 @@ from loadtests.arguments import above, at_least_0, share
 from loadtests.load import locust_page, texts
 from loadtests.load.goodput import Goodput
 from loadtests.load.locust_client import Asker, ask_info, url_problem
+from loadtests.load.streaming import STREAM, Reader
 
 # Locust rounds 147 ms to 150 and 3432 to 3400 by default; percentiles are compared here.
 locust.stats.bucket_response_time = round  # type: ignore[assignment]
@@ -82,6 +83,7 @@ GROUPS: dict[str, dict[str, Option]] = {
         "overload_x": Option(10.0, above(0.0), "Overload: this many times the capacity that it has measured", True),
     },
     "Single classes": {
+        "max_tokens": Option(64, above(0, int), "StreamingClosedLoop, StreamingOpenLoop: tokens of a text at most", True),
         "health_per_s": Option(10.0, at_least_0, "HealthChecks: checks per second"),
         "burst": Option(32, above(0, int), "SlowCalls: texts that arrive at once, every burst_every_s"),
         "burst_every_s": Option(2.0, above(0.0), "SlowCalls: seconds from burst to burst"),
@@ -115,6 +117,10 @@ class ClosedLoop(Asker):
             gevent.sleep(min(1.0, row.retry_after_s))
         elif row.outcome == "lost":
             gevent.sleep(0.01)  # a dead server refuses thousands of connections per second
+
+
+class StreamingClosedLoop(Reader, ClosedLoop):
+    """Readers of TASK=text-generation who each ask for a new text at the end of the last: tokens per second at most."""
 
 
 class OpenLoop(Asker):
@@ -276,6 +282,10 @@ class RetryStorm(OpenLoop):
             gevent.sleep(retry_after_s if self.options.honour else self.options.backoff_s)
 
 
+class StreamingOpenLoop(Reader, OpenLoop):
+    """Readers of TASK=text-generation who come whether or not others have their text: TTFT and ITL at a rate."""
+
+
 SCENARIOS: dict[str, type[Asker]] = {
     "closed": ClosedLoop,
     "open": OpenLoop,
@@ -287,6 +297,8 @@ SCENARIOS: dict[str, type[Asker]] = {
     "slow": SlowCalls,
     "impatient": Impatient,
     "retry": RetryStorm,
+    "streaming-closed": StreamingClosedLoop,
+    "streaming-open": StreamingOpenLoop,
 }
 
 
@@ -328,7 +340,7 @@ def begin(environment: Any, runner: Any, web_ui: Any, **_: Any) -> None:
     count_times_of_answers_only(environment.stats)
     events.test_start.add_listener(restart)
     events.request.add_listener(
-        lambda context, **_: environment.goodput.count(context["row"], context["kind"])
+        lambda context, **_: environment.goodput.count(context["row"], context["kind"]) if context else None
     )
     if isinstance(runner, WorkerRunner):  # the master says which
         environment.user_classes = list(environment.available_user_classes.values())
@@ -366,7 +378,8 @@ def count_times_of_answers_only(stats: Any) -> None:
 
     def log_request(method: str, name: str, response_time: float, content_length: int) -> None:
         is_answer = method == "POST" and not name.endswith(UNANSWERED)
-        stats.total.log(response_time if is_answer else None, content_length)
+        if method != STREAM:  # tokens are no requests
+            stats.total.log(response_time if is_answer else None, content_length)
         stats.entries[name, method].log(response_time, content_length)
 
     stats.log_request = log_request
@@ -412,9 +425,12 @@ def test_problem(environment: Any, options: dict[str, Any]) -> str:
     if not isinstance(environment.runner, LocalRunner):
         return ""  # the workers may see another network
     try:
-        ask_info(options["host"], environment.parsed_options.api_key)
+        info = ask_info(options["host"], environment.parsed_options.api_key)
     except ConnectionError as exc:
         return str(exc)
+    readers = [one.__name__ for one in classes if issubclass(one, Reader)]
+    if info and readers and info["task"] != "text-generation":
+        return f"{readers[0]} reads texts as they are written: start the server with TASK=text-generation, not {info['task']}"
     return ""
 
 

@@ -21,6 +21,7 @@ from playwright.sync_api import Page, sync_playwright
 from loadtests.load.goodput import Goodput
 from loadtests.load.rows import Row
 from loadtests.modes import MODES, ROOT, Mode, Server, free_port, start
+from tests.support import small_language_models
 from tests.support.client import metric, until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -93,6 +94,29 @@ def test_shapes_fit_the_time_and_end_by_themselves(server: Server) -> None:
     assert "are the capacity; offering" in ended.stderr
 
 
+def test_streams_have_rows_for_the_first_token_the_next_ones_and_their_speed(tmp_path: Path) -> None:
+    env = {"TASK": "text-generation", "MODEL": small_language_models.save(tmp_path), "TORCH_THREADS": "1"}
+    with start(MODES["thread"], env) as server:
+        for name, options in (
+            ("StreamingClosedLoop", ["-u", "2"]),
+            ("StreamingOpenLoop", ["--rate-per-s", "5"]),
+        ):
+            first = metric(server, "model_time_to_first_token_seconds_count")
+            ended = run(
+                server.url, "-t", "2s", "--max-tokens", "16", "--limit-s", "30", "--json", name, *options
+            )
+            assert ended.returncode == 0, ended.stderr
+            rows, n = names(ended), names(ended)["POST /v1/completions"]
+            assert rows.keys() == {f"stream {what}" for what in ("TTFT", "ITL", "tokens/s, not ms")} | {
+                "POST /v1/completions"
+            }
+            assert (
+                rows["stream TTFT"] == n == metric(server, "model_time_to_first_token_seconds_count") - first
+            )
+            assert n <= rows["stream ITL"] <= 15 * n, "an event for each token that completes a character"
+            assert f"Of all: {n} in time." in ended.stderr, "tokens are no requests"
+
+
 def test_rejections_and_late_answers_are_not_in_the_row_of_answers() -> None:
     with fake("varied") as url:
         ended = run(url, "-t", "2s", "--rate-per-s", "40", "--json", "OpenLoop")
@@ -121,6 +145,7 @@ def test_rejections_and_late_answers_are_not_in_the_row_of_answers() -> None:
         (["-H", "http://127.0.0.1:9"], "connection refused: is the server running on 127.0.0.1:9?"),
         (["-t", "0"], "the run time (-t) is 0; say how long"),
         (["-u", "1", "OpenLoop", "HealthChecks"], "too few users (1): OpenLoop, HealthChecks need 2"),
+        (["StreamingClosedLoop"], "StreamingClosedLoop reads texts as they are written: start the server with TASK=text-generation"),
         (["--tags", "slow"], "these classes have no tags"),
     ],
 )  # fmt: skip

@@ -7,6 +7,7 @@ import re
 import ssl
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from typing import Any, NamedTuple
@@ -62,15 +63,29 @@ class Http:
         self.headers = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
         self.idle: deque[tuple[float, Any]] = deque()
 
-    def send(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> Reply:
-        """Return the reply. Raises OSError or HTTPParseError when there is none; closes on any exception."""
+    def send(
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        headers: dict[str, str],
+        each_line: Callable[[bytes], None] | None = None,
+    ) -> Reply:
+        """Return the reply; `each_line` gets its lines as they come. Raises OSError or HTTPParseError when there is none.
+
+        Closes the connection on any exception.
+        """
         head = f"{method} {self.prefix}{path} HTTP/1.1\r\n{self.headers}Content-Length: {len(body)}\r\n"
         head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         connection = self._connect()
         try:
             connection.sendall(head.encode() + b"\r\n" + body)
             reply = HTTPSocketResponse(connection, method=method, block_size=16_384)
-            content = bytes(reply.read())
+            content = b""
+            while each_line and (line := bytes(reply.readline(b"\n"))):
+                each_line(line)
+                content += line
+            content += bytes(reply.read())
             if not reply.message_complete:
                 raise HTTPParseError("the reply ended early")
         except BaseException:
@@ -162,14 +177,17 @@ class Asker(User):
         due_s: float | None,
         leave_after_s: float | None = None,
         attempt: int = 0,
+        each_line: Callable[[bytes], None] | None = None,
+        judged_ms: Callable[[], float] | None = None,
     ) -> Row:
+        """Send a request and note what came of it. `judged_ms`: what the client's limit is for, instead of the latency."""
         sent_s = self.now_s()
         due_s = sent_s if due_s is None else due_s
         give_up_s = due_s + (leave_after_s or self.timeout_s) - sent_s
         reply, failure = None, ""
         try:
             with gevent.Timeout(max(give_up_s, 0.001)):
-                reply = self.http.send(method, path, body, headers)
+                reply = self.http.send(method, path, body, headers, each_line)
             if reply.status == 429:
                 reply = reply._replace(status=503)  # which is how others reject
             outcome = str(reply.status) if reply.status in (200, 503, 504) else "other"
@@ -182,7 +200,10 @@ class Asker(User):
         if reply and outcome == "200" and not is_right(reply.body):
             outcome = "wrong"
         row = Row(due_s, sent_s, latency_ms, outcome, kind, *self._timing(reply), attempt)
-        self._report(method, path, row, reply, failure)
+        is_late = (
+            outcome == "200" and (judged_ms() if judged_ms else latency_ms) > self.options.limit_s * 1000
+        )
+        self._report(method, path, row, reply, failure, is_late)
         return row
 
     @staticmethod
@@ -196,11 +217,12 @@ class Asker(User):
             float(retry_after) if retry_after.isdecimal() else NAN,
         )
 
-    def _report(self, method: str, path: str, row: Row, reply: Reply | None, failure: str) -> None:
+    def _report(
+        self, method: str, path: str, row: Row, reply: Reply | None, failure: str, is_late: bool
+    ) -> None:
         """Tell Locust; keep the row where a run wants rows. Only correct answers in time have the bare path as their name."""
         if (rows := getattr(self.environment, "rows", None)) is not None:
             rows.append(row)
-        is_late = row.outcome == "200" and row.latency_ms > self.options.limit_s * 1000
         kind = "late" if is_late else KINDS[row.outcome]
         if row.outcome == "lost" and failure.startswith("the client gave up"):
             kind = "late"
