@@ -378,7 +378,8 @@ def count_times_of_answers_only(stats: Any) -> None:
 
     def log_request(method: str, name: str, response_time: float, content_length: int) -> None:
         is_answer = method == "POST" and not name.endswith(UNANSWERED)
-        if method != STREAM:  # tokens are no requests
+        # Tokens are not requests.
+        if method != STREAM:
             stats.total.log(response_time if is_answer else None, content_length)
         stats.entries[name, method].log(response_time, content_length)
 

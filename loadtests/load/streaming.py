@@ -9,9 +9,10 @@ from loadtests.load.locust_client import Asker
 from loadtests.load.rows import Row
 
 PATH = "/v1/completions"
-# Locust's request type of what is no request: times of tokens, and tokens per second where other rows have milliseconds.
+# Locust's request type of what is not a request: times of tokens, and tokens per second where other rows have milliseconds.
 STREAM = "stream"
-PATIENCE_S = 60.0  # for a whole text, without --timeout-s
+# For a whole text, without --timeout-s.
+PATIENCE_S = 60.0
 
 
 class Reading:
