@@ -235,7 +235,6 @@ def test_stop_ends_before_the_stop_string(client: openai.OpenAI, oracle: Any) ->
         *(({name: given}, name) for name, given in UNSUPPORTED.items()),
         ({"max_tokenz": 3}, "max_tokenz"),
         ({"top_k": -2}, "top_k"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"top_logprobs": 3}, "logprobs"),
         ({"n": 2, "stream": True}, "stream"),
         ({"n": 0}, "n"),

@@ -12,6 +12,7 @@ runs, and a chunk of the prompts that are still being read. Between two steps se
     forecast.py    when a sequence that came now would have its first token: admission
     token_loop.py  the loop around them: streams, deadlines, failures, stopping
     stream.py      what a reader sees of a sequence
+    grammar.py     which tokens may come, where the text must follow a JSON Schema
     text.py        tokens to text and chats to prompts
     counts.py      metrics
 

@@ -57,7 +57,9 @@ def alternatives(logits: Tensor, total: Tensor, choices: Sequence[Choice]) -> li
 def is_changed(choice: Choice) -> bool:
     """Whether anything is done to its logits before the choice."""
     options = choice.options
-    return bool(options.has_penalties or options.logit_bias or choice.generated < options.min_tokens)
+    return bool(
+        options.has_penalties or options.logit_bias or choice.generated < options.min_tokens or choice.mask
+    )
 
 
 def change(logits: Tensor, choice: Choice) -> None:
@@ -78,6 +80,17 @@ def change(logits: Tensor, choice: Choice) -> None:
         logits[token] += bias
     if choice.generated < options.min_tokens:
         logits[list(options.end_ids)] = -torch.inf
+    if choice.mask:
+        logits[~allowed(choice.mask, len(logits)).to(logits.device)] = -torch.inf
+
+
+def allowed(mask: bytes, vocabulary: int) -> Tensor:
+    """Return which tokens a grammar's mask allows; those beyond it, which no tokenizer has, it does not."""
+    bits = torch.frombuffer(bytearray(mask), dtype=torch.uint8)[:, None] >> torch.arange(8) & 1
+    found = torch.zeros(vocabulary, dtype=torch.bool)
+    n = min(vocabulary, bits.numel())
+    found[:n] = bits.flatten()[:n].bool()
+    return found
 
 
 def draw(logits: Tensor, choices: Sequence[Choice]) -> Tensor:

@@ -17,6 +17,7 @@ read all the same where even LEAST_PROMPT tokens take longer.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from workers.generation.grammar import Matcher
 from workers.generation.slots import Slots
 from workers.generation.step_cost import StepCost, Work
 from workers.generation.steps import Choice, Options, Outcome, Row, Token
@@ -49,6 +50,7 @@ class Sequence:
     started_at: float = 0.0
     reason: str = ""
     paused: bool = False  # its reader is slow
+    grammar: Matcher | None = None  # what its text must be
 
     @property
     def total(self) -> int:
@@ -61,11 +63,14 @@ class Sequence:
         if end < self.total:
             return Row(self.slot, start, ids)
         seen = (self.prompt, self.tokens[:]) if self.options.has_penalties else (None, None)
-        return Row(self.slot, start, ids, Choice(self.options, len(self.tokens), *seen))
+        mask = self.grammar.mask() if self.grammar else None
+        return Row(self.slot, start, ids, Choice(self.options, len(self.tokens), *seen, mask=mask))
 
     def accept(self, token: Token) -> str:
         """Take its next token; return why it ends with that, empty where it goes on."""
         self.tokens.append(token.id)
+        if self.grammar:
+            self.grammar.accept(token.id)
         if token.id in self.options.end_ids and len(self.tokens) > self.options.min_tokens:
             return "stop"
         return "length" if len(self.tokens) >= self.options.max_tokens else ""

@@ -34,6 +34,7 @@ class Choice(NamedTuple):
     generated: int  # tokens of the sequence so far
     prompt: list[int] | None = None  # where there are penalties
     tokens: list[int] | None = None
+    mask: bytes | None = None  # where a grammar says which tokens may come: a bit each
 
 
 class Row(NamedTuple):

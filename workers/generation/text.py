@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from workers.generation.grammar import Matcher
 from workers.generation.steps import Options
 
 PRIMING = (
@@ -65,6 +66,7 @@ class Asked(NamedTuple):
     prompt: list[int]
     options: Options = Options()
     text: TextStream | None = None
+    grammar: Matcher | None = None
 
 
 def overlap(text: str, stop: str) -> int:

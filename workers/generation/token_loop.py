@@ -107,7 +107,7 @@ class TokenLoop:
         """Return a stream for each of several prompts, all of them admitted or none. Raises Rejected."""
         budget_s = min(budget_s, self.budget_s)
         waiting_tokens, firsts_s = self.waiting_tokens, []
-        for prompt, options, _ in asked:
+        for prompt, options, *_ in asked:
             self.usual_prompt += (len(prompt) - self.usual_prompt) * (0.05 if self.usual_prompt else 1)
             rejected = self._rejection(len(prompt), budget_s)
             if rejected or not self._forecast:
@@ -122,6 +122,7 @@ class TokenLoop:
         """Let a sequence wait, whose first token is expected in `first_s`."""
         now = self.now()
         sequence = Sequence(asked.prompt, asked.options, now, now + budget_s, OWNER.get())
+        sequence.grammar = asked.grammar
         stream = self.streams[sequence] = Stream(self, sequence, asked.text)
         stream.promised_at = now + first_s * self.cost_model.margin
         late = Late(f"no token within {budget_s:g} s; allow more time")

@@ -6,10 +6,12 @@ instead, one prompt after the other.
 """
 
 import random
+import threading
 from typing import Any, NamedTuple
 
 from workers import resources
 from workers.errors import Malformed, Unprocessable
+from workers.generation.grammar import GrammarError, Grammars, Matcher
 from workers.generation.steps import Options, Token
 from workers.generation.text import Asked, Chat, TextStream
 from workers.settings import Settings
@@ -59,6 +61,7 @@ class Prompt(NamedTuple):
     details: bool = False
     stream: bool = False
     messages: list[dict[str, str]] | None = None  # where the prompt is a chat
+    grammar: Matcher | None = None  # what the text must be
 
     def whole(self, text: str) -> Any:
         """Return the generated text in the form that was asked for: alone, or after the prompt, of a chat as its messages."""
@@ -108,6 +111,8 @@ class Task(TextTask):
         self.vocabulary = len(self.tokens)
         self.rules = self._rules()
         self._chat: Chat | None = None
+        self._grammars: Grammars | None = None  # made when somebody first asks for one
+        self._grammars_lock = threading.Lock()
 
     def _end_ids(self) -> frozenset[int]:
         """The tokens that end a text."""
@@ -231,7 +236,19 @@ class Task(TextTask):
     def opened(self, prompt: Prompt) -> Asked:
         """Return what the token loop takes."""
         text = TextStream(self.tokens.backend, prompt.ids, prompt.stop)
-        return Asked(prompt.ids, prompt.options, text)
+        return Asked(prompt.ids, prompt.options, text, prompt.grammar and prompt.grammar.copy())
+
+    def grammar(self, schema: dict[str, Any]) -> Matcher:
+        """Return what keeps a text to a JSON Schema; call it in a thread. Raises Unprocessable, which says what to change."""
+        if not self.end_ids:
+            raise Unprocessable("this model has no token that ends a text")
+        try:
+            with self._grammars_lock:
+                if not self._grammars:
+                    self._grammars = Grammars(self.tokens.backend, min(self.end_ids))
+            return self._grammars.matcher(schema)
+        except GrammarError as exc:
+            raise Unprocessable(str(exc)) from exc
 
     def answered(self, prompt: Prompt, text: str, tokens: list[Token], reason: str) -> list[dict[str, Any]]:
         """Return a whole answer, as the pipeline gives it."""

@@ -47,7 +47,8 @@ class Generation:
 
     def submit(self, prompt: Prompt, budget_s: float = math.inf) -> Stream:
         """Return the stream of what follows this prompt. Raises Rejected. Close it: `async with` does."""
-        return self.loop.submit(*self.task.opened(prompt), budget_s=budget_s)
+        (stream,) = self.loop.submit_each([self.task.opened(prompt)], budget_s=budget_s)
+        return stream
 
 
 async def written(

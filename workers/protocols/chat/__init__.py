@@ -29,9 +29,10 @@ from workers.protocols.chat.fields import (
     prompt_of,
     prompts_of,
     sampling,
+    schema_of,
 )
 from workers.protocols.chat.replies import Chat, Completion, answer
-from workers.protocols.chat.template import chat_prompt
+from workers.protocols.chat.template import chat_prompt, checked
 from workers.protocols.openai import ERROR, error_body, model_list
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
@@ -93,8 +94,11 @@ async def chat(request: Request) -> Response:
     if most and not content.get("logprobs"):
         raise Malformed('"top_logprobs" needs "logprobs": true')
     form = Chat(request, generation, bool(given.pop("logprobs", False)))
+    schema = schema_of(content)
     ids = await chat_prompt(request, task, messages_of(content.get("messages")), n_bytes)
     prompt = prompt_of(task, ids, given | {"logprobs": most}, content.get("stop"))
+    if schema is not None:
+        prompt = prompt._replace(grammar=await checked(request, n_bytes, lambda: task.grammar(schema)))
     return await answer(request, form, [prompt], content)
 
 

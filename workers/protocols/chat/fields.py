@@ -39,7 +39,7 @@ CHAT_FIELDS = {
     "max_completion_tokens": "the same",
     "logprobs": "true: the logarithm of each token's probability",
     "top_logprobs": f"beside it the likeliest so many, up to {MOST_LOGPROBS}",
-    "response_format": '{"type": "text"}',
+    "response_format": "text, json_object or json_schema, whose schema the text then follows; needs llguidance",
     **SAMPLED,
 }
 COMPLETION_FIELDS = {
@@ -125,8 +125,6 @@ def sampling(content: dict[str, Any], task: Task, known: dict[str, str]) -> dict
     """Return the parameters by the task's names. Raises Malformed with a sentence that has OpenAI's."""
     if unsupported := next((name for name in content if name in UNSUPPORTED), None):
         raise Malformed(f'"{unsupported}" is not supported: {UNSUPPORTED[unsupported]}')
-    if content.get("response_format", {"type": "text"}) != {"type": "text"}:
-        raise Malformed('"response_format" must be {"type": "text"}: other formats are not supported')
     by_name = rules(task, known)
     given = check_parameters({name: value for name, value in content.items() if name in by_name}, by_name)
     if given.get("stream") and given.get("n", 1) > 1:
@@ -136,6 +134,27 @@ def sampling(content: dict[str, Any], task: Task, known: dict[str, str]) -> dict
     if "top_k" in given:
         given["top_k"] = max(0, given["top_k"])
     return {SAMPLING.get(name, name): value for name, value in given.items() if name not in ("stream", "n")}
+
+
+def schema_of(content: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the JSON Schema that the text must follow, None where it is free. Raises Malformed with a sentence."""
+    match content.get("response_format"):
+        case None | {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            schema: Any = {"type": "object"}
+        case {"type": "json_schema", "json_schema": {"schema": dict() as schema}}:
+            pass
+        case _:
+            raise Malformed(
+                '"response_format" must be {"type": "text"}, {"type": "json_object"} or '
+                '{"type": "json_schema", "json_schema": {"name": "a name", "schema": {…}}}'
+            )
+    if other := next((name for name in ("ignore_eos", "min_tokens") if content.get(name)), None):
+        raise Malformed(
+            f'"{other}" is not supported with "response_format": the text ends where the JSON does'
+        )
+    return schema
 
 
 def prompt_of(task: Task, ids: list[int], given: dict[str, Any], stop: Any) -> Prompt:

@@ -1,0 +1,126 @@
+"""Text that follows a JSON Schema: what comes back is JSON of that form, whatever the model would rather write."""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pydantic
+import pytest
+
+from loadtests.modes import MODES, start
+from workers.generation import grammar
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Lyon"]}, "old": {"type": "boolean"}},
+    "required": ["city", "old"],
+    "additionalProperties": False,
+}
+MESSAGES: Any = [{"role": "user", "content": "the old dog"}]
+needs_llguidance = pytest.mark.usefixtures("llguidance")
+
+
+@pytest.fixture(scope="module")
+def llguidance() -> Any:
+    return pytest.importorskip("llguidance")
+
+
+@pytest.fixture(scope="module", params=["thread", "process"])
+def client(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[openai.OpenAI]:
+    from tests.support.small_language_models import save
+
+    env = {
+        "MODEL": save(tmp_path_factory.mktemp("model"), max_position_embeddings=512),
+        "TASK": "text-generation",
+        "TORCH_THREADS": "1",
+        "KV_CACHE_MB": "8",
+        "DEADLINE_S": "60",
+    }
+    with (
+        start(MODES[request.param], env) as server,
+        openai.OpenAI(base_url=server.url + "v1", api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        yield client
+
+
+def of_schema(schema: Any) -> Any:
+    return {"type": "json_schema", "json_schema": {"name": "a_city", "schema": schema, "strict": True}}
+
+
+class City(pydantic.BaseModel):
+    city: str = pydantic.Field(max_length=8)
+    old: bool
+
+
+@needs_llguidance
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_text_follows_the_schema_and_each_choice_has_a_place_of_its_own(
+    client: openai.OpenAI, temperature: float
+) -> None:
+    reply = client.chat.completions.create(
+        model="any",
+        messages=MESSAGES,
+        response_format=of_schema(SCHEMA),
+        temperature=temperature,
+        n=4,
+        seed=1,
+    )
+    for choice in reply.choices:
+        found = json.loads(choice.message.content or "")
+        assert found.keys() == {"city", "old"} and found["city"] in ("Paris", "Lyon")
+        assert isinstance(found["old"], bool) and choice.finish_reason == "stop"
+
+
+@needs_llguidance
+def test_openais_parse_and_streams_work_beside_free_text(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(
+        model="any", messages=MESSAGES, response_format=City, temperature=0
+    )
+    assert isinstance(parsed.choices[0].message.parsed, City)
+    asked: Any = {"model": "any", "messages": MESSAGES, "max_tokens": 9, "temperature": 0}
+    free = client.chat.completions.create(**asked).choices[0].message.content
+    held = client.chat.completions.create(**asked, stream=True)
+    stream = client.chat.completions.create(
+        model="any", messages=MESSAGES, response_format=of_schema(SCHEMA), stream=True
+    )
+    assert json.loads("".join(chunk.choices[0].delta.content or "" for chunk in stream))["city"]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in held) == free
+
+
+@needs_llguidance
+def test_json_object_begins_as_one_and_length_is_told(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model="any", messages=MESSAGES, response_format={"type": "json_object"}, max_tokens=5, temperature=0
+    )
+    assert (reply.choices[0].message.content or "").startswith("{")
+    assert reply.choices[0].finish_reason in ("length", "stop")
+
+
+@needs_llguidance
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"response_format": of_schema({"type": "objec"})}, "Invalid type"),
+        ({"response_format": of_schema({"type": "string", "pattern": "(?=a)"})}, "schema"),
+        ({"response_format": of_schema("text")}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "regex"}}, "response_format"),
+        ({"response_format": of_schema(SCHEMA), "ignore_eos": True}, "ignore_eos"),
+    ],
+)
+def test_schema_that_can_not_be_followed_is_a_400(
+    client: openai.OpenAI, fields: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as failed:
+        client.post("/chat/completions", body={"model": "any", "messages": MESSAGES} | fields, cast_to=object)
+    assert named in failed.value.body["message"]
+
+
+def test_without_llguidance_the_error_has_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(grammar.GrammarError, match="pip install -r requirements-optional"):
+        grammar.Grammars(None, 1)
