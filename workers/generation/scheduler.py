@@ -62,9 +62,9 @@ class Sequence:
         ids = self.prompt[start:end] if start < len(self.prompt) else self.tokens[start - len(self.prompt) :]
         if end < self.total:
             return Row(self.slot, start, ids)
-        seen = (self.prompt, self.tokens[:]) if self.options.has_penalties else (None, None)
+        prompt, tokens = (self.prompt, self.tokens[:]) if self.options.has_penalties else (None, None)
         mask = self.grammar.mask() if self.grammar else None
-        return Row(self.slot, start, ids, Choice(self.options, len(self.tokens), *seen, mask=mask))
+        return Row(self.slot, start, ids, Choice(self.options, len(self.tokens), prompt, tokens, mask))
 
     def accept(self, token: Token) -> str:
         """Take its next token; return why it ends with that, empty where it goes on."""
