@@ -104,7 +104,7 @@ def test_json_object_begins_as_one_and_length_is_told(client: openai.OpenAI) -> 
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"response_format": of_schema({"type": "objec"})}, "Invalid type"),
+        ({"response_format": of_schema({"type": "a city"})}, "Invalid type"),
         ({"response_format": of_schema({"type": "string", "pattern": "(?=a)"})}, "schema"),
         ({"response_format": of_schema("text")}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
