@@ -1,12 +1,9 @@
 """LangChain, LiteLLM, LlamaIndex and Haystack, as their users install them: each gets what sentence-transformers gives.
 
-Each runs `tests/clients/ask_NAME.py` in an environment of its own, made here of `tests/clients/NAME.txt`.
+Each runs `tests/clients/ask_NAME.py` in an environment of its own, made of `tests/clients/NAME.txt`.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loadtests.modes import MODES, ROOT, start
+from loadtests.modes import MODES, start
 from tests.support.embedding_models import MINILM, small_bert
+from tests.support.environments import ask
 
 pytestmark = pytest.mark.slow
-CLIENTS = ROOT / "tests" / "clients"
-INSTALL_S = 500
 QUERY = "Where does the dog run?"
 TEXTS = ["A man eats food.", "The dog runs on the hill.", "The old house is in Paris."]
 
@@ -52,34 +48,11 @@ def expected(reranker: str) -> dict[str, Any]:
     }
 
 
-def environment(folder: Path, requirements: Path) -> Path:
-    """The Python of a new environment with these packages; skips where they can't be had."""
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = folder / "bin" / "python"
-    command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", requirements]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
-    except subprocess.TimeoutExpired:
-        pytest.skip(f"pip took more than {INSTALL_S} s for {requirements.name}")
-    unreachable = "No matching distribution" in found.stderr or "Connection" in found.stderr
-    if found.returncode and unreachable:
-        pytest.skip("the package index does not have them, or can't be reached")
-    assert found.returncode == 0, found.stderr
-    return python
-
-
 @pytest.mark.parametrize("name", ["langchain", "litellm", "llama_index", "haystack"])
 def test_framework_gets_what_sentence_transformers_gives(
     name: str, urls: list[str], expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    python = environment(tmp_path / "environment", CLIENTS / f"{name}.txt")
-    program = [str(python), "-W", "ignore", str(CLIENTS / f"ask_{name}.py"), *urls, QUERY, *TEXTS]
-    # No telemetry, and nothing that the developer has set for them.
-    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HAYSTACK_TELEMETRY_ENABLED": "False"}
-    env["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
-    ran = subprocess.run(program, capture_output=True, text=True, timeout=200, env=env, cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout.splitlines()[-1])
+    found = json.loads(ask(name, tmp_path, *urls, QUERY, *TEXTS))
     for client, ((kind, value),) in ((client, answer.items()) for client, answer in found.items()):
         if kind == "error":
             assert "don't begin with [101]" in value, client
