@@ -14,6 +14,9 @@ from huggingface_hub import InferenceClient
 
 from loadtests.modes import MODES, Server, start
 from tests.support.client import Crowd, get, metric, post, post_json, until
+from workers.errors import Unprocessable
+from workers.settings import Settings
+from workers.tasks import text_generation
 
 PARIS = "the old dog runs over"
 
@@ -105,7 +108,12 @@ def test_chat_is_one_input_and_gets_what_the_pipeline_gives(server: Server, fold
     ("inputs", "sentence"),
     [
         ([{"role": "user"}], 'each message of a chat must be {"role"'),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "must be texts"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+            '"content" of a message must be a text',
+        ),
+        ([{"role": "user<|end|>", "content": "a"}], "roles are system, user, assistant"),
+        ([{"role": [], "content": "a"}], "roles are system, user, assistant"),
         ([{"role": "assistant", "content": "a"}], "must be one to answer"),
         ([[]], "must be one to answer"),
         ([[{"role": "user", "content": "a"}, "b"]], "each message of a chat must be"),
@@ -114,6 +122,46 @@ def test_chat_is_one_input_and_gets_what_the_pipeline_gives(server: Server, fold
 def test_what_is_not_a_chat_is_malformed(server: Server, inputs: Any, sentence: str) -> None:
     reply = post_json(server, {"inputs": inputs})
     assert reply.status == 400 and sentence in reply.json["error"]
+
+
+class Seen:
+    """A tokenizer that knows how long the texts were that it was given."""
+
+    def __init__(self, backend: Any) -> None:
+        self.backend, self.lengths = backend, []
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.backend, name)
+        if not name.startswith("encode"):
+            return method
+
+        def encode(texts: Any, **more: Any) -> Any:
+            self.lengths += map(len, [texts] if isinstance(texts, str) else texts)
+            return method(texts, **more)
+
+        return encode
+
+
+@pytest.mark.parametrize("text", ["." * 900_000, "the old dog " * 75_000], ids=["dots", "words"])
+def test_long_prompt_is_rejected_before_all_of_it_is_tokenised(folder: str, text: str) -> None:
+    """Tokenising a megabyte takes seconds, and a chat's kept the interpreter meanwhile: nobody else had an answer."""
+    task = text_generation.Task(Settings(MODEL=folder, TASK="text-generation"))
+    task.read_chat_template()
+    task.tokens.backend = seen = Seen(task.tokens.backend)
+    for inputs in (text, [{"role": "user", "content": text}]):
+        with pytest.raises(Unprocessable, match="the prompt has more than 1024 tokens"):
+            task.check(inputs, {})
+    assert 0 < max(seen.lengths) < 40_000
+
+
+def test_openai_forms_reject_long_prompts_with_400(server: Server) -> None:
+    text = "the old dog " * 75_000
+    for path, content in (
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+        ("/v1/completions", {"prompt": text}),
+    ):
+        reply = httpx2.post(server.url.rstrip("/") + path, json=content, timeout=60)
+        assert reply.status_code == 400 and "more than 1024 tokens" in reply.json()["error"]["message"]
 
 
 def test_stream_has_the_same_text_token_by_token(server: Server, oracle: Any) -> None:

@@ -30,6 +30,7 @@ from workers.tasks.common.text import (
 )
 from workers.tasks.pipeline import load_model
 
+ROLES = ("system", "user", "assistant")  # any other could bring special tokens into the prompt
 MOST_STOPS, MOST_BIASES, MOST_LOGPROBS = 16, 300, 20
 CACHE_SHARE = 8  # one part in so many of the memory that this container may use
 # What the `text-generation` client sends beside the rest, and asks for nothing by.
@@ -153,7 +154,7 @@ class Task(TextTask):
             text, ids = "", self.chat_prompt(messages)
         else:
             text = require_text(inputs)
-            ids = self.tokens(text).ids
+            ids = self.prompt_ids(text)
         stop = tuple(given.get("stop") or given.get("stop_sequences") or ())
         options = self.options(given)
         prompt = Prompt(
@@ -229,7 +230,21 @@ class Task(TextTask):
             text = self._chat.render(messages, **more)
         except ValueError as exc:
             raise Unprocessable(str(exc)) from exc
-        return self.tokens.backend.encode(text, add_special_tokens=False).ids
+        return self.prompt_ids(text, is_chat=True)
+
+    def prompt_ids(self, text: str, is_chat: bool = False) -> list[int]:
+        """Return the token ids of a text; of a chat without the special tokens around a text: its template has them.
+
+        Raises Unprocessable, before the rest is tokenised, for one that has more than the model takes.
+        """
+        start = self.tokens.start(text, self.capacity)
+        if len(start) < len(text):
+            most = self.capacity
+            raise Unprocessable(
+                f"the prompt has more than {most} tokens; send one of at most {most}, new ones included"
+            )
+        ids: list[int] = (self.tokens.part if is_chat else self.tokens)(text).ids
+        return ids
 
     # --- answers --------------------------------------------------------------------------------------------------------
 
@@ -314,10 +329,12 @@ class Task(TextTask):
 def messages_of(inputs: list[Any]) -> list[dict[str, str]]:
     """Return the messages of a chat. Raises Malformed where they are not a chat that waits for an answer."""
     for one in inputs:
-        if not isinstance(one, dict) or one.keys() != {"role", "content"}:
-            raise Malformed('each message of a chat must be {"role": "user", "content": "a text"}')
-        if not all(isinstance(value, str) for value in one.values()):
-            raise Malformed('"role" and "content" of a message must be texts')
+        if not isinstance(one, dict) or one.keys() != {"role", "content"} or one["role"] not in ROLES:
+            raise Malformed(
+                f'each message of a chat must be {{"role": "user", "content": "a text"}}; roles are {", ".join(ROLES)}'
+            )
+        if not isinstance(one["content"], str):
+            raise Malformed('"content" of a message must be a text')
     if not inputs or inputs[-1]["role"] == "assistant":
         raise Malformed("the last message of a chat must be one to answer; send a user's")
     return inputs

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from workers.context import context_of
-from workers.errors import Malformed
+from workers.errors import Malformed, Unprocessable
 from workers.protocols import read_json
 from workers.protocols.chat.fields import (
     CHAT_FIELDS,
@@ -115,9 +115,12 @@ async def completions(request: Request) -> Response:
     prompts = prompts_of(content.get("prompt"), task, service.settings.MAX_INPUTS)
 
     def tokenised() -> list[list[int]]:
-        return [one if isinstance(one, list) else task.tokens(one).ids for one in prompts]
+        return [one if isinstance(one, list) else task.prompt_ids(one) for one in prompts]
 
-    ids = await service.checks.run(context_of(request.scope), n_bytes, tokenised)
+    try:
+        ids = await service.checks.run(context_of(request.scope), n_bytes, tokenised)
+    except Unprocessable as exc:
+        raise Malformed(str(exc)) from exc  # OpenAI has no 422
     echoed = [one for one in prompts for _ in range(content.get("n", 1))] if echo else None
     form = Completion(request, generation, logprobs is not None, echoed)
     given["logprobs"] = logprobs or 0
