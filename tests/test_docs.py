@@ -96,6 +96,15 @@ def n_lines_of_code(path: Path) -> int:
     return sum(n not in prose and bool(re.match(r"\s*[^\s#]", line)) for n, line in lines)
 
 
+def test_readme_is_short_and_leads_to_every_page() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 150
+    here = {page.name for page in generate.DOCS.glob("*.md")}
+    reached = {Path(address.partition("#")[0]).name for address in parsed(ROOT / "README.md")[0]}
+    further = {"your-own-app.md"}  # linked from docs/migrating.md and docs/architecture.md
+    assert here - reached <= further
+
+
 @cache
 def parsed(path: Path) -> tuple[list[str], set[str]]:
     """The addresses of its links and pictures, and the anchors of its headings."""
