@@ -187,8 +187,8 @@ class TokenLoop:
         if self.closing:
             return Rejected(STOPPING)
         free_s = self.instances.free_s()
-        if unfit := self.instances.unfit(free_s):
-            return unfit
+        if unavailable := self.instances.unavailable(free_s):
+            return unavailable
         scheduler = self.scheduler
         if not self._forecast:
             self._forecast = Forecast(scheduler, self.length)

@@ -38,8 +38,8 @@ class Admission:
     def rejection(self, lane: Lane, jobs: int, size: float, budget_s: float) -> Rejected | None:
         """Return why `jobs` of one request, `size` altogether, are not admitted now; None where they are."""
         free_s = self.instances.free_s()
-        if unfit := self.instances.unfit(free_s):
-            return unfit
+        if unavailable := self.instances.unavailable(free_s):
+            return unavailable
         if not self.queue:
             self.note_drained()
         idle = not free_s[0] and not self.queue

@@ -95,7 +95,7 @@ class Instances:
         now, idle = self.now(), [0.0] * (self.loaded - len(self.calls))
         return idle + sorted(abs(call.ends_at - now) for call in self.calls if now < call.overdue_at)
 
-    def unfit(self, free_s: list[float]) -> Rejected | None:
+    def unavailable(self, free_s: list[float]) -> Rejected | None:
         """Why nothing can be run; None where one of the instances, which will be free in `free_s`, can."""
         if not self.loaded:
             return Rejected(LOADING, self.lost_at + self.load_s - self.now())
