@@ -41,9 +41,10 @@ class FixedDelay(ModelLoop):
 
 
 def install(delay_s: float) -> None:
-    """Let every loop of this process hold its batches so."""
-    ModelLoop.delay_s = delay_s  # type: ignore[attr-defined]
-    ModelLoop.make_dispatch = FixedDelay.make_dispatch  # type: ignore[assignment]
+    """Let every loop of this process hold its batches so, also those that are there already."""
+    Holding.delay_s = delay_s  # type: ignore[attr-defined]
+    Holding.plan_hold = FixedHold.plan_hold  # type: ignore[assignment]
+    Holding.next_free_s = FixedHold.next_free_s  # type: ignore[assignment]
 
 
 def __getattr__(name: str) -> Any:
