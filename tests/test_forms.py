@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 
 from loadtests.modes import MODES, Server, start
 from tests.support import small_media
-from tests.test_page import CHROMIUM, in_browser
+from tests.support.browser import CHROMIUM, in_browser
 from workers import tasks
 from workers.context import RequestContext
 from workers.errors import Malformed
