@@ -32,6 +32,8 @@ from workers.tasks.text_generation import Task
 CONTEXT, SLOTS = 512, 64
 STEPS = 20
 BUDGETS = (512, 256, 128, 64, 40, 24, 0)
+GREEDY = Options(CONTEXT - 10)
+SAMPLED = Options(CONTEXT - 10, temperature=0.8, top_p=0.95)
 
 
 def prompt(n: int, salt: int = 0) -> list[int]:
@@ -73,9 +75,9 @@ class Stepper:
                 self.scheduler.end(sequence, reason)
         return seconds
 
-    def start(self, n: int, length: int, max_tokens: int) -> list[Sequence]:
+    def start(self, n: int, length: int, options: Options) -> list[Sequence]:
         """Add n sequences and read their prompts."""
-        sequences = [Sequence(prompt(length, i), Options(max_tokens)) for i in range(n)]
+        sequences = [Sequence(prompt(length, i), options._replace(seed=i)) for i in range(n)]
         for sequence in sequences:
             self.scheduler.add(sequence)
         while not all(sequence.tokens for sequence in sequences):
@@ -83,10 +85,10 @@ class Stepper:
         return sequences
 
 
-def decode(model: TokenModel, n: int) -> float:
+def decode(model: TokenModel, n: int, options: Options = GREEDY) -> float:
     """Tokens per second of n sequences."""
     stepper = Stepper(model, 512)
-    stepper.start(n, 10, CONTEXT - 10)
+    stepper.start(n, 10, options)
     for _ in range(3):
         stepper.step()
     return n / statistics.median(stepper.step() for _ in range(STEPS))
@@ -111,7 +113,7 @@ def beside(model: TokenModel, budget: int, law: list[float]) -> tuple[float, flo
     found = []
     for salt in range(3):
         stepper = Stepper(model, budget or 512)
-        stepper.start(8, 10, 200)
+        stepper.start(8, 10, GREEDY._replace(max_tokens=200))
         plain = statistics.median(stepper.step() for _ in range(STEPS))
         stepper.cost.law, stepper.scheduler.step_tokens = law[:], budget
         new = Sequence(prompt(400, salt + 9), Options(2))
@@ -165,10 +167,11 @@ async def overhead(model: TokenModel, n: int) -> float:
 def report(model: str, dtype: str, sequences: tuple[int, ...], line: Callable[[str], None]) -> None:
     made = loaded(model, dtype)
     line(f"\n{dtype}: {made.description}\n")
-    speeds = [decode(made, n) for n in sequences]
+    speeds, sampled = ([decode(made, n, how) for n in sequences] for how in (GREEDY, SAMPLED))
     line("| sequences | " + " | ".join(map(str, sequences)) + " | prefill of 400 |")
     line("|---|" + "---|" * (len(sequences) + 1))
     line("| tokens/s | " + " | ".join(f"{speed:.0f}" for speed in speeds) + f" | {prefill(made, 400):.0f} |")
+    line("| sampled, top_p 0.95 | " + " | ".join(f"{speed:.0f}" for speed in sampled) + " | |")
     law = asyncio.run(law_of(made))
     line(
         f"\nA step takes {law[0] * 1e3:.1f} ms + {law[1] * 1e3:.2f} per prompt token + {law[2] * 1e3:.2f} per sequence."
@@ -182,7 +185,7 @@ def report(model: str, dtype: str, sequences: tuple[int, ...], line: Callable[[s
     for budget in BUDGETS:
         plain, gap, first = beside(made, budget, law)
         line(f"| {budget or 'default'} | {plain:.0f} | {gap:.0f} | {first:.0f} |")
-    line(f"\n{resources.resident_bytes([os.getpid()]) / 1e6:.0f} MB, KV cache included")
+    line(f"\n{resources.resident_bytes([os.getpid()]) / 1e6:.0f} MB, the KV cache above included")
 
 
 def main() -> None:
