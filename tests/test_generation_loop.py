@@ -322,9 +322,9 @@ async def test_stopping_rejects_waiting_sequences_and_lets_running_ones_finish()
         running, waiting = loop.submit(prompt(20, 10), options()), loop.submit(prompt(20, 10), options())
         await anext(running)
         draining = asyncio.create_task(loop.drain(100))
-        with pytest.raises(Rejected, match="stopping"):
+        with pytest.raises(Rejected, match="shutting down"):
             await anext(waiting)
-        with pytest.raises(Rejected, match="stopping"):
+        with pytest.raises(Rejected, match="shutting down"):
             loop.submit(prompt(5, 10), options())
         assert (await read(running))[1] == "stop"
         await draining

@@ -722,7 +722,7 @@ async def test_stopping_rejects_new_jobs_and_finishes_what_was_admitted() -> Non
         await asyncio.sleep(0.5)
         draining = asyncio.create_task(loop.drain(grace_s=10))
         await asyncio.sleep(0)
-        with pytest.raises(Rejected, match="stopping"):
+        with pytest.raises(Rejected, match="shutting down"):
             await loop.submit("d")
         await draining
         assert await outcomes(tasks) == ["answer to a", "answer to b", "answer to c"]
