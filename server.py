@@ -56,7 +56,7 @@ async def answer(request: Request) -> Response:
 
 @public
 async def health(request: Request) -> Response:
-    """GET /health: 200 while the process should be left alone, 503 with the reason when it should be restarted."""
+    """GET /health: 200 while healthy, 503 with the reason when the process should be restarted."""
     service: Service = request.state.service
     trouble = service.trouble()
     status = {

@@ -26,6 +26,11 @@ WORDS = {
     r"\bclosed by (?:full|idle)\b": "dispatched because",
     r"\bfolk wisdom\b": "common claims",
     r"\binstant model\b": "no-op model",
+    r"\b(?:answers|requests|texts|inputs|tokens|batches|rejections|calls) a second\b": "per second",
+    r"\bright answers?\b": "goodput, correct responses",
+    r"\b(?:twice|times) (?:its|their) load\b": "2× capacity",
+    r"\b[Ss]upervisors?\b": "process manager",
+    r"\bin a crowd\b": "in a batch, under concurrency",
     r"\b[Ww]ho(?:ever)\b": "name the actor",
 }
 FILES = [

@@ -326,7 +326,7 @@ class Service:
         again, self.alarmed = self.alarmed, True
         if not again:
             # The kernel's clock: ends the process even while a call holds the event loop. (One that holds the whole
-            # interpreter holds this handler, too: there only the supervisor's SIGKILL helps.)
+            # interpreter holds this handler, too: there only the process manager's SIGKILL helps.)
             signal.setitimer(signal.ITIMER_REAL, self.settings.GRACE_S)
         with contextlib.suppress(RuntimeError):  # the event loop is closed
             # A second Ctrl-C waits for nothing, and Gunicorn's worker is gone before its lifespan ends.

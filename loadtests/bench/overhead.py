@@ -3,7 +3,7 @@
     1. Requests per second with a model that returns at once, as a fraction of a bare Starlette handler.
     2. Texts per second over HTTP, saturated, as a fraction of calling the same model in a bare loop.
     3. p99 of /health while saturated: thread, and inline for contrast.
-    4. Right answers a second under overload, as a fraction of those without.
+    4. Correct responses per second under overload, as a fraction of those without.
     5. The same call over gRPC, as a fraction of HTTP's: the Open Inference Protocol by Triton's own clients.
 
 The server runs on the first core, the client on the last. Rounds are short and interleaved;
@@ -218,7 +218,7 @@ def crowd(server: Server, duration_s: float, load: Callable[[Crowd], Coroutine[A
 
 
 def overload(rounds: int, duration_s: float) -> list[dict[str, str]]:
-    """Right answers a second within 1 s, of which the clients say nothing, against as many as 96 patient users get."""
+    """Correct responses per second within 1 s, of which the clients say nothing, against as many as 96 patient users get."""
     loads: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {
         "2 x": lambda crowd, capacity: crowd.arrive(2 * capacity),
         "10 x": lambda crowd, capacity: crowd.arrive(10 * capacity),

@@ -242,7 +242,7 @@ class Storm:
         self.serving.close()
 
     async def restart(self) -> None:
-        """As a supervisor would."""
+        """As a process manager would."""
         await asyncio.to_thread(self.stop)
         await asyncio.to_thread(self.start)
 

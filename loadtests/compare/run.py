@@ -120,7 +120,7 @@ class Comparison:
         return self.locust.run(server.url, kind, **{"limit_s": LIMIT_S, "timeout_s": TIMEOUT_S} | options)
 
     def capacity(self, server: Server, note: Callable[..., None], repeat: int) -> float:
-        """Saturate it: requests a second, processor time, memory."""
+        """Saturate it: requests per second, processor time, memory."""
         seconds, skip_s = CAPACITY_S * self.scale, 0.4
         cpu_s = server.cpu_s()
         df = self.load(

@@ -102,7 +102,7 @@ def good(df: pd.DataFrame, limit_s: float) -> pd.Series:
 
 
 def summary(df: pd.DataFrame, limit_s: float = 2.0) -> dict[str, Any]:
-    """Rates, percentiles of all right answers (late ones too), a count for every outcome, the generator's lateness.
+    """Rates, percentiles of all correct responses (late ones too), a count for every outcome, the generator's lateness.
 
     Goodput is counted while the load lasts, from `limit_s` after its start (or half of it): in overload a queue that was
     empty at first, or is emptied afterwards, is not a speed.
@@ -130,7 +130,7 @@ def summary(df: pd.DataFrame, limit_s: float = 2.0) -> dict[str, Any]:
 
 
 def throughput_per_s(df: pd.DataFrame, skip_s: float = 0.0) -> float:
-    """Right answers a second, counted when they arrive, from `skip_s` to the end of the run."""
+    """Correct responses per second, counted when they arrive, from `skip_s` to the end of the run."""
     done_s = df["due_s"] + df["latency_ms"] / 1000
     right = (df["outcome"] == "200") & (df["kind"] == "model")
     end_s = df.attrs["duration_s"]

@@ -99,7 +99,7 @@ class Visit:
                 if texts == "short":
                     best = max(best, per_s)
         if not best:
-            raise RuntimeError("it gave no right answer under load")
+            raise RuntimeError("it gave no correct answer under load")
         return best
 
     def latency(self, capacity: float) -> None:
@@ -126,7 +126,7 @@ class Visit:
             prober.join()
         found, health = generator.summary(df, LIMIT_S), df[df["kind"] == "health"]
         in_time = generator.good(health, LIMIT_S)
-        # At twice its load a queue without a bound answers in time until the second second: that is not a speed.
+        # At 2x capacity a queue without a bound answers in time until the second second: that is not a speed.
         skip_s = min(2 * LIMIT_S, seconds / 2)
         model = df[(df["kind"] == "model") & generator.good(df, LIMIT_S)]
         done_s = model["due_s"] + model["latency_ms"] / 1000

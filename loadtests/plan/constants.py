@@ -84,7 +84,7 @@ def stalls(at: float, for_s: float) -> Callable[[float, random.Random], float]:
 
 
 def scenarios() -> Iterator[Scenario]:
-    """Yield situations that the numbers were set for. A full batch of 8 takes 36 ms: 222 answers a second."""
+    """Yield situations that the numbers were set for. A full batch of 8 takes 36 ms: 222 answers per second."""
     yield Scenario("2x overload", poisson(440, 20))
     yield Scenario("2x overload, sizes 1 to 64", poisson(60, 20, (1, 4, 16, 64)))
     yield Scenario("2x overload, a slow model", poisson(12, 60), a=0.8, b=0.1)

@@ -1,7 +1,7 @@
 """A simulator of many replicas behind a load balancer: policies, deaths, retries, an autoscaler. replicas.py is its command.
 
 Each replica is a model of one ModelLoop: its queue, its batches, its no. It is checked against the loop itself on the
-planner's virtual clock, and lean enough for 1,000 replicas and a million requests a second.
+planner's virtual clock, and lean enough for 1,000 replicas and a million requests per second.
 """
 
 import heapq

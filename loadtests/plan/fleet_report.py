@@ -66,7 +66,7 @@ def spare(rates: list[float]) -> list[int]:
 
 
 def load_of_day(at_s: float) -> float:
-    """A wave between 5 and 35 requests a second, and at eleven a rush of 10 minutes that doubles within one."""
+    """A wave between 5 and 35 requests per second, and at eleven a rush of 10 minutes that doubles within one."""
     wave = 20 - 15 * math.cos(2 * math.pi * at_s / DAY_S)
     since_s = at_s - 11 * 3600
     return wave * (1 + min(1.0, since_s / 60) * (0 <= since_s < 600))
@@ -87,7 +87,7 @@ def replica_hours(outcome: Outcome) -> float:
 
 
 def million() -> list[dict[str, Any]]:
-    """A thousand replicas, a million requests a second, for a second."""
+    """A thousand replicas, a million requests per second, for a second."""
     rows = []
     for policy in POLICIES:
         found = simulate(
@@ -255,7 +255,7 @@ def draw(
     titled(
         two,
         "The larger the fleet, the busier it can be\n(99.9 % answered within 0.5 s)",
-        "requests a second",
+        "requests per second",
         "busy, %",
     )
     for (name, shares), colour in zip(
@@ -270,7 +270,7 @@ def draw(
         three,
         "Retries without a bound leave no time for answers",
         "offered, times the capacity",
-        "right answers, share of the capacity",
+        "goodput / capacity",
     )
     hours = [i / 20 for i in range(480)]
     four.plot(

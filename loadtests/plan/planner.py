@@ -73,7 +73,7 @@ class CostLaw:
 
     @property
     def most_gained(self) -> float:
-        """How many times more texts a second batches without end would give: (a + b) / b."""
+        """How many times more texts per second batches without end would give: (a + b) / b."""
         return self.seconds(1) / self.b_s if self.b_s else math.inf
 
 
@@ -303,7 +303,7 @@ def in_ms(answer: Answer) -> tuple[float, float, float]:
 class Overhead(NamedTuple):
     """Processor seconds that a request costs besides the model.
 
-    `waking_s` more where it comes by itself, as strangers do, whether the model computes or not: in a crowd many share one
+    `waking_s` more where it comes by itself, as strangers do, whether the model computes or not: under concurrency many share one
     waking of the event loop.
     """
 

@@ -1,4 +1,4 @@
-"""Serve's autoscaling as a curve: load, replicas, waits, refusals; results/ray.csv and ray.png.
+"""Serve's autoscaling as a curve: load, replicas, waits, rejections; results/ray.csv and ray.png.
 
 $ unshare -rnpf --kill-child --mount-proc sh -c 'ip link set lo up; exec "$@"' sh python -m loadtests.ray.curve
 
