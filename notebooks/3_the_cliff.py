@@ -119,7 +119,8 @@ compare("the wait at 95 %, in calls", guess=guess_wait, formula=md1_wait(0.95), 
 
 # %% [markdown]
 # From 10 to 50 % next to nothing happens. From 90 to 95 % the wait doubles, and it doubles again to 97 or 98 %. What runs away is
-# not the work; it is $1 - \rho$, the time in which a queue can shrink.
+# not the work; it is $1 - \rho$, the time in which a queue can shrink. (The highest dots still scatter: near the cliff even an hour is a
+# short run.)
 #
 # ## One in a hundred
 #
