@@ -18,6 +18,7 @@ import numpy as np
 
 from loadtests.plan.planner import CostLaw, poisson
 from workers.scheduling.admission import ALLOWED_REQUESTS, REJECTION_BATCHES, STANDING_TARGETS
+from workers.scheduling.anticipation import Anticipation
 
 POLICIES = ("round robin", "two choices", "least connections", "shared queue")
 # More is never advised: a slice of seconds can't show what builds up over an hour.
@@ -118,7 +119,7 @@ class Outcome:
 class Queue:
     """Who waits at a replica, or at all of them."""
 
-    __slots__ = ("drained_at", "instances", "jobs", "refused_at", "slow")
+    __slots__ = ("anticipation", "drained_at", "instances", "jobs", "refused_at", "slow")
 
     def __init__(self) -> None:
         # when it first came, attempts, when it came here
@@ -126,15 +127,17 @@ class Queue:
         self.instances = 0
         self.drained_at = self.refused_at = -math.inf
         self.slow = 1.0  # how much longer calls take than the law says
+        self.anticipation: Anticipation | None = None  # where batches may be held
 
 
 class Replica:
-    """One model loop: at work until `free_at` on `batch`."""
+    """One model loop: at work until `free_at` on `batch`, or it holds one until `held_until` or until `enough` jobs wait."""
 
-    __slots__ = ("batch", "free_at", "load", "owed_s", "place", "queue")
+    __slots__ = ("batch", "enough", "free_at", "held_until", "load", "owed_s", "place", "queue")
 
     def __init__(self, queue: Queue) -> None:
         self.queue, self.batch, self.free_at, self.owed_s = queue, [], 0.0, 0.0  # type: ignore[var-annotated]
+        self.held_until, self.enough = -math.inf, 0
         self.load = 0  # admitted and not yet answered
         self.place = 0  # in its list of the balancer
         queue.instances += 1
@@ -281,6 +284,8 @@ class Simulation:
                 replica.owed_s += self.fleet.refusal_s
                 return False
         queue.jobs.append((first_s, attempt, now))
+        if queue.anticipation:
+            queue.anticipation.arrived(now, 1)
         if queue is not self.shared:
             self.balancer.change(replica, 1)
         if idle:
@@ -302,9 +307,11 @@ class Simulation:
         self.ask(*request)
 
     def take(self, replica: Replica) -> None:
-        """Start on the next batch, if there is one."""
+        """Start on the next batch, if there is one and it does not pay to hold it."""
         queue, now = replica.queue, self.now
         jobs = queue.jobs
+        if jobs and not replica.batch and self.holds(replica):
+            return
         batch: list[tuple[float, int, float]] = []
         latest_s = self.fleet.deadline_s - self.calls_s[min(len(jobs), self.most)]
         while jobs and len(batch) < self.most:
@@ -331,11 +338,38 @@ class Simulation:
             replica.owed_s, replica.free_at = 0.0, now + took_s
             self.at(replica.free_at, self.finish, (replica, batch))
 
+    def holds(self, replica: Replica) -> bool:
+        """Return whether the replica holds what has queued, as the loop does (`workers/scheduling/holding.py`)."""
+        queue, now = replica.queue, self.now
+        queued = len(queue.jobs)
+        if not queue.anticipation or queued >= self.most:
+            replica.held_until = -math.inf
+            return False
+        if replica.held_until == -math.inf:
+            a, b = self.fleet.cost.a_s, self.fleet.cost.b_s + self.fleet.overhead_s
+            hold_s, replica.enough = queue.anticipation.hold(now, queued, self.most - queued, a, b, math.inf)
+            latest = queue.jobs[0][2] + self.fleet.deadline_s - self.calls_s[queued] * MARGIN
+            replica.held_until = min(now + hold_s, latest)
+            if replica.held_until > now:
+                self.at(replica.held_until, self.end_hold, replica)
+        if queued < replica.enough and now < replica.held_until:
+            return True
+        replica.held_until = -math.inf
+        return False
+
+    def end_hold(self, replica: Replica) -> None:
+        """Its hold is over, unless it has ended before and another one has begun."""
+        if replica.held_until == self.now and not replica.batch:
+            self.take(replica)
+
     def finish(self, call: tuple[Replica, Any]) -> None:
         """Its batch is done."""
         replica, batch = call
         if replica.batch is not batch:
             return  # it has died
+        replica.batch = []
+        if replica.queue.anticipation:
+            replica.queue.anticipation.answered(self.now, len(batch), self.calls_s[len(batch)], 1)
         for first_s, _, _ in batch:
             self.outcome.came_s.append(first_s)
             self.outcome.took_s.append(self.now - first_s)
@@ -348,6 +382,8 @@ class Simulation:
     def join(self, _: None) -> None:
         """A replica is ready."""
         replica = Replica(self.shared or Queue())
+        if self.most > 1 and not self.shared:
+            replica.queue.anticipation = Anticipation()
         self.balancer.add(replica)
         self.outcome.replicas.append((self.now, len(self.balancer.all)))
 
