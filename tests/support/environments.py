@@ -35,7 +35,8 @@ def ask(name: str, folder: Path, *arguments: Any) -> str:
     python = environment(folder / "environment", CLIENTS / f"{name}.txt")
     program = [str(python), "-W", "ignore", str(CLIENTS / f"ask_{name}.py"), *map(str, arguments)]
     # No telemetry, and nothing that the developer has set for them.
-    env = {"PATH": os.environ["PATH"], "HOME": str(folder), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    env = {"PATH": os.environ["PATH"], "HOME": str(folder), "HAYSTACK_TELEMETRY_ENABLED": "False"}
+    env["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     ran = subprocess.run(program, capture_output=True, text=True, timeout=200, env=env, cwd=folder)
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.splitlines()[-1]
