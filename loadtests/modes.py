@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -137,6 +138,37 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 @contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait for the end of a block: a process that is just being started would be left behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    usual = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """Stop a server, and kill what is left of its processes."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(15)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@contextlib.contextmanager
 def start(
     mode: Mode,
     env: Mapping[str, str] | None = None,
@@ -157,25 +189,22 @@ def start(
     if "FIXED_DELAY_MS" in environ:
         mode = replace(mode, command=mode.command.replace("server:app", "loadtests.plan.fixed_delay:app"))
     with tempfile.NamedTemporaryFile(prefix=f"{mode.name}-", suffix=".log") as log_file:
-        process = subprocess.Popen(
-            mode.argv(port),
-            cwd=folder,
-            env=environ,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=(lambda: os.sched_setaffinity(0, cpus)) if cpus else None,
-        )
-        server = Server(mode, f"http://127.0.0.1:{port}/", process, log_file)
+        process = None
         try:
+            with uninterrupted():
+                process = subprocess.Popen(
+                    mode.argv(port),
+                    cwd=folder,
+                    env=environ,
+                    stdout=log_file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=(lambda: os.sched_setaffinity(0, cpus)) if cpus else None,
+                )
+            server = Server(mode, f"http://127.0.0.1:{port}/", process, log_file)
             if wait:
                 server.wait_until_ready()
             yield server
         finally:
-            if process.poll() is None:
-                process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(15)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            if process:
+                end(process)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -287,6 +288,22 @@ def test_mode_is_what_it_is_called_whatever_the_environment_says(monkeypatch: py
         with pytest.raises(OSError, match="not started"), start(MODES[name]):
             pass
         assert given["BATCH_SIZE"] == batch_size
+
+
+def test_ctrl_c_while_a_server_is_being_started_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is there, and Popen has not yet returned it."""
+    started: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def popen(*args: Any, **kwargs: Any) -> Any:
+        started.append(real(*args, **kwargs))
+        signal.raise_signal(signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr("loadtests.modes.subprocess.Popen", popen)
+    with pytest.raises(KeyboardInterrupt), start(MODES["thread"]):
+        pass
+    assert started[0].poll() is not None
 
 
 def test_busy_server_is_waited_for_but_not_forever(monkeypatch: pytest.MonkeyPatch) -> None:
