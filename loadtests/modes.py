@@ -145,14 +145,14 @@ def uninterrupted() -> Iterator[None]:
         return
     came: list[int] = []
     usual = {
-        number: signal.signal(number, lambda number, _: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        one: signal.signal(one, lambda number, _: came.append(number))
+        for one in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         yield
     finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+        for one, handler in usual.items():
+            signal.signal(one, handler)
     for number in came:
         signal.raise_signal(number)
 
