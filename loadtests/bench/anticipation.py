@@ -14,6 +14,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -90,7 +91,9 @@ def compare(
             for side, more in SIDES.items()
         }
         for n in users:
-            measures = {side: partial(measure, server, n, client) for side, server in servers.items()}
+            measures: dict[str, Callable[[float], float]] = {
+                side: partial(measure, server, n, client) for side, server in servers.items()
+            }
             rates = side_by_side(measures, rounds, duration_s)
             ratio = statistics.median(a / b for a, b in zip(rates[HELD], rates[GREEDY], strict=True))
             medians = {side: f"{statistics.median(found):.0f}" for side, found in rates.items()}
