@@ -210,9 +210,15 @@ def test_host_that_is_not_a_name_is_foreign(host: str) -> None:
     assert not AccessControl(Settings()).is_ours(host, "127.0.0.1")
 
 
+def test_allowed_hosts_in_capitals_are_the_same_names() -> None:
+    access = AccessControl(Settings(ALLOWED_HOSTS="Example.COM, *.Example.org"))
+    assert access.is_ours("example.com", "10.0.0.1") and access.is_ours("a.example.org:80", "10.0.0.1")
+
+
 def test_origin_is_compared_with_the_host_and_needs_one() -> None:
     access = AccessControl(Settings())
     assert not access.foreign(b"localhost:8000", b"HTTP://LOCALHOST:8000", "127.0.0.1")
+    assert not access.foreign(b"LOCALHOST:8000", b"http://localhost:8000", "127.0.0.1")
     assert access.foreign(b"", b"x://", "127.0.0.1")
     assert access.foreign(None, b"x://", "127.0.0.1")
 
