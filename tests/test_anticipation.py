@@ -1,6 +1,7 @@
 """When the loop holds a batch for clients that were just answered, and when it doesn't, on a virtual clock."""
 
 import asyncio
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -273,3 +274,14 @@ async def test_learning_follows_a_change_of_load() -> None:
         began = now()
         answers = await users(loop, 16, began + 2.0, rng)
         assert len(answers) / 2 > 140, "157 are possible, 79 where nothing is held"
+
+
+@on_virtual_clock
+async def test_batch_that_is_not_held_is_not_counted_as_held_on_a_clock_that_moves() -> None:
+    moments, metrics = itertools.count(), Metrics()
+    async with serving(
+        Flat(), batch_size=32, metrics=metrics, now=lambda: now() + 1e-6 * next(moments)
+    ) as loop:
+        answer = await loop.submit("a")
+    assert answer.dispatched_because == "empty"
+    assert "model_hold_seconds_count 0.0" in metrics.text().decode()

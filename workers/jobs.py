@@ -68,7 +68,7 @@ class Job:
 def expire(jobs: list[Job]) -> None:
     """End with `Late`, at their common deadline, those of `jobs` that have not ended."""
     for job in jobs:
-        job.fail(Late(f"no answer within {job.deadline - job.enqueued_at:g} s; allow more time"))
+        job.fail(Late(f"no answer within {job.deadline - job.enqueued_at:.3g} s; allow more time"))
 
 
 def fail_together(jobs: list[Job], ended: asyncio.Future[Answer]) -> None:

@@ -44,7 +44,9 @@ class Holding(Greedy):
         cost_model = self.estimate.cost_model
         hold_s, enough = self.plan_hold()
         self.estimate.hold_s = hold_s
-        self._deadline = min(job.deadline for job in queue) if hold_s else math.inf
+        if not hold_s:
+            return 0.0, 0
+        self._deadline = min(job.deadline for job in queue)
         while queue and len(queue) < enough and not self.closing and self.next_free_s():
             run_s = cost_model.predict_s(queue.size) * cost_model.margin
             left_s = min(held_at + hold_s, self._deadline - run_s) - self.now()
