@@ -124,7 +124,7 @@ def main() -> None:
                 pin(server, cpus)
                 server.wait_until_idle()
             print(f"{where}:\n\n{price(servers, options.rounds, options.seconds)}\n", flush=True)
-    if not options.no_twin:
+    if not options.no_simulation:
         print(simulated(10 * options.seconds))
 
 

@@ -394,7 +394,7 @@ def verdict(cost: CostLaw, overhead_s: float) -> str:
     enough = next(n for n in SIZES[1:] if gains[n] > 0.9 * gains[SIZES[-1]])
     return (
         f"{law}\nBatching pays: {gains[SIZES[-1]]:.2f} times the answers at batches of {SIZES[-1]}, "
-        f"{ceiling:.2f} times at most; {enough} gives nine tenths of that."
+        f"{ceiling:.2f} times at most; batches of {enough} suffice for nine tenths of the former."
     )
 
 

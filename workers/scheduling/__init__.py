@@ -42,4 +42,5 @@ stalls and giant jobs on a virtual clock (`python -m loadtests.plan.constants`).
     MIN_GAIN = 0.03         less is noise                             -                                  -
     ENOUGH = 0.98           the last client may not come back         ?                                  ?
     SHORTEST_HOLD_S = 1e-06 no timer is finer                         ?                                  ?
+    FULL = 0.8              a full batch is refilled by its own       ?                                  ?
 """
