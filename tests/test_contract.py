@@ -565,7 +565,11 @@ def test_killed_model_process_costs_its_own_batch_only(spawning: Server, crowd: 
     model_processes(spawning)[0].kill()
     failed = [future.result() for future in replies if future.result().status != 200]
     # 503: who comes while another one loads. A call that Gunicorn has lost with its dirty worker ends at the deadline.
-    fails = (500, 503) if kept("with `OFFLOAD=process`, a killed model process costs its own batch", mode) else (500, 503, 504)
+    fails = (
+        (500, 503)
+        if kept("with `OFFLOAD=process`, a killed model process costs its own batch", mode)
+        else (500, 503, 504)
+    )
     assert all(reply.status in fails and reply.error for reply in failed)
     assert all(is_own(i, f.result().json) for i, f in enumerate(replies) if f.result().status == 200)
     if kept("with `OFFLOAD=process`, a killed model process costs its own batch", mode):
