@@ -11,6 +11,9 @@ import pytest
 
 from loadtests.modes import MODES, start
 from workers.generation import grammar
+from workers.generation.scheduler import Scheduler, Sequence
+from workers.generation.step_cost import StepCost
+from workers.generation.steps import Options, Token
 
 SCHEMA = {
     "type": "object",
@@ -118,6 +121,34 @@ def test_schema_that_can_not_be_followed_is_a_400(
     with pytest.raises(openai.BadRequestError) as failed:
         client.post("/chat/completions", body={"model": "any", "messages": MESSAGES} | fields, cast_to=object)
     assert named in failed.value.body["message"]
+
+
+@needs_llguidance
+def test_schema_that_is_too_complex_to_follow_fails_its_text_instead_of_ending_it() -> None:
+    from tests.support.small_language_models import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    matcher = grammar.Grammars(tokenizer.backend_tokenizer, end).matcher(SCHEMA)
+    scheduler = Scheduler(1, StepCost(1.0))
+    sequence = Sequence([5, 6], Options(end_ids=frozenset([end])), grammar=matcher)
+    scheduler.add(sequence)
+    matcher.matcher.consume_token(5)  # not JSON: its library gives up, and from then on allows the end alone
+    assert matcher.matcher.is_error()
+    step = scheduler.plan()
+    assert step
+    ((_, outcome, reason),) = scheduler.advance(step, [Token(end, 0.0)])
+    assert (outcome, reason) == ("the schema is too complex; send a simpler one", "failed")
+
+
+@needs_llguidance
+def test_text_that_is_complete_ends_without_an_error() -> None:
+    from tests.support.small_language_models import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    matcher = grammar.Grammars(tokenizer.backend_tokenizer, end).matcher({"enum": ["a"]})
+    assert all(matcher.accept(token) for token in [*tokenizer.encode('"a"'), end])
 
 
 def test_without_llguidance_the_error_has_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,9 +30,14 @@ class Matcher:
         mask: bytes = self.matcher.compute_bitmask()
         return mask
 
-    def accept(self, token: int) -> None:
-        """Go on with this token. Once the text is complete only the end-of-sequence token may come."""
+    def accept(self, token: int) -> bool:
+        """Go on with this token. Once the text is complete only the end-of-sequence token may come.
+
+        Return whether that went well. It doesn't where the grammar takes more work than its library allows: then too only the
+        end-of-sequence token may come, but the text is not complete.
+        """
         self.matcher.consume_token(token)
+        return not self.matcher.is_error()
 
     def copy(self) -> "Matcher":
         """Return another one at the same place."""
