@@ -627,3 +627,15 @@ def test_wrong_setting_ends_the_server_with_a_sentence(mode: str) -> None:
         traceback = any("Traceback" in server.log() for server in servers.values())
         if kept("an invalid setting stops the start with one line", mode):
             assert not traceback  # elsewhere Gunicorn shows one, unless it gives up before
+
+
+def test_model_that_fails_on_its_example_is_never_ready(mode: str) -> None:
+    settings = {"MODEL": "tests.support.misbehaving_model:Fails"}
+    with start(MODES[mode], settings, wait=False) as server:
+        if kept("a model that fails on its example ends the start", mode):
+            assert server.process.wait(120) != 0
+            assert "no weights for that" in server.log()
+        else:
+            until(lambda: server.log().count("no weights for that") > 1)
+            assert server.process.poll() is None
+            assert get(server, "/ready").status == 503

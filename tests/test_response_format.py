@@ -21,6 +21,13 @@ SCHEMA = {
     "required": ["city", "old"],
     "additionalProperties": False,
 }
+TOO_DEEP = {"type": "string", "pattern": "^(((a{200}){200}){200}){200}$"}
+ENDLESS = [{"type": "string", "pattern": f"[a-z]*{letter}.*"} for letter in "abcdefghijklmnop"]
+CHAIN = {
+    "$ref": "#/$defs/0",
+    "$defs": {str(i): one | {"$ref": f"#/$defs/{i + 1}"} for i, one in enumerate(ENDLESS[:-1])}
+    | {str(len(ENDLESS) - 1): ENDLESS[-1]},
+}
 MESSAGES: Any = [{"role": "user", "content": "the old dog"}]
 needs_llguidance = pytest.mark.usefixtures("llguidance")
 
@@ -109,6 +116,10 @@ def test_json_object_begins_as_one_and_length_is_told(client: openai.OpenAI) -> 
     [
         ({"response_format": of_schema({"type": "a city"})}, "Invalid type"),
         ({"response_format": of_schema({"type": "string", "pattern": "(?=a)"})}, "schema"),
+        # 1 s for the first mask of it, if it had no limits; a constructor that does not end
+        ({"response_format": of_schema(TOO_DEEP)}, "too many expressions"),
+        ({"response_format": of_schema({"allOf": ENDLESS})}, "8 patterns"),
+        ({"response_format": of_schema(CHAIN)}, "8 patterns"),
         ({"response_format": of_schema("text")}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "regex"}}, "response_format"),
@@ -155,3 +166,17 @@ def test_without_llguidance_the_error_has_the_line_that_installs_it(monkeypatch:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(grammar.GrammarError, match="pip install -r requirements-optional"):
         grammar.Grammars(None, 1)
+
+
+@pytest.mark.parametrize(
+    ("schema", "n"),
+    [
+        ({"type": "object", "properties": {str(i): one for i, one in enumerate(ENDLESS)}}, 1),
+        ({"type": "object", "properties": {"pattern": {"$ref": "#/$defs/a"}, "allOf": ENDLESS[0]}}, 1),
+        ({"allOf": ENDLESS[:3] * 5}, 3),
+        ({"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"allOf": ENDLESS}}}, 16),
+        (CHAIN, 16),
+    ],
+)
+def test_patterns_count_where_one_text_may_have_to_match_them_all(schema: Any, n: int) -> None:
+    assert grammar.patterns_at_once(schema) == n

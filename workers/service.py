@@ -123,6 +123,8 @@ class Service:
         self.descriptions = await asyncio.gather(*(instance.start() for instance in self.instances))
         for description in self.descriptions:
             log.info("Serving %s", description)
+            if learn := getattr(task, "learn", None):
+                learn(description)
         self.limit_batches()
         self.loop.instances.load_s = time.monotonic() - began
         await self.warm_up(task)

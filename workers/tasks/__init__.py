@@ -61,6 +61,7 @@ class ModelInfo(NamedTuple):
     strategy: str = ""  # how it computes a batch
     process_id: int = 0  # 0: the server's own
     max_batch: int = MOST  # how many inputs it gains from in one call
+    pools: bool = True  # of an image model: whether its pooler has weights of its own
 
     def __str__(self) -> str:
         parts = [self.name, self.strategy]
@@ -117,6 +118,8 @@ class Task(Protocol):
         """Queries of different sizes, from small to large, to warm up with; none where it knows none."""
 
     def describe(self) -> Description: ...
+
+    # Optional: `learn(info: ModelInfo)` hears of the loaded model what the task can't know of its files.
 
 
 def make(settings: Settings) -> Task:
