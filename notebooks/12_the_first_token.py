@@ -260,8 +260,8 @@ claim(
 # ## Admission by tokens
 #
 # Ten requests wait. Is that much? Ten questions of 20 tokens are read in one step, ten documents of 400 in 5 s. A bound on the number of
-# requests can't tell them apart. This server plays its scheduler's future in a few large steps (`workers/generation/forecast.py`), and rejects at
-# the door what could not have its first token in time.
+# requests can't tell them apart. This server plays its scheduler's future in a few large steps (`workers/generation/forecast.py`), and rejects on
+# arrival what could not have its first token in time.
 #
 # **Guess.** By how much is that forecast off on average, in ms, at 1.2 readers per second? (The mean TTFT is some hundred ms.)
 
@@ -273,7 +273,7 @@ run = runs["budget by time", at]
 off_ms = 1000 * float(np.mean([abs(reader.predicted_s - reader.ttft_s) for reader in run.readers]))
 ttft = [reader.ttft_s for reader in run.readers]
 predicted = [reader.predicted_s for reader in run.readers]
-with picture("The first token is predicted at the door", "predicted, s", "simulated, s") as ax:
+with picture("The first token is predicted on arrival", "predicted, s", "simulated, s") as ax:
     line(ax, [0, max(ttft)], [0, max(ttft)], "equal")
     dots(ax, predicted, ttft, "a reader", BLUE, markersize=4)
 compare("the forecast's error, ms", guess=guess_off_ms, formula=1000 * (a + 8 * c) / 2, measured=off_ms)

@@ -5,7 +5,7 @@
 #
 # **Question: what stands between a function and a server that you can trust?**
 #
-# *Afterwards you can* read a small model server, find what will break in it, and say what a copy of the model costs.
+# *Afterwards you can* read a small model server, find what will break in it, and say what another instance of the model costs.
 #
 # It takes about 2 minutes (the quick form 40 s), two cores and 5 GB of memory. [What all lessons need](README.md).
 #
@@ -466,32 +466,33 @@ stop(broken, repaired)
 # needs a batch that is left with exactly one text.
 
 # %% [markdown]
-# ## Load once: what a copy costs
+# ## Load once: what another instance costs
 #
-# Why one model foreverybody? A copy takes memory. Instances can live in threads of one process, or each in a process of its
-# own. **How many MB does each further copy take?**
+# Why one model for everybody? Another instance of it takes memory. Instances can live in threads of one process, or each in a process of
+# its own. **How many MB does each further instance take?**
 #
 # *Memory* means the same in all lessons (`server.memory_mb()`): what all processes of the server hold. A page that several
 # processes share is divided among them, so nothing counts twice. Linux calls that PSS.
 
 # %%
-guess_thread_mb = 50  # a further copy in a thread
-guess_process_mb = 100  # a further copy in a process
+guess_thread_mb = 100  # a further instance in a thread
+guess_process_mb = 100  # a further instance in a process
 
 # %% [markdown]
-# **Prediction.** Weights are numbers of 4 bytes each.
+# **Prediction.** Weights are numbers of 4 bytes each. A call only reads them, so threads can share one set: this server lets them. Processes
+# can't, each loads its own.
 
 # %%
 model = pipe.model
 weights_mb = sum(p.numel() for p in model.parameters()) * 4 / 1e6
-tell(f"Predicted: {weights_mb:.0f} MB for every further copy.")
+tell(f"Predicted for every further instance: 0 MB in a thread, {weights_mb:.0f} MB in a process.")
 
 # %%
 counts = quick([1, 2], [1, 2, 3])
 
 
 def memory_of(counts=counts, **settings):
-    """MB of the server with each number of copies."""
+    """MB of the server with each number of instances."""
     servers = serve_all(*({**settings, "INSTANCES": n} for n in counts))
     for n, server in zip(counts, servers):
         ask_together(server, [TEXT] * 4 * n)
@@ -500,88 +501,94 @@ def memory_of(counts=counts, **settings):
     return found
 
 
-def a_copy(found):
+def further(found):
     return (found[-1] - found[0]) / (counts[-1] - 1)
 
 
 in_threads, in_processes = memory_of(), memory_of(OFFLOAD="process")
-thread_copy_mb, process_copy_mb = a_copy(in_threads), a_copy(in_processes)
+thread_mb, process_mb = further(in_threads), further(in_processes)
 
 # %%
 most = counts[-1]
 with picture(
-    "A copy in a process costs the most", "copies", "memory of the server, MB", ylim=(0, None), xticks=counts
+    "Threads share the weights, processes do not",
+    "instances",
+    "memory of the server, MB",
+    ylim=(0, None),
+    xticks=counts,
 ) as ax:
-    line(ax, counts, [in_threads[0] + (n - 1) * weights_mb for n in counts], "weights")
+    line(ax, counts, [in_processes[0] + (n - 1) * weights_mb for n in counts], "weights again")
     guessed(
         ax,
         [most] * 2,
-        [in_threads[0] + (most - 1) * guess_thread_mb, in_processes[0] + (most - 1) * guess_process_mb],
+        [
+            found[0] + (most - 1) * guess
+            for found, guess in ((in_threads, guess_thread_mb), (in_processes, guess_process_mb))
+        ],
     )
     dots(ax, counts, in_threads, "in threads", BLUE)
     dots(ax, counts, in_processes, "in processes", ORANGE)
 
 # %% [markdown]
-# *Where the formula fails:* a copy takes more than its weights. There are two suspects. This project's fast path keeps the
+# *Where the formula fails:* a process takes far more than the weights. There are two suspects. This project's fast path keeps the
 # weights a second time, in the order that the processor likes. And a process brings its own Python and its own libraries.
-# Test each alone: `FAST=0` takes the stock model, and a process that only imports the libraries has no model at all.
+# Test each alone: `FAST=0` takes the stock model, which threads load again each, and a process that only imports the libraries has no model at all.
 
 # %%
 import subprocess
 import sys
 
-stock_copy_mb = a_copy(memory_of([counts[0], counts[-1]], FAST="0"))
+stock_mb = further(memory_of([counts[0], counts[-1]], FAST="0"))
 code = "import torch, transformers.pipelines, psutil; print(psutil.Process().memory_full_info().pss / 1e6)"
 bare = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
 bare_mb = float(bare.stdout)
-first_copy_mb = in_threads[0] - bare_mb
+first_mb = in_threads[0] - bare_mb
 table(
     [
-        {"what": what, "your guess, MB": guess or "-", "formula, MB": formula, "measured, MB": f"{mb:.0f}"}
+        {
+            "what": what,
+            "your guess, MB": guess or "-",
+            "formula, MB": formula or "-",
+            "measured, MB": f"{mb:.0f}",
+        }
         for what, guess, formula, mb in (
-            ("a further copy in a thread, stock model", None, f"{weights_mb:.0f}", stock_copy_mb),
-            (
-                "a further copy in a thread, fast path",
-                guess_thread_mb,
-                f"{2 * weights_mb:.0f}",
-                thread_copy_mb,
-            ),
+            ("a further instance in a thread, weights shared", guess_thread_mb, "0", thread_mb),
+            ("a further instance in a thread, loaded again", None, f"{weights_mb:.0f}", stock_mb),
             ("the libraries alone, no model", None, None, bare_mb),
-            ("the first copy, without the libraries", None, None, first_copy_mb),
+            ("the first instance, without the libraries", None, f"{2 * weights_mb:.0f}", first_mb),
             (
-                "a further copy in a process, fast path",
+                "a further instance in a process",
                 guess_process_mb,
-                f"{bare_mb:.0f} + {first_copy_mb:.0f}",
-                process_copy_mb,
+                f"{bare_mb:.0f} + {first_mb:.0f}",
+                process_mb,
             ),
         )
     ]
 )
+compare("an instance that is loaded again, MB", guess=guess_thread_mb, formula=weights_mb, measured=stock_mb)
 compare(
-    "a further copy in a thread, MB", guess=guess_thread_mb, formula=2 * weights_mb, measured=thread_copy_mb
-)
-compare(
-    "a further copy in a process, MB",
+    "a further instance in a process, MB",
     guess=guess_process_mb,
-    formula=bare_mb + first_copy_mb,
-    measured=process_copy_mb,
+    formula=bare_mb + first_mb,
+    measured=process_mb,
 )
 claim(
     "One copy of the model saves RAM",
-    who=f"this server with 1 to {most} copies; memory of all its processes (PSS)",
-    number=f"{weights_mb:.0f} MB of weights; a further copy takes {thread_copy_mb:.0f} MB in a thread and"
-    f" {process_copy_mb:.0f} MB in a process, of which the libraries alone are {bare_mb:.0f} MB",
-    verdict="holds; with a small model it is the process that costs, not the weights",
+    who=f"this server with 1 to {most} instances; memory of all its processes (PSS)",
+    number=f"{weights_mb:.0f} MB of weights; a further instance takes {thread_mb:.0f} MB in a thread that shares them,"
+    f" {stock_mb:.0f} MB in one that loads them again, and {process_mb:.0f} MB in a process, of which the libraries alone"
+    f" are {bare_mb:.0f} MB",
+    verdict="holds; threads can share one, and with a small model it is the process that costs, not the weights",
 )
 
 # %% [markdown]
-# Both suspects are guilty. The fast path keeps most of the weights twice. A copy in its own process brings the
-# libraries along, and pays the first copy's price again: in one process later copies share a part of what the first brings.
-# Even the stock model's further copy takes more than its weights. It also has a tokenizer, and memory to compute in. We have
+# Both suspects are guilty. The fast path keeps most of the weights twice. An instance in its own process brings the
+# libraries along, and pays the first one's price again.
+# One that a thread loads again takes more than its weights, too. It also has a tokenizer, and memory to compute in. We have
 # not measured these by themselves.
 #
-# So for a small model it is the process that costs. With a model of gigabytes the weights win. Gunicorn with `workers = 9`
-# means nine of these processes (lesson 6).
+# So share the weights where threads will do. For a small model it is the process that costs. With a model of gigabytes the weights win.
+# Gunicorn with `workers = 9` means nine of these processes (lesson 6).
 
 # %% [markdown]
 # ## "Don't forget no_grad"
@@ -674,7 +681,7 @@ checks.exercise_1_1(longest_queue)
 
 
 # %% [markdown]
-# **★★** Repair `serve_one_batch`: no text lost, five words foreverybody, at most `most` texts in a batch, and no
+# **★★** Repair `serve_one_batch`: no text lost, five words for everybody, at most `most` texts in a batch, and no
 # waiting for texts that have not come.
 
 
@@ -724,12 +731,12 @@ labs.lab_1(max_queue)
 # 6. Why does a health check on the port not notice?
 # 7. Why did two bugs of the batching variant survive?
 # 8. Why load the model before saying ready?
-# 9. Why is a second copy in a process dearer than in a thread?
+# 9. Why does a second instance cost more in a process than in a thread?
 # 10. Why doesn't no_grad double the speed?
 #
 # <details><summary>Answers</summary>
 #
-# 1. Without one the last waits foreverybody, and nobody is told. A bound turns endless waiting into a quick rejection.
+# 1. Without one the last waits for everybody, and nobody is told. A bound turns endless waiting into a quick rejection.
 # 2. The model's task never pauses while there is work, so the event loop doesn't run and sends nothing until the queue is
 #    empty.
 # 3. The same thread computes the model and serves all connections.
@@ -738,7 +745,7 @@ labs.lab_1(max_queue)
 # 6. The process lives and accepts. Only an answer proves that the loop runs.
 # 7. One client alone doesn't show them, or shows a wait that looks like slowness. Test with two and three.
 # 8. Else the first client waits for the loading, and everybody behind it.
-# 9. It brings its own Python and libraries, and pays the first copy's price again.
+# 9. It brings its own Python and libraries, and pays the first one's price again; threads share the weights.
 # 10. The same products are computed. It saves what is kept for a backward pass, and a pipeline does it by itself.
 # </details>
 
@@ -766,8 +773,8 @@ holds(outside.new_404_ms > 2 * outside.open_404_ms, "who is outside waits longer
 holds(outside.new_404_ms > 2 * free.new_404_ms, "a model on the event loop delays those who don't want it")
 holds(outside.answers_ms[4] < 0.7 * outside.answers_ms[-1], "outside: one after the other")
 holds(inside.answers_ms[4] > 0.8 * inside.answers_ms[-1], "inside: together")
-holds(process_copy_mb > thread_copy_mb > 0.5 * weights_mb, "a process costs more than a thread")
-holds(thread_copy_mb > stock_copy_mb, "the fast path keeps more")
+holds(process_mb > stock_mb > 0.5 * weights_mb, "a process costs more than a thread that loads again")
+holds(thread_mb < 0.5 * weights_mb, "threads share the weights")
 holds(with_s < 1.5 * without_s, "no_grad does not double the speed")
 
 # %% [markdown]

@@ -159,7 +159,7 @@ table(
 # **Forward**: the encoder's layers. **Head**: what turns their result into scores. **Answer**: the scores become labels and
 # words. **Serialise**: all that becomes JSON.
 #
-# Take 32 short sentences. The same encoder reads them forevery task. Filling a mask has the largest head: it gives a score for
+# Take 32 short sentences. The same encoder reads them for every task. Filling a mask has the largest head: it gives a score for
 # each of 30,522 words, at each token. What share of the call do you think that head takes?
 
 # %%

@@ -32,7 +32,7 @@ way(changed={"model"})
 # ## How fast could it be at all?
 #
 # A model is mostly products of matrices. A core can do only so many multiplications and additions a second, whatever
-# program asks for them. That is the limit forevery runtime.
+# program asks for them. That is the limit for every runtime.
 #
 # **Your guess:** how many short texts a second (about ten tokens each) can one core answer at most, in float32?
 

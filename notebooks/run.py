@@ -59,8 +59,15 @@ def execute(script: Path, *, quick: bool) -> nbformat.NotebookNode:
 
 def this_run() -> dict[str, str]:
     """The commit, the machine and the date, for a notebook's metadata."""
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=HERE.parent, capture_output=True, text=True).stdout.strip()
+
+    # What a run before this one has stored is no change of the code.
+    others = [":!notebooks/*.ipynb", ":!notebooks/claims.md"]
+    commit = git("rev-parse", "--short", "HEAD") + "-dirty" * bool(
+        git("status", "--porcelain", "--", ".", *others)
+    )
     machine = f"{host.processor()}, {len(os.sched_getaffinity(0))} cores"
     return {"commit": commit or "unknown", "machine": machine, "date": str(date.today())}
 

@@ -277,6 +277,29 @@ async def test_learning_follows_a_change_of_load() -> None:
 
 
 @on_virtual_clock
+async def test_hold_that_the_deadline_leaves_no_time_for_is_not_counted_on_a_clock_that_moves() -> None:
+    """Users come back within 80 ms; the one that comes now has as long as a call takes, and its margin."""
+    moments, metrics = itertools.count(), Metrics()
+
+    def counted() -> str:
+        return metrics.text().decode().split("model_hold_seconds_count ")[1].split()[0]
+
+    async with serving(
+        Flat(), batch_size=32, metrics=metrics, now=lambda: now() + 1e-7 * next(moments)
+    ) as loop:
+        warm(loop)
+        for _ in range(10):
+            await asyncio.gather(*submit_all(loop, *range(8)))
+            await asyncio.sleep(0.02)
+        await asyncio.gather(*submit_all(loop, *range(8)))
+        await asyncio.sleep(0.001)
+        assert loop.dispatch.plan_hold()[0] > 0
+        before = counted()
+        answer = await loop.submit("tight", budget_s=0.1 * loop.cost_model.margin)
+        assert (answer.dispatched_because, counted()) == ("empty", before)
+
+
+@on_virtual_clock
 async def test_batch_that_is_not_held_is_not_counted_as_held_on_a_clock_that_moves() -> None:
     moments, metrics = itertools.count(), Metrics()
     async with serving(

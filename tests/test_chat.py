@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -11,6 +12,11 @@ import pytest
 
 from loadtests.modes import MODES, Server, start
 from tests.support.client import dial, metric, request, until
+from workers.generation.steps import Token
+from workers.generation.stream import Piece
+from workers.protocols.chat.replies import Chat, Completion
+from workers.settings import Settings
+from workers.tasks.text_generation import Task
 
 MESSAGES = [
     {"role": "system", "content": "the old dog"},
@@ -258,6 +264,92 @@ def test_unsupported_field_is_a_400_that_names_it(
     with pytest.raises(openai.BadRequestError) as failed:
         client.post("/chat/completions", body=body, cast_to=object)
     assert named in failed.value.body["message"] and failed.value.body["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "kept"),
+    [
+        *(
+            (path, {name: number}, kept)
+            for path in ("v1/chat/completions", "v1/completions")
+            for name, number, kept in [
+                ("n", 2, {}),
+                ("max_tokens", 3, {}),
+                ("min_tokens", 2, {}),
+                ("top_k", 5, {}),
+                ("top_k", -1, {}),
+                ("seed", 1, {"temperature": 1.5}),
+                ("logit_bias", {"9": 100}, {}),
+                ("repetition_penalty", 2, {}),
+            ]
+        ),
+        ("v1/chat/completions", {"max_completion_tokens": 3}, {}),
+        ("v1/chat/completions", {"top_logprobs": 2}, {"logprobs": True}),
+        ("v1/completions", {"logprobs": 2}, {}),
+        ("v1/completions", {"n": 2}, {"echo": True}),
+        ("v1/completions", {"prompt": [5, 6]}, {}),
+        ("v1/completions", {"prompt": [[5, 6], [7]]}, {}),
+        ("v1/responses", {"max_output_tokens": 5}, {}),
+        ("generate", {"max_new_tokens": 3}, {}),
+        ("generate", {"best_of": 1, "top_k": 5, "seed": 1}, {"max_new_tokens": 3}),
+    ],
+)
+def test_whole_number_is_one_however_json_writes_it(
+    server: Server, path: str, fields: dict[str, Any], kept: dict[str, Any]
+) -> None:
+    """JSON has one kind of number: some clients write 2.0."""
+    asked: dict[str, Any] = {
+        "v1/chat/completions": {"messages": MESSAGES, "temperature": 0, "max_tokens": 4},
+        "v1/completions": {"prompt": "a river", "temperature": 0, "max_tokens": 4},
+        "v1/responses": {"input": "a river", "temperature": 0, "max_output_tokens": 4},
+        "generate": {"inputs": "a river", "do_sample": False},
+    }[path] | kept
+    if "max_completion_tokens" in fields:
+        del asked["max_tokens"]
+
+    def answer(fields: dict[str, Any]) -> Any:
+        reply = httpx2.post(server.url + path, json=asked | fields, timeout=60)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    expected, found = answer(fields), answer({name: as_float(value) for name, value in fields.items()})
+    for name in ("choices", "generated_text", "max_output_tokens"):
+        assert json.dumps(found.get(name)) == json.dumps(expected.get(name))
+
+
+def as_float(value: Any) -> Any:
+    match value:
+        case list():
+            return list(map(as_float, value))
+        case dict():
+            return {name: as_float(one) for name, one in value.items()}
+    return float(value)
+
+
+def test_each_token_of_many_logprobs_is_decoded_once(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reply may have a million of them."""
+    task = Task(Settings(MODEL=folder, TASK="text-generation"))
+    backend, decoded = task.tokens.backend, []
+
+    def decode(ids: list[int], **more: Any) -> str:
+        decoded.extend(ids)
+        return str(backend.decode(ids, **more))
+
+    monkeypatch.setattr(task.tokens, "backend", SimpleNamespace(decode=decode))
+    settings = Settings(MODEL=folder)
+    asked: Any = SimpleNamespace(
+        scope={"headers": []}, state=SimpleNamespace(service=SimpleNamespace(settings=settings))
+    )
+    generation: Any = SimpleNamespace(task=task)
+    piece = Piece([("a", Token(i % 9, -1.0, [(j, -1.0) for j in range(20)])) for i in range(100)])
+    for form in (Chat, Completion):
+        choice = form(asked, generation, True).choice(0, piece)
+        tokens = choice["logprobs"]["content" if form is Chat else "tokens"]
+        assert len(tokens) == 100
+    assert [
+        token["token"] for token in Chat(asked, generation, True).choice(0, piece)["logprobs"]["content"]
+    ] == [backend.decode([i % 9], skip_special_tokens=False) for i in range(100)]
+    assert sorted(decoded) == list(range(20))
 
 
 def test_null_is_not_given_and_user_and_name_have_no_effect(client: openai.OpenAI, oracle: Any) -> None:

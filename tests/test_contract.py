@@ -565,7 +565,11 @@ def test_killed_model_process_costs_its_own_batch_only(spawning: Server, crowd: 
     model_processes(spawning)[0].kill()
     failed = [future.result() for future in replies if future.result().status != 200]
     # 503: who comes while another one loads. A call that Gunicorn has lost with its dirty worker ends at the deadline.
-    fails = (500, 503) if kept("with `OFFLOAD=process`, a killed model process costs its own batch", mode) else (500, 503, 504)
+    fails = (
+        (500, 503)
+        if kept("with `OFFLOAD=process`, a killed model process costs its own batch", mode)
+        else (500, 503, 504)
+    )
     assert all(reply.status in fails and reply.error for reply in failed)
     assert all(is_own(i, f.result().json) for i, f in enumerate(replies) if f.result().status == 200)
     if kept("with `OFFLOAD=process`, a killed model process costs its own batch", mode):
@@ -623,3 +627,15 @@ def test_wrong_setting_ends_the_server_with_a_sentence(mode: str) -> None:
         traceback = any("Traceback" in server.log() for server in servers.values())
         if kept("an invalid setting stops the start with one line", mode):
             assert not traceback  # elsewhere Gunicorn shows one, unless it gives up before
+
+
+def test_model_that_fails_on_its_example_is_never_ready(mode: str) -> None:
+    settings = {"MODEL": "tests.support.misbehaving_model:Fails"}
+    with start(MODES[mode], settings, wait=False) as server:
+        if kept("a model that fails on its example ends the start", mode):
+            assert server.process.wait(120) != 0
+            assert "no weights for that" in server.log()
+        else:
+            until(lambda: server.log().count("no weights for that") > 1)
+            assert server.process.poll() is None
+            assert get(server, "/ready").status == 503

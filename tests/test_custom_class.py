@@ -213,8 +213,9 @@ def test_class_with_media_gets_bytes_of_the_body_and_of_base64(monkeypatch: pyte
     assert task.media == ("image/",)
     for inputs in (b"abc", "YWJj", "data:image/png;base64,YWJj"):
         assert task.check(inputs, {}).content == b"abc"
-    with pytest.raises(Malformed, match="must be base64"):
-        task.check("no base64", {})
+    for inputs in ("no base64", "ä", "data:image/png;base64,YWJj東京"):
+        with pytest.raises(Malformed, match="must be base64"):
+            task.check(inputs, {})
     assert task.describe().example == {"inputs": "YWJj"}
 
 

@@ -1,4 +1,4 @@
-"""The fleet's twin against queueing theory, against the real loop on its virtual clock, and where a storm begins."""
+"""The simulated fleet against queueing theory, against the real loop on its virtual clock, and where a storm begins."""
 
 import asyncio
 import math
@@ -15,7 +15,7 @@ from tests.support.virtual_clock import now, on_virtual_clock, serving
 from workers.loop import ModelLoop
 
 TEN_MS = CostLaw(0.0, 0.01)
-# Without a door: whoever comes waits.
+# Without admission: every request waits.
 OPEN = Fleet(TEN_MS, 1, deadline_s=1e6, max_queue=10**6, target_s=0.0)
 # Exponential service: the quantiles of it.
 EXPONENTIAL = CostLaw(0.0, 0.01, {1: [-math.log(1 - (i + 0.5) / 500) for i in range(500)]})
@@ -176,3 +176,12 @@ def test_wrong_number_ends_with_a_sentence(option: str, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         replicas.main([option])
     assert f"argument {option.partition('=')[0]}: " in capsys.readouterr().err
+
+
+def test_answer_after_its_deadline_is_none() -> None:
+    # One call in ten takes five times as long, which is too long for an answer in time.
+    uneven = CostLaw(0.0, 0.01, {1: [0.8] * 9 + [5.0]})
+    found = simulate(replace(OPEN, cost=uneven, deadline_s=0.03), rate_per_s=1, duration_s=2000).summary()
+    assert found["loss"] == pytest.approx(0.1, abs=0.02)
+    with pytest.raises(ValueError, match="allow a longer deadline"):
+        fleet.replicas_for(replace(OPEN, cost=uneven, deadline_s=0.03, policy="two choices"), 100, 0.001)

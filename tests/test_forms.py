@@ -135,6 +135,20 @@ def test_form_has_one_file_and_a_bounded_number_of_fields() -> None:
     assert rejected(*encoded(fields={"labels": "a" * 300_000}))[0] == 413
 
 
+@pytest.mark.parametrize(("kind", "value"), [("", "3"), ('; filename="a.png"', "x")], ids=["field", "file"])
+def test_part_without_a_name_is_rejected_and_one_named_none_is_a_field(kind: str, value: str) -> None:
+    file = 'Content-Disposition: form-data; name="file"; filename="b.png"\r\n\r\nx\r\n'
+
+    def form(disposition: str) -> bytes:
+        part = f"Content-Disposition: form-data{disposition}\r\n\r\n{value}\r\n"
+        return f"--x\r\n{file}--x\r\n{part}--x--\r\n".encode()
+
+    content_type = "multipart/form-data; boundary=x"
+    status, sentence = rejected(form(kind), content_type)
+    assert (status, sentence[:32]) == (400, "the form has a part without a na")
+    assert read(form('; name="None"'), content_type).parameters == {"None": 3 if value == "3" else "x"}
+
+
 def test_field_that_comes_twice_is_a_list_and_parameters_may_be_one_object() -> None:
     body, content_type = encoded(
         fields={"labels": ["a", "b"], "parameters": '{"top_k": 2, "pool": null}', "n": "NaN"}

@@ -319,6 +319,21 @@ def test_model_process_that_is_killed_ends_its_texts_with_an_error_and_those_tha
         assert metric(server, "model_process_restarts_total") == 1
 
 
+def test_next_turn_after_the_model_process_was_killed_idle_reads_its_prompt_again(folder: str) -> None:
+    with start(MODES["process"], served(folder)) as server:
+        first = {"inputs": PARIS + " a river" * 20, "parameters": {"max_new_tokens": 5}}
+        (answer,) = post_json(server, first).json
+        second = {**first, "inputs": answer["generated_text"] + " and then"}
+        (model,) = (p for p in server.processes() if "workers.isolation.process" in " ".join(p.cmdline()))
+        model.kill()
+        until(lambda: metric(server, "model_process_restarts_total") == 1)
+        (cold,) = post_json(server, second).json
+        assert metric(server, 'model_tokens_total{kind="reused"}') == 0
+        (warm,) = post_json(server, second).json
+        assert metric(server, 'model_tokens_total{kind="reused"}') > 20
+        assert cold == warm
+
+
 def test_chat_does_not_begin_in_what_another_key_left(folder: str) -> None:
     with start(MODES["thread"], served(folder, API_KEY="one,two", METRICS_OPEN="1")) as server:
         first = {"inputs": PARIS + " a river" * 20, "parameters": {"max_new_tokens": 5}}

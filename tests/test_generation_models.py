@@ -135,6 +135,19 @@ def test_greedy_tokens_do_not_depend_on_joining_and_leaving_sequences(
         assert sequence.tokens[: len(expected)] == expected
 
 
+def test_way_that_raises_leaves_the_model_to_its_own_forward_pass() -> None:
+    def broken(model: Any) -> None:
+        pack(model)
+        raise RuntimeError("no such layout")
+
+    model = make(lambda: make_model("gpt2"), LIMITS, broken)
+    assert model.description == "stock forward pass"
+    sequence, (asked,) = Sequence(prompts([9])[0], Options(max_tokens=10)), prompts([9])
+    run(model, [(0, sequence)], {}, 16)
+    expected = greedy(made("gpt2")[0], asked, 10)
+    assert sequence.tokens[: len(expected)] == expected
+
+
 def test_logprobs_are_those_of_the_forward_pass() -> None:
     stock, model = made("llama")
     (prompt,) = prompts([12])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -74,6 +74,74 @@ def test_half_a_character_at_the_end_reads_as_one_that_is_broken() -> None:
     tokens = CORE.encode("\U0001f469").ids
     assert [stream.push(token) for token in tokens[:-1]] == [""] * (len(tokens) - 1)
     assert stream.rest() == CORE.decode(tokens[:-1])
+
+
+def byte_fallback() -> Tokenizer:
+    """A tokenizer as Llama 2's: a character that it doesn't know is a token per byte."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a", "\u00e9"]
+    model = models.BPE({word: i for i, word in enumerate(words)}, [("\u2581", "a")], byte_fallback=True)
+    core = Tokenizer(model)
+    core.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return core
+
+
+def pieces_of(core: Tokenizer, prompt: list[str], tokens: list[str]) -> list[str]:
+    """What a text stream makes of each token, and of the end."""
+    stream = TextStream(core, list(map(core.token_to_id, prompt)))
+    return [*(stream.push(core.token_to_id(token)) for token in tokens), stream.rest()]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pieces"),
+    [
+        (["<0xC3>", "<0xA9>", "\u2581a"], ["", "\u00e9", " a"]),
+        (["<0xC3>", "<0xA9>", "<0xFF>", "a", "b"], ["", "\u00e9", "", "\ufffda", "b"]),
+        (["<0xC3>", "<0xA9>", "<0xE4>"], ["", "\u00e9", "", "\ufffd"]),
+        (["a", "<0xFF>", "<0xC3>", "<0xA9>", "\u2581a"], ["a", "", "", "", "\ufffd\ufffd\ufffd a"]),
+    ],
+)
+def test_broken_bytes_read_as_such_and_what_was_said_stays(tokens: list[str], pieces: list[str]) -> None:
+    said = pieces_of(byte_fallback(), ["a", "b"], tokens)
+    assert said[: len(pieces)] == pieces and "".join(said) == "".join(pieces)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 261), max_size=12), st.lists(st.integers(1, 261), max_size=12))
+def test_any_tokens_after_any_prompt_give_text_and_none_of_the_prompt(
+    prompt: list[int], tokens: list[int]
+) -> None:
+    core = byte_fallback()
+    stream = TextStream(core, [*prompt, core.token_to_id("\u00e9"), core.token_to_id("b")])
+    assert "b" in core.decode(tokens) or "b" not in "".join(map(stream.push, tokens)) + stream.rest()
+
+
+@pytest.mark.parametrize("core", [byte_fallback(), CORE], ids=["byte fallback", "bytes"])
+def test_text_after_a_prompt_that_ends_with_half_a_character_has_nothing_of_the_prompt(
+    core: Tokenizer,
+) -> None:
+    half = ["<0xC3>", "<0xA9>"] if core is not CORE else ["\u00c3", "\u00a9"]
+    assert "".join(pieces_of(core, ["a", "b", half[0]], [half[1], "a"])) == "\u00e9a"
+    assert "".join(pieces_of(core, ["a", "b", half[0]], ["a"])) == "a"
+    whole = [*CORE.encode("dog \ufffd").ids, *CORE.encode("dog").ids]
+    stream = TextStream(CORE, whole[:-1])
+    assert stream.push(whole[-1]) + stream.rest() == CORE.decode(whole[-1:])
+
+
+def test_added_tokens_that_no_role_names_cannot_be_written_into_a_chat_either() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|header|>", special=True), AddedToken("<think>", special=False)])
+    assert "<|header|>" not in tokenizer.all_special_tokens
+    chat = Chat(tokenizer)
+    assert "<think>" in chat("user", "<think>")
+    with pytest.raises(ValueError, match=r"message 0 has <\|header\|> in it"):
+        chat("user", "hi<|header|>system")
 
 
 def test_chat_is_rendered_by_the_models_own_template() -> None:
@@ -155,6 +223,12 @@ def test_bias_and_least_length_change_the_choice() -> None:
     (longer,) = choose(logits, [Choice(Options(min_tokens=2, end_ids=frozenset([0])), 1)])
     assert isinstance(biased, Token) and isinstance(longer, Token)
     assert (biased.id, longer.id) == (2, 1)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-9])
+def test_temperature_near_zero_takes_the_likeliest_token(temperature: float) -> None:
+    logits = torch.tensor([[1.0, -3.0, 8.0, 7.0]])
+    assert allowed(logits, Options(temperature=temperature)) == {2}
 
 
 def test_row_without_numbers_fails_and_its_neighbours_do_not() -> None:

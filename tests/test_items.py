@@ -13,7 +13,7 @@ from loadtests.modes import MODES, start
 from tests.support.client import get, metric, post, post_json, until
 from workers import tasks
 from workers.settings import Settings
-from workers.tasks.calls import CallContext, Followed, followed
+from workers.tasks.calls import TIMER_S, CallContext, Followed, followed
 from workers.tasks.custom import Own
 
 STREAMS = '''
@@ -177,8 +177,43 @@ def test_a_context_is_cancelled_by_its_deadline_and_when_its_request_ends() -> N
     with followed([Followed("a", context), "another"], 60.0):
         assert not context.cancelled and 59 < context.deadline - time.monotonic() <= 60
     assert context.cancelled
-    with followed([Followed("a", late := CallContext())], 0.0):
+    with followed([Followed("a", late := CallContext())], -TIMER_S):
         assert late.cancelled
+
+
+def test_an_answer_that_the_deadline_cuts_short_is_never_taken_for_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The server's own timer comes first; where it does not, as with OFFLOAD=inline, the model has failed."""
+    clock = [0.0]
+    monkeypatch.setattr("workers.tasks.calls.time.monotonic", lambda: clock[0])
+
+    class Slow:
+        streams = True
+
+        def __call__(self, inputs: list[Any]) -> list[Any]:
+            return [self.items(n) for n in inputs]
+
+        def items(self, n: int) -> Iterator[int]:
+            for i in range(n):
+                yield i
+                clock[0] += 0.99
+
+    def items(n: int, client_left: bool = False) -> list[Any]:
+        clock[0] = 0.0
+        context = CallContext()
+        context.deadline, context.has_left = 1.0, client_left
+        return Own(Slow(), "Slow")([Followed(n, context, True)])
+
+    assert items(1) == [[0]]
+    with pytest.raises(TimeoutError, match="the deadline has passed before the last item"):
+        items(9)
+    assert items(9, client_left=True) == [[]]
+    context = CallContext()
+    context.deadline, clock[0] = 1.0, 1.1
+    assert not context.cancelled, "else it could end as if it were whole before it is late"
+    clock[0] += TIMER_S
+    assert context.cancelled
 
 
 def test_progress_is_from_0_to_1() -> None:

@@ -472,6 +472,7 @@ def test_rejection_says_when_to_retry(server: Server, stub: Any, crowd: Crowd, t
     until(lambda: get(server, "/health").json["queue_depth"] == 4)
     error = error_of(lambda: stub.ModelInfer(asked(TEXT)))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error.details().endswith("; retry after the time in RetryInfo")
     retry = RetryInfo()
     assert rpc_status.from_call(error).details[0].Unpack(retry)
     assert retry.retry_delay.seconds >= 1

@@ -68,6 +68,7 @@ WRONG_JSON = {
     "depth in objects": '{"inputs":' * 1600 + "1" + "}" * 1600,
     "a field twice": '{"inputs": "a", "inputs": "b"}',
     "a field twice, further down": '{"inputs": {"a": 1, "a": 2}}',
+    "a field twice whose name is half a character": '{"\\ud800": 1, "\\ud800": 2}',
     "half a character": '{"inputs": "\\ud83d"}',
     "half a character in a field's name": '{"inputs": 1, "\\uDC00": 2}',
     "a raw NUL": '{"inputs": "a\0b"}',
@@ -80,6 +81,29 @@ def test_json_that_is_wrong_is_a_400(what: str) -> None:
     status, sentence = refused(WRONG_JSON[what])
     assert status == 400
     assert len(sentence) < 200
+
+
+def test_last_of_many_keys_is_found_to_be_double_by_one_look_at_each() -> None:
+    """A look at all keys before each would take minutes, on the event loop."""
+
+    class Key(str):
+        __slots__ = ()
+        hashed = 0
+
+        def __hash__(self) -> int:
+            Key.hashed += 1
+            return str.__hash__(self)
+
+    keys: list[tuple[str, Any]] = [(Key(i), i) for i in range(1000)]
+    with pytest.raises(HTTPException, match='duplicate key "999" in the JSON object; send it once'):
+        parsing.unique([*keys, (Key(999), 0)])
+    assert Key.hashed <= 4 * len(keys)
+
+
+def test_double_key_is_shown_as_text_can_have_it() -> None:
+    assert refused(WRONG_JSON["a field twice whose name is half a character"])[1].startswith(
+        'duplicate key "?" in'
+    )
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-32-be", "latin-1"])

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
 
+from loadtests.modes import MODES, start
 from tests.support import small_media
 from tests.support.small_models import wordpiece_tokenizer
 from workers import tasks
@@ -448,6 +450,10 @@ def test_only_a_trained_pooler_is_asked(tmp_path: Path, has_pooler: bool) -> Non
     else:
         with pytest.raises(Malformed, match='"pool" must be false: this model has no pooler'):
             task.check(IMAGES[0], {"pool": True})
+        settings = {"MODEL": str(tmp_path), "TASK": "image-feature-extraction", "TORCH_THREADS": "1"}
+        with start(MODES["process"], settings) as server:  # its model is loaded elsewhere
+            reply = httpx.post(server.url, files={"file": IMAGES[0]}, data={"pool": "true"}, timeout=60)
+            assert (reply.status_code, "this model has no pooler" in reply.text) == (400, True)
 
 
 def test_text_to_speech_is_text_to_audio_and_starts_with_characters_as_tokens(tmp_path: Path) -> None:

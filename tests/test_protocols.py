@@ -234,6 +234,7 @@ def test_cohere_embeds(client: httpx2.Client, version: str) -> None:
     vectors = plain["embeddings"] if version == "1" else plain["embeddings"]["float"]
     np.testing.assert_allclose(vectors, expected, atol=1e-6)
     asked = client.post("/embed", json={"inputs": TEXTS, "prompt_name": "query"}).json()
+    assert ask(embedding_types=["float", "float"])["embeddings"].keys() == {"float"}
     found = ask(input_type="search_query", embedding_types=["float"])["embeddings"]["float"]
     np.testing.assert_allclose(found, asked, atol=1e-6)
     assert not np.allclose(found, expected, atol=1e-2)
@@ -274,6 +275,7 @@ def test_cohere_cuts_long_texts_as_told(client: httpx2.Client) -> None:
         ("/v2/embed", {"inputs": [{"content": []}]}, 'each of "inputs" must be {"content"'),
         ("/v2/embed", {"texts": ["a"], "embedding_types": ["int8"]}, '"embedding_types" must be a list of'),
         ("/v2/embed", {"texts": ["a"], "embedding_types": [[]]}, '"embedding_types" must be a list of'),
+        ("/v2/embed", {"texts": ["a"], "embedding_types": ["float"] * 3}, '"embedding_types" must be a list'),
         ("/v2/embed", {"texts": ["a"], "input_type": "image"}, '"input_type" must be one of search_query'),
         ("/v2/embed", {"texts": ["a"], "input_type": []}, '"input_type" must be one of search_query'),
         ("/v2/embed", {"texts": ["a"], "truncate": "MIDDLE"}, '"truncate" must be one of NONE, START, END'),

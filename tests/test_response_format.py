@@ -11,12 +11,22 @@ import pytest
 
 from loadtests.modes import MODES, start
 from workers.generation import grammar
+from workers.generation.scheduler import Scheduler, Sequence
+from workers.generation.step_cost import StepCost
+from workers.generation.steps import Options, Token
 
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"enum": ["Paris", "Lyon"]}, "old": {"type": "boolean"}},
     "required": ["city", "old"],
     "additionalProperties": False,
+}
+TOO_DEEP = {"type": "string", "pattern": "^(((a{200}){200}){200}){200}$"}
+ENDLESS = [{"type": "string", "pattern": f"[a-z]*{letter}.*"} for letter in "abcdefghijklmnop"]
+CHAIN = {
+    "$ref": "#/$defs/0",
+    "$defs": {str(i): one | {"$ref": f"#/$defs/{i + 1}"} for i, one in enumerate(ENDLESS[:-1])}
+    | {str(len(ENDLESS) - 1): ENDLESS[-1]},
 }
 MESSAGES: Any = [{"role": "user", "content": "the old dog"}]
 needs_llguidance = pytest.mark.usefixtures("llguidance")
@@ -106,6 +116,10 @@ def test_json_object_begins_as_one_and_length_is_told(client: openai.OpenAI) -> 
     [
         ({"response_format": of_schema({"type": "a city"})}, "Invalid type"),
         ({"response_format": of_schema({"type": "string", "pattern": "(?=a)"})}, "schema"),
+        # 1 s for the first mask of it, if it had no limits; a constructor that does not end
+        ({"response_format": of_schema(TOO_DEEP)}, "too many expressions"),
+        ({"response_format": of_schema({"allOf": ENDLESS})}, "8 patterns"),
+        ({"response_format": of_schema(CHAIN)}, "8 patterns"),
         ({"response_format": of_schema("text")}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "regex"}}, "response_format"),
@@ -120,7 +134,49 @@ def test_schema_that_can_not_be_followed_is_a_400(
     assert named in failed.value.body["message"]
 
 
+@needs_llguidance
+def test_schema_that_is_too_complex_to_follow_fails_its_text_instead_of_ending_it() -> None:
+    from tests.support.small_language_models import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    matcher = grammar.Grammars(tokenizer.backend_tokenizer, end).matcher(SCHEMA)
+    scheduler = Scheduler(1, StepCost(1.0))
+    sequence = Sequence([5, 6], Options(end_ids=frozenset([end])), grammar=matcher)
+    scheduler.add(sequence)
+    matcher.matcher.consume_token(5)  # not JSON: its library gives up, and from then on allows the end alone
+    assert matcher.matcher.is_error()
+    step = scheduler.plan()
+    assert step
+    ((_, outcome, reason),) = scheduler.advance(step, [Token(end, 0.0)])
+    assert (outcome, reason) == ("the schema is too complex; send a simpler one", "failed")
+
+
+@needs_llguidance
+def test_text_that_is_complete_ends_without_an_error() -> None:
+    from tests.support.small_language_models import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    matcher = grammar.Grammars(tokenizer.backend_tokenizer, end).matcher({"enum": ["a"]})
+    assert all(matcher.accept(token) for token in [*tokenizer.encode('"a"'), end])
+
+
 def test_without_llguidance_the_error_has_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(grammar.GrammarError, match="pip install -r requirements-optional"):
         grammar.Grammars(None, 1)
+
+
+@pytest.mark.parametrize(
+    ("schema", "n"),
+    [
+        ({"type": "object", "properties": {str(i): one for i, one in enumerate(ENDLESS)}}, 1),
+        ({"type": "object", "properties": {"pattern": {"$ref": "#/$defs/a"}, "allOf": ENDLESS[0]}}, 1),
+        ({"allOf": ENDLESS[:3] * 5}, 3),
+        ({"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"allOf": ENDLESS}}}, 16),
+        (CHAIN, 16),
+    ],
+)
+def test_patterns_count_where_one_text_may_have_to_match_them_all(schema: Any, n: int) -> None:
+    assert grammar.patterns_at_once(schema) == n

@@ -623,6 +623,20 @@ def test_model_is_closed_within_the_grace_time(
     assert ("the model was not closed within GRACE_S=1" in caplog.text) is hangs
 
 
+def test_second_sigterm_does_not_lengthen_the_grace_time(
+    gated: type[Gated], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(client: httpx2.AsyncClient, service: Service) -> None:
+        service.stop()
+        stops_at, draining = service.stops_at, service.draining
+        monkeypatch.setattr(time, "monotonic", lambda clock=time.monotonic: clock() + 5)
+        service.stop()
+        assert (service.stops_at, service.draining) == (stops_at, draining)
+        monkeypatch.undo()
+
+    with_app(scenario)
+
+
 def test_request_after_the_stop_is_rejected_without_waiting_for_its_body(
     gated: type[Gated],
 ) -> None:

@@ -1,6 +1,8 @@
 """Instances in threads of one process share one model where it may be shared, and answer as one alone does."""
 
+import gc
 import sys
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -8,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import small_media
+from tests.support import small_media, small_models
 from workers import tasks
 from workers.settings import EMBEDDED, Settings
 from workers.tasks.common import media
@@ -99,6 +101,22 @@ def test_a_custom_class_is_shared_where_it_says_so_and_closed_once(
         model.close()
     assert closed == made or set(map(id, closed)) == set(map(id, made))
     assert [model(["a"]) for model in models] == [["a"]] * N
+
+
+def test_a_shared_model_is_freed_with_its_instances() -> None:
+    settings = Settings(MODEL=EMBEDDED, INSTANCES=2, TORCH_THREADS=1)
+    task, models = load(settings, 2)
+    model = weakref.ref(models[0].model)
+    del task, models
+    gc.collect()
+    assert model() is None
+
+
+def test_a_model_whose_passes_change_it_is_not_shared(tmp_path: Path) -> None:
+    """BigBird's own forward pass sets its attention by the length of a text."""
+    folder = small_models.save(tmp_path, "big_bird", small_models.make_model("big_bird", "MaskedLM"))
+    _, models = load(Settings(MODEL=folder, INSTANCES=2, TORCH_THREADS=1), 2)
+    assert models[0] is not models[1]
 
 
 def test_an_instance_alone_is_not_wrapped() -> None:

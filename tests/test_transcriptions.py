@@ -1,7 +1,10 @@
 """OpenAI's transcriptions, by its own client: what the pipeline says of the sound, in each of the client's formats."""
 
+import asyncio
 import io
+import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -12,8 +15,11 @@ import transformers
 
 from loadtests.modes import MODES, Server, start
 from tests.support import small_media
+from workers.errors import Malformed
 from workers.protocols import transcriptions
 from workers.tasks.common import media
+from workers.web import parsing
+from workers.web.checks import CheckThreads
 
 SOUND = media.example_sound(1, 25.0)
 LONG = media.example_sound(4, 40.0)
@@ -121,3 +127,31 @@ def test_a_sound_that_cannot_be_read_and_a_body_that_is_not_a_form(ctc: Served) 
     reply = requests.post(ctc.server.url + "v1/audio/transcriptions", json={"file": "a"})
     assert (reply.status_code, "send a form" in reply.json()["error"]["message"]) == (415, True)
     assert next(iter(ctc.client.models.list())).id.startswith("ctc")
+
+
+def test_fields_of_a_form_are_parsed_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be 32 MB of JSON."""
+    load_json, threads = parsing.load_json, []
+
+    def watched(text: str, example: str) -> Any:
+        threads.append(threading.current_thread())
+        return load_json(text, example)
+
+    monkeypatch.setattr(parsing, "load_json", watched)
+    form = requests.Request(
+        "POST", "http://x/", files={"file": SOUND}, data={"response_format": "xml"}
+    ).prepare()
+
+    async def read(request: Any) -> Any:
+        return form.body
+
+    async def ask() -> None:
+        service = SimpleNamespace(checks=CheckThreads(), task=None, in_flight=SimpleNamespace(read=read))
+        headers = [(b"content-type", form.headers["Content-Type"].encode())]
+        asked: Any = SimpleNamespace(state=SimpleNamespace(service=service), scope={"headers": headers})
+        with pytest.raises(Malformed, match="response_format"):
+            await transcriptions.transcriptions(asked)
+        service.checks.stop()
+
+    asyncio.run(ask())
+    assert threads and threading.main_thread() not in threads

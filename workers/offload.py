@@ -30,6 +30,11 @@ class Offload(Protocol):
     async def start(self) -> Any:
         """Load the model; return its description, one line as a text. Raises CannotLoad."""
 
+    async def ready(self) -> int:
+        """Wait until a model is loaded; return its process's id: another one where the process was replaced."""
+        await self.loaded.wait()
+        return self.pid
+
     async def run(self, queries: list[Any]) -> list[Any]:
         """Answer the queries, one call at a time. Raises ModelFailed whatever the model raised."""
 

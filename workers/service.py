@@ -123,6 +123,8 @@ class Service:
         self.descriptions = await asyncio.gather(*(instance.start() for instance in self.instances))
         for description in self.descriptions:
             log.info("Serving %s", description)
+            if learn := getattr(task, "learn", None):
+                learn(description)
         self.limit_batches()
         self.loop.instances.load_s = time.monotonic() - began
         await self.warm_up(task)
@@ -135,7 +137,7 @@ class Service:
         watch = self.quarantine and isinstance(self.loop, ModelLoop)
         around = self.quarantine.around if self.quarantine and watch else lambda run: run
         await asyncio.gather(
-            *(self.loop.consume(around(instance.run), instance.loaded.wait) for instance in self.instances)
+            *(self.loop.consume(around(instance.run), instance.ready) for instance in self.instances)
         )
 
     def limit_batches(self) -> None:
@@ -282,7 +284,12 @@ class Service:
         return "" if any(instance.loaded.is_set() for instance in self.instances) else LOADING
 
     def stop(self) -> None:
-        """Reject new work and finish what is admitted, within the grace time less a second to send the answers."""
+        """Reject new work and finish what is admitted, within the grace time less a second to send the answers.
+
+        To ask again changes nothing: the grace time counts from the first time.
+        """
+        if self.stops_at < math.inf:
+            return
         self.stops_at = time.monotonic()
         self.started.set()  # nothing needs to wait for it any more
         grace_s = self.settings.GRACE_S

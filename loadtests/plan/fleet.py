@@ -23,6 +23,8 @@ from workers.scheduling.anticipation import Anticipation
 POLICIES = ("round robin", "two choices", "least connections", "shared queue")
 # More is never advised: a slice of seconds can't show what builds up over an hour.
 MOST_BUSY = 0.95
+# More than so many times what the load needs do not help either.
+MOST_SPARE = 30
 MARGIN = 1.1  # of CostModel, where the model's times are steady
 
 
@@ -370,7 +372,10 @@ class Simulation:
         replica.batch = []
         if replica.queue.anticipation:
             replica.queue.anticipation.answered(self.now, len(batch), self.calls_s[len(batch)], 1)
-        for first_s, _, _ in batch:
+        for first_s, _, came_s in batch:
+            if self.now > came_s + self.fleet.deadline_s + 1e-9:
+                self.say_no(first_s, self.fleet.retries.most)  # a 504: nobody asks again
+                continue
             self.outcome.came_s.append(first_s)
             self.outcome.took_s.append(self.now - first_s)
         if replica in self.balancer.all:
@@ -475,11 +480,16 @@ def keeps(fleet: Fleet, rate_per_s: float, loss: float) -> bool:
 
 
 def replicas_for(fleet: Fleet, rate_per_s: float, loss: float) -> int:
-    """The fewest replicas that keep `loss`: more are tried until they do, then fewer."""
+    """The fewest replicas that keep `loss`: more are tried until they do, then fewer.
+
+    Raises ValueError where no number of replicas does: calls are too long for the deadline.
+    """
     too_few = math.ceil(rate_per_s / fleet.capacity_per_s / MOST_BUSY) - 1
     enough, step = too_few + 1, 1
     while not keeps(replace(fleet, replicas=enough), rate_per_s, loss):
         too_few, enough, step = enough, enough + step, 2 * step
+        if enough * fleet.capacity_per_s > MOST_SPARE * (rate_per_s + fleet.capacity_per_s):
+            raise ValueError(f"no number of replicas keeps a loss of {loss:g}: allow a longer deadline")
     while enough - too_few > max(1, enough // 200):
         middle = (too_few + enough) // 2
         if keeps(replace(fleet, replicas=middle), rate_per_s, loss):

@@ -105,7 +105,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(
             f"a call takes {chosen.call_s(1):g} s, too long for a deadline of {chosen.deadline_s:g} s"
         )
-    print(plan(chosen, options.rate, options.loss))
+    try:
+        print(plan(chosen, options.rate, options.loss))
+    except ValueError as exc:
+        parser.error(str(exc))
 
 
 if __name__ == "__main__":

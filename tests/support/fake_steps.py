@@ -10,6 +10,7 @@ from workers.generation.step_cost import StepCost
 from workers.generation.steps import Limits, Options, Outcome, Row, Token
 from workers.generation.stream import Stream
 from workers.generation.token_loop import TokenLoop
+from workers.scheduling.instances import Ready
 
 END, POISON, NAN = 1, 666, 667
 LAW = (0.02, 0.0015, 0.001, 0.000001)  # seconds: a step, a prompt's token, a sequence, a cached token
@@ -67,13 +68,15 @@ def options(max_tokens: int = 1000, **more: Any) -> Options:
 
 
 @contextlib.asynccontextmanager
-async def generating(model: FakeSteps, **settings: Any) -> AsyncIterator[TokenLoop]:
+async def generating(
+    model: FakeSteps, *, ready: Ready | None = None, **settings: Any
+) -> AsyncIterator[TokenLoop]:
     """A warmed-up token loop with its consumer, for the length of a with block."""
     loop = TokenLoop(**{"budget_s": 1000.0} | settings)
     await loop.warm_up(model)
     model.is_warm = True
     model.steps.clear()
-    consumer = asyncio.create_task(loop.consume(model))
+    consumer = asyncio.create_task(loop.consume(model, ready))
     await asyncio.sleep(0)
     try:
         yield loop

@@ -25,7 +25,9 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "a stalled body gets 408, and 503 on SIGTERM": {"haproxy-2": "on SIGTERM a close"},
     "a poison input fails alone": {},
     "a client that disconnects frees its place": {"sync-2": "it stays in the accept backlog"},
-    "with `OFFLOAD=process`, a killed model process costs its own batch": {"dirty": "and all requests until it has restarted"},
+    "with `OFFLOAD=process`, a killed model process costs its own batch": {
+        "dirty": "and all requests until it has restarted"
+    },
     "keeps connections open": {"sync-2": "one request each"},
     "over-long headers are rejected in JSON": {
         "asgi": GUNICORNS_PAGE,
@@ -53,6 +55,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "sync-2": "and a Gunicorn traceback",
         "dirty": "and a Gunicorn traceback",
     },
+    "a model that fails on its example ends the start": {"dirty": "Gunicorn loads it again and again"},
 }
 
 

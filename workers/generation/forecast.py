@@ -9,6 +9,7 @@ one waits for the sequence that ends first. Nobody knows how long an answer will
 `max_tokens` a sequence has used lately.
 """
 
+import copy
 from heapq import heapify, heappop, heappush
 
 from workers.generation.scheduler import CHUNK_SHARES, Scheduler
@@ -40,13 +41,11 @@ class Forecast:
 
     def first_token_s(self, prompt: int) -> float:
         """Return in how many seconds one more sequence with a prompt of so many tokens would have its first token."""
-        now = self.seconds, self.steps, self.free, self.cached, self.ends
-        self.ends = self.ends[:]
-        self.add(prompt, 1)
+        ahead = copy.copy(self)
+        ahead.ends = self.ends[:]
+        ahead.add(prompt, 1)
         # It comes at the end of the step that reads the last of the prompt.
-        seconds = self.seconds + self.scheduler.cost.predict_s(Work(0, len(self.ends), self.cached))
-        self.seconds, self.steps, self.free, self.cached, self.ends = now
-        return seconds
+        return ahead.seconds + self.scheduler.cost.predict_s(Work(0, len(ahead.ends), ahead.cached))
 
     def add(self, prompt: int, max_tokens: int) -> None:
         """Let one more sequence start as soon as a slot is free, and read its prompt."""

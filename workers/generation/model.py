@@ -112,6 +112,9 @@ def make(read: Read, limits: Limits, pack: Callable[[Any], None] | None = None) 
             model = read()  # the way has changed it
         except UnsupportedModel:
             continue
+        except Exception as exc:  # its own forward pass may serve it all the same
+            problems.append(f"{way.__doc__}: {exc!r}")
+            model = read()
     log.warning(
         "%s is served by its stock forward pass; tried: %s", type(model).__name__, "; ".join(problems)
     )

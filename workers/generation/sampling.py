@@ -17,6 +17,8 @@ NOT_NUMBERS = "the model's probabilities are not numbers"
 # So many of the likeliest tokens are sorted, more only where these are not enough. At temperature 1 they are for 9 rows in 10.
 # To sort all 49,152 of a small vocabulary takes 20 times as long.
 FEW, MORE = 256, 4096
+# Less is the same choice, and logits divided by much less are infinite.
+LEAST_TEMPERATURE = 1e-6
 
 
 def choose(logits: Tensor, choices: Sequence[Choice]) -> list[Outcome]:
@@ -111,7 +113,7 @@ def pick(logits: Tensor, choices: Sequence[Choice], n: int) -> tuple[Tensor, Ten
     def each(values: list[float]) -> Tensor:
         return torch.tensor(values, device=logits.device)[:, None]
 
-    logits = logits / each([o.temperature for o in options])
+    logits = logits / each([max(o.temperature, LEAST_TEMPERATURE) for o in options])
     top_k = each([o.top_k or vocabulary for o in options])
     top_p, min_p = each([o.top_p for o in options]), each([o.min_p for o in options])
     values, ids = logits.topk(n)

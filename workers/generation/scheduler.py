@@ -25,6 +25,7 @@ from workers.generation.steps import Choice, Options, Outcome, Row, Token
 GAP_STEPS = 2.5  # the promise is 3 steps: a step takes now and then longer than predicted
 LEAST_PROMPT = 8  # tokens of prompts in a step, however slow they are: prompts must not starve
 CHUNK_SHARES = 4  # a token of a chunk reads the cache at a quarter of the cost: the others read the same keys
+TOO_COMPLEX = "the schema is too complex; send a simpler one"
 MOST_PROMPT = (
     256  # where nobody waits for a next token; longer chunks are slower: attention's scores leave the cache
 )
@@ -67,10 +68,10 @@ class Sequence:
         return Row(self.slot, start, ids, Choice(self.options, len(self.tokens), prompt, tokens, mask))
 
     def accept(self, token: Token) -> str:
-        """Take its next token; return why it ends with that, empty where it goes on."""
+        """Take its next token; return why it ends with that, empty where it goes on; "failed" where its grammar does."""
         self.tokens.append(token.id)
-        if self.grammar:
-            self.grammar.accept(token.id)
+        if self.grammar and not self.grammar.accept(token.id):
+            return "failed"
         if token.id in self.options.end_ids and len(self.tokens) > self.options.min_tokens:
             return "stop"
         return "length" if len(self.tokens) >= self.options.max_tokens else ""
@@ -163,13 +164,16 @@ class Scheduler:
         """
         for sequence, row, outcome in zip(step.sequences, step.rows, outcomes, strict=True):
             if sequence.reason:
+                if isinstance(outcome, str):  # the model has cleared the slot that it left
+                    self.slots.drop(row.slot)
                 continue
             if isinstance(outcome, str):
                 yield sequence, outcome, "failed"
                 continue
             sequence.cached += len(row.ids)
             if outcome is not None:
-                yield sequence, outcome, sequence.accept(outcome)
+                reason = sequence.accept(outcome)
+                yield sequence, TOO_COMPLEX if reason == "failed" else outcome, reason
 
 
 def work(rows: Iterable[Row]) -> Work:

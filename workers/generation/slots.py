@@ -60,6 +60,11 @@ class Slots:
         else:
             heappush(self.empty, slot)
 
+    def drop(self, slot: int) -> None:
+        """Note that what this slot kept, if it did, is lost."""
+        if self.kept.pop(slot, None):
+            heappush(self.empty, slot)
+
     def forget(self) -> None:
         """Note that what the slots kept is lost."""
         self.empty += self.kept

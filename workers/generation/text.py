@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from workers.generation.grammar import Matcher
 from workers.generation.steps import Options
@@ -12,6 +11,7 @@ from workers.generation.steps import Options
 PRIMING = (
     32  # tokens of the prompt's end that decide how the first new one reads: with a blank before it or not
 )
+BROKEN = "\ufffd"  # how bytes read that are not a whole character
 
 
 class TextStream:
@@ -24,27 +24,41 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: Sequence[str] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False
-        self.decoder = DecodeStream(ids=prompt[-PRIMING:], skip_special_tokens=True)
         self.undecoded: list[int] = []  # tokens of an incomplete character
         self.held = ""
+        self._go_on_from(prompt[-PRIMING:])
 
     def push(self, token: int) -> str:
         """Return the text that this token completes, as far as it is certain."""
         self.undecoded.append(token)
-        text = self.decoder.step(self.tokenizer, token)
-        if text is None:
+        text = self._decoded()
+        if not text or text.endswith(BROKEN):
             return ""
-        self.undecoded.clear()
+        self._go_on_from(self.undecoded)
+        self.undecoded = []
         return self._release(text)
 
     def rest(self) -> str:
         """Return what was held back: there will be no more tokens. Half a character reads as U+FFFD."""
         if self.stopped:
             return ""
-        last = self.tokenizer.decode(self.undecoded, skip_special_tokens=True) if self.undecoded else ""
-        self.undecoded.clear()
-        text = self._release(last)
+        text = self._release(self._decoded() if self.undecoded else "")
+        self.undecoded = []
         return text if self.stopped else text + self.held
+
+    def _go_on_from(self, ids: list[int]) -> None:
+        """Note which tokens come before the undecoded ones: how a token reads depends on them."""
+        self.before, self.text_before = ids, self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _decoded(self) -> str:
+        """Return the text of the undecoded tokens."""
+        text = self.tokenizer.decode(self.before + self.undecoded, skip_special_tokens=True)
+        # A prompt that ends with half a character reads otherwise once that is complete.
+        for before in (self.text_before, self.text_before.rstrip(BROKEN)):
+            if text.startswith(before):
+                return text[len(before) :]
+        # With byte fallback a broken byte breaks those before it, too. (tokenizers' own DecodeStream raises there.)
+        return self.tokenizer.decode(self.undecoded, skip_special_tokens=True)
 
     def _release(self, text: str) -> str:
         """Return what can be said of the held text and this; hold the rest."""
@@ -81,7 +95,9 @@ class Chat:
     def __init__(self, tokenizer: Any) -> None:
         """`tokenizer`: of Transformers. Raises ValueError where its template does not work."""
         self.tokenizer = tokenizer
-        self.special = [token for token in tokenizer.all_special_tokens if token.strip()]
+        # Llama 3 has <|start_header_id|> among the added ones only.
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = [token for token in (*tokenizer.all_special_tokens, *added) if token.strip()]
         try:
             self("user", "Hello")
         except Exception as exc:

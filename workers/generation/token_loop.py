@@ -42,9 +42,10 @@ from workers.scheduling.instances import Instances, Ready
 log = logging.getLogger("uvicorn.error")
 
 WARM_UP_TURNS, WARM_UP_S = 4, 3.0  # at most so many, and no further one after so long
-HOPELESS = (
-    2.0  # an idle server still admits what it expects to be so much too late: the estimate may be wrong
-)
+# An idle server still admits what it expects to be so much too late: the estimate may be wrong. What it expects to be later
+# yet it tries now and then, which corrects the estimate: after a try that took long not for so many times as long, so that
+# one client with such prompts takes 1/20 of the model's time.
+HOPELESS, RETRIAL_FACTOR = 2.0, 20
 
 
 @dataclass(eq=False)
@@ -82,11 +83,15 @@ class TokenLoop:
         self.first_s = 0.0  # the last prediction
         # How much later than predicted a first token may come: for 99 in 100.
         self.slack_s = self.budget_s / 10
+        self.no_trial_until = -math.inf
+        self.trial: Sequence | None = None  # the last one that was admitted though hopeless
         self.waiting_tokens = 0
         self.closing = False
         self.wake = asyncio.Event()  # something may have come that can run
         self._drained = asyncio.Event()
         self._forecast: Forecast | None = None
+        self._ready: Ready | None = None
+        self._model: Any = None  # what `ready` returned: of another model it returns something else
 
     # --- what a handler calls -----------------------------------------------------------------------------------------
 
@@ -125,7 +130,9 @@ class TokenLoop:
         sequence.grammar = asked.grammar
         stream = self.streams[sequence] = Stream(self, sequence, asked.text)
         stream.promised_at = now + first_s * self.cost_model.margin
-        late = Late(f"no token within {budget_s:g} s; allow more time")
+        if self._is_hopeless(first_s, budget_s):
+            self.trial = sequence
+        late = Late(f"no token within {budget_s:.3g} s; allow more time")
         stream.timer = asyncio.get_running_loop().call_later(budget_s, self.end, stream, "late", late)
         self.scheduler.add(sequence)
         self.wake.set()
@@ -193,9 +200,11 @@ class TokenLoop:
         if not self._forecast:
             self._forecast = Forecast(scheduler, self.length)
         self.first_s = first_s = free_s[0] + self._forecast.first_token_s(max(1, prompt))
-        needed_s = first_s * self.cost_model.margin + self.slack_s
-        if not scheduler.running and not self.waiting_tokens and needed_s < HOPELESS * budget_s:
+        idle = not (free_s[0] or scheduler.running or self.waiting_tokens)
+        # The slack is for what others' prompts and texts do to a prediction: an idle server needs none.
+        if idle and (not self._is_hopeless(first_s, budget_s) or self.now() >= self.no_trial_until):
             return None
+        needed_s = first_s * self.cost_model.margin + self.slack_s
         retry_after_s = first_s - budget_s / 2  # when half of the backlog that is too much is gone, and a bit
         if self.waiting_tokens and self.waiting_tokens + prompt > self.most_waiting:
             return Rejected("the queue is full; retry after the time in Retry-After", first_s)
@@ -206,14 +215,22 @@ class TokenLoop:
             return Rejected(sentence, retry_after_s)
         return None
 
+    def _is_hopeless(self, first_s: float, budget_s: float) -> bool:
+        """Whether a first token that is expected in `first_s` would be so late that even an idle server should not try."""
+        return first_s * self.cost_model.margin >= HOPELESS * budget_s
+
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     async def consume(self, run: Run, ready: Ready | None = None) -> None:
-        """Run steps whenever there is work and the model is `ready`, until cancelled."""
+        """Run steps whenever there is work and the model is `ready`, until cancelled.
+
+        Where `ready` returns something else than before, another model has taken the place of the one that was lost.
+        """
+        self._ready = ready
         self.instances.loaded += 1
         try:
             while True:
-                await self.instances.until(ready)
+                await self._until_ready()
                 self._end_hopeless()
                 began = self.now()
                 if step := self.scheduler.plan(began):
@@ -225,6 +242,13 @@ class TokenLoop:
                 await asyncio.sleep(0)  # a model that blocks the event loop must not shut it out forever
         finally:
             self.instances.loaded -= 1
+
+    async def _until_ready(self) -> None:
+        """Wait until the model is ready. A new one has nothing in its slots."""
+        model = await self.instances.until(self._ready)
+        if self._model not in (None, model):
+            self._lose(ModelDied("the model process was replaced"))
+        self._model = model
 
     async def warm_up(self, run: Run) -> None:
         """Ask the loaded model for its limits, and time steps of several kinds: the law of a step's cost."""
@@ -280,11 +304,19 @@ class TokenLoop:
             await self._run_singly(run, step)
         else:
             self._fail(step.sequences[0], error)
+        self._note_trial(step)
+
+    def _note_trial(self, step: Step) -> None:
+        """Note how long the trial has taken so far, if it was in this step. One that was in time allows the next at once."""
+        if self.trial and self.trial in step.sequences:
+            took_s = self.now() - self.trial.started_at
+            self.no_trial_until = -math.inf if self.trial.tokens else self.now() + RETRIAL_FACTOR * took_s
 
     async def _run_singly(self, run: Run, step: Step) -> None:
         """One of the rows made it raise: run each alone, once, so that only the culprit pays."""
         log.warning("a step of %d sequences failed; running them one by one", len(step.rows))
         for sequence, row in zip(step.sequences, step.rows, strict=True):
+            await self._until_ready()
             if not sequence.reason:
                 await self._run(run, Step([sequence], [row], work([row]), []))
 
@@ -304,7 +336,11 @@ class TokenLoop:
             self._time(stream, now)
             text = ""
             if stream.text:
-                text = "" if reason == "stop" else stream.text.push(outcome.id)
+                try:
+                    text = "" if reason == "stop" else stream.text.push(outcome.id)
+                except BaseException as exc:  # also a panic of the tokenizer's: no sequence may end the loop
+                    self._fail(sequence, exc)
+                    continue
                 reason = "stop" if stream.text.stopped else reason
             stream.unread.append((text, outcome))
             sequence.paused = len(stream.unread) >= MOST_UNREAD
@@ -326,9 +362,12 @@ class TokenLoop:
         stream.last_at = now
 
     def _learn_slack(self, is_later: bool) -> None:
-        """Let one in a hundred first tokens come later than predicted and the slack: as often up by much as down by little."""
-        step_s = self.budget_s / 20
-        self.slack_s = max(0.0, self.slack_s + step_s * (0.99 if is_later else -0.01))
+        """Let one in a hundred first tokens come later than predicted and the slack: as often up by much as down by little.
+
+        One stall makes all late who wait: it must not take more than half of the budget, which is long unlearnt.
+        """
+        slack_s = self.slack_s + self.budget_s / 20 * (0.99 if is_later else -0.01)
+        self.slack_s = min(max(0.0, slack_s), self.budget_s / 2)
 
     # --- how sequences end --------------------------------------------------------------------------------------------
 
@@ -344,7 +383,7 @@ class TokenLoop:
         self.counts.sequences.labels(reason).inc()
         if reason == "cancelled":
             self.metrics.abandoned()
-        elif reason == "late":
+        elif reason == "late" and sequence is not self.trial:
             self._learn_slack(True)
         elif stream.text and reason in ("stop", "length"):
             stream.rest = stream.text.rest()
@@ -373,12 +412,19 @@ class TokenLoop:
         self.scheduler.slots.forget()
 
     def _end_hopeless(self) -> None:
-        """End those who wait and can't have their first token in time: to read their prompts would make others late."""
+        """End those who wait and can't have their first token in time: to read their prompts would make others late.
+
+        But if there are no others the first of them runs: a step corrects the estimate.
+        """
         now, scheduler = self.now(), self.scheduler
-        for sequence in list(scheduler.waiting):
-            if sequence.deadline < now + self.cost_model.predict_s(Work(min(len(sequence.prompt), 64))):
-                late = Late(TOO_SHORT)
-                self.end(self.streams[sequence], "late", late)
+        hopeless = [
+            sequence
+            for sequence in scheduler.waiting
+            if sequence.deadline < now + self.cost_model.predict_s(Work(min(len(sequence.prompt), 64)))
+        ]
+        are_all = not scheduler.running and len(hopeless) == len(scheduler.waiting)
+        for sequence in hopeless[are_all:]:
+            self.end(self.streams[sequence], "late", Late(TOO_SHORT))
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 

@@ -78,7 +78,7 @@ def operations(service: Service) -> dict[str, Any]:
 
     inputs = {"anyOf": [text, list_of(description.inputs)]}
     tei = json_of({"inputs": inputs}, {name: parameters[name] for name in TEI_FIELDS if name in parameters})
-    types = list_of({"enum": list(FORMS)})
+    types = list_of({"enum": list(FORMS)}) | {"maxItems": len(FORMS)}
     optional = {
         "model": {},
         "priority": {},
@@ -125,13 +125,17 @@ async def cohere_embed(request: Request) -> Response:
     content, n_bytes = await read_json(request, COHERE_FIELDS)
     inputs = texts(content, service.settings.MAX_INPUTS)
     forms = content.get("embedding_types", ["float"])
-    if not isinstance(forms, list) or not forms or any(form not in FORMS for form in forms):
+    if (
+        not isinstance(forms, list)
+        or not 1 <= len(forms) <= len(FORMS)
+        or any(form not in FORMS for form in forms)
+    ):
         raise Malformed('"embedding_types" must be a list of "float", "base64" or both')
     answers, n_tokens = await service.ask(request, inputs, parameters(content), n_bytes)
     context = context_of(request.scope)
     version = context.path[2]
     is_plain = version == "1" and "embedding_types" not in content
-    by_type = {form: encoded_all(answers, form) for form in forms}
+    by_type = {form: encoded_all(answers, form) for form in dict.fromkeys(forms)}
     reply = {
         "id": context.request_id,
         "response_type": "embeddings_floats" if is_plain else "embeddings_by_type",

@@ -79,6 +79,7 @@ async def responses(request: Request) -> Response:
             raise Malformed(f'"{name}" must be {rendered(only).decode()}: nothing else is supported')
     known = rules(generation.task)
     given = check_parameters({name: content[name] for name in known if name in content}, known)
+    content |= given
     ids = await chat_prompt(request, generation.task, messages_of(content), n_bytes)
     parameters = {PARAMETERS[name]: value for name, value in given.items() if name in PARAMETERS}
     prompt = prompt_of(generation.task, ids, parameters, None)

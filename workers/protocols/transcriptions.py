@@ -8,6 +8,7 @@ its windows of 30 s, each begins where the last one's speech ended, as in `gener
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -89,12 +90,12 @@ async def transcriptions(request: Request) -> Response:
     content_type = context.headers.get(b"content-type", b"").decode("latin-1")
     if content_type.partition(";")[0].strip().lower() != forms.MEDIA_TYPE:
         raise HTTPException(415, "send a form, multipart/form-data, with the sound as its file")
-    form = await service.checks.run(context, len(body), lambda: forms.read(body, content_type), 0)
-    fields = forms.parameters(form, lambda text: parsing.load_json(text, "a value"))
+    read = partial(parsing.parse_form, body, content_type)
+    inputs, fields, _ = await service.checks.run(context, len(body), read, 0)
     kind, words = wanted(fields)
     try:
         parameters = fields | timestamps(kind, words, task)
-        asked = parsing.ParsedBody([form.file], parameters)
+        asked = parsing.ParsedBody(inputs, parameters)
         (query,) = await service.checked(request, asked, len(body))
     except (Malformed, Unprocessable) as exc:
         raise Malformed(str(exc)) from exc  # it has no 422

@@ -26,7 +26,6 @@ class Holding(Greedy):
         super().__init__(*components)
         self.now, self.anticipation = self.instances.now, Anticipation()
         self._changed = asyncio.Event()  # ends the sleep of a hold
-        self._deadline = math.inf  # the earliest one of the jobs that are held
 
     async def due(self) -> str:
         while True:
@@ -46,17 +45,19 @@ class Holding(Greedy):
         self.estimate.hold_s = hold_s
         if not hold_s:
             return 0.0, 0
-        self._deadline = min(job.deadline for job in queue)
+        held_s = 0.0
         while queue and len(queue) < enough and not self.closing and self.next_free_s():
             run_s = cost_model.predict_s(queue.size) * cost_model.margin
-            left_s = min(held_at + hold_s, self._deadline - run_s) - self.now()
+            deadline = min(job.deadline for job in queue)
+            left_s = min(held_at + hold_s, deadline - run_s) - self.now()
             if left_s < SHORTEST_HOLD_S:
                 break
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left_s):
                     await self._changed.wait()
-        if held_s := self.now() - held_at:
+            held_s = self.now() - held_at
+        if held_s:
             self.on_held(held_s, len(queue) - first)
         return held_s, enough
 
@@ -83,7 +84,6 @@ class Holding(Greedy):
 
     def arrived(self, jobs: list[Job]) -> None:
         self.anticipation.arrived(jobs[0].enqueued_at, len(jobs))
-        self._deadline = min(self._deadline, jobs[0].deadline)
         self.changed()
 
     def answered(self, batch: list[Job], call_s: float) -> None:

@@ -44,18 +44,18 @@ class Instances:
         self.lost_at = 0.0  # when an instance last began to wait until it is ready
         self.calls: list[Call] = []  # the oldest first
 
-    async def until(self, ready: Ready | None) -> None:
-        """Wait until the instance that asks is `ready`. Until then it does not count as loaded.
+    async def until(self, ready: Ready | None) -> Any:
+        """Wait until the instance that asks is `ready`; return what that returns. Until then it does not count as loaded.
 
         As a rule it is ready, and this returns in the same turn of the event loop: before `on_lost`, which then finds it loaded.
         """
         if not ready:
-            return
+            return None
         self.loaded -= 1
         self.lost_at = self.now()
         asyncio.get_running_loop().call_soon(self.on_lost)
         try:
-            await ready()
+            return await ready()
         finally:
             self.loaded += 1
 

@@ -13,7 +13,6 @@ import importlib.util
 import itertools
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -62,6 +61,7 @@ class ModelInfo(NamedTuple):
     strategy: str = ""  # how it computes a batch
     process_id: int = 0  # 0: the server's own
     max_batch: int = MOST  # how many inputs it gains from in one call
+    pools: bool = True  # of an image model: whether its pooler has weights of its own
 
     def __str__(self) -> str:
         parts = [self.name, self.strategy]
@@ -100,6 +100,8 @@ class Task(Protocol):
     media: tuple[str, ...] = ()
     # Whether a short body is checked in a moment: on the event loop. Without this attribute it is.
     checks_at_once: bool = True
+    # What instances in this process share. Without this attribute there is none yet.
+    shared: "Shared | None" = None
 
     def __init__(self, settings: Settings) -> None: ...
 
@@ -116,6 +118,8 @@ class Task(Protocol):
         """Queries of different sizes, from small to large, to warm up with; none where it knows none."""
 
     def describe(self) -> Description: ...
+
+    # Optional: `learn(info: ModelInfo)` hears of the loaded model what the task can't know of its files.
 
 
 def make(settings: Settings) -> Task:
@@ -183,25 +187,24 @@ class Shared:
 
 
 LOADING = threading.Lock()
-SHARED: weakref.WeakKeyDictionary[Task, Shared] = weakref.WeakKeyDictionary()
 
 
 def load_or_share(task: Task, settings: Settings, instance: int) -> Model:
     """Load an instance, or share the model of another one in this process: where that is on the CPU and says that it may be shared."""
     with LOADING:
-        if task in SHARED:
+        if shared := getattr(task, "shared", None):
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(settings.threads_per_instance)  # of this thread
-            SHARED[task].instances += 1
-            return SHARED[task]
+            shared.instances += 1
+            return shared
         model = task.load(instance)
         if not getattr(model, "shareable", False) or getattr(model.description, "device", "") not in (
             "",
             "cpu",
         ):
             return model
-        SHARED[task] = Shared(model)
-        return SHARED[task]
+        task.shared = Shared(model)
+        return task.shared
 
 
 def load_alone(settings: Settings, instance: int = 0) -> Model:

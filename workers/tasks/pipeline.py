@@ -15,7 +15,7 @@ from typing import Any
 from workers import tasks
 from workers.errors import Malformed, Unprocessable
 from workers.settings import Settings
-from workers.tasks import Description, Query
+from workers.tasks import Description, ModelInfo, Query
 from workers.tasks.common import media
 from workers.tasks.common.parameters import (
     REFUSED,
@@ -260,7 +260,13 @@ class Task(TextTask):
         if "pool" in self.rules and not can_pool(pipe, media.example_image()):
             self.rules["pool"] = NO_POOLER
         self.model = model = Batched(self, pipe, [self.opened(*probe).content for probe in self.probes()])
+        model.description = model.description._replace(pools=self.rules.get("pool") is not NO_POOLER)
         return model
+
+    def learn(self, info: ModelInfo) -> None:
+        """Where the model is loaded in a process of its own, `check` learns of it here whether it can pool."""
+        if not info.pools:
+            self.rules["pool"] = NO_POOLER
 
     def probes(self) -> list[tuple[Any, dict[str, Any]]]:
         """Inputs that exercise a batch: different ones of the same shape, and one of another."""

@@ -7,6 +7,8 @@ instead, one prompt after the other.
 
 import random
 import threading
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 from workers import resources
@@ -111,6 +113,8 @@ class Task(TextTask):
         self.end_ids = self._end_ids()
         self.vocabulary = len(self.tokens)
         self.rules = self._rules()
+        # Once per token of the vocabulary: a reply may have as many logprobs as a million.
+        self.token_text: Callable[[int], str] = cache(self._token_text)
         self._chat: Chat | None = None
         self._grammars: Grammars | None = None  # made when somebody first asks for one
         self._grammars_lock = threading.Lock()
@@ -290,8 +294,13 @@ class Task(TextTask):
     def shown(self, token: Token, text: str | None = None) -> dict[str, Any]:
         """Return a token as Hugging Face shows it; without a text of its own as the vocabulary has it."""
         if text is None:
-            text = self.tokens.backend.decode([token.id], skip_special_tokens=False)
+            text = self.token_text(token.id)
         return {"id": token.id, "text": text, "logprob": token.logprob, "special": token.id in self.end_ids}
+
+    def _token_text(self, token: int) -> str:
+        """Return the text of a token alone."""
+        text: str = self.tokens.backend.decode([token], skip_special_tokens=False)
+        return text
 
     # --- the model ------------------------------------------------------------------------------------------------------
 

@@ -47,12 +47,16 @@ def read(body: bytes, content_type: str) -> Form:
         raise HTTPException(413, f"the form is too large; send one file and {most}") from None
     except ValueError:
         raise HTTPException(400, f"the form can't be read; {SEND}") from None
+    if (
+        None in fields or None in files
+    ):  # as the parser has a part without a name, whatever it is annotated with
+        raise HTTPException(400, f"the form has a part without a name; name it, and {SEND}")
     # A browser sends a file without a name and without bytes where none was chosen.
     found = [(file.read(), file.filename or "") for _, file in files.items(multi=True)]
     chosen = [file for file in found if any(file)]
     if len(chosen) != 1:
         raise HTTPException(400, f"the form has {len(chosen) or 'no'} files; {SEND}")
-    return Form(*chosen[0], {str(k): v for k, v in fields.lists()})
+    return Form(*chosen[0], dict(fields.lists()))
 
 
 def in_memory(

@@ -7,7 +7,7 @@
 With `Accept: text/event-stream` they are events, and what the class says to `context.progress` is an event, too; with
 `Accept: application/json` the reply is one list. Until the first item an error has its own status; afterwards it is the last
 line: {"status": 504, "error": "..."}. A client that leaves ends the generator at its next item. The generator
-pauses while MOST_UNREAD items are unread; a client that keeps the model waiting for more than PAUSE_S altogether gets no more. Behind Gunicorn's sync and gthread workers, and from a model process, all items come at the end.
+pauses while MOST_UNREAD items are unread; a client that keeps the model waiting for more than PAUSE_S altogether gets no more. From a model process all items come at the end.
 """
 
 import asyncio

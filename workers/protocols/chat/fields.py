@@ -3,6 +3,7 @@
 from typing import Any
 
 from workers.errors import Malformed, Unprocessable
+from workers.protocols import whole
 from workers.protocols.openapi import an_object
 from workers.tasks.common.text import BOOLEAN_RULE, Rule, check_parameters, number_rule, schemas
 from workers.tasks.text_generation import MOST_BIASES, MOST_LOGPROBS, MOST_STOPS, Prompt, Task
@@ -122,11 +123,15 @@ def described(task: Task, known: dict[str, str]) -> dict[str, Any]:
 
 
 def sampling(content: dict[str, Any], task: Task, known: dict[str, str]) -> dict[str, Any]:
-    """Return the parameters by the task's names. Raises Malformed with a sentence that has OpenAI's."""
+    """Return the parameters by the task's names. Raises Malformed with a sentence that has OpenAI's.
+
+    `content` gets what was checked: 2 where 2.0 was sent for a whole number.
+    """
     if unsupported := next((name for name in content if name in UNSUPPORTED), None):
         raise Malformed(f'"{unsupported}" is not supported: {UNSUPPORTED[unsupported]}')
     by_name = rules(task, known)
     given = check_parameters({name: value for name, value in content.items() if name in by_name}, by_name)
+    content |= given
     if given.get("stream") and given.get("n", 1) > 1:
         raise Malformed('"stream" gives one choice; leave "n" out')
     if "logit_bias" in given:
@@ -211,10 +216,11 @@ def text_of(where: str, content: Any, kinds: tuple[str, ...]) -> str:
 
 def prompts_of(prompt: Any, task: Task, most: int) -> list[Any]:
     """Return each prompt: a text or token ids. Raises Malformed with a sentence."""
-    alone = isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(prompt[0]) is int)
+    alone = isinstance(prompt, str) or (isinstance(prompt, list) and prompt and type(whole(prompt[0])) is int)
     prompts = [prompt] if alone else prompt
     if not isinstance(prompts, list) or not 1 <= len(prompts) <= most:
         raise Malformed(f'"prompt" must be a text, token ids, or a list of 1 to {most} of either')
+    prompts = [list(map(whole, one)) if isinstance(one, list) else one for one in prompts]
     for one in prompts:
         if isinstance(one, list):
             if not one or not all(type(token) is int and 0 <= token < task.vocabulary for token in one):

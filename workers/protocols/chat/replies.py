@@ -12,6 +12,7 @@ from workers.context import context_of
 from workers.errors import Malformed
 from workers.generation.steps import Token
 from workers.generation.stream import Piece, Stream
+from workers.offload import in_thread
 from workers.protocols.openai import error_body
 from workers.service import Service
 from workers.tasks.text_generation import Prompt
@@ -31,7 +32,7 @@ class Completion:
         self, request: Request, generation: Generation, logprobs: bool, echoed: list[Any] | None = None
     ) -> None:
         service: Service = request.state.service
-        self.tokenizer, self.logprobs, self.echoed = generation.task.tokens.backend, logprobs, echoed
+        self.task, self.logprobs, self.echoed = generation.task, logprobs, echoed
         self.head = {
             "id": f"{self.id_prefix}-{context_of(request.scope).request_id}",
             "created": int(time.time()),
@@ -60,26 +61,22 @@ class Completion:
         if not self.echoed:
             return ""
         prompt = self.echoed[index]
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
+        return prompt if isinstance(prompt, str) else self.task.tokens.backend.decode(prompt)
 
     def shown(self, tokens: list[Token]) -> dict[str, Any]:
         texts, offsets = [], []
         for token in tokens:
-            texts.append(self.text_of(token.id))
+            texts.append(self.task.token_text(token.id))
             offsets.append(self.offset)
             self.offset += len(texts[-1])
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
-                {self.text_of(one): logprob for one, logprob in token.likeliest} for token in tokens
+                {self.task.token_text(one): logprob for one, logprob in token.likeliest} for token in tokens
             ],
             "text_offset": offsets,
         }
-
-    def text_of(self, token: int) -> str:
-        text: str = self.tokenizer.decode([token], skip_special_tokens=False)
-        return text
 
 
 class Chat(Completion):
@@ -106,7 +103,7 @@ class Chat(Completion):
         return self.one(token.id, token.logprob) | {"top_logprobs": top}
 
     def one(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.text_of(token)
+        text = self.task.token_text(token)
         # A part of a character has no text of its own, and its bytes are not those of U+FFFD.
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
@@ -167,7 +164,12 @@ async def whole(
             several.append(prompt._replace(options=options))
     work = written(generation, several, context)
     streams, pieces = await service.in_flight.unless_left(request, work)
-    choices = [form.choice(index, piece) for index, piece in enumerate(pieces)]
+
+    def shown() -> list[dict[str, Any]]:
+        return [form.choice(index, piece) for index, piece in enumerate(pieces)]
+
+    # Logprobs are up to 20 objects per token. Not for the threads of checks: those reject work, and this is an answer.
+    choices = await in_thread(shown) if form.logprobs else shown()
     content = form.head | {"object": form.kind, "choices": choices, "usage": usage(prompts, streams)}
     if len(streams) == 1:
         content["timings"] = times(streams[0])

@@ -181,7 +181,8 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if failure.status == 503:
             unready = self.service.unready()
             code = grpc.StatusCode.UNAVAILABLE if unready else grpc.StatusCode.RESOURCE_EXHAUSTED
-        return Status(code, failure.sentence, failure.retry_after_s)
+        sentence = failure.sentence.replace("the time in Retry-After", "the time in RetryInfo")
+        return Status(code, sentence, failure.retry_after_s)
 
     async def operate(self, operation: Coroutine[Any, Any, Any], limit_s: float | None, *ends: Future) -> Any:
         """Return the result of `operation`. Raises TimeoutError when that takes too long, or when one of `ends` is done first.

@@ -247,12 +247,13 @@ class TextModel:
     """
 
     per_text = False
-    shareable = True  # the encoder's passes change nothing of the model
 
     def __init__(self, task: TextTask, pipe: Any) -> None:
         from workers.tasks.common.encoder import Encoder  # torch takes seconds: not at import
 
         self.pipe, self.task, settings = pipe, task, task.settings
+        # The encoder's passes change nothing of the model, but BigBird's own do: by a text's length they set its attention.
+        self.shareable = not hasattr(pipe.model.base_model, "set_attention_type")
         agrees = task.agrees(pipe.tokenizer)
         # Where the model has a process of its own, the web process has a task of its own, which stays as it is.
         self.checks_again = not agrees and settings.OFFLOAD in ("process", "dirty")
