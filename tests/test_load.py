@@ -301,8 +301,13 @@ def test_ctrl_c_while_a_server_is_being_started_leaves_none_behind(monkeypatch: 
         return started[0]
 
     monkeypatch.setattr("loadtests.modes.subprocess.Popen", popen)
-    with pytest.raises(KeyboardInterrupt), start(MODES["thread"]):
-        pass
+    # A shell's background jobs ignore it.
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), start(MODES["thread"]):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, was)
     assert started[0].poll() is not None
 
 

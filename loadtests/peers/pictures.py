@@ -58,7 +58,7 @@ def panels(
     title: str, widths: tuple[float, float], scheme: Scheme, **margins: float
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure with its finding as the title, and two panels beside each other."""
-    figure, axes = plt.subplots(1, 2, figsize=INCHES, width_ratios=widths)
+    figure, axes = plt.subplots(1, 2, figsize=INCHES, width_ratios=widths, layout="none")
     figure.subplots_adjust(
         **{"left": 0.075, "right": 0.98, "top": 0.76, "bottom": 0.2, "wspace": 0.45} | margins
     )

@@ -55,7 +55,9 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "sync-2": "and a Gunicorn traceback",
         "dirty": "and a Gunicorn traceback",
     },
-    "a model that fails on its example ends the start": {"dirty": "Gunicorn loads it again and again"},
+    "a model that fails on its example ends the start": {
+        "dirty": "Gunicorn loads it again and again, and no request is answered"
+    },
 }
 
 
