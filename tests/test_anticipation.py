@@ -75,14 +75,24 @@ async def test_strangers_are_hardly_ever_held(instances: int) -> None:
         assert [a.dispatched_because for a in answers].count("waited") < len(answers) * 0.1
 
 
-async def held(loop: ModelLoop, n: int = 4) -> list[asyncio.Task[Answer]]:
-    """Teach the loop that `n` users come back 2 ms after their answers, and let one of them come back: it is held."""
+async def learn(loop: ModelLoop, n: int, back_s: float) -> None:
+    """Teach the loop that `n` users come back `back_s` after their answers."""
     warm(loop)
     for _ in range(10):
         await asyncio.gather(*submit_all(loop, *range(n)))
-        await asyncio.sleep(0.002)
+        await asyncio.sleep(back_s)
+
+
+async def just_answered(loop: ModelLoop, n: int, back_s: float) -> None:
+    """The same, and they were answered 1 ms ago."""
+    await learn(loop, n, back_s)
     await asyncio.gather(*submit_all(loop, *range(n)))
     await asyncio.sleep(0.001)
+
+
+async def held(loop: ModelLoop, n: int = 4) -> list[asyncio.Task[Answer]]:
+    """Of `n` users, who come back 2 ms after their answers, let one come back: it is held."""
+    await just_answered(loop, n, back_s=0.002)
     task = submit_all(loop, "held")
     await asyncio.sleep(0.0001)
     assert loop.depth == 1 and not loop.running, "the model is free, and the job is held"
@@ -152,12 +162,7 @@ async def test_nothing_is_held_while_the_server_stops() -> None:
 async def test_hold_ends_in_time_for_the_tightest_deadline() -> None:
     """They are known to come back within 80 ms; the job that comes during the hold has 115 ms left, and a call takes 100."""
     async with serving(Flat(), batch_size=32) as loop:
-        warm(loop)
-        for _ in range(10):
-            await asyncio.gather(*submit_all(loop, *range(8)))
-            await asyncio.sleep(0.02)
-        await asyncio.gather(*submit_all(loop, *range(8)))
-        await asyncio.sleep(0.001)
+        await just_answered(loop, 8, back_s=0.02)
         first = submit_all(loop, "first")
         await asyncio.sleep(0.001)
         assert loop.depth == 1 and not loop.running
@@ -187,10 +192,7 @@ class AsLongAsAsked(Flat):
 async def test_hold_ends_at_once_when_another_instance_is_free() -> None:
     """Users come back 20 ms after their answers. The other instance, expected after 79 ms of the hold, is free after 11."""
     async with serving(AsLongAsAsked(), AsLongAsAsked(), batch_size=32) as loop:
-        warm(loop)
-        for _ in range(10):
-            await asyncio.gather(*submit_all(loop, *range(4)))
-            await asyncio.sleep(0.02)
+        await learn(loop, 4, back_s=0.02)
         served = submit_all(loop, *range(4))
         await asyncio.sleep(0.08)
         other = submit_all(loop, 0.032)
@@ -287,12 +289,7 @@ async def test_hold_that_the_deadline_leaves_no_time_for_is_not_counted_on_a_clo
     async with serving(
         Flat(), batch_size=32, metrics=metrics, now=lambda: now() + 1e-7 * next(moments)
     ) as loop:
-        warm(loop)
-        for _ in range(10):
-            await asyncio.gather(*submit_all(loop, *range(8)))
-            await asyncio.sleep(0.02)
-        await asyncio.gather(*submit_all(loop, *range(8)))
-        await asyncio.sleep(0.001)
+        await just_answered(loop, 8, back_s=0.02)
         assert loop.dispatch.plan_hold()[0] > 0
         before = counted()
         answer = await loop.submit("tight", budget_s=0.1 * loop.cost_model.margin)

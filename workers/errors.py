@@ -19,6 +19,9 @@ import math
 TOO_SHORT = "the time left is shorter than the model takes; allow more time"
 STOPPING = "the server is shutting down; retry"
 LOADING = "the model is still loading"
+# How sentences end whose error has a `retry_after_s`, in HTTP's words.
+RETRY_LATER = "retry after the time in Retry-After"
+QUEUE_FULL = f"the queue is full; {RETRY_LATER}"
 
 
 class Unanswered(Exception):

@@ -262,7 +262,7 @@ class Simulation:
         )
         self.refused_share += ((not admitted) - self.refused_share) * 0.01
         if not admitted:
-            self.say_no(first_s, attempt)
+            self.reject(first_s, attempt)
 
     def offer(self, first_s: float, attempt: int) -> bool:
         """Ask one replica; return whether it takes it."""
@@ -294,8 +294,8 @@ class Simulation:
             self.take(replica)
         return True
 
-    def say_no(self, first_s: float, attempt: int) -> None:
-        """The client gets a no, and asks again if it does."""
+    def reject(self, first_s: float, attempt: int) -> None:
+        """The client gets no answer, and asks again if it does that."""
         retries = self.fleet.retries
         if attempt < retries.most and (retries.budget == math.inf or self.tokens >= 1):
             self.tokens -= retries.budget < math.inf
@@ -321,7 +321,7 @@ class Simulation:
             if now - job[2] > latest_s + 1e-9 and (jobs or batch):  # too late, and others wait
                 if queue is not self.shared and replica in self.balancer.all:
                     self.balancer.change(replica, -1)
-                self.say_no(job[0], self.fleet.retries.most)
+                self.reject(job[0], self.fleet.retries.most)
             else:
                 batch.append(job)
                 self.outcome.waits_s.append(now - job[2])
@@ -374,7 +374,7 @@ class Simulation:
             replica.queue.anticipation.answered(self.now, len(batch), self.calls_s[len(batch)], 1)
         for first_s, _, came_s in batch:
             if self.now > came_s + self.fleet.deadline_s + 1e-9:
-                self.say_no(first_s, self.fleet.retries.most)  # a 504: nobody asks again
+                self.reject(first_s, self.fleet.retries.most)  # a 504: nobody asks again
                 continue
             self.outcome.came_s.append(first_s)
             self.outcome.took_s.append(self.now - first_s)
@@ -418,7 +418,7 @@ class Simulation:
                 if self.fleet.failover and self.balancer.all and self.offer(first_s, attempt):
                     continue
                 self.outcome.lost += not self.fleet.failover
-                self.say_no(first_s, attempt)
+                self.reject(first_s, attempt)
 
     def scale(self, scaler: Autoscaler) -> None:
         """As many as the load of late needs, with headroom; fewer only when they were not needed for long."""

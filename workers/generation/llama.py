@@ -76,9 +76,8 @@ class Group(NamedTuple):
     longest: int  # keys to look at
     rows: Tensor | slice  # of this step: whose queries; an idle slot between others has any
     mine: Tensor | None  # which of the results count; None: all
-    masks: dict[
-        bool, Tensor | None
-    ]  # what is added to the scores, where a layer looks back all the way or is near
+    # What is added to the scores, where a layer looks back all the way or is near.
+    masks: dict[bool, Tensor | None]
 
 
 class Llama:

@@ -26,9 +26,8 @@ GAP_STEPS = 2.5  # the promise is 3 steps: a step takes now and then longer than
 LEAST_PROMPT = 8  # tokens of prompts in a step, however slow they are: prompts must not starve
 CHUNK_SHARES = 4  # a token of a chunk reads the cache at a quarter of the cost: the others read the same keys
 TOO_COMPLEX = "the schema is too complex; send a simpler one"
-MOST_PROMPT = (
-    256  # where nobody waits for a next token; longer chunks are slower: attention's scores leave the cache
-)
+# Where nobody waits for a next token. Longer chunks are slower: attention's scores leave the cache.
+MOST_PROMPT = 256
 
 
 @dataclass(eq=False)

@@ -17,9 +17,8 @@ class Work(NamedTuple):
 
 
 LEAST_S = 1e-6
-SURPRISE = (
-    2.0  # how far one step may be from what was expected: beyond it is an outlier and counts as this much
-)
+# How far one step may be from what was expected: beyond it is an outlier and counts as this much.
+SURPRISE = 2.0
 FRESH = 0.05  # how far one step moves the law towards itself
 WARM_UP_ROUNDS = 400
 

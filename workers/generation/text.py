@@ -8,9 +8,8 @@ from tokenizers import Tokenizer
 from workers.generation.grammar import Matcher
 from workers.generation.steps import Options
 
-PRIMING = (
-    32  # tokens of the prompt's end that decide how the first new one reads: with a blank before it or not
-)
+# Tokens of the prompt's end that decide how the first new one reads: with a blank before it or not.
+PRIMING = 32
 BROKEN = "\ufffd"  # how bytes read that are not a whole character
 
 

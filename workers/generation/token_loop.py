@@ -18,6 +18,8 @@ from typing import Any
 
 from workers.errors import (
     LOADING,
+    QUEUE_FULL,
+    RETRY_LATER,
     STOPPING,
     TOO_SHORT,
     Late,
@@ -36,16 +38,13 @@ from workers.generation.stream import MOST_UNREAD, Piece, Stream, whole_of_each
 from workers.generation.text import Asked, TextStream
 from workers.jobs import Answer, empty_within
 from workers.metrics import Metrics
+from workers.scheduling.admission import HOPELESS_FACTOR, RETRIAL_FACTOR
 from workers.scheduling.cost_model import Run
 from workers.scheduling.instances import Instances, Ready
 
 log = logging.getLogger("uvicorn.error")
 
 WARM_UP_TURNS, WARM_UP_S = 4, 3.0  # at most so many, and no further one after so long
-# An idle server still admits what it expects to be so much too late: the estimate may be wrong. What it expects to be later
-# yet it tries now and then, which corrects the estimate: after a try that took long not for so many times as long, so that
-# one client with such prompts takes 1/20 of the model's time.
-HOPELESS, RETRIAL_FACTOR = 2.0, 20
 
 
 @dataclass(eq=False)
@@ -207,17 +206,18 @@ class TokenLoop:
         needed_s = first_s * self.cost_model.margin + self.slack_s
         retry_after_s = first_s - budget_s / 2  # when half of the backlog that is too much is gone, and a bit
         if self.waiting_tokens and self.waiting_tokens + prompt > self.most_waiting:
-            return Rejected("the queue is full; retry after the time in Retry-After", first_s)
+            return Rejected(QUEUE_FULL, first_s)
         if needed_s > budget_s:
-            sentence = (
-                f"the first token would take {math.ceil(first_s)} s; retry after the time in Retry-After"
-            )
+            sentence = f"the first token would take {math.ceil(first_s)} s; {RETRY_LATER}"
             return Rejected(sentence, retry_after_s)
         return None
 
     def _is_hopeless(self, first_s: float, budget_s: float) -> bool:
-        """Whether a first token that is expected in `first_s` would be so late that even an idle server should not try."""
-        return first_s * self.cost_model.margin >= HOPELESS * budget_s
+        """Whether a first token that is expected in `first_s` would be so late that even an idle server should not try.
+
+        It tries now and then, as `scheduling/admission.py` does, which corrects a wrong estimate.
+        """
+        return first_s * self.cost_model.margin >= HOPELESS_FACTOR * budget_s
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 

@@ -30,9 +30,8 @@ class Worker(UvicornWorker):  # type: ignore[misc]
         await super()._serve()
 
     async def callback_notify(self) -> None:
-        if (
-            not self.alive
-        ):  # Gunicorn's reloader has seen a change, and its `sys.exit` only ended its own thread
+        # Gunicorn's reloader has seen a change, and its `sys.exit` only ended its own thread.
+        if not self.alive:
             signal.raise_signal(signal.SIGTERM)
         await super().callback_notify()
 

@@ -22,11 +22,8 @@ from workers.web.replies import AnswerResponse
 
 TEXT = {"type": "string"}
 ERROR = an_object({"error": TEXT, "error_type": TEXT}, {})
-ERROR_TYPES = {
-    500: "generation",
-    503: "overloaded",
-    504: "incomplete_generation",
-}  # by status; else validation
+# By status; any other is validation.
+ERROR_TYPES = {500: "generation", 503: "overloaded", 504: "incomplete_generation"}
 
 
 def routes(settings: Settings) -> list[Route]:

@@ -6,7 +6,7 @@ burst, and may be as long as it likes; one that never does only makes everybody 
 
 import math
 
-from workers.errors import Rejected
+from workers.errors import QUEUE_FULL, RETRY_LATER, Rejected
 from workers.jobs import Lane
 from workers.scheduling.estimate import WaitEstimate
 from workers.scheduling.instances import Instances
@@ -51,15 +51,15 @@ class Admission:
             return None
         wait = self.estimate.of(free_s, lane, jobs, size)
         if full and not idle:
-            return Rejected("the queue is full; retry after the time in Retry-After", wait.starts_in_s)
+            return Rejected(QUEUE_FULL, wait.starts_in_s)
         if (run_s := self.cost_model.predict_s(size / jobs)) > self.budget_s:
             return self._too_long(run_s)
         if wait.done_in_s * self.cost_model.margin > budget_s:
             sentence = f"the answer would take {math.ceil(wait.done_in_s)} s, longer than your time limit"
-            return Rejected(f"{sentence}; retry after the time in Retry-After", wait.starts_in_s)
+            return Rejected(f"{sentence}; {RETRY_LATER}", wait.starts_in_s)
         if self._stands() and wait.starts_in_s > self._limit_s(jobs):
             self.rejected_at = self.now()
-            return Rejected("the server is overloaded; retry after the time in Retry-After", wait.starts_in_s)
+            return Rejected(f"the server is overloaded; {RETRY_LATER}", wait.starts_in_s)
         return None
 
     def _is_surely_early(self, free_s: list[float], jobs: int, size: float, budget_s: float) -> bool:

@@ -186,25 +186,22 @@ class Shared:
             close()
 
 
-LOADING = threading.Lock()
+ONE_AT_A_TIME = threading.Lock()
 
 
 def load_or_share(task: Task, settings: Settings, instance: int) -> Model:
     """Load an instance, or share the model of another one in this process: where that is on the CPU and says that it may be shared."""
-    with LOADING:
+    with ONE_AT_A_TIME:
         if shared := getattr(task, "shared", None):
             if torch := sys.modules.get("torch"):
                 torch.set_num_threads(settings.threads_per_instance)  # of this thread
             shared.instances += 1
             return shared
         model = task.load(instance)
-        if not getattr(model, "shareable", False) or getattr(model.description, "device", "") not in (
-            "",
-            "cpu",
-        ):
-            return model
-        task.shared = Shared(model)
-        return task.shared
+        is_on_cpu = getattr(model.description, "device", "") in ("", "cpu")
+        if is_on_cpu and getattr(model, "shareable", False):
+            model = task.shared = Shared(model)
+        return model
 
 
 def load_alone(settings: Settings, instance: int = 0) -> Model:

@@ -44,9 +44,8 @@ __all__ = ["Stock", "Task", "load_model", "load_pipeline"]
 # long. Measured with 2 threads on 2 cores: beside 2 busy processes 86 texts/s instead of 18, without them 238 instead of 224.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-NO_POOLER = Rule(
-    "false: this model has no pooler", lambda value: value is False, {"const": False}
-)  # or one that was never trained
+# Or one that was never trained.
+NO_POOLER = Rule("false: this model has no pooler", lambda value: value is False, {"const": False})
 LOADING = threading.Lock()  # two loads at once collide in Transformers: "Tensor on device meta"
 
 
@@ -104,9 +103,8 @@ def made_up(model: Any) -> list[str]:
     """Return the names of the weights that were not in the model's files."""
     weights = dict(model.named_parameters())
     read = {name for name, weight in weights.items() if getattr(weight, "_is_hf_initialized", False)}
-    return (
-        sorted(weights.keys() - read) if read else []
-    )  # it is Transformers' own mark, and may be gone one day
+    # It is Transformers' own mark, and may be gone one day.
+    return sorted(weights.keys() - read) if read else []
 
 
 def can_pool(pipe: Any, image: bytes) -> bool:
@@ -176,9 +174,8 @@ class Task(TextTask):
             labels = [label.strip() for label in labels.split(",") if label.strip()]
             parameters = parameters | {"candidate_labels": labels}
         parameters = check_parameters(parameters, self.rules)
-        if (
-            parameters.get("return_timestamps") is False
-        ):  # Whisper raises at it for a sound of more than one window
+        # Whisper raises at it for a sound of more than one window.
+        if parameters.get("return_timestamps") is False:
             parameters = {name: value for name, value in parameters.items() if name != "return_timestamps"}
         if "candidate_labels" in self.rules and labels is None:
             raise Malformed('there are no "candidate_labels"; send those that may fit, as a parameter')
@@ -205,9 +202,8 @@ class Task(TextTask):
             raise Malformed('"table" must be an object of columns, each a list of as many texts')
         if not any(text.strip() for text in (*table, *cells)):
             raise Malformed("there is nothing in the table; send one with texts")
-        most = (
-            min(self.config.get("type_vocab_sizes", [1 << 30] * 3)[1:3]) - 2
-        )  # of TAPAS, which counts them from 1
+        # Of TAPAS, which counts them from 1.
+        most = min(self.config.get("type_vocab_sizes", [1 << 30] * 3)[1:3]) - 2
         if max(len(columns), len(columns[0])) > most:
             raise Unprocessable(f"the table is too large; send at most {most} rows and {most} columns")
         size = (sum(map(len, cells)) + sum(map(len, table)) + len(question)) // 4 + len(cells)

@@ -68,9 +68,8 @@ class Task(TextTask):
     def describe(self) -> Description:
         example = {"inputs": "a text", "parameters": {"candidate_labels": ["news", "sports"]}}
         gives = "the labels, the likeliest first, and their scores"
-        labels = {
-            "anyOf": [TEXT_SCHEMA, self.rules["candidate_labels"].schema]
-        }  # one text: with commas between
+        # One text: with commas between.
+        labels = {"anyOf": [TEXT_SCHEMA, self.rules["candidate_labels"].schema]}
         template = {"type": "string", "pattern": r"^[^{}]*\{\}[^{}]*$"}
         parameters = schemas(self.rules) | {"candidate_labels": labels, "hypothesis_template": template}
         return Description("a text", gives, example, TEXT_SCHEMA, parameters)

@@ -13,21 +13,19 @@ from typing import Any, TypeVar
 
 from workers import tasks
 from workers.context import RequestContext
-from workers.errors import TOO_SHORT, Late, Malformed, ModelFailed, Rejected, Unprocessable
+from workers.errors import RETRY_LATER, TOO_SHORT, Late, Malformed, ModelFailed, Rejected, Unprocessable
 from workers.offload import in_words
 from workers.resources import usable_cores
 
 T = TypeVar("T")
 
-QUICK_BYTES = (
-    1024  # of text take 3 ms to tokenise at worst: shorter than the way to a thread and back on a busy server
-)
+# Of text they take 3 ms to tokenise at worst: shorter than the way to a thread and back on a busy server.
+QUICK_BYTES = 1024
 QUICK_JSON_BYTES = 16_384  # take 3 ms to parse at worst
 LONG_BYTES = 32_768
-MAX_BODIES = (
-    8  # bodies of the largest size allowed that may wait for a thread or be in one, in each of the two pools
-)
-BUSY = "too many long requests are being read; retry after the time in Retry-After"
+# Bodies of the largest size allowed that may wait for a thread or be in one, in each of the two pools.
+MAX_BODIES = 8
+BUSY = f"too many long requests are being read; {RETRY_LATER}"
 
 
 class CheckThreads:

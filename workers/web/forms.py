@@ -47,9 +47,8 @@ def read(body: bytes, content_type: str) -> Form:
         raise HTTPException(413, f"the form is too large; send one file and {most}") from None
     except ValueError:
         raise HTTPException(400, f"the form can't be read; {SEND}") from None
-    if (
-        None in fields or None in files
-    ):  # as the parser has a part without a name, whatever it is annotated with
+    # As the parser has a part without a name, whatever it is annotated with.
+    if None in fields or None in files:
         raise HTTPException(400, f"the form has a part without a name; name it, and {SEND}")
     # A browser sends a file without a name and without bytes where none was chosen.
     found = [(file.read(), file.filename or "") for _, file in files.items(multi=True)]

@@ -26,7 +26,7 @@ from workers.generation.stream import Piece, Stream, whole_of_each
 from workers.generation.token_loop import TokenLoop
 from workers.tasks.text_generation import Prompt, Task
 from workers.web.replies import Failure, explain, rendered
-from workers.web.stream import leaving
+from workers.web.stream import leaving, put
 
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream"),
@@ -133,12 +133,8 @@ class EventStream(Response):
             return None
 
     async def put(self, send: Send, body: bytes) -> None:
-        if not body:
-            return
-        async with asyncio.timeout(self.stall_s):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-            # uvicorn waits for a slow client only at the next send. So send once more, nothing.
-            await send({"type": "http.response.body", "body": b"", "more_body": True})
+        if body:  # a piece may have no text yet
+            await put(send, body, self.stall_s)
 
 
 def event(content: Any) -> bytes:

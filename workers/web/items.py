@@ -7,7 +7,8 @@
 With `Accept: text/event-stream` they are events, and what the class says to `context.progress` is an event, too; with
 `Accept: application/json` the reply is one list. Until the first item an error has its own status; afterwards it is the last
 line: {"status": 504, "error": "..."}. A client that leaves ends the generator at its next item. The generator
-pauses while MOST_UNREAD items are unread; a client that keeps the model waiting for more than PAUSE_S altogether gets no more. From a model process all items come at the end.
+pauses while MOST_UNREAD items are unread; a client that keeps the model waiting for more than PAUSE_S altogether gets no
+more. From a model process all items come at the end.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ from workers.loop import ModelLoop
 from workers.tasks import Query
 from workers.tasks.calls import CallContext, followed
 from workers.web.replies import explain, rendered
-from workers.web.stream import FORMS, leaving, wanted
+from workers.web.stream import FORMS, leaving, put, send_whole, wanted
 
 MOST_UNREAD = 256
 PAUSE_S = 1.0
@@ -69,13 +70,11 @@ class ItemStream(Response):
             if scope.get("http_version") == "1.0":  # knows no chunks
                 while not self.ended:
                     lines += await self.lines(after_start=True)
-                headers = [*self.raw_headers, (b"content-length", b"%d" % len(lines))]
-                await send({"type": "http.response.start", "status": 200, "headers": headers})
-                return await send({"type": "http.response.body", "body": lines})
+                return await send_whole(send, self.raw_headers, lines)
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await self.put(send, lines)
+            await put(send, lines, self.stall_s)
             while not self.ended:
-                await self.put(send, await self.lines(after_start=True))
+                await put(send, await self.lines(after_start=True), self.stall_s)
             await send({"type": "http.response.body", "body": b""})
         except TimeoutError:
             pass  # it has stopped reading: without an end of the reply the server closes the connection
@@ -155,10 +154,3 @@ class ItemStream(Response):
         """Return why the items end, as an item."""
         failure = explain(exc, self.context.request_id)
         return rendered({"status": failure.status, "error": failure.sentence})
-
-    async def put(self, send: Send, body: bytes) -> None:
-        """Send some lines. Raises TimeoutError where the client takes nothing for BODY_TIMEOUT_S."""
-        async with asyncio.timeout(self.stall_s):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-            # uvicorn waits for a slow client only at the next send. So send once more, nothing.
-            await send({"type": "http.response.body", "body": b"", "more_body": True})

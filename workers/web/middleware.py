@@ -161,10 +161,9 @@ def target_of(scope: Scope) -> tuple[str, str]:
     path, root, authority = scope["path"], scope.get("root_path", ""), ""
     if path.startswith(("http://", "https://")):  # absolute-form, as Gunicorn's asgi worker passes it on
         _, authority, path, *_ = urlsplit(path)
+    # Twice, where a proxy in front leaves the prefix in and uvicorn adds its own.
     while root and path.startswith(root) and path[len(root) : len(root) + 1] in ("", "/"):
-        path = path[
-            len(root) :
-        ]  # twice, where a proxy in front leaves the prefix in and uvicorn adds its own
+        path = path[len(root) :]
     path = path.removesuffix("/") or "/"
     scope["path"] = root + path
     return path, authority

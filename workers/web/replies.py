@@ -96,9 +96,8 @@ class AnswerResponse(Response):
             return await super().__call__(scope, receive, send)
         stall_s = scope["state"]["service"].settings.BODY_TIMEOUT_S
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        with contextlib.suppress(
-            TimeoutError
-        ):  # without the end of the reply the server closes the connection
+        # Without the end of the reply the server closes the connection.
+        with contextlib.suppress(TimeoutError):
             for start in range(0, len(body), PART_BYTES):
                 async with asyncio.timeout(stall_s):
                     part = body[start : start + PART_BYTES]
@@ -130,9 +129,8 @@ OPTIONS = (
 def rendered(content: Any) -> bytes:
     """Return it as JSON; NumPy's and torch's numbers are JSON, too. Raises ModelFailed where JSON can't say it, as NaN."""
     try:
-        with contextlib.suppress(
-            orjson.JSONEncodeError
-        ):  # the standard library says more, ten times as slowly
+        # The standard library says more, ten times as slowly.
+        with contextlib.suppress(orjson.JSONEncodeError):
             body = orjson.dumps(content, methodcaller("tolist"), OPTIONS)
             if b"null" not in body or is_finite(content):  # orjson says null for NaN, too
                 return body

@@ -66,10 +66,7 @@ class Streamed(Response):
                     return
                 waiting -= done
                 body = b"".join(line.result() for line in lines if line in done)
-                async with asyncio.timeout(self.stall_s):
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
-                    # uvicorn waits for a slow client only at the next send. So send once more, nothing.
-                    await send({"type": "http.response.body", "body": b"", "more_body": True})
+                await put(send, body, self.stall_s)
             await send({"type": "http.response.body", "body": b""})
         except TimeoutError:
             pass  # it has stopped reading: without an end of the reply the server closes the connection
@@ -82,10 +79,7 @@ class Streamed(Response):
         whole = asyncio.gather(*lines)
         await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not gone.done():
-            body = b"".join(whole.result())
-            headers = [*self.raw_headers, (b"content-length", b"%d" % len(body))]
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
+            await send_whole(send, self.raw_headers, b"".join(whole.result()))
 
     async def line(self, scope: Scope, index: int, query: Query) -> bytes:
         """Return the line of one input."""
@@ -102,6 +96,21 @@ class Streamed(Response):
             retry = {"retry_after_s": failure.retry_after_s} if failure.retry_after_s else {}
             said = rendered({"index": index, "status": failure.status, "error": failure.sentence, **retry})
         return FORMS[self.form] % said
+
+
+async def put(send: Send, body: bytes, stall_s: float) -> None:
+    """Send a part of a reply. Raises TimeoutError where the client takes nothing for `stall_s`."""
+    async with asyncio.timeout(stall_s):
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        # uvicorn waits for a slow client only at the next send. So send once more, nothing.
+        await send({"type": "http.response.body", "body": b"", "more_body": True})
+
+
+async def send_whole(send: Send, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+    """Send a reply whose length is known, as HTTP/1.0 needs it."""
+    headers = [*headers, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 async def leaving(receive: Receive) -> None:

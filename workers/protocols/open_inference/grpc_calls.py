@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from tritonclient.grpc import service_pb2 as pb
 
 from workers.context import RequestContext, request_id
-from workers.errors import STOPPING, Malformed, Rejected, Unprocessable
+from workers.errors import RETRY_LATER, STOPPING, Malformed, Rejected, Unprocessable
 from workers.protocols.open_inference import model_info, tensors, unknown_model
 from workers.protocols.open_inference.tensors import ANSWER, VERSION, Output, Tensor
 from workers.service import Service
@@ -33,13 +33,14 @@ from workers.web.replies import CLIENT_GONE, explain
 
 NAME = "GRPCInferenceService"
 SERVICE = pb.DESCRIPTOR.services_by_name[NAME].full_name
+# Of 503 see `InferenceServicer.failure`; any other is INVALID_ARGUMENT.
 CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
     500: grpc.StatusCode.INTERNAL,
     501: grpc.StatusCode.UNIMPLEMENTED,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}  # of 503 see `InferenceServicer.failure`; any other is INVALID_ARGUMENT
+}
 SEND_S = 0.5  # to send the last answers when the server stops
 PROBE_S = 1.0  # for the message of a call that needs no key
 STREAM_BYTES = 2**26  # of messages and unsent answers that all streams hold together
@@ -54,10 +55,11 @@ CONTENTS = {  # the field with a tensor's elements, where they are not in raw_in
     "FP64": "fp64_contents",
 }
 
+# Without a key, like /health and /ready.
 OPEN = {
     *(f"/{SERVICE}/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")),
     *(f"/grpc.health.v1.Health/{name}" for name in ("Check", "Watch")),
-}  # without a key, like /health and /ready
+}
 
 NOT_READ = "the answers were not read in time; read them faster"
 
@@ -181,7 +183,7 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if failure.status == 503:
             unready = self.service.unready()
             code = grpc.StatusCode.UNAVAILABLE if unready else grpc.StatusCode.RESOURCE_EXHAUSTED
-        sentence = failure.sentence.replace("the time in Retry-After", "the time in RetryInfo")
+        sentence = failure.sentence.replace(RETRY_LATER, "retry after the time in RetryInfo")
         return Status(code, sentence, failure.retry_after_s)
 
     async def operate(self, operation: Coroutine[Any, Any, Any], limit_s: float | None, *ends: Future) -> Any:

@@ -38,12 +38,8 @@ OPTIONS = {  # Triton's own options of a request, with the reason why one is rej
     "priority": "requests wait in one queue, in the order of arrival",
     **dict.fromkeys(("sequence_id", "sequence_start", "sequence_end"), NO_STATE),
 }
-KINDS = {
-    "b": "b",
-    "i": "iu",
-    "u": "iu",
-    "f": "iuf",
-}  # dtype kinds of JSON numbers that fit each kind of datatype
+# Dtype kinds of JSON numbers that fit each kind of datatype.
+KINDS = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}
 
 
 class Tensor(NamedTuple):

@@ -12,14 +12,8 @@ from typing import Any
 from workers.errors import Malformed, Unprocessable
 
 MAX_PIXELS = 1 << 25  # a small file can unfold to gigabytes
-FORMATS = [
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-]  # for others Pillow runs programs, for PostScript for one
+# For others Pillow runs programs, for PostScript for one.
+FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"]
 MIN_SOUND_S = 0.1  # the convolutions of speech models need 0.025 s at least
 DECODE_S = 30.0  # ffmpeg is ended after this
 

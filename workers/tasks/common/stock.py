@@ -92,9 +92,8 @@ class Batched(Stock):
 
     def prepare(self, content: Content) -> Prepared:
         """Return the input as the model takes it. Several threads may call it at once. Raises whatever the pipeline raises."""
-        known = (
-            {"ignore_warning": True} if "chunk_length_s" in content.parameters else {}
-        )  # or each request logs it
+        # Or each request logs it.
+        known = {"ignore_warning": True} if "chunk_length_s" in content.parameters else {}
         parameters = self.front._sanitize_parameters(**content.parameters, **known)
         own = (self.front._preprocess_params, self.front._forward_params, self.front._postprocess_params)
         before, forward, post = ({**first, **then} for first, then in zip(own, parameters))

@@ -22,9 +22,8 @@ class Row(NamedTuple):
     text: str
     pair: str | None
     ids: list[int]
-    types: list[int] | None = (
-        None  # which of the pair each token belongs to; None where the tokenizer doesn't say
-    )
+    # Which of the pair each token belongs to; None where the tokenizer doesn't say.
+    types: list[int] | None = None
     encoding: Any = None  # what else `tokenizers` knows of the whole text, where the task keeps that
     window: list[int] | None = None  # which of its tokens these are; None: all
 
