@@ -95,8 +95,8 @@ def test_last_of_many_keys_is_found_to_be_double_by_one_look_at_each() -> None:
             return str.__hash__(self)
 
     keys: list[tuple[str, Any]] = [(Key(i), i) for i in range(1000)]
-    with pytest.raises(HTTPException, match='duplicate key "999" in the JSON object; send it once'):
-        parsing.unique([*keys, (Key(999), 0)])
+    with pytest.raises(HTTPException, match='duplicate key "500" in the JSON object; send it once'):
+        parsing.unique([*keys, (Key(500), 0), (Key(1000), 0)])
     assert Key.hashed <= 4 * len(keys)
 
 

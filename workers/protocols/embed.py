@@ -135,7 +135,7 @@ async def cohere_embed(request: Request) -> Response:
     context = context_of(request.scope)
     version = context.path[2]
     is_plain = version == "1" and "embedding_types" not in content
-    by_type = {form: encoded_all(answers, form) for form in dict.fromkeys(forms)}
+    by_type = {form: encoded_all(answers, form) for form in forms}
     reply = {
         "id": context.request_id,
         "response_type": "embeddings_floats" if is_plain else "embeddings_by_type",
