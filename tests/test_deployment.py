@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import pickle
 import runpy
 import signal
 import socket
@@ -19,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+from gunicorn.dirty.errors import DirtyConnectionError  # type: ignore[import-untyped]
 
 from deploy import cluster
 from loadtests.modes import MODES, ROOT, Mode, Server, start
@@ -27,6 +29,7 @@ from tests.support.fake_models import BROKEN
 from workers import resources as memory
 from workers.gunicorn import gthread_worker
 from workers.gunicorn.succession import answered
+from workers.isolation import dirty
 from workers.metrics import Metrics
 from workers.metrics_folder import KINDS, mark_ended
 from workers.settings import Settings
@@ -123,6 +126,31 @@ def test_service_recovers_from_a_killed_arbiter_of_a_shared_model() -> None:
     with start(MODES["dirty"], STAND_IN) as server:
         next(p for p in server.processes()[1:] if p.children()).kill()
         until(lambda: [post_or_none(server) for _ in range(10)] == [200] * 10)
+
+
+def test_worker_that_starts_outlives_a_killed_shared_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were its example to fail, Gunicorn would stop the whole service: "Worker failed to boot"."""
+    calls: list[str] = []
+
+    class Client:
+        async def execute_async(self, app: str, action: str, *args: object) -> object:
+            calls.append(action)
+            if action == "describe":
+                return ["fill-mask", "of a test"]
+            if calls == ["describe", "answer"]:
+                raise DirtyConnectionError("killed")
+            return pickle.dumps(["right"])
+
+    monkeypatch.setattr(dirty, "get_dirty_socket_path", lambda: "somewhere")
+    monkeypatch.setattr(dirty, "DirtyClient", lambda path, timeout: Client())
+
+    async def started() -> list[str]:
+        instance = dirty.Dirty(hang_s=60)
+        await instance.start()
+        return await instance.run(["example"])
+
+    assert asyncio.run(started()) == ["right"]
+    assert calls == ["describe", "answer", "describe", "answer"]
 
 
 def post_or_none(server: Server) -> int | None:

@@ -43,6 +43,7 @@ class Dirty(Offload):
         self.hang_s = hang_s
         self.loaded = asyncio.Event()
         self.asking: asyncio.Task[str] | None = None
+        self.serves = False  # from its first `ready`: the examples of the start have been answered
 
     async def start(self) -> Any:
         try:
@@ -52,15 +53,24 @@ class Dirty(Offload):
         return await self._ask()
 
     async def run(self, queries: list[Any]) -> list[Any]:
-        try:
-            return pickle.loads(await self.client.execute_async(APP, "answer", pickled(queries)))
-        except DirtyAppError as exc:
-            raise ModelFailed(str(exc)) from exc
-        except DirtyError as exc:
-            leave_if_lost(exc)
-            self.loaded.clear()
-            self.asking = asyncio.create_task(self._ask())
-            raise ModelDied(str(exc)) from exc
+        while True:
+            try:
+                answers = pickle.loads(await self.client.execute_async(APP, "answer", pickled(queries)))
+            except DirtyAppError as exc:
+                raise ModelFailed(str(exc)) from exc
+            except DirtyError as exc:
+                leave_if_lost(exc)
+                self.loaded.clear()
+                if not self.serves:  # the examples didn't end it: it had answered them when it was loaded
+                    await self._ask()
+                    continue
+                self.asking = asyncio.create_task(self._ask())
+                raise ModelDied(str(exc)) from exc
+            return answers
+
+    async def ready(self) -> int:
+        self.serves = True
+        return await super().ready()
 
     async def close(self) -> None:
         pass  # others may use it; Gunicorn closes it
