@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Python compiles what it imports; to compile everything takes as long as to install it.
+PIP := $(BIN)/pip install --disable-pip-version-check --no-compile
 
 .PHONY: help serve chat cluster load test test-slow bench chaos compare peers plan docs lint learn lessons
 
@@ -65,18 +67,18 @@ lessons: $(VENV)/dev  ## run the lessons, and store what they show; LESSON=1 for
 $(VENV)/serve: requirements.txt
 	@echo "Installing what serving needs. PyTorch is large: this takes minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@
 
 models/chat/config.json: requirements-chat.txt | $(VENV)/serve
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-chat.txt
+	$(PIP) --quiet -r requirements-chat.txt
 	$(BIN)/python models/chat.py
 	touch $@
 
 $(VENV)/dev: requirements-dev.txt requirements-optional.txt $(VENV)/serve
-	$(BIN)/pip install --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 $(VENV)/lab: requirements-lab.txt $(VENV)/dev
-	$(BIN)/pip install --disable-pip-version-check -r requirements-lab.txt
+	$(PIP) -r requirements-lab.txt
 	touch $@

@@ -60,7 +60,7 @@ def assert_same(found: Any, wanted: Any) -> None:
     [
         pytest.param(True, "inline", marks=pytest.mark.slow),
         (True, "thread"),
-        (True, "process"),
+        pytest.param(True, "process", marks=pytest.mark.slow),
         (False, "thread"),
         pytest.param(False, "process", marks=pytest.mark.slow),
     ],

@@ -33,7 +33,7 @@ def flowers() -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("offload", ["thread", "process"])
+@pytest.mark.parametrize("offload", ["thread", pytest.param("process", marks=pytest.mark.slow)])
 def test_small_network_trained_at_start_is_served(offload: str, flowers: list[dict[str, Any]]) -> None:
     mode = {"MODEL": "models.iris:Iris", "BATCH_SIZE": "64", "OFFLOAD": offload}
     rows = [{name: float(flower[name]) for name in FEATURES} for flower in flowers]

@@ -320,6 +320,7 @@ def test_clean_stop_logs_no_error_and_waits_for_no_idle_connection(number: signa
         assert "Error" not in log and "was sent" not in log and "SIGKILL" not in log
 
 
+@pytest.mark.slow
 def test_change_of_a_file_reloads_where_reload_is_asked_for(tmp_path: Path) -> None:
     module = tmp_path / "my_reloaded_model.py"
     source = "class Model:\n    example = 'a'\n    def __call__(self, inputs): return [%d for _ in inputs]\n"
@@ -395,6 +396,7 @@ def test_config_at_its_old_path_works_for_one_release(name: str) -> None:
         assert old[setting] == new[setting]
 
 
+@pytest.mark.slow
 def test_no_healthy_worker_is_killed_by_the_heartbeat(crowd: Crowd) -> None:
     """One call that takes longer than the heartbeat may."""
     mode = Mode("heartbeat", "gunicorn -c gunicorn.conf.py --timeout 5")

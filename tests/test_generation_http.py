@@ -277,10 +277,9 @@ def test_metrics_count_tokens_and_why_sequences_ended(server: Server) -> None:
 
 STOPPING = [
     "thread",
-    "process",
     *(
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("recommended", "asgi", "gthread-1x8", "haproxy-2")
+        for name in ("process", "recommended", "asgi", "gthread-1x8", "haproxy-2")
     ),
 ]
 
@@ -319,6 +318,7 @@ def test_model_process_that_is_killed_ends_its_texts_with_an_error_and_those_tha
         assert metric(server, "model_process_restarts_total") == 1
 
 
+@pytest.mark.slow
 def test_next_turn_after_the_model_process_was_killed_idle_reads_its_prompt_again(folder: str) -> None:
     with start(MODES["process"], served(folder)) as server:
         first = {"inputs": PARIS + " a river" * 20, "parameters": {"max_new_tokens": 5}}

@@ -59,6 +59,7 @@ def test_every_right_answer_counts_and_carries_what_the_server_said(locust: gene
     assert generator.summary(df, limit_s=30)["good_share"] == 1
 
 
+@pytest.mark.slow
 def test_another_model_is_asked_its_own_example(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL", "models.iris:Iris")
     with start(MODES["batch"]) as server, generator.generator() as locust:

@@ -108,7 +108,9 @@ def plain(name: str, where: str) -> Callable[[bytes, dict[str, Any]], Any]:
 
 
 @pytest.mark.filterwarnings("ignore")  # Transformers' own
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "whisper")) for name in MODELS]
+)
 def test_answers_are_those_of_the_plain_pipeline_alone_in_batches_and_with_each_parameter(
     name: str, folder: Any, gains: None
 ) -> None:

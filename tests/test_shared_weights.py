@@ -44,7 +44,7 @@ def text_batches(task: Any, make: Any) -> list[list[Any]]:
     return [contents[i : i + 1 + i % 7] for i in range(0, 56, 4)]
 
 
-@pytest.mark.parametrize("name", ["fill-mask", "feature-extraction"])
+@pytest.mark.parametrize("name", ["fill-mask", pytest.param("feature-extraction", marks=pytest.mark.slow)])
 def test_encoders_share_their_weights(name: str) -> None:
     settings = Settings(MODEL=EMBEDDED, TASK=name, INSTANCES=N, TORCH_THREADS=1, BATCH_SIZE=8)
     task, models = load(settings)
