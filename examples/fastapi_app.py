@@ -12,6 +12,7 @@ from fastapi import FastAPI, HTTPException, Request
 from pydantic import BaseModel
 
 from workers import Late, ModelFailed, ModelLoop, Rejected, Thread
+from workers.scheduling.warm_up import warm_up
 
 
 class Question(BaseModel):
@@ -30,7 +31,7 @@ def load() -> Any:
 async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, ModelLoop]]:
     loop, thread = ModelLoop(batch_size=8, max_queue=64, budget_s=5), Thread(load)
     await thread.start()
-    await loop.cost_model.warm_up(thread.run, [[("a [MASK].", 1)] * n for n in (1, 4, 8)], loop.now)
+    await warm_up(loop.cost_model, thread.run, [[("a [MASK].", 1)] * n for n in (1, 4, 8)], loop.now)
     consumer = asyncio.create_task(loop.consume(thread.run))
     yield {"loop": loop}
     await loop.drain(grace_s=5)

@@ -260,7 +260,7 @@ claim(
 # ## Admission by tokens
 #
 # Ten requests wait. Is that much? Ten questions of 20 tokens are read in one step, ten documents of 400 in 5 s. A bound on the number of
-# requests can't tell them apart. This server plays its scheduler's future in a few large steps (`workers/generation/forecast.py`), and rejects on
+# requests can't tell them apart. This server plays its scheduler's future in a few large steps (`workers/generation/estimate.py`), and rejects on
 # arrival what could not have its first token in time.
 #
 # **Guess.** By how much is that forecast off on average, in ms, at 1.2 readers per second? (The mean TTFT is some hundred ms.)

@@ -25,6 +25,7 @@ from workers.scheduling.admission import Admission
 from workers.scheduling.cost_model import CostModel
 from workers.scheduling.estimate import WaitEstimate
 from workers.scheduling.instances import Instances
+from workers.scheduling.warm_up import warm_up
 
 
 class End(NamedTuple):
@@ -82,7 +83,7 @@ def simulate(
         loop = ModelLoop(**options)  # type: ignore[arg-type]
         size = int(law.mean)
         batches = [[(size, size)] * n for n in {1, loop.batch_size // 2 + 1, loop.batch_size}]
-        await loop.cost_model.warm_up(run, batches, loop.now)
+        await warm_up(loop.cost_model, run, batches, loop.now)
         consumers = [asyncio.create_task(loop.consume(run)) for _ in range(instances)]
         began, requests = loop.now(), []
         for at, sizes in arrivals:
@@ -346,7 +347,7 @@ def test_server_that_warmed_up_on_a_busy_machine_admits_what_it_can_do() -> None
             return sizes
 
         loop = ModelLoop(batch_size=32)
-        await loop.cost_model.warm_up(run, [[(1, 1)] * n for n in (1, 8, 32)], loop.now)
+        await warm_up(loop.cost_model, run, [[(1, 1)] * n for n in (1, 8, 32)], loop.now)
         for n in (1, 8, 32):
             assert loop.cost_model.predict_s(n) == pytest.approx(0.004 + 0.001 * n)
         consumer = asyncio.create_task(loop.consume(run))

@@ -290,7 +290,7 @@ async def test_one_long_stall_does_not_lock_the_server_shut() -> None:
         await asyncio.sleep(0.1)
         model.cost.law[0] = usual_s
         await asyncio.gather(read(running), *others, return_exceptions=True)
-        assert loop.slack_s <= 5.0
+        assert loop.admission.slack_s <= 5.0
         loop.cost_model.law = list(LAW)
         await asyncio.sleep(3600)
         assert loop.rejection() is None
@@ -387,9 +387,9 @@ async def test_list_is_admitted_whole_or_not_at_all() -> None:
         loop.submit(prompt(5, 300), options())
         with pytest.raises(Rejected, match="full"):
             loop.submit_each([Asked(prompt(5, 300), options()) for _ in range(3)])
-        assert (loop.depth, loop.waiting_tokens) == (1, 300)
+        assert (loop.depth, loop.admission.waiting_tokens) == (1, 300)
         streams = loop.submit_each([Asked(prompt(5, 300), options()) for _ in range(2)])
-        assert (loop.depth, loop.waiting_tokens) == (3, 900)
+        assert (loop.depth, loop.admission.waiting_tokens) == (3, 900)
         pieces = await whole_of_each(streams)
         assert [[token.id for token in piece.tokens] for piece in pieces] == [expected(5)] * 2
 
@@ -551,7 +551,7 @@ def test_every_sequence_ends_once_and_no_slot_is_lost(
             await asyncio.sleep(1)
             assert len(ends) == len(arrivals)
             assert not loop.streams and not loop.scheduler.running and not loop.scheduler.waiting
-            assert len(loop.scheduler.slots) == slots and loop.waiting_tokens == 0
+            assert len(loop.scheduler.slots) == slots and loop.admission.waiting_tokens == 0
             counted = sum(
                 sample.value
                 for metric in loop.counts.sequences.collect()

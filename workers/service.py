@@ -31,6 +31,7 @@ from workers.observability.process_metrics import ProcessMetrics
 from workers.offload import Offload, attempt_load, failed_at, in_thread, model_stacks
 from workers.process_manager import is_one_of_uvicorns_workers, is_relieved, is_supervised
 from workers.scheduling.instances import stuck
+from workers.scheduling.warm_up import warm_up
 from workers.settings import MOST, Settings
 from workers.tasks.calls import followed
 from workers.web import parsing
@@ -156,7 +157,7 @@ class Service:
                 if isinstance(self.loop, TokenLoop):
                     await self.loop.warm_up(instance.run)
                     continue
-                await self.loop.cost_model.warm_up(instance.run, batches, self.loop.now)
+                await warm_up(self.loop.cost_model, instance.run, batches, self.loop.now)
         except ModelFailed as exc:
             raise CannotLoad(f"it fails on its own example: {exc}") from exc
 

@@ -19,6 +19,7 @@ import numpy as np
 from loadtests.plan.planner import VirtualClock
 from workers.errors import Unanswered
 from workers.loop import ModelLoop
+from workers.scheduling.warm_up import warm_up
 
 # Where each number stands. Those of `anticipation.py` are measured by `loadtests.plan.anticipation`, too.
 CONSTANTS = {
@@ -149,7 +150,7 @@ def run(scenario: Scenario) -> Outcome:
             target_s=scenario.target_s,
         )
         sizes = [1, scenario.batch_size // 2 + 1, scenario.batch_size]
-        await loop.cost_model.warm_up(model, [[(1, 1)] * n for n in sizes], loop.now)
+        await warm_up(loop.cost_model, model, [[(1, 1)] * n for n in sizes], loop.now)
         consumers = [asyncio.create_task(loop.consume(model)) for _ in range(scenario.instances)]
         began = loop.now()
         async with asyncio.TaskGroup() as clients:

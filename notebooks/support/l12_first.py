@@ -13,7 +13,7 @@ import torch
 from lesson import BLUE, GREY, ORANGE
 from support.l11_tokens import prompt, read
 
-from workers.generation.forecast import Forecast
+from workers.generation.estimate import FirstTokenEstimate
 from workers.generation.model import TokenModel
 from workers.generation.scheduler import Scheduler, Sequence
 from workers.generation.step_cost import StepCost
@@ -76,7 +76,9 @@ def simulate(
         while to_come and to_come[-1].came_s <= now:
             reader = to_come.pop()
             sequence = Sequence(prompt(reader.prompt, len(to_come)), Options(max_tokens=reader.answer), now)
-            reader.predicted_s = now - reader.came_s + Forecast(scheduler, 1.0).first_token_s(reader.prompt)
+            reader.predicted_s = (
+                now - reader.came_s + FirstTokenEstimate(scheduler, 1.0).first_token_s(reader.prompt)
+            )
             whose[sequence] = reader
             scheduler.add(sequence)
         if (step := scheduler.plan(now)) is None:

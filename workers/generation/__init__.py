@@ -9,7 +9,9 @@ runs, and a chunk of the prompts that are still being read. Between two steps se
     step_cost.py   how long a step will take, learnt from the steps so far
     slots.py       which part of the KV cache belongs to which sequence
     scheduler.py   which rows the next step has
-    forecast.py    when a sequence that came now would have its first token: admission
+    estimate.py    when a sequence that came now would have its first token
+    admission.py   whether a sequence is admitted
+    warm_up.py     which steps are timed before the first request
     token_loop.py  the loop around them: streams, deadlines, failures, stopping
     stream.py      what a reader sees of a sequence
     grammar.py     which tokens may come, where the text must follow a JSON Schema

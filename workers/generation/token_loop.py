@@ -16,35 +16,23 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 from typing import Any
 
-from workers.errors import (
-    LOADING,
-    QUEUE_FULL,
-    RETRY_LATER,
-    STOPPING,
-    TOO_SHORT,
-    Late,
-    ModelDied,
-    ModelFailed,
-    Rejected,
-    Unanswered,
-)
+from workers.errors import LOADING, STOPPING, TOO_SHORT, Late, ModelDied, ModelFailed, Rejected, Unanswered
+from workers.generation.admission import Admission
 from workers.generation.counts import Counts
-from workers.generation.forecast import Forecast
 from workers.generation.scheduler import Scheduler, Sequence, Step, work
 from workers.generation.slots import OWNER
 from workers.generation.step_cost import StepCost, Work
-from workers.generation.steps import Choice, Limits, Options, Outcome, Row
+from workers.generation.steps import Limits, Options, Outcome
 from workers.generation.stream import MOST_UNREAD, Piece, Stream, whole_of_each
 from workers.generation.text import Asked, TextStream
+from workers.generation.warm_up import warm_up_steps
 from workers.jobs import Answer, empty_within
 from workers.metrics import Metrics
-from workers.scheduling.admission import HOPELESS_FACTOR, RETRIAL_FACTOR
 from workers.scheduling.cost_model import Run
 from workers.scheduling.instances import Instances, Ready
+from workers.scheduling.warm_up import shortest_s
 
 log = logging.getLogger("uvicorn.error")
-
-WARM_UP_TURNS, WARM_UP_S = 4, 3.0  # at most so many, and no further one after so long
 
 
 @dataclass(eq=False)
@@ -68,6 +56,7 @@ class TokenLoop:
         self.cost_model = StepCost()
         self.scheduler = Scheduler(0, self.cost_model, self.step_tokens, self.prefill_first)
         self.instances = Instances(self.cost_model, self.hang_s, self.now, self._reject_hopeless)
+        self.admission = Admission(self.scheduler, self.instances, self.most_waiting, self.budget_s)
         self.counts = Counts(self.metrics)
         self.metrics.watch(
             "model_kv_cache_tokens", "Tokens in the KV cache of sequences that run", self.cached
@@ -77,18 +66,9 @@ class TokenLoop:
         )
         self.streams: dict[Sequence, Stream] = {}  # admitted and not yet ended
         self.limits = Limits(0, 0)
-        self.length = 1.0  # what part of its max_tokens a sequence uses
-        self.usual_prompt = 0.0
-        self.first_s = 0.0  # the last prediction
-        # How much later than predicted a first token may come: for 99 in 100.
-        self.slack_s = self.budget_s / 10
-        self.no_trial_until = -math.inf
-        self.trial: Sequence | None = None  # the last one that was admitted though hopeless
-        self.waiting_tokens = 0
         self.closing = False
         self.wake = asyncio.Event()  # something may have come that can run
         self._drained = asyncio.Event()
-        self._forecast: Forecast | None = None
         self._ready: Ready | None = None
         self._model: Any = None  # what `ready` returned: of another model it returns something else
 
@@ -110,16 +90,9 @@ class TokenLoop:
     def submit_each(self, asked: Several[Asked], *, budget_s: float = math.inf) -> list[Stream]:
         """Return a stream for each of several prompts, all of them admitted or none. Raises Rejected."""
         budget_s = min(budget_s, self.budget_s)
-        waiting_tokens, firsts_s = self.waiting_tokens, []
-        for prompt, options, *_ in asked:
-            self.usual_prompt += (len(prompt) - self.usual_prompt) * (0.05 if self.usual_prompt else 1)
-            rejected = self._rejection(len(prompt), budget_s)
-            if rejected or not self._forecast:
-                self.waiting_tokens, self._forecast = waiting_tokens, None
-                raise rejected or Rejected(STOPPING)
-            firsts_s.append(self.first_s)
-            self._forecast.add(len(prompt), options.max_tokens)
-            self.waiting_tokens += len(prompt)
+        if self.closing:
+            raise Rejected(STOPPING)
+        firsts_s = self.admission.admit_each(asked, budget_s)
         return [self._admit(*each, budget_s) for each in zip(asked, firsts_s)]
 
     def _admit(self, asked: Asked, first_s: float, budget_s: float) -> Stream:
@@ -129,8 +102,8 @@ class TokenLoop:
         sequence.grammar = asked.grammar
         stream = self.streams[sequence] = Stream(self, sequence, asked.text)
         stream.promised_at = now + first_s * self.cost_model.margin
-        if self._is_hopeless(first_s, budget_s):
-            self.trial = sequence
+        if self.admission.is_hopeless(first_s, budget_s):
+            self.admission.trial = sequence
         late = Late(f"no token within {budget_s:.3g} s; allow more time")
         stream.timer = asyncio.get_running_loop().call_later(budget_s, self.end, stream, "late", late)
         self.scheduler.add(sequence)
@@ -156,7 +129,10 @@ class TokenLoop:
 
         Costs a few microseconds: ask before anything of a request is read.
         """
-        return self._rejection(int(self.usual_prompt), min(budget_s, self.budget_s))
+        if self.closing:
+            return Rejected(STOPPING)
+        first_s = self.admission.expect(int(self.admission.usual_prompt), min(budget_s, self.budget_s))
+        return first_s if isinstance(first_s, Rejected) else None
 
     def unready(self) -> str:
         """Why no request at all can be answered; empty while the model is loaded, not stuck, not stopping."""
@@ -185,39 +161,6 @@ class TokenLoop:
     def room(self) -> int:
         """How many tokens all slots have room for."""
         return self.limits.slots * self.limits.capacity
-
-    # --- admission ----------------------------------------------------------------------------------------------------
-
-    def _rejection(self, prompt: int, budget_s: float) -> Rejected | None:
-        """Why a prompt of so many tokens is not admitted now; None where it is."""
-        if self.closing:
-            return Rejected(STOPPING)
-        free_s = self.instances.free_s()
-        if unavailable := self.instances.unavailable(free_s):
-            return unavailable
-        scheduler = self.scheduler
-        if not self._forecast:
-            self._forecast = Forecast(scheduler, self.length)
-        self.first_s = first_s = free_s[0] + self._forecast.first_token_s(max(1, prompt))
-        idle = not (free_s[0] or scheduler.running or self.waiting_tokens)
-        # The slack is for what others' prompts and texts do to a prediction: an idle server needs none.
-        if idle and (not self._is_hopeless(first_s, budget_s) or self.now() >= self.no_trial_until):
-            return None
-        needed_s = first_s * self.cost_model.margin + self.slack_s
-        retry_after_s = first_s - budget_s / 2  # when half of the backlog that is too much is gone, and a bit
-        if self.waiting_tokens and self.waiting_tokens + prompt > self.most_waiting:
-            return Rejected(QUEUE_FULL, first_s)
-        if needed_s > budget_s:
-            sentence = f"the first token would take {math.ceil(first_s)} s; {RETRY_LATER}"
-            return Rejected(sentence, retry_after_s)
-        return None
-
-    def _is_hopeless(self, first_s: float, budget_s: float) -> bool:
-        """Whether a first token that is expected in `first_s` would be so late that even an idle server should not try.
-
-        It tries now and then, as `scheduling/admission.py` does, which corrects a wrong estimate.
-        """
-        return first_s * self.cost_model.margin >= HOPELESS_FACTOR * budget_s
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -255,26 +198,15 @@ class TokenLoop:
         (self.limits,) = await run([None])
         self.scheduler.slots = type(self.scheduler.slots)(self.limits.slots)
         steps = warm_up_steps(self.limits)
-        took_s: list[list[float]] = [[] for _ in steps]
-        began = self.now()
-        for turn in range(WARM_UP_TURNS):
-            for rows, times_s in zip(steps, took_s):
-                started_at = self.now()
-                await run([rows])
-                if turn:  # the first time is the kernels'
-                    times_s.append(self.now() - started_at)
-                await asyncio.sleep(0)
-            if turn and self.now() - began > WARM_UP_S:
-                break
-        # The shortest: nothing else makes a step shorter than it is.
-        self.cost_model.warm_up([(work(rows), min(times_s)) for rows, times_s in zip(steps, took_s)])
+        times_s = await shortest_s(run, [[rows] for rows in steps], self.now)
+        self.cost_model.warm_up(list(zip(map(work, steps), times_s, strict=True)))
 
     async def _run(self, run: Run, step: Step) -> None:
         """Run a step and hand out its tokens, whatever the model throws."""
         for sequence in step.started:
-            self.waiting_tokens -= len(sequence.prompt)
+            self.admission.waiting_tokens -= len(sequence.prompt)
             self.counts.reused.inc(sequence.cached)
-        self._forecast = None
+        self.admission.changed()
         call = self.instances.start(step.work)
         error: BaseException | None = None
         try:
@@ -287,7 +219,7 @@ class TokenLoop:
             error = exc
         finally:
             self.instances.end(call)
-        self._forecast = None
+        self.admission.changed()
         step_s = self.now() - call.started_at
         waits_s = [call.started_at - sequence.arrived_at for sequence in step.started]
         self.metrics.batch(len(step.rows), "step" if len(step.sequences) > 1 else "alone", step_s, waits_s)
@@ -304,13 +236,7 @@ class TokenLoop:
             await self._run_singly(run, step)
         else:
             self._fail(step.sequences[0], error)
-        self._note_trial(step)
-
-    def _note_trial(self, step: Step) -> None:
-        """Note how long the trial has taken so far, if it was in this step. One that was in time allows the next at once."""
-        if self.trial and self.trial in step.sequences:
-            took_s = self.now() - self.trial.started_at
-            self.no_trial_until = -math.inf if self.trial.tokens else self.now() + RETRIAL_FACTOR * took_s
+        self.admission.note_trial(step)
 
     async def _run_singly(self, run: Run, step: Step) -> None:
         """One of the rows made it raise: run each alone, once, so that only the culprit pays."""
@@ -355,19 +281,11 @@ class TokenLoop:
             self.counts.between_tokens.observe(now - stream.last_at)
         else:
             stream.first_at = now
-            self._learn_slack(now > stream.promised_at + self.slack_s)
+            self.admission.note_first_token(now > stream.promised_at + self.admission.slack_s)
             self.counts.first_token.observe(now - stream.sequence.arrived_at)
             if stream.timer:
                 stream.timer.cancel()
         stream.last_at = now
-
-    def _learn_slack(self, is_later: bool) -> None:
-        """Let one in a hundred first tokens come later than predicted and the slack: as often up by much as down by little.
-
-        One stall makes all late who wait: it must not take more than half of the budget, which is long unlearnt.
-        """
-        slack_s = self.slack_s + self.budget_s / 20 * (0.99 if is_later else -0.01)
-        self.slack_s = min(max(0.0, slack_s), self.budget_s / 2)
 
     # --- how sequences end --------------------------------------------------------------------------------------------
 
@@ -378,19 +296,18 @@ class TokenLoop:
         if not self.scheduler.end(sequence, reason):
             return
         del self.streams[sequence]
-        self.waiting_tokens -= waited * len(sequence.prompt)
-        self._forecast = None
+        self.admission.waiting_tokens -= waited * len(sequence.prompt)
+        self.admission.changed()
         self.counts.sequences.labels(reason).inc()
         if reason == "cancelled":
             self.metrics.abandoned()
-        elif reason == "late" and sequence is not self.trial:
-            self._learn_slack(True)
+        elif reason == "late" and sequence is not self.admission.trial:
+            self.admission.note_first_token(True)
         elif stream.text and reason in ("stop", "length"):
             stream.rest = stream.text.rest()
         if reason in ("stop", "length"):
             self.counts.whole.observe(self.now() - sequence.arrived_at)
-            used = len(sequence.tokens) / sequence.options.max_tokens
-            self.length += (used - self.length) * 0.05
+            self.admission.note_whole(sequence)
         if stream.timer:
             stream.timer.cancel()
         stream.error = error
@@ -453,13 +370,3 @@ class TokenLoop:
         for sequence in list(self.scheduler.waiting):
             if sequence.deadline < self.now() + load_s:
                 self.end(self.streams[sequence], "stopping", Rejected(LOADING, load_s))
-
-
-def warm_up_steps(limits: Limits) -> list[list[Row]]:
-    """Steps of different kinds: a token alone, of many sequences, with much in the cache, chunks of prompts."""
-    choice, far = Choice(Options(), generated=1), limits.capacity - 1
-    several = sorted({min(n, limits.slots) for n in (1, 4, 16)})
-    decode = [[Row(slot, 8, [1], choice) for slot in range(n)] for n in several if far >= 8]
-    decode += [[Row(slot, min(far, 256), [1], choice) for slot in range(n)] for n in several[-2:]]
-    prompts = [[Row(0, 0, [1] * n, Choice(Options(), 0))] for n in (8, 32, 128, 256) if n <= far]
-    return decode + prompts

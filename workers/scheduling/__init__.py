@@ -1,6 +1,6 @@
 """Which jobs are admitted, when a batch is due and how large it may be.
 
-    cost_model.py     how long a call takes
+    cost_model.py     how long a call takes; warm_up.py: measured before the first request
     instances.py      when an instance of the model is free
     estimate.py       when a job would be answered, and how large a batch the jobs can afford
     admission.py      whether a request is admitted

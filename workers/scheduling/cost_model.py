@@ -1,6 +1,5 @@
 """How long the next model call will take: the cost law seconds = a + b * size, learnt from the calls so far."""
 
-import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -19,8 +18,6 @@ MARGIN = 1.1
 LEAST_SPREAD = 1e-3
 # A clock of whole milliseconds may say 0, and no later ratio could scale that up.
 LEAST_S = 1e-6
-# The warm-up measures each batch this often, but stops after a turn that took longer than this.
-WARM_UP_TURNS, WARM_UP_S = 3, 3.0
 
 
 class CostModel:
@@ -35,27 +32,6 @@ class CostModel:
         self.typical: dict[int, tuple[float, float]] = {}  # octave: size, seconds
         self.error = 0.0  # how far off the predictions are on average, as a fraction
         self.ratios = deque([1.0] * RECENT_CALLS, RECENT_CALLS)  # of the measured to the predicted seconds
-
-    async def warm_up(
-        self, run: Run, batches: Sequence[Sequence[tuple[Any, float]]], now: Callable[[], float]
-    ) -> None:
-        """Learn how long `run` takes on `batches` of (query, size), at three sizes or more: call it before `consume`.
-
-        Raises what the model raises.
-        """
-        took_s: list[list[float]] = [[] for _ in batches]
-        for turn in range(1 + WARM_UP_TURNS):
-            began = now()
-            for batch, times_s in zip(batches, took_s, strict=True):
-                started_at = now()
-                await run([query for query, _ in batch])
-                if turn:  # the first time is the kernels'
-                    times_s.append(now() - started_at)
-                await asyncio.sleep(0)  # an inline model must not keep a heartbeat waiting for all of it
-            if turn and now() - began > WARM_UP_S:
-                break
-        for batch, times_s in zip(batches, took_s, strict=True):
-            self.observe(sum(size for _, size in batch), min(times_s))
 
     def observe(self, size: float, seconds: float) -> None:
         """Learn that a call of `size` took `seconds`."""

@@ -72,7 +72,7 @@ class RecentSteps:
             "slots": self.loop.limits.slots,
             "capacity": self.loop.limits.capacity,
             "lengths": {sequence.slot: sequence.cached for sequence in scheduler.running},
-            "waiting_tokens": self.loop.waiting_tokens,
+            "waiting_tokens": self.loop.admission.waiting_tokens,
             "steps": list(islice(self.steps, first, None)),
             "ended": [one for one in self.ended if one[2] >= after],
         }

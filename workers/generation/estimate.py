@@ -1,8 +1,8 @@
 """When a sequence that came now would have its first token: the scheduler's future, in a few large steps.
 
-    forecast = Forecast(scheduler, length)
-    forecast.first_token_s(prompt)      of one more sequence, behind all that wait
-    forecast.add(prompt, max_tokens)    it is admitted: the next one is behind it
+    estimate = FirstTokenEstimate(scheduler, length)
+    estimate.first_token_s(prompt)      of one more sequence, behind all that wait
+    estimate.add(prompt, max_tokens)    it is admitted: the next one is behind it
 
 Prompts are read one after the other, by the budget that the scheduler would give them, and where no slot is free the next
 one waits for the sequence that ends first. Nobody knows how long an answer will be: `length` is what part of its
@@ -18,7 +18,7 @@ from workers.generation.step_cost import Work
 SOON = 0.5  # a sequence that is longer than expected already is taken to be half way through the rest
 
 
-class Forecast:
+class FirstTokenEstimate:
     """Made after a step was planned, good until the next one is. Times count from the end of that step."""
 
     def __init__(self, scheduler: Scheduler, length: float) -> None:
