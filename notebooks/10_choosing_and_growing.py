@@ -12,6 +12,7 @@
 # HAProxy (`apt-get install haproxy`). [What all lessons need](README.md).
 
 # %%
+# "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, CLIENT_CORES, GREY, ORANGE, RED, SERVER_CORES, TEXT, ask, bars, claim, compare
 from lesson import dots, guessed, holds, line, load, picture, quick, score, serve, serve_all, serve_recipe
 from lesson import stop, table, tell, way

@@ -14,6 +14,7 @@
 # [What all lessons need](README.md).
 
 # %%
+# "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, claim, compare, dots, guessed, holds, line, picture, quick, said, score, table
 from lesson import tell
 

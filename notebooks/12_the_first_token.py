@@ -12,6 +12,7 @@
 # It takes about 2 minutes (the quick form 30 s), two cores and 3 GB of memory; the model is lesson 11's. [What all lessons need](README.md).
 
 # %%
+# "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, claim, compare, dots, guessed, holds, line, picture, quick, said, score, table
 from lesson import tell
 

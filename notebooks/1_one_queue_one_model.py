@@ -14,6 +14,7 @@
 # notebook. Yours will differ; the relations should not. Words that are new to you are in the [glossary](glossary.md).
 
 # %%
+# "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, GREY, ORANGE, RED, TEXT, ask, ask_together, claim, compare, dots, guessed, holds
 from lesson import line, picture, quick, score, serve_all, serve_recipe, stop, table, tell, way
 

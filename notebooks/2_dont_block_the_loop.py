@@ -11,6 +11,7 @@
 # It takes about 2 minutes (the quick form 40 s), two cores and 3 GB of memory. [What all lessons need](README.md).
 
 # %%
+# "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, GREEN, GREY, ORANGE, TEXT, ask, ask_together, claim, compare, dots, guessed, holds
 from lesson import line, load, picture, quick, said, score, serve, serve_all, stop, table, tell, way
 

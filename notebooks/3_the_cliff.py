@@ -10,6 +10,7 @@
 # It takes about 3.5 minutes (the quick form 35 s), two cores and 1 GB of memory. [What all lessons need](README.md).
 
 # %%
+# "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, GREY, ORANGE, RED, capacity, claim, compare, counters, dots, get, guessed, holds
 from lesson import line, load, picture, quick, said, score, serve, simulate, stop, table, tell, way
 

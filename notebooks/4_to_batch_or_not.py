@@ -10,6 +10,7 @@
 # It takes about 3 minutes (the quick form 40 s), two cores and 4 GB of memory. [What all lessons need](README.md).
 
 # %%
+# "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, GREEN, GREY, ORANGE, RED, SERVER_CORES, bars, capacity, claim, compare, counters
 from lesson import dots, guessed, holds, line, load, picture, quick, said, score, serve_all, simulate, stop
 from lesson import table, tell, way

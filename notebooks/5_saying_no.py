@@ -11,6 +11,7 @@
 # It takes about 2.5 minutes (the quick form 40 s), two cores and 2 GB of memory. [What all lessons need](README.md).
 
 # %%
+# "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, GREY, ORANGE, RED, SERVER_CORES, TEXT, ask_together, bars, capacity, claim, compare
 from lesson import dots, get, guessed, holds, line, load, name_lines, picture, quick, said, score, serve_all
 from lesson import simulate, stop, table, tell, way

@@ -12,6 +12,7 @@
 # It takes about 3.5 minutes (the quick form one), two cores and 5 GB of memory. [What all lessons need](README.md).
 
 # %%
+# "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, CORES, GREY, ORANGE, PURPLE, SERVER_CORES, TEXT, ask, ask_together, bars, claim
 from lesson import compare, dots, guessed, holds, line, load, picture, quick, said, score, serve, serve_all
 from lesson import stop, table, tell, way, whose

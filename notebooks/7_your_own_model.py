@@ -11,6 +11,7 @@
 # It takes about 2.5 minutes (the quick form under one), two cores and 4 GB of memory. [What all lessons need](README.md).
 
 # %%
+# "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, CLIENT_CORES, GREY, ORANGE, PURPLE, RED, SKY, ask, bars, claim, compare, counters
 from lesson import dots, guessed, holds, line, picture, quick, said, score, serve, serve_all, stop, table
 from lesson import tell, way

@@ -12,6 +12,7 @@
 # It takes about 3 minutes (the quick form half a minute), two cores and 2 GB of memory. [What all lessons need](README.md).
 
 # %%
+# "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, GREEN, GREY, ORANGE, RED, bars, claim, compare, counters, dots, guessed, holds
 from lesson import line, picture, quick, score, serve_all, stop, table, tell, way
 

@@ -13,6 +13,7 @@
 # lessons need](README.md).
 
 # %%
+# "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, GREEN, GREY, ORANGE, PURPLE, SERVER_CORES, claim, compare, dots, guessed, holds
 from lesson import line, picture, quick, said, score, table, tell, way
 
