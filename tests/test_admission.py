@@ -366,7 +366,7 @@ def test_queue_that_is_empty_because_of_rejections_is_not_taken_for_a_burst() ->
     """Twenty full batches long; of a slow model the targets alone are too short to tell."""
     now_s = 0.0
     cost_model = CostModel()
-    instances = Instances(cost_model, math.inf, lambda: now_s, lambda: None)
+    instances = Instances(cost_model.predict_s, math.inf, lambda: now_s, lambda: None)
     admission = Admission(WaitEstimate(JobQueue(), cost_model, 8, 10.0), instances, 256, 0.5)
     admission.rejected_at, admission.estimate.full_s = 0.0, 1.0
     now_s = 1.0 + 19
@@ -381,11 +381,11 @@ def test_arrivals_are_shared_by_the_instances_when_the_batch_is_planned() -> Non
     def affordable(instances: int) -> float:
         estimate = WaitEstimate(queue := JobQueue(), model := CostModel(), 64, 11.0)
         model.a, model.b = 1.0, 0.1
-        for second in range(20):
+        for second in range(100):
             estimate.plan(float(second), instances)
             for _ in range(20):
                 estimate.offer(queue.singles, 1, 1)
-        estimate.plan(20.0, instances)
+        estimate.plan(100.0, instances)
         return estimate.affordable
 
     assert affordable(1) == pytest.approx(60, abs=1)

@@ -155,7 +155,7 @@ async def test_nothing_is_held_while_the_server_stops() -> None:
     async with serving(Flat(), batch_size=32) as loop:
         await held(loop)
         loop.stop_admitting()
-        assert loop.dispatch.plan_hold() == (0.0, 0)
+        assert loop.holding.plan_hold() == (0.0, 0)
 
 
 @on_virtual_clock
@@ -236,7 +236,7 @@ async def test_no_admitted_request_is_late_by_a_hold(a: float) -> None:
                 await asyncio.sleep(rng.uniform(0.001, 0.03))
 
         await asyncio.gather(*(user() for _ in range(8)))
-        assert loop.dispatch.anticipation.jobs
+        assert loop.holding.anticipation.jobs
     assert Late not in results and results.count("a") > len(results) / 2
 
 
@@ -290,7 +290,7 @@ async def test_hold_that_the_deadline_leaves_no_time_for_is_not_counted_on_a_clo
         Flat(), batch_size=32, metrics=metrics, now=lambda: now() + 1e-7 * next(moments)
     ) as loop:
         await just_answered(loop, 8, back_s=0.02)
-        assert loop.dispatch.plan_hold()[0] > 0
+        assert loop.holding.plan_hold()[0] > 0
         before = counted()
         answer = await loop.submit("tight", budget_s=0.1 * loop.cost_model.margin)
         assert (answer.dispatched_because, counted()) == ("empty", before)

@@ -23,8 +23,8 @@ from loadtests.modes import MODES, Server, is_alive, start
 from tests.support.client import dial, get, hear, post, request, until
 from workers.errors import STOPPING
 from workers.isolation import process
+from workers.loop import ModelLoop
 from workers.metrics import Metrics
-from workers.scheduling.dispatch import Greedy
 from workers.service import Service
 from workers.settings import Settings
 
@@ -693,7 +693,7 @@ def test_bug_in_the_loop_answers_every_client_and_ends_the_process_with_a_code(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def bug(self: Greedy) -> Any:
+    async def bug(self: ModelLoop, ready: Any) -> Any:
         await self.queue.not_empty()
         raise RuntimeError("a bug")
 
@@ -704,7 +704,7 @@ def test_bug_in_the_loop_answers_every_client_and_ends_the_process_with_a_code(
         assert raised == [signal.SIGTERM] and service.exit_code == 1
         service.exit_code = 0  # it would end these tests
 
-    monkeypatch.setattr(Greedy, "due", bug)
+    monkeypatch.setattr(ModelLoop, "take_batch", bug)
     with caplog.at_level("CRITICAL", logger="uvicorn.error"):
         with_app(scenario)
     assert "the model loop has ended" in caplog.text

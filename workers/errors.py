@@ -11,7 +11,6 @@ ValueError
  └── Unprocessable       422  well-formed, but the model can't answer it
       └── Quarantined
 CannotLoad                    the model can't be loaded: the server says why and exits
-UnsupportedArchitecture       the packed encoder can't run this model: the stock forward pass does
 """
 
 import math
@@ -64,7 +63,3 @@ class Quarantined(ModelFailed, Unprocessable):
 
 class CannotLoad(RuntimeError):
     """The model can't be loaded; the message says why, in one line."""
-
-
-class UnsupportedArchitecture(Exception):
-    """The model is not built like the encoders that the packed forward pass knows."""

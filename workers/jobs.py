@@ -1,6 +1,7 @@
 """The jobs that wait for the model, in two lanes, single requests and lists of inputs; and how they end."""
 
 import asyncio
+import contextlib
 import itertools
 import math
 from collections import OrderedDict
@@ -80,14 +81,12 @@ def fail_together(jobs: list[Job], ended: asyncio.Future[Answer]) -> None:
 
 async def empty_within(grace_s: float, live: Collection[Any], emptied: asyncio.Event) -> bool:
     """Wait until nothing is left in `live`, which sets `emptied` then. Return whether that was so within `grace_s`."""
-    try:
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(grace_s):
             while live:
                 emptied.clear()
                 await emptied.wait()
-    except TimeoutError:
-        return False
-    return True
+    return not live
 
 
 class JobQueue:
@@ -100,11 +99,10 @@ class JobQueue:
     def __init__(self) -> None:
         self.singles, self.lists = Lane(), Lane()
         self.turn, self.other = self.singles, self.lists
-        self._waiter: asyncio.Future[None] | None = None
-        self._length = 0
+        self._came = asyncio.Event()
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.singles.jobs) + len(self.lists.jobs)
 
     def __iter__(self) -> Iterator[Job]:
         return itertools.chain(self.singles.jobs, self.lists.jobs)
@@ -117,9 +115,7 @@ class JobQueue:
         """Add `job` at the end of its lane."""
         job.lane.jobs[job] = None
         job.lane.size += job.size
-        self._length += 1
-        if self._waiter and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._came.set()
 
     def first(self) -> Job:
         """Return the job whose turn it is; there must be one."""
@@ -128,22 +124,17 @@ class JobQueue:
     def take(self, job: Job) -> None:
         """Remove `job`, the first one; then it's the other lane's turn."""
         self.discard(job)
-        self.turn, self.other = self.singles, self.lists
-        if job.lane is self.singles:
-            self.turn, self.other = self.lists, self.singles
+        if job.lane is self.turn:
+            self.turn, self.other = self.other, self.turn
 
     def discard(self, job: Job) -> None:
         """Remove `job` if it is still in."""
         if job in job.lane.jobs:
             del job.lane.jobs[job]
             job.lane.size -= job.size
-            self._length -= 1
 
     async def not_empty(self) -> None:
-        """Wait until a job is in. For one caller at a time."""
-        while not self._length:
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
+        """Wait until a job is in."""
+        while not len(self):
+            self._came.clear()
+            await self._came.wait()

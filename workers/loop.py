@@ -5,7 +5,7 @@
 Everything runs on one event loop, so no thread locks are needed. `now` tells the time, by default that event loop's own,
 and `async run(queries) -> answers` is the model: so the tests run it on a virtual clock with a model that is a formula.
 
-`scheduling/` decides which jobs are admitted and when a batch is due; this file does what it says.
+`scheduling/` decides which jobs are admitted, how large a batch may be and whether to hold one; this file does what it says.
 """
 
 import asyncio
@@ -14,15 +14,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workers.errors import LOADING, STOPPING, TOO_SHORT, Late, ModelDied, ModelFailed, Rejected
 from workers.jobs import Answer, Job, JobQueue, Lane, empty_within, expire, fail_together
 from workers.scheduling.admission import Admission
 from workers.scheduling.cost_model import CostModel, Run
-from workers.scheduling.dispatch import Greedy
 from workers.scheduling.estimate import WaitEstimate
 from workers.scheduling.instances import Instances, Ready
+
+if TYPE_CHECKING:
+    from workers.scheduling.holding import Holding
 
 log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its own start-up lines
 
@@ -54,19 +56,19 @@ class ModelLoop:
 
     def __post_init__(self) -> None:
         self.queue, self.cost_model = JobQueue(), CostModel()
-        self.instances = Instances(self.cost_model, self.hang_s, self.now, self._reject_hopeless)
+        self.instances = Instances(self.cost_model.predict_s, self.hang_s, self.now, self._reject_hopeless)
         self.estimate = WaitEstimate(self.queue, self.cost_model, self.batch_size, self.budget_s)
         self.admission = Admission(self.estimate, self.instances, self.max_queue, self.target_s)
-        self.dispatch = self.make_dispatch(self.queue, self.estimate, self.instances, self.metrics.held)
+        self.holding = self.make_holding(self.queue, self.estimate, self.instances, self.metrics.held)
         self.live: set[Job] = set()  # admitted and not yet answered
         self.closing = False
         self._taking = asyncio.Lock()  # one consumer gathers a batch at a time, or two would split it
         self._drained = asyncio.Event()
 
-    def make_dispatch(self, *components: Any) -> Greedy:
-        """Return what decides when a batch is due. A single job is a full batch, so only larger ones may be held."""
+    def make_holding(self, *components: Any) -> "Holding | None":
+        """Return what decides how long a partial batch is held; None for greedy batching, and where one job fills a batch."""
         if self.batch_size == 1:
-            return Greedy(*components)
+            return None
         from workers.scheduling.holding import Holding
 
         return Holding(*components)
@@ -158,7 +160,8 @@ class ModelLoop:
                 job.index, job.ends_request_of = index, 0
                 job.future.add_done_callback(partial(fail_together, jobs))
         jobs[-1].ends_request_of = len(jobs)
-        self.dispatch.arrived(jobs)
+        if self.holding:
+            self.holding.arrived(jobs)
         return jobs
 
     def _rejection(self, lane: Lane, jobs: int, size: float, budget_s: float) -> Rejected | None:
@@ -184,10 +187,13 @@ class ModelLoop:
     async def take_batch(self, ready: Ready | None = None) -> tuple[list[Job], str]:
         """Wait until a batch is due and the instance is ready; take it, and return it with why it was dispatched.
 
-        The batch may be empty: if this instance had died, others took the work while it loaded again.
+        The batch may be empty: its clients may have left, or others took the work while this instance loaded again.
         """
         async with self._taking:
-            dispatched_because = await self.dispatch.due()
+            await self.queue.not_empty()
+            held = await self.holding.hold() if self.holding else ""
+            full = len(self.queue) >= self.batch_size
+        dispatched_because = "full" if full else "draining" if self.closing else held or "empty"
         await self.instances.until(ready)
         return self._take(), dispatched_because
 
@@ -198,7 +204,7 @@ class ModelLoop:
         """
         queue, most = self.queue, self.estimate.affordable
         if not queue:
-            return []  # another instance was faster
+            return []
         batch: list[Job] = []
         late: list[Job] = []
         size, n = 0.0, min(self.batch_size, len(queue))
@@ -213,8 +219,6 @@ class ModelLoop:
             elif job.alive:
                 batch.append(job)
                 size += job.size
-        if not queue:
-            self.admission.note_drained()
         if not batch:
             batch = [job for job in late if job.alive and self._in_time(job, 0)][: self.batch_size]
         for job in late:
@@ -244,14 +248,16 @@ class ModelLoop:
             error = exc
         finally:
             self.instances.end(call)
-            self.dispatch.changed()
+            if self.holding:
+                self.holding.changed()
         model_s = self.now() - call.started_at
         waits_s = [call.started_at - job.enqueued_at for job in batch]
         self.metrics.batch(len(batch), dispatched_because, model_s, waits_s)
         self.admission.note_call(model_s)
         if error is None:
             self.cost_model.observe(call.size, model_s)
-            self.dispatch.answered(batch, model_s)
+            if self.holding:
+                self.holding.answered(batch, model_s)
             for job, wait_s, value in zip(batch, waits_s, values, strict=True):
                 if job.alive:
                     job.future.set_result(Answer(value, wait_s, model_s, len(batch), dispatched_because))
@@ -284,7 +290,8 @@ class ModelLoop:
         """Forget `job`: it has been answered, or its client has left."""
         job.future.cancel()
         self.queue.discard(job)
-        self.dispatch.changed()
+        if self.holding:
+            self.holding.changed()
         self.live.discard(job)
         if not self.live:
             self._drained.set()
@@ -294,7 +301,8 @@ class ModelLoop:
     def stop_admitting(self) -> None:
         """Reject new jobs from now on, and hold no batch."""
         self.closing = True
-        self.dispatch.close()
+        if self.holding:
+            self.holding.close()
 
     async def drain(self, grace_s: float) -> None:
         """Let admitted jobs finish within `grace_s`, then reject the rest, so that every job has an answer."""

@@ -24,7 +24,7 @@ from workers.scheduling.warm_up import warm_up
 # Where each number stands. Those of `anticipation.py` are measured by `loadtests.plan.anticipation`, too.
 CONSTANTS = {
     "admission": "STANDING_TARGETS ALLOWED_REQUESTS ALLOWED_BATCHES REJECTION_BATCHES HOPELESS_FACTOR RETRIAL_FACTOR",
-    "estimate": "OUTSIZED USUAL_SHARE PAYS RATE_OVER_S",
+    "estimate": "OUTSIZED USUAL_SHARE PAYS",
     "cost_model": "OUTLIER_FACTOR OUTLIER_STEP RECENT_CALLS TYPICAL_CALLS ERROR_CALLS MARGIN",
     "instances": "OVERDUE_FACTOR OVERDUE_S",
     "anticipation": "REMEMBERED_CALLS MIN_GAIN",

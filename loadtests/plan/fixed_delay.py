@@ -36,7 +36,7 @@ class FixedDelay(ModelLoop):
 
     delay_s: float = 0.0
 
-    def make_dispatch(self, *components: Any) -> FixedHold:
+    def make_holding(self, *components: Any) -> FixedHold:
         return FixedHold(self.delay_s, *components)
 
 

@@ -371,7 +371,7 @@ class Simulation:
             return  # it has died
         replica.batch = []
         if replica.queue.anticipation:
-            replica.queue.anticipation.answered(self.now, len(batch), self.calls_s[len(batch)], 1)
+            replica.queue.anticipation.answered(self.now, len(batch), self.calls_s[len(batch)])
         for first_s, _, came_s in batch:
             if self.now > came_s + self.fleet.deadline_s + 1e-9:
                 self.reject(first_s, self.fleet.retries.most)  # a 504: nobody asks again

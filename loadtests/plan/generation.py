@@ -150,7 +150,8 @@ class Setting:
 
         async def simulation() -> None:
             loop = TokenLoop(step_tokens=self.step_tokens, budget_s=deadline_s or self.deadline_s)
-            loop.cost_model = loop.scheduler.cost = loop.instances.cost_model = StepCost(*self.cost.law)
+            loop.cost_model = loop.scheduler.cost = cost = StepCost(*self.cost.law)
+            loop.instances.predict_s = cost.predict_s
             loop.limits, loop.scheduler.slots = limits, type(loop.scheduler.slots)(limits.slots)
             consumer = asyncio.create_task(loop.consume(model))
             await asyncio.sleep(0)

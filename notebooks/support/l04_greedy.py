@@ -10,14 +10,13 @@ from lesson import apart
 
 from loadtests.plan.planner import CostLaw, VirtualClock
 from workers.loop import ModelLoop
-from workers.scheduling import dispatch
 
 
 class Greedy(ModelLoop):
     """The loop that holds nothing: when the model is free it takes what has queued."""
 
-    def make_dispatch(self, *components: Any) -> dispatch.Greedy:
-        return dispatch.Greedy(*components)
+    def make_holding(self, *components: Any) -> None:
+        return None
 
 
 @dataclass

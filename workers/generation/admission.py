@@ -23,8 +23,7 @@ class Admission:
     def __init__(
         self, scheduler: Scheduler, instances: Instances, most_waiting: int, budget_s: float
     ) -> None:
-        self.scheduler, self.instances = scheduler, instances
-        self.cost_model, self.now = scheduler.cost, instances.now
+        self.scheduler, self.instances, self.now = scheduler, instances, instances.now
         self.most_waiting, self.budget_s = most_waiting, budget_s
         self.length = 1.0  # what part of its max_tokens a sequence uses
         self.usual_prompt = 0.0
@@ -62,7 +61,7 @@ class Admission:
             return first_s
         if self.waiting_tokens and self.waiting_tokens + prompt > self.most_waiting:
             return Rejected(QUEUE_FULL, first_s)
-        if first_s * self.cost_model.margin + self.slack_s > budget_s:
+        if first_s * self.scheduler.cost.margin + self.slack_s > budget_s:
             sentence = f"the first token would take {math.ceil(first_s)} s; {RETRY_LATER}"
             # Then half of the backlog that is too much is gone, and a bit.
             return Rejected(sentence, first_s - budget_s / 2)
@@ -84,7 +83,7 @@ class Admission:
 
         It tries now and then, as `scheduling/admission.py` does, which corrects a wrong estimate.
         """
-        return first_s * self.cost_model.margin >= HOPELESS_FACTOR * budget_s
+        return first_s * self.scheduler.cost.margin >= HOPELESS_FACTOR * budget_s
 
     def note_trial(self, step: Step) -> None:
         """Note how long the trial has taken so far, if it was in `step`. One that was in time allows the next at once."""

@@ -55,7 +55,7 @@ class TokenLoop:
     def __post_init__(self) -> None:
         self.cost_model = StepCost()
         self.scheduler = Scheduler(0, self.cost_model, self.step_tokens, self.prefill_first)
-        self.instances = Instances(self.cost_model, self.hang_s, self.now, self._reject_hopeless)
+        self.instances = Instances(self.cost_model.predict_s, self.hang_s, self.now, self._reject_hopeless)
         self.admission = Admission(self.scheduler, self.instances, self.most_waiting, self.budget_s)
         self.counts = Counts(self.metrics)
         self.metrics.watch(

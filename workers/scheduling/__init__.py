@@ -1,10 +1,10 @@
-"""Which jobs are admitted, when a batch is due and how large it may be.
+"""Which jobs are admitted, how large a batch may be and how long it is held.
 
     cost_model.py     how long a call takes; warm_up.py: measured before the first request
     instances.py      when an instance of the model is free
     estimate.py       when a job would be answered, and how large a batch the jobs can afford
     admission.py      whether a request is admitted
-    dispatch.py       when a batch is due; holding.py and anticipation.py: when to hold it for more jobs
+    holding.py        how long a partial batch is held for more jobs; anticipation.py: how long that pays
 
 Every number that is set by hand: what for, and what clients notice at a tenth and at ten times of it, in overload, bursts, noise,
 stalls and giant jobs on a virtual clock (`python -m loadtests.plan.constants`). "-": nothing, that is less than 3 % of the answers,
@@ -23,9 +23,6 @@ stalls and giant jobs on a virtual clock (`python -m loadtests.plan.constants`).
     PAYS = 20               19/20 of what batching can give           large batches: 5 % fewer answers   -
     LIMIT_PART = 0.5        a job may miss one batch, not two         ?                                  ?
     ANY_SIZE_PART = 0.125   short calls may be as large as they like  ?                                  ?
-    PLAN_EVERY_S = 0.001    what plans cost beside a fast model       ?                                  ?
-    RATE_OVER_S = 1.0       several calls, but not minutes            -                                  -
-    EPSILON = 1e-09         rounding                                  ?                                  ?
     OUTLIER_FACTOR = 2.0    a pause of the machine is not a trend     noise: 51 % late, not 5 %          noise: 10 % late
     OUTLIER_STEP = 1.1      an outlier moves the law by 10 %          -                                  -
     RECENT_CALLS = 7        4 outliers are a trend, 3 are not         a stall: 1/4 of the answers        noise: 23 % late
@@ -38,8 +35,8 @@ stalls and giant jobs on a virtual clock (`python -m loadtests.plan.constants`).
     WARM_UP_S = 3.0         a start must not take long                ?                                  ?
     OVERDUE_FACTOR = 5      a slow call does not hang                 giants: 39 % more answers          -
     OVERDUE_S = 1.0         the same, of a fast model                 a stall: 1 % late, not 5 %         -
-    REMEMBERED_CALLS = 8    clients change their habits               a stall: 1/3 fewer answers         -
-    MIN_GAIN = 0.03         less is noise                             -                                  -
+    REMEMBERED_CALLS = 20   clients change their habits               a stall: 5 % more answers          -
+    MIN_GAIN = 0.075        less is noise, and lengthens the tail     -                                  returning users: 1/2 of the answers
     ENOUGH = 0.98           the last client may not come back         ?                                  ?
     SHORTEST_HOLD_S = 1e-06 no timer is finer                         ?                                  ?
     FULL = 0.8              a full batch is refilled by its own       ?                                  ?

@@ -47,8 +47,6 @@ class Admission:
             # The only reason when idle: a wrong estimate must not lock the server shut.
             return self._hopeless(size)
         full = len(lane.jobs) + jobs > self.max_queue
-        if not full and self._is_surely_early(free_s, jobs, size, budget_s):
-            return None
         wait = self.estimate.of(free_s, lane, jobs, size)
         if full and not idle:
             return Rejected(QUEUE_FULL, wait.starts_in_s)
@@ -61,15 +59,6 @@ class Admission:
             self.rejected_at = self.now()
             return Rejected(f"the server is overloaded; {RETRY_LATER}", wait.starts_in_s)
         return None
-
-    def _is_surely_early(self, free_s: list[float], jobs: int, size: float, budget_s: float) -> bool:
-        """Return whether even the worst case is soon enough, as it mostly is: then there is no need for the estimate.
-
-        At worst each job runs by itself on the instance that is free last, and then comes a full batch.
-        """
-        singly_s = self.cost_model.predict_s(self.queue.size + size, len(self.queue) + jobs)
-        worst_s = free_s[-1] + singly_s + self.estimate.full_s
-        return worst_s * self.cost_model.margin < min(budget_s, self.target_s or budget_s)
 
     def _hopeless(self, size: float) -> Rejected | None:
         """Return why an idle server rejects a job of `size`: it would keep the model from others far beyond all deadlines.

@@ -51,9 +51,9 @@ class CostModel:
         self.typical[octave] = mean_size, mean_s + (seconds - mean_s) / TYPICAL_CALLS
         self._fit()
 
-    def predict_s(self, size: float, calls: int = 1) -> float:
-        """Seconds that `calls` calls with `size` altogether will take."""
-        return self.a * calls + self.b * size
+    def predict_s(self, size: float) -> float:
+        """Seconds that a call with `size` altogether will take."""
+        return self.a + self.b * size
 
     @property
     def is_law(self) -> bool:

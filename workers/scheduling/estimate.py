@@ -14,12 +14,6 @@ USUAL_SHARE = 0.05
 PAYS = 20
 # A batch may always take this part of the time limit, if it is not larger than pays; and this part even if it is.
 LIMIT_PART, ANY_SIZE_PART = 1 / 2, 1 / 8
-# Shorter calls share a plan.
-PLAN_EVERY_S = 0.001
-# The offered load is averaged over about so long.
-RATE_OVER_S = 1.0
-# A sum of sizes that just fits must not need another batch because it was rounded.
-EPSILON = 1e-9
 
 
 class Estimate(NamedTuple):
@@ -27,13 +21,6 @@ class Estimate(NamedTuple):
 
     starts_in_s: float
     done_in_s: float
-
-
-class Place(NamedTuple):
-    """In how many seconds a job's batch starts, and the size of what is before the job in that batch."""
-
-    starts_in_s: float
-    size_before: float
 
 
 class WaitEstimate:
@@ -64,10 +51,10 @@ class WaitEstimate:
         if enough work comes to fill it in the rest of the limit: size = rate * (limit - seconds(size)). But beyond
         an eighth of the limit it grows only as far as that pays, see PAYS.
         """
-        if now < self.planned_at + PLAN_EVERY_S:
+        if now <= self.planned_at:
             return
         for lane in (self.queue.singles, self.queue.lists):
-            lane.measure(now - self.planned_at, min(RATE_OVER_S, self.budget_s))
+            lane.measure(now - self.planned_at, self.budget_s)
         self.planned_at, self.instances = now, instances
         a, b, limit_s = self.cost_model.a, self.cost_model.b, self.budget_s / self.cost_model.margin
         rate = (self.queue.singles.rate + self.queue.lists.rate) / instances
@@ -89,33 +76,36 @@ class WaitEstimate:
         `free_s`: in how many seconds each instance of the model will be free, the first one first.
         """
         job_size = size / jobs
-        first = last = self._place(free_s, lane, len(lane.jobs), lane.size, job_size)
-        if jobs > 1:
-            ahead, size_ahead = len(lane.jobs) + jobs - 1, lane.size + size - job_size
-            last = self._place(free_s, lane, ahead, size_ahead, job_size)
-        starts_in_s = first.starts_in_s
+        ahead, size_ahead = len(lane.jobs) + jobs - 1, lane.size + size - job_size
+        starts_in_s, _ = self._place(free_s, lane, len(lane.jobs), lane.size, job_size)
+        last_in_s, size_before = self._place(free_s, lane, ahead, size_ahead, job_size)
         if len(lane.jobs) + jobs < self.batch_size:
             starts_in_s += self.hold_s  # but a hold ends in time for every deadline, so the end is without it
         # Jobs that come before the last batch starts make it longer.
-        arriving = last.starts_in_s * (self.queue.singles.rate + self.queue.lists.rate)
-        batch_size = min(last.size_before + job_size + arriving, self.full_size)
-        return Estimate(starts_in_s, last.starts_in_s + self.cost_model.predict_s(max(job_size, batch_size)))
+        arriving = last_in_s * (self.queue.singles.rate + self.queue.lists.rate)
+        batch_size = min(size_before + job_size + arriving, self.full_size)
+        return Estimate(starts_in_s, last_in_s + self.cost_model.predict_s(max(job_size, batch_size)))
 
-    def _place(self, free_s: list[float], lane: Lane, ahead: float, size: float, job_size: float) -> Place:
-        """Return where a job of `job_size` would be: `ahead` jobs of `size` altogether are before it in its `lane`."""
+    def _place(
+        self, free_s: list[float], lane: Lane, ahead: float, size: float, job_size: float
+    ) -> tuple[float, float]:
+        """Return in how many seconds the batch of a job starts that has `ahead` jobs of `size` before it in its `lane`.
+
+        And the size of what is before it in that batch.
+        """
         between, between_size = self._between(lane, ahead)
         ahead, size = ahead + between, size + between_size
         # How many batches come before its own: as many as are full by the number of jobs, or by their size.
         by_number = ahead // self.batch_size
-        by_size = math.ceil((size + job_size) / self.affordable - EPSILON) - 1
+        by_size = math.ceil((size + job_size) / self.affordable) - 1
         if (batches := int(max(by_number, by_size))) < 1:
-            return Place(free_s[0], size)
+            return free_s[0], size
         # The jobs ahead fill more batches than that: the last, not full, is the job's own.
         mean_size = size / max(ahead / self.batch_size, size / self.affordable, batches)
         # The instances take turns. After a full turn each of them is one batch later.
         turns, instance = divmod(batches, len(free_s))
         starts_in_s = free_s[instance] + turns * self.cost_model.predict_s(mean_size)
-        return Place(starts_in_s, size - batches * mean_size)
+        return starts_in_s, size - batches * mean_size
 
     def _between(self, lane: Lane, ahead: float) -> tuple[float, float]:
         """Return how many jobs of the other lane go in between `ahead` jobs and the next one of `lane`, and their size.

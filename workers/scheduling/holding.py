@@ -1,13 +1,14 @@
-"""Greedy batching, but a partial batch is held for clients that were just answered, for as long as `anticipation.py` says."""
+"""A partial batch is held for clients that were just answered, for as long as `anticipation.py` says."""
 
 import asyncio
 import contextlib
 import math
-from typing import Any
+from collections.abc import Callable
 
-from workers.jobs import Job
+from workers.jobs import Job, JobQueue
 from workers.scheduling.anticipation import Anticipation
-from workers.scheduling.dispatch import Greedy
+from workers.scheduling.estimate import WaitEstimate
+from workers.scheduling.instances import Instances
 
 # No timer is finer.
 SHORTEST_HOLD_S = 1e-6
@@ -15,38 +16,35 @@ SHORTEST_HOLD_S = 1e-6
 FULL = 0.8
 
 
-class Holding(Greedy):
-    """Holds a partial batch while that pays.
+class Holding:
+    """Holds a partial batch while that pays. `on_held` hears of each hold: its seconds, and how many jobs joined.
 
     A hold ends at once when enough jobs have come, all have left, another instance is free, or the loop closes; and early
-    enough for every deadline.
+    enough for every deadline. Jobs stay in the queue meanwhile: their clients may still leave.
     """
 
-    def __init__(self, *components: Any) -> None:
-        super().__init__(*components)
-        self.now, self.anticipation = self.instances.now, Anticipation()
+    def __init__(
+        self,
+        queue: JobQueue,
+        estimate: WaitEstimate,
+        instances: Instances,
+        on_held: Callable[[float, int], None],
+    ) -> None:
+        self.queue, self.estimate, self.instances, self.on_held = queue, estimate, instances, on_held
+        self.now, self.anticipation = instances.now, Anticipation()
+        self.closing = False
         self._changed = asyncio.Event()  # ends the sleep of a hold
 
-    async def due(self) -> str:
-        while True:
-            await self.queue.not_empty()
-            held_s, enough = await self._hold()
-            if not self.queue:
-                continue  # all of the jobs left meanwhile
-            if (reason := self.reason()) != "empty" or not held_s:
-                return reason
-            return "returned" if len(self.queue) >= enough else "waited"
+    async def hold(self) -> str:
+        """Hold what has queued for as long as that pays. Return "returned" if all came who were expected, "waited" if not.
 
-    async def _hold(self) -> tuple[float, int]:
-        """Hold what has queued for as long as that pays; return for how long it was, and how many jobs were expected."""
+        Empty if nothing was held.
+        """
         queue, held_at, first = self.queue, self.now(), len(self.queue)
         cost_model = self.estimate.cost_model
         hold_s, enough = self.plan_hold()
-        self.estimate.hold_s = hold_s
-        if not hold_s:
-            return 0.0, 0
-        held_s = 0.0
-        while queue and len(queue) < enough and not self.closing and self.next_free_s():
+        self.estimate.hold_s, held_s = hold_s, 0.0
+        while hold_s and queue and len(queue) < enough and not self.closing and self.next_free_s():
             run_s = cost_model.predict_s(queue.size) * cost_model.margin
             deadline = min(job.deadline for job in queue)
             left_s = min(held_at + hold_s, deadline - run_s) - self.now()
@@ -57,9 +55,10 @@ class Holding(Greedy):
                 async with asyncio.timeout(left_s):
                     await self._changed.wait()
             held_s = self.now() - held_at
-        if held_s:
-            self.on_held(held_s, len(queue) - first)
-        return held_s, enough
+        if not held_s:
+            return ""
+        self.on_held(held_s, len(queue) - first)
+        return "returned" if len(queue) >= enough else "waited"
 
     def plan_hold(self) -> tuple[float, int]:
         """Return how long to hold what has queued, and how many jobs in the queue end that; (0, 0) to run it now."""
@@ -83,12 +82,20 @@ class Holding(Greedy):
         return free_s[1] + estimate.cost_model.a * is_full
 
     def arrived(self, jobs: list[Job]) -> None:
+        """Note that the jobs of one request were admitted."""
         self.anticipation.arrived(jobs[0].enqueued_at, len(jobs))
         self.changed()
 
     def answered(self, batch: list[Job], call_s: float) -> None:
+        """Note that a call of `call_s` has succeeded; its batch is answered next."""
         returning = sum(job.ends_request_of for job in batch if job.alive)
-        self.anticipation.answered(self.now(), returning, call_s, self.instances.loaded)
+        self.anticipation.answered(self.now(), returning, call_s)
 
     def changed(self) -> None:
+        """Note that a job has left the queue, or that an instance is free."""
         self._changed.set()
+
+    def close(self) -> None:
+        """Hold nothing from now on."""
+        self.closing = True
+        self.changed()

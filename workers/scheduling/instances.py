@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from workers.errors import LOADING, Rejected
 
@@ -17,12 +17,6 @@ def stuck(seconds: float) -> str:
     return f"the model has not returned for {seconds:.0f} s"
 
 
-class Predictor(Protocol):
-    """A cost model: of calls by their size, or of steps by what is in them."""
-
-    def predict_s(self, size: Any, /) -> float: ...
-
-
 class Call(NamedTuple):
     """An instance at work."""
 
@@ -33,12 +27,19 @@ class Call(NamedTuple):
 
 
 class Instances:
-    """`now` tells the time; `on_lost` is called a turn of the event loop after an instance began to wait until it is ready."""
+    """`predict_s` tells how long a call of a size takes, `now` the time.
+
+    `on_lost` is called a turn of the event loop after an instance began to wait until it is ready.
+    """
 
     def __init__(
-        self, cost_model: Predictor, hang_s: float, now: Callable[[], float], on_lost: Callable[[], None]
+        self,
+        predict_s: Callable[[Any], float],
+        hang_s: float,
+        now: Callable[[], float],
+        on_lost: Callable[[], None],
     ) -> None:
-        self.cost_model, self.hang_s, self.now, self.on_lost = cost_model, hang_s, now, on_lost
+        self.predict_s, self.hang_s, self.now, self.on_lost = predict_s, hang_s, now, on_lost
         self.loaded = 0
         self.load_s = 0.0  # how long the model took to load, the last time
         self.lost_at = 0.0  # when an instance last began to wait until it is ready
@@ -61,7 +62,7 @@ class Instances:
 
     def start(self, size: Any) -> Call:
         """Note a call of `size` that starts now; `end` it."""
-        now, predicted_s = self.now(), self.cost_model.predict_s(size)
+        now, predicted_s = self.now(), self.predict_s(size)
         # Until a call was measured nothing is predicted, and the first one builds kernels: it may take long.
         patience_s = max(OVERDUE_S, OVERDUE_FACTOR * predicted_s) if predicted_s else self.hang_s
         call = Call(now, size, now + predicted_s, now + patience_s)

@@ -26,8 +26,13 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from workers.errors import UnsupportedArchitecture
-from workers.tasks.common.packed import PackedLinear, PaddingFree, packable, prove_row_buckets
+from workers.tasks.common.packed import (
+    PackedLinear,
+    PaddingFree,
+    UnsupportedArchitecture,
+    packable,
+    prove_row_buckets,
+)
 from workers.tasks.common.probe import Probe, Rows, differ
 
 log = logging.getLogger("uvicorn.error")

@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workers.errors import UnsupportedArchitecture
 from workers.tasks.common.probe import Rows, differ
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class UnsupportedArchitecture(Exception):
+    """The model is not built like the encoders that the packed forward pass knows: the stock one serves it."""
 
 
 def pick_dtype(name: str, device: str | torch.device) -> torch.dtype:
