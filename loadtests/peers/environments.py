@@ -66,6 +66,9 @@ def prepare(needs: str, lines: tuple[str, ...]) -> None:
             line for line in found.stderr.splitlines() if line.startswith("ERROR")
         ] or found.stderr.splitlines()
         raise NotInstalled(f"pip: {reasons[-1][:200]}" if reasons else "pip failed")
+    if (unwanted := FOLDER / "requirements" / f"{needs}.without.txt").exists():
+        command = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "-r", str(unwanted)]
+        subprocess.run(command, check=True)
     done.write_text(json.dumps(lines))
 
 

@@ -28,7 +28,8 @@ class FillMask(ls.LitAPI):
 
 
 if __name__ == "__main__":
-    api = FillMask(max_batch_size=32, batch_timeout=0.01)
+    wait_s = float(os.environ.get("PEER_WAIT_S", "0.01"))
+    api = FillMask(max_batch_size=32, batch_timeout=wait_s)
     timeout_s = float(os.environ.get("PEER_TIMEOUT_S", "30"))
     server = ls.LitServer(api, accelerator="cpu", timeout=timeout_s, restart_workers=True)
     port = int(sys.argv[1])

@@ -1,7 +1,8 @@
 """The model behind every peer, as `load()(texts)`: one answer for each text, in order. What it is, PEER_MODEL says.
 
-A folder: the stock fill-mask pipeline in PEER_DTYPE, on one thread. `instant`: an answer at once. `tricks`: an
-answer after a while, but a text may ask for an error, a hang or the end of its process.
+A folder: the stock fill-mask pipeline in PEER_DTYPE, on one thread. `instant`: an answer at once. `flat`: after 100 ms,
+however many texts. `gpu-like`: after 10 ms and 1 ms per text. `tricks`: an answer after a while, but a text may ask for an
+error, a hang or the end of its process.
 """
 
 import json
@@ -22,7 +23,8 @@ Predict = Callable[[list[str]], list[Any]]
 def load() -> Predict:
     """What the peer calls with a list of texts."""
     kind = os.environ["PEER_MODEL"]
-    return {"instant": instant, "tricks": tricks}.get(kind) or stock(kind)
+    made = {"instant": instant, "flat": flat, "gpu-like": gpu_like, "tricks": tricks}
+    return made.get(kind) or stock(kind)
 
 
 def stock(folder: str) -> Predict:
@@ -45,6 +47,18 @@ def instant(texts: list[str]) -> list[Any]:
     return [ANSWER] * len(texts)
 
 
+def flat(texts: list[str]) -> list[Any]:
+    """A call costs the same for 1 text as for 32."""
+    time.sleep(0.1)
+    return instant(texts)
+
+
+def gpu_like(texts: list[str]) -> list[Any]:
+    """A call has a fixed cost, and each text a small one."""
+    time.sleep(0.01 + 0.001 * len(texts))
+    return instant(texts)
+
+
 def tricks(texts: list[str]) -> list[Any]:
     """Notes the texts in the file PEER_CALLS. As a pipeline does, it raises for all when one is bad."""
     if calls := os.environ.get("PEER_CALLS"):
@@ -65,3 +79,17 @@ class Tricks:
 
     def __call__(self, inputs: list[str]) -> list[Any]:
         return tricks(inputs)
+
+
+class Flat:
+    """The same as `flat`."""
+
+    def __call__(self, inputs: list[str]) -> list[Any]:
+        return flat(inputs)
+
+
+class GpuLike:
+    """The same as `gpu-like`."""
+
+    def __call__(self, inputs: list[str]) -> list[Any]:
+        return gpu_like(inputs)

@@ -27,5 +27,6 @@ class FillMask(Worker):
 if __name__ == "__main__":
     server = Server()
     timeout_s = int(os.environ.get("PEER_TIMEOUT_S", "30"))
-    server.append_worker(FillMask, num=1, max_batch_size=32, max_wait_time=10, timeout=timeout_s)
+    wait_ms = round(1000 * float(os.environ.get("PEER_WAIT_S", "0.01")))
+    server.append_worker(FillMask, num=1, max_batch_size=32, max_wait_time=wait_ms, timeout=timeout_s)
     server.run()

@@ -12,15 +12,17 @@ import pandas as pd
 
 from loadtests.host import one_line
 from loadtests.modes import ROOT
-from loadtests.peers.catalogue import FOLDER, OURS, PEERS, Peer
+from loadtests.peers.catalogue import FOLDER, LAWS, OURS, PEERS, Peer
 from loadtests.peers.environments import requirements
 from loadtests.peers.pictures import own_capacity, replied, write_pictures
+from loadtests.peers.visit import LAW_S, LAW_USERS
 from loadtests.plan.planner import markdown
 
 DISTURBED = 0.15  # cores that something else took; a measurement beside which it was more is dropped
 FASTEST, STOCK, AUTO = (f"{OURS}, batch 32{more}" for more in ("", ", stock", ", auto"))
 USERS = (1, 8, 32, 64)
 Columns = dict[str, Callable[[str], str]]  # title: the cell of a server
+LAW_TITLES = {"flat": "100 ms", "gpu-like": "10 ms, and 1 ms per input"}
 FAILURES = {  # as found: as shown
     "one bad text": "one bad input",
     "a client that leaves": "20 clients disconnect",
@@ -119,6 +121,7 @@ def write(out: Path) -> None:
         ("Throughput: requests/s by connections, closed loop", capacity(results)),
         ("Latency in ms, at a share of its own capacity", latency(results)),
         ("Overload: goodput within 1 s", overload(results)),
+        ("Stub models: do batches fill?", laws(results)),
         ("When something goes wrong", failures(results)),
         ("Overhead and size", costs(results)),
         ("Sentence embeddings, all-MiniLM-L6-v2", embeddings(results)),
@@ -190,7 +193,7 @@ def configured() -> str:
     rows = [
         {"server": peer.name, "packages": ", ".join(pinned(peer))}
         for peer in PEERS.values()
-        if not peer.name.startswith(OURS)
+        if not peer.name.startswith(OURS) and peer.kinds != LAWS
     ]
     return f"{markdown(rows)}\n\n{DEVIATIONS.strip()}"
 
@@ -266,6 +269,30 @@ def overload(results: Results) -> str:
         f"most {most:,.0f}/s on schedule, so fast servers get less than 10×. Any reply: clients with an answer or a rejection before they "
         "disconnect. /health: probes that are answered within 1 s. Recovery: seconds until 1 s answers are back.\n"
     )
+
+
+def laws(results: Results) -> str:
+    parts: dict[str, Columns] = {
+        f"`{model}`: a call takes {title}": {
+            f"{n}": of(results, model, f"users {n}", "per_s") for n in LAW_USERS
+        }
+        for model, title in LAW_TITLES.items()
+    }
+    text = tables(results, parts)
+    bounds = "; ".join(
+        f"`{model}` " + ", ".join(f"{allowed(model, n):.0f}" for n in LAW_USERS) for model in LAW_TITLES
+    )
+    return text and (
+        f"{text}\n\nRequests/s of so many users who ask again as soon as they have their answer, once for {LAW_S} s, batches of at most 32. "
+        f"The law allows: {bounds}. mosec and LitServe were run with two batching delays, 10 ms and 3 ms; Triton and TorchServe have 10 ms, the page has 1 ms, "
+        "BentoML adapts its own.\n"
+    )
+
+
+def allowed(model: str, users: int) -> float:
+    """Requests per second when everybody who waits is in the next batch, and nothing but the model takes time."""
+    n = min(users, 32)
+    return n / (0.1 if model == "flat" else 0.01 + 0.001 * n)
 
 
 def multiple(results: Results, what: str, peer: str) -> str:

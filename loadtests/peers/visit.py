@@ -32,6 +32,7 @@ RECOVERY_S = 10.0  # longer is told as "> 10"
 HEALTH_PER_S = 10.0
 USERS = (1, 8, 32, 64)
 CAPACITY_S = {"short": 1.2, "mixed": 1.5}
+LAW_USERS, LAW_S = (2, 8, 32, 64), 2.5
 LATENCY_S, OVERLOAD_S, OVERHEAD_S = 3.0, 4.5, 1.2
 
 
@@ -167,6 +168,18 @@ class Visit:
                 seconds = OVERHEAD_S * self.scale
                 rate = uvloop.run(overhead.ask(self.server.url, requests, seconds, Reconnecting))
             self.note(f"instant {users}", others[0], per_s=rate, ms=1000 * users / rate if rate else math.inf)
+
+    def batches(self) -> None:
+        """Requests a second of a stub model whose batches cost no more than one text, or little more: do batches fill?"""
+        form = self.peer.asked
+        for users in LAW_USERS:
+            requests = [
+                http_bytes(self.server.url, form.body(text).decode(), form.path, form.media_type)
+                for text in overhead.texts(users)
+            ]
+            with self.watch() as others:
+                rate = uvloop.run(overhead.ask(self.server.url, requests, LAW_S * self.scale, Reconnecting))
+            self.note(f"users {users}", others[0], per_s=rate)
 
 
 class Reconnecting(overhead.Client):

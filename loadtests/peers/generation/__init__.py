@@ -1,0 +1,1 @@
+"""Text generation beside other servers: the same weights, prompts and core."""
