@@ -51,9 +51,12 @@ def visit(writer: Writer, kind: str, prompts: Prompts, scale: float) -> Visit:
 
 def measure(found: Visit, writer: Writer, users: tuple[int, ...]) -> None:
     """All that the tables show. What leaves work behind comes last: some servers compute for readers who have gone."""
-    found.answers()
-    found.alone()
-    found.speed(tuple(n for n in users if n <= 8 or not writer.is_serial))
+    if writer.is_paced:
+        found.speed(users[-2:-1])
+    else:
+        found.answers()
+        found.alone()
+        found.speed(tuple(n for n in users if n <= 8 or not writer.is_serial))
     found.note("memory", mb=found.server.memory_mb())
     if found.kind == "float32":
         # Servers that don't heed it read past it.
@@ -62,6 +65,8 @@ def measure(found: Visit, writer: Writer, users: tuple[int, ...]) -> None:
             idle(found.server)
             found.goodput(times)
         found.readers.headers = ()
+    if writer.is_paced:
+        return
     idle(found.server)
     found.beside()
     idle(found.server)
@@ -71,7 +76,7 @@ def measure(found: Visit, writer: Writer, users: tuple[int, ...]) -> None:
 def idle(server: Server) -> None:
     """Wait until the server has done what was left, but not for long: some compute for those who have gone."""
     try:
-        server.wait_until_idle(20.0)
+        server.wait_until_idle(12.0)
     except RuntimeError:
         return
 

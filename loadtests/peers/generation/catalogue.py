@@ -9,6 +9,8 @@ from loadtests.peers.catalogue import CACHE, OURS, Peer
 CHAT = ROOT / "models" / "chat"
 GGUF = CACHE / "gguf"
 CONTEXT = 512
+# So many sequences a step takes on a core of this kind without a gap of more than 200 ms.
+PACED = 24
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,8 @@ class Writer(Peer):
     kinds: tuple[str, ...] = ("float32", "bfloat16")
     # It writes one text after the other: more than 8 readers would only wait longer.
     is_serial: bool = False
+    # As another one, with fewer sequences, to hold the pace that readers want: only its goodput is measured.
+    is_paced: bool = False
     # The name that requests must give.
     model: str = "any"
     # The type of its GGUF file for each of its kinds, where it reads one.
@@ -47,6 +51,17 @@ def ours(name: str, **env: str) -> Writer:
     return Writer(f"{OURS}{name}", command, {**BASE, **model, **env})
 
 
+def paced(writer: Writer) -> Writer:
+    """The same server with PACED sequences."""
+    return replace(
+        writer,
+        name=f"{writer.name}, {PACED} sequences",
+        kinds=("float32",),
+        code=(),
+        is_paced=True,
+    )
+
+
 APP = "python -m uvicorn loadtests.peers.generation.{}:app --no-access-log --port {{port}}"
 SERVE = (
     "python -m transformers.cli.transformers serve {folder} --dtype {dtype} --device cpu "
@@ -57,10 +72,12 @@ VLLM = (
     "python -m vllm.entrypoints.openai.api_server --model {folder} --served-model-name any --dtype {dtype} --max-model-len 512 --max-num-seqs 64 "
     "--no-enable-log-requests --host 127.0.0.1 --port {port}"
 )
+ON_CORE = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
 WRITERS = {
     writer.name: writer
     for writer in (
         ours(""),
+        paced(ours("", MAX_SEQUENCES=str(PACED))),
         Writer("fastapi-generate", APP.format("fastapi_generate"), needs="fastapi", code=("generation/fastapi_generate",), kinds=("float32",), is_serial=True),
         Writer("transformers-serve", SERVE, needs="transformers_serve", kinds=("float32",), is_serial=True, model=str(CHAT)),
         Writer("transformers-serve-cb", SERVE + BLOCKS, needs="transformers_serve", model=str(CHAT)),
@@ -68,7 +85,8 @@ WRITERS = {
                code=("generation/litserve_stream",), kinds=("float32",), is_serial=True),
         Writer("llama.cpp", "python -m loadtests.peers.generation.llama_cpp {port}", needs="llama_cpp", code=("generation/llama_cpp",),
                kinds=("float32", "bfloat16", "Q8_0"), gguf={"float32": "F32", "bfloat16": "BF16", "Q8_0": "Q8_0"}),
-        Writer("vllm", VLLM, {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}, needs="vllm"),
+        Writer("vllm", VLLM, ON_CORE, needs="vllm"),
+        paced(Writer("vllm", VLLM.replace("seqs 64", f"seqs {PACED}"), ON_CORE, needs="vllm")),
         Writer("openvino-genai", APP.format("openvino_steps"), needs="openvino", code=("generation/openvino_steps",),
                gguf={"float32": "F16", "bfloat16": "F16"}),
     )
