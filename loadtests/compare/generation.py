@@ -60,7 +60,6 @@ def visit(mode: Mode, prompts: Prompts, cpus: set[int], scale: float) -> list[Ro
         found.speed(USERS)
         found.note("memory", mb=server.memory_mb())
         found.readers.headers = (f"Prefer: wait={GOAL.ttft_s:g}",)
-        server.wait_until_idle()
         found.goodput(2.0)
     return found.rows
 

@@ -62,23 +62,12 @@ def measure(found: Visit, writer: Writer, users: tuple[int, ...]) -> None:
         # Servers that don't heed it read past it.
         found.readers.headers = ("Prefer: wait=1",)
         for times in LOADS:
-            idle(found.server)
             found.goodput(times)
         found.readers.headers = ()
     if writer.is_paced:
         return
-    idle(found.server)
     found.beside()
-    idle(found.server)
     found.leaving()
-
-
-def idle(server: Server) -> None:
-    """Wait until the server has done what was left, but not for long: some compute for those who have gone."""
-    try:
-        server.wait_until_idle(12.0)
-    except RuntimeError:
-        return
 
 
 def wait_for_first_token(server: Server, readers: Readers) -> None:

@@ -83,7 +83,7 @@ WRITERS = {
         Writer("transformers-serve-cb", SERVE + BLOCKS, needs="transformers_serve", model=str(CHAT)),
         Writer("litserve", "python -m loadtests.peers.generation.litserve_stream {port}", needs="litserve",
                code=("generation/litserve_stream",), kinds=("float32",), is_serial=True),
-        Writer("llama.cpp", "python -m loadtests.peers.generation.llama_cpp {port}", needs="llama_cpp", code=("generation/llama_cpp",),
+        Writer("llama.cpp-avx2", "python -m loadtests.peers.generation.llama_cpp {port}", needs="llama_cpp", code=("generation/llama_cpp",),
                kinds=("float32", "bfloat16", "Q8_0"), gguf={"float32": "F32", "bfloat16": "BF16", "Q8_0": "Q8_0"}),
         Writer("vllm", VLLM, ON_CORE, needs="vllm"),
         paced(Writer("vllm", VLLM.replace("seqs 64", f"seqs {PACED}"), ON_CORE, needs="vllm")),

