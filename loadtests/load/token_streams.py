@@ -64,14 +64,14 @@ class Stream:
 
 
 class Connection(asyncio.Protocol):
-    """A connection for one request; `ended` is done when the reply is whole, broken or given up."""
+    """A connection for one request; `ended` is set when the reply is whole, broken or given up."""
 
     transport: asyncio.Transport
 
     def __init__(self, request: bytes, stream: Stream) -> None:
         self.request, self.stream, self.rest = request, stream, b""
         self.parser = httptools.HttpResponseParser(self)
-        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended = asyncio.Event()
         self.came = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -100,12 +100,12 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.came.set()
-        if not self.ended.done():
-            self.ended.set_result(None)
+        self.ended.set()
 
     def leave(self) -> None:
         """Close the connection, as a client does that wants no more."""
-        self.transport.abort()
+        if not self.ended.is_set():
+            self.transport.abort()
 
 
 def text_of(line: bytes) -> str:
@@ -129,7 +129,7 @@ class Readers:
     def request(self, prompt: str, max_tokens: int) -> bytes:
         """Return the bytes of a request for a greedy answer."""
         fields = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "stream": True}
-        body = json.dumps(fields | {"temperature": 0} | self.fields).encode()
+        body = json.dumps({**fields, "temperature": 0, **self.fields}).encode()
         host = self.url.split("/")[2]
         lines = (
             f"POST {PATH} HTTP/1.1",
@@ -156,13 +156,13 @@ class Readers:
     ) -> Stream:
         """Read one text to its end, or leave when nothing came for `patience_s`."""
         connection = await self.begin(prompt, max_tokens, due_at)
-        while not connection.ended.done():
+        while not connection.ended.is_set():
             connection.came.clear()
             try:
                 await asyncio.wait_for(connection.came.wait(), patience_s)
             except TimeoutError:
                 connection.leave()
-                await connection.ended
+                await connection.ended.wait()
         return connection.stream
 
     async def closed(
@@ -177,10 +177,10 @@ class Readers:
                 connection = await self.begin(next(turn), next(lengths))
                 streams.append(connection.stream)
                 try:
-                    await connection.ended
+                    await connection.ended.wait()
                 finally:
-                    if not connection.ended.done():
-                        connection.leave()
+                    connection.leave()
+                    await connection.ended.wait()
                 if connection.stream.status != 200:
                     await asyncio.sleep(0.1)
 

@@ -85,7 +85,7 @@ def write(out: Path) -> None:
         ("Where other servers are better", losses(results)),
         ("Not run", failed(results) + NOT_RUN.strip()),
     ]
-    text = "".join(f"\n## {title}\n\n{body.strip()}\n" for title, body in parts)
+    text = "".join(f"\n## {title}\n\n{body.strip()}\n" for title, body in parts if body)
     (out / "generation.md").write_text(about(results) + text)
 
 
@@ -152,6 +152,8 @@ def goodputs(results: Results) -> str:
             share = f", {rejected:.0%} rejected" if rejected else ""
             cells[f"{times:g}×"] = f"{good:.1f} of {offered:.1f}{share}"
         rows.append(cells)
+    if not rows:
+        return ""
     return markdown(rows) + (
         "\n\nfloat32. Readers come at random times, at 0.8, 2 and 5 times the server's own capacity (its most tokens/s from above, in texts of 64 tokens), "
         "and want the first token within 1 s and each next piece within 200 ms. They leave after 1.5 s without one. Counted: readers who came from the second "

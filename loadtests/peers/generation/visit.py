@@ -154,4 +154,4 @@ async def leave(connections: list[Connection]) -> None:
     """Close the connections, and wait until they are."""
     for connection in connections:
         connection.leave()
-    await asyncio.gather(*(connection.ended for connection in connections))
+    await asyncio.gather(*(connection.ended.wait() for connection in connections))
