@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
 
@@ -191,20 +190,22 @@ def test_page_names_each_server_that_is_faster_and_each_that_failed(tmp_path: Pa
 
 @pytest.mark.slow
 @needs_chat
-@pytest.mark.parametrize(
-    ("main", "chosen", "file"),
-    [
-        (generation.main, ["--servers", "this server", "--kinds", "float32"], "generation"),
-        (modes.main, ["--modes", "thread"], "generation-modes"),
-    ],
-    ids=["beside other servers", "in a mode"],
-)
-def test_generation_is_measured_in_quick_form(
-    main: Callable[[list[str]], int], chosen: list[str], file: str, tmp_path: Path
-) -> None:
-    assert main(["--quick", *chosen, "--out", str(tmp_path)]) == 0
-    found = pd.read_csv(tmp_path / f"{file}.csv").set_index(["what", "metric"])["value"]
+def test_this_server_answers_as_generate_does_and_its_speed_and_goodput_are_rows(tmp_path: Path) -> None:
+    servers = ["this server", "this server, 24 sequences"]
+    command = ["--quick", "--servers", *servers, "--kinds", "float32", "--out", str(tmp_path)]
+    assert generation.main(command) == 0
+    found = pd.read_csv(tmp_path / "generation.csv").set_index(["server", "what", "metric"])["value"]
+    assert found["this server", "answers together", "equal"] == 8
+    assert found["this server", "readers 8", "tokens_per_s"] > 0
+    assert found["this server", "after 8 left", "cpu_s"] < found["this server", "after 8 left", "of_s"] / 2
+    assert found["this server, 24 sequences", "at 2 x", "offered_per_s"] > 0
+    assert "Goodput" in (tmp_path / "generation.md").read_text()
+
+
+@pytest.mark.slow
+@needs_chat
+def test_mode_that_streams_is_measured_in_quick_form(tmp_path: Path) -> None:
+    assert modes.main(["--quick", "--modes", "thread", "--out", str(tmp_path)]) == 0
+    found = pd.read_csv(tmp_path / "generation-modes.csv").set_index(["what", "metric"])["value"]
     assert found["readers 8", "tokens_per_s"] > 0 and found["at 2 x", "offered_per_s"] > 0
-    if file == "generation":
-        assert found["answers together", "equal"] == 8, "as `generate` answers"
-    assert (tmp_path / f"{file}.md").exists()
+    assert "| thread |" in (tmp_path / "generation-modes.md").read_text()

@@ -68,7 +68,9 @@ def write(out: Path) -> None:
     """Write generation-modes.md beside its rows."""
     rows = pd.read_csv(out / "generation-modes.csv")
     about: dict[str, Any] = json.loads((out / "generation-modes.json").read_text())
-    values = {(mode, what, metric): value for mode, _, what, metric, value in rows.itertuples(index=False)}
+    values = {
+        (mode, what, metric): float(value) for mode, _, what, metric, value in rows.itertuples(index=False)
+    }
     parts = []
     for title, columns in TABLES.items():
         lines = []

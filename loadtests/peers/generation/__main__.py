@@ -53,19 +53,15 @@ def measure(found: Visit, writer: Writer, users: tuple[int, ...]) -> None:
     """All that the tables show. What leaves work behind comes last: some servers compute for readers who have gone."""
     if writer.is_paced:
         found.speed(users[-2:-1])
-    else:
-        found.answers()
-        found.alone()
-        found.speed(tuple(n for n in users if n <= 8 or not writer.is_serial))
-    found.note("memory", mb=found.server.memory_mb())
-    if found.kind == "float32":
         # Servers that don't heed it read past it.
         found.readers.headers = ("Prefer: wait=1",)
         for times in LOADS:
             found.goodput(times)
-        found.readers.headers = ()
-    if writer.is_paced:
         return
+    found.answers()
+    found.alone()
+    found.speed(users[:1] if writer.is_serial else users)
+    found.note("memory", mb=found.server.memory_mb())
     found.beside()
     found.leaving()
 

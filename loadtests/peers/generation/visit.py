@@ -26,7 +26,7 @@ GOAL = Goal()
 USERS = (1, 8, 32, 64)
 LOADS = (0.8, 2.0, 5.0)
 SPEED_S, WARM_S = 5.0, 1.0
-OPEN_S, SKIP_S = 6.0, 1.0
+OPEN_S, SKIP_S = 16.0, 8.0
 # How long to look whether a server computes for readers who have left.
 AFTER_S = 5.0
 # Longest wait for a server that still computes for readers who have left.
