@@ -62,7 +62,9 @@ class Results:
             (server, kind, what, metric): float(value)
             for server, kind, what, metric, value in rows.itertuples(index=False)
         }
-        self.servers = [name for name in WRITERS if name in set(rows["server"])]
+        seen = [name for name in WRITERS if name in set(rows["server"])]
+        self.servers = [name for name in seen if not WRITERS[name].is_paced]
+        self.paced = [name for name in seen if WRITERS[name].is_paced]
         self.kinds = [kind for kind in ("float32", "bfloat16", "Q8_0") if kind in set(rows["kind"])]
 
     def get(self, server: str, kind: str, what: str, metric: str) -> float:
@@ -113,7 +115,7 @@ def about(results: Results) -> str:
         "# Text generation beside other servers\n\n"
         f"`python -m loadtests.peers.generation`, {found['date']}: {found['processor']}, {found['cores']} cores; {found['pinning']}; one thread; "
         f"Python {found['python']}, {versions}. SmolLM2-135M-Instruct for all, from the same file (`make chat`). Each server was visited once per type of numbers, so "
-        "differences below 10 % mean nothing. Servers and settings: [`loadtests/peers/generation/`](../peers/generation).\n"
+        "differences below 20 % mean nothing. Servers and settings: [`loadtests/peers/generation/`](../peers/generation).\n"
     )
 
 
@@ -139,7 +141,7 @@ def bold(server: str) -> str:
 
 def goodputs(results: Results) -> str:
     rows = []
-    for server in results.servers:
+    for server in results.paced:
         capacity = results.get(server, "float32", "at 0.8 x", "capacity_per_s")
         if math.isnan(capacity):
             continue
