@@ -53,7 +53,7 @@ def measure(found: Visit, writer: Writer, users: tuple[int, ...]) -> None:
     """All that the tables show. What leaves work behind comes last: some servers compute for readers who have gone."""
     if writer.is_paced:
         found.speed(users[-2:-1])
-        # Servers that don't heed it read past it.
+        # Of this server; the others ignore it.
         found.readers.headers = ("Prefer: wait=1",)
         for times in LOADS:
             found.goodput(times)
