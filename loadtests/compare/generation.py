@@ -93,7 +93,8 @@ def introduction(about: dict[str, Any]) -> str:
         f"Python {about['python']}, {versions}. SmolLM2-135M-Instruct in float32, `CONTEXT_TOKENS=512`. Each mode was visited once.\n\n"
         "Readers in a closed loop for 5 s ask for 32 to 96 tokens after a prompt of 8 to 12. Then they come at random times, twice as many as the mode "
         f"can serve: goodput counts whole texts whose first token came within {GOAL.ttft_s:g} s and each next piece within {GOAL.itl_s * 1000:g} ms. A sync "
-        "worker writes one text at a time, a gthread worker as many as it has threads. Beside other servers: "
+        "worker writes one text at a time, a gthread worker as many as it has threads. At the default of 64 sequences a step is longer than the 200 ms under overload, so goodput is about 0: "
+        "`MAX_SEQUENCES=24` holds it on this core. With that, and beside other servers: "
         f"[generation.md](generation.md).\n{failed}"
     )
 

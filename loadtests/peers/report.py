@@ -284,7 +284,8 @@ def laws(results: Results) -> str:
     )
     return text and (
         f"{text}\n\nRequests/s of so many users who ask again as soon as they have their answer, once for {LAW_S} s, batches of at most 32. "
-        f"The law allows: {bounds}. mosec and LitServe were run with two batching delays, 10 ms and 3 ms; Triton and TorchServe have 10 ms, the page has 1 ms, "
+        f"The law allows: {bounds}. This server's class has an `example`, so it knows from the start what a batch costs; without one it learns that from requests of "
+        "different numbers, which took two users some seconds. mosec and LitServe were run with two batching delays, 10 ms and 3 ms; Triton and TorchServe have 10 ms, the page has 1 ms, "
         "BentoML adapts its own, and rejects some of 64. The page's batches have no bound: with 64 users it puts all of them into one.\n"
     )
 
