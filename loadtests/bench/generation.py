@@ -234,7 +234,9 @@ def report(model: str, dtype: str, sequences: tuple[int, ...], line: Callable[[s
     most = {1: reading_speed() / numbers / type_.itemsize, 64: matrix_speed(type_) / numbers / 2}
     for n, per_s in most.items():
         if n in sequences:
-            what = "reads memory" if n == 1 else "multiplies packed matrices of 64 rows"
+            what = (
+                "reads memory" if n == 1 else "multiplies 64 rows by packed matrices that stay in its cache"
+            )
             share = speeds[sequences.index(n)] / per_s
             line(
                 f"\n{n} at once: {share:.0%} of the {per_s:,.0f} tokens/s that the core allows, as it {what}."
