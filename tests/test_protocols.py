@@ -464,6 +464,14 @@ def test_documents_with_fields_are_ranked_by_those_named(rank: httpx2.Client) ->
     )
 
 
+@pytest.mark.parametrize("document", [{}, {"title": "a"}, {"text": 1}])
+def test_document_without_a_text_in_its_fields_is_a_422_that_names_them(
+    rank: httpx2.Client, document: Any
+) -> None:
+    reply = rank.post("/v1/rerank", json={"query": "a", "documents": ["b", document]})
+    assert reply.status_code == 422 and "without a text in text" in reply.json()["error"]
+
+
 def test_scores_that_all_round_to_1_or_0_are_still_in_order() -> None:
     """The answers are raw scores: as float32, all that are above 17 would be 1.0."""
     raw = [23.43, 25.51, 23.5, 25.1, -200.0, 24.2, -110.0]

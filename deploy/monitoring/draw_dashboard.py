@@ -61,6 +61,9 @@ def draw(axes: Axes, panel: Panel, found: Series) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if panel.kind == "heatmap":
         return draw_heatmap(axes, found, cumulative="{{le}}" in panel.shows)
+    if not found:  # a panel for text generation beside another task
+        axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", fontsize=8, color="gray")
+        return None
     told = [one for one in found if any(one[2])] or found[:1]  # what was never there needs no line
     for name, when, values in told:
         axes.plot(when, values, linewidth=1.2, label=name)

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from workers.context import context_of
-from workers.errors import Malformed
+from workers.errors import Malformed, Unprocessable
 from workers.protocols import read_json, whole
 from workers.protocols.openapi import an_object, asking
 from workers.service import Service
@@ -118,7 +118,7 @@ def parameters(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def texts(content: dict[str, Any], most: int) -> list[Any]:
-    """Return the texts to rank. Raises Malformed if there is no list of them."""
+    """Return the texts to rank. Raises Malformed if there is no list of them, Unprocessable for an object without a text."""
     if "texts" in content and "documents" in content:
         raise Malformed('there are "texts" and "documents"; send one of them')
     name = "texts" if "texts" in content else "documents"
@@ -136,4 +136,8 @@ def text_of(document: Any, fields: list[str]) -> Any:
     if not isinstance(document, dict):
         return document
     parts = [document[field] for field in fields if field in document]
-    return "\n".join(parts) if parts and all(isinstance(part, str) for part in parts) else document
+    if not parts or not all(isinstance(part, str) for part in parts):
+        raise Unprocessable(
+            f'a document is an object without a text in {", ".join(fields)}; "rank_fields" names the fields to rank by'
+        )
+    return "\n".join(parts)
