@@ -480,7 +480,7 @@ async def test_stuck_step_is_seen_by_the_watchdog() -> None:
         stream = loop.submit(prompt(5, 10), options())
         await asyncio.sleep(11)
         assert loop.instances.stuck_s > 10
-        assert "not returned" in loop.unready()
+        assert "not returned" in loop.instances.unready()
         stream.close()
 
 

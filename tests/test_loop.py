@@ -232,7 +232,7 @@ async def test_overdue_call_is_not_waited_for_and_when_it_returns_all_is_well() 
             await asyncio.sleep(0.5)
         ended = await outcomes(ends)
         assert ended.count(Late) <= 3 and ended.count(Rejected) == 60 - ended.count(Late)
-        assert loop.unready() == ""  # that is for the hang
+        assert loop.instances.unready() == ""  # that is for the hang
         model.b = 0.1
         await asyncio.sleep(1)
         assert await outcomes(submit_all(loop, "next")) == ["answer to next"]
@@ -263,11 +263,11 @@ async def test_early_no_is_the_one_that_submit_gives_and_the_same_for_a_second()
                 with pytest.raises(Rejected, match=str(refused)):
                     await loop.submit("too many")
         assert 1 <= len(seen) <= 2
-        assert loop.rejection(budget_s=0.01) and not loop.unready()
+        assert loop.rejection(budget_s=0.01) and not loop.instances.unready()
         await outcomes(tasks)
         assert loop.rejection() is None
         loop.stop_admitting()
-        assert str(loop.rejection()) == loop.unready() == "the server is shutting down; retry"
+        assert str(loop.rejection()) == loop.instances.unready() == "the server is shutting down; retry"
 
 
 # --- lists ------------------------------------------------------------------------------------------------------------
@@ -530,7 +530,7 @@ async def test_while_the_only_instance_loads_jobs_that_cannot_wait_are_rejected_
     loaded.clear()
     tasks = submit_all(loop, "hurried", budget_s=5) + submit_all(loop, "patient", budget_s=20)
     await asyncio.sleep(1.5)
-    assert loop.unready() == "the model is still loading"
+    assert loop.instances.unready() == "the model is still loading"
     with pytest.raises(Rejected, match="loading") as refused:
         await loop.submit("a newcomer")
     assert refused.value.retry_after_s == 5  # 4.5 s are left
@@ -541,7 +541,7 @@ async def test_while_the_only_instance_loads_jobs_that_cannot_wait_are_rejected_
     await asyncio.sleep(4.5)
     loaded.set()
     assert await outcomes(tasks) == [Rejected, "answer to patient"]
-    assert loop.unready() == ""
+    assert loop.instances.unready() == ""
     consumer.cancel()
 
 

@@ -1,11 +1,10 @@
 """The jobs that wait for the model, in two lanes, single requests and lists of inputs; and how they end."""
 
 import asyncio
-import contextlib
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -77,16 +76,6 @@ def fail_together(jobs: list[Job], ended: asyncio.Future[Answer]) -> None:
     if not ended.cancelled() and isinstance(error := ended.exception(), Unanswered):
         for job in jobs:
             job.fail(error)
-
-
-async def empty_within(grace_s: float, live: Collection[Any], emptied: asyncio.Event) -> bool:
-    """Wait until nothing is left in `live`, which sets `emptied` then. Return whether that was so within `grace_s`."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(grace_s):
-            while live:
-                emptied.clear()
-                await emptied.wait()
-    return not live
 
 
 class JobQueue:

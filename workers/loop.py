@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from workers.errors import LOADING, STOPPING, TOO_SHORT, Late, ModelDied, ModelFailed, Rejected
-from workers.jobs import Answer, Job, JobQueue, Lane, empty_within, expire, fail_together
+from workers.errors import LOADING, TOO_SHORT, Late, ModelDied, ModelFailed, Rejected
+from workers.jobs import Answer, Job, JobQueue, expire, fail_together
 from workers.scheduling.admission import Admission
 from workers.scheduling.cost_model import CostModel, Run
 from workers.scheduling.estimate import WaitEstimate
@@ -61,9 +61,7 @@ class ModelLoop:
         self.admission = Admission(self.estimate, self.instances, self.max_queue, self.target_s)
         self.holding = self.make_holding(self.queue, self.estimate, self.instances, self.metrics.held)
         self.live: set[Job] = set()  # admitted and not yet answered
-        self.closing = False
         self._taking = asyncio.Lock()  # one consumer gathers a batch at a time, or two would split it
-        self._drained = asyncio.Event()
 
     def make_holding(self, *components: Any) -> "Holding | None":
         """Return what decides how long a partial batch is held; None for greedy batching, and where one job fills a batch."""
@@ -114,16 +112,9 @@ class ModelLoop:
         its reply can be kept.
         """
         lane, size = self.queue.singles, self.estimate.usual_size
-        if rejected := self._rejection(lane, 1, size, min(budget_s, self.budget_s)):
+        if rejected := self.admission.rejection(lane, 1, size, min(budget_s, self.budget_s)):
             self.estimate.offer(lane, 1, size)  # offered load that `submit` will not see
         return rejected
-
-    def unready(self) -> str:
-        """Return why no request at all can be answered; empty while an instance is loaded, none is stuck, and it is not closing.
-
-        It does not follow load: a load balancer would take every replica out at once.
-        """
-        return STOPPING if self.closing else self.instances.unready()
 
     @property
     def oldest_at(self) -> float | None:
@@ -147,7 +138,7 @@ class ModelLoop:
         loop, now = asyncio.get_running_loop(), self.now()
         lane, size = self.queue.lists if len(queries) > 1 else self.queue.singles, sum(sizes)
         self.estimate.offer(lane, len(queries), size)
-        if rejected := self._rejection(lane, len(queries), size, budget_s):
+        if rejected := self.admission.rejection(lane, len(queries), size, budget_s):
             raise rejected
         deadline = now + budget_s
         jobs = [
@@ -163,10 +154,6 @@ class ModelLoop:
         if self.holding:
             self.holding.arrived(jobs)
         return jobs
-
-    def _rejection(self, lane: Lane, jobs: int, size: float, budget_s: float) -> Rejected | None:
-        """Return why `jobs` of one request, `size` altogether, are not admitted now; None where they are."""
-        return Rejected(STOPPING) if self.closing else self.admission.rejection(lane, jobs, size, budget_s)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -193,7 +180,7 @@ class ModelLoop:
             await self.queue.not_empty()
             held = await self.holding.hold() if self.holding else ""
             full = len(self.queue) >= self.batch_size
-        dispatched_because = "full" if full else "draining" if self.closing else held or "empty"
+        dispatched_because = "full" if full else "draining" if self.instances.closing else held or "empty"
         await self.instances.until(ready)
         return self._take(), dispatched_because
 
@@ -293,22 +280,21 @@ class ModelLoop:
         if self.holding:
             self.holding.changed()
         self.live.discard(job)
-        if not self.live:
-            self._drained.set()
 
     # --- stopping -----------------------------------------------------------------------------------------------------
 
     def stop_admitting(self) -> None:
         """Reject new jobs from now on, and hold no batch."""
-        self.closing = True
+        self.instances.closing = True
         if self.holding:
-            self.holding.close()
+            self.holding.changed()
 
     async def drain(self, grace_s: float) -> None:
         """Let admitted jobs finish within `grace_s`, then reject the rest, so that every job has an answer."""
         self.stop_admitting()
-        if not await empty_within(grace_s, self.live, self._drained):
-            self.reject_all("the server stopped before the model was free; try another one")
+        if self.live:
+            await asyncio.wait([job.future for job in self.live], timeout=grace_s)
+        self.reject_all("the server stopped before the model was free; try another one")
 
     def reject_all(self, reason: str) -> None:
         """Answer every job that is still waiting or running with `Rejected`."""

@@ -280,7 +280,7 @@ class Service:
 
     def unready(self) -> str:
         """Return why no request at all can be answered now; empty while an instance is loaded, not stuck, not stopping."""
-        if reason := self.loop.unready():
+        if reason := self.loop.instances.unready():
             return reason
         return "" if any(instance.loaded.is_set() for instance in self.instances) else LOADING
 

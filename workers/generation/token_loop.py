@@ -9,6 +9,7 @@ HTTP's work is done while the model computes.
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from workers.generation.steps import Limits, Options, Outcome
 from workers.generation.stream import MOST_UNREAD, Piece, Stream, whole_of_each
 from workers.generation.text import Asked, TextStream
 from workers.generation.warm_up import warm_up_steps
-from workers.jobs import Answer, empty_within
+from workers.jobs import Answer
 from workers.metrics import Metrics
 from workers.scheduling.cost_model import Run
 from workers.scheduling.instances import Instances, Ready
@@ -66,7 +67,6 @@ class TokenLoop:
         )
         self.streams: dict[Sequence, Stream] = {}  # admitted and not yet ended
         self.limits = Limits(0, 0)
-        self.closing = False
         self.wake = asyncio.Event()  # something may have come that can run
         self._drained = asyncio.Event()
         self._ready: Ready | None = None
@@ -90,8 +90,6 @@ class TokenLoop:
     def submit_each(self, asked: Several[Asked], *, budget_s: float = math.inf) -> list[Stream]:
         """Return a stream for each of several prompts, all of them admitted or none. Raises Rejected."""
         budget_s = min(budget_s, self.budget_s)
-        if self.closing:
-            raise Rejected(STOPPING)
         firsts_s = self.admission.admit_each(asked, budget_s)
         return [self._admit(*each, budget_s) for each in zip(asked, firsts_s)]
 
@@ -129,14 +127,8 @@ class TokenLoop:
 
         Costs a few microseconds: ask before anything of a request is read.
         """
-        if self.closing:
-            return Rejected(STOPPING)
         first_s = self.admission.expect(int(self.admission.usual_prompt), min(budget_s, self.budget_s))
         return first_s if isinstance(first_s, Rejected) else None
-
-    def unready(self) -> str:
-        """Why no request at all can be answered; empty while the model is loaded, not stuck, not stopping."""
-        return STOPPING if self.closing else self.instances.unready()
 
     @property
     def oldest_at(self) -> float | None:
@@ -347,15 +339,19 @@ class TokenLoop:
 
     def stop_admitting(self) -> None:
         """Reject new sequences from now on, and those that have not started."""
-        self.closing = True
+        self.instances.closing = True
         for sequence in list(self.scheduler.waiting):
             self.end(self.streams[sequence], "stopping", Rejected(STOPPING))
 
     async def drain(self, grace_s: float) -> None:
         """Let running sequences finish within `grace_s`, then end them: nobody is left without a last word."""
         self.stop_admitting()
-        if not await empty_within(grace_s, self.streams, self._drained):
-            self.reject_all("the server stopped before the text was complete; try another one")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self.streams:
+                    self._drained.clear()
+                    await self._drained.wait()
+        self.reject_all("the server stopped before the text was complete; try another one")
 
     def reject_all(self, reason: str) -> None:
         """End every sequence."""

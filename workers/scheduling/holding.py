@@ -32,7 +32,6 @@ class Holding:
     ) -> None:
         self.queue, self.estimate, self.instances, self.on_held = queue, estimate, instances, on_held
         self.now, self.anticipation = instances.now, Anticipation()
-        self.closing = False
         self._changed = asyncio.Event()  # ends the sleep of a hold
 
     async def hold(self) -> str:
@@ -44,7 +43,7 @@ class Holding:
         cost_model = self.estimate.cost_model
         hold_s, enough = self.plan_hold()
         self.estimate.hold_s, held_s = hold_s, 0.0
-        while hold_s and queue and len(queue) < enough and not self.closing and self.next_free_s():
+        while hold_s and queue and len(queue) < enough and not self.instances.closing and self.next_free_s():
             run_s = cost_model.predict_s(queue.size) * cost_model.margin
             deadline = min(job.deadline for job in queue)
             left_s = min(held_at + hold_s, deadline - run_s) - self.now()
@@ -64,7 +63,7 @@ class Holding:
         """Return how long to hold what has queued, and how many jobs in the queue end that; (0, 0) to run it now."""
         queued, usual_size = len(self.queue), self.estimate.usual_size
         most = min(self.estimate.batch_size, self.estimate.affordable / (usual_size or 1))
-        if queued >= most or self.closing:
+        if queued >= most or self.instances.closing:
             return 0.0, 0
         a, b = self.estimate.cost_model.a, self.estimate.cost_model.b * usual_size
         return self.anticipation.hold(self.now(), queued, int(most) - queued, a, b, self.next_free_s())
@@ -92,10 +91,5 @@ class Holding:
         self.anticipation.answered(self.now(), returning, call_s)
 
     def changed(self) -> None:
-        """Note that a job has left the queue, or that an instance is free."""
+        """Note that a job has left the queue, that an instance is free, or that the loop closes."""
         self._changed.set()
-
-    def close(self) -> None:
-        """Hold nothing from now on."""
-        self.closing = True
-        self.changed()

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from workers.errors import LOADING, Rejected
+from workers.errors import LOADING, STOPPING, Rejected
 
 Ready = Callable[[], Awaitable[Any]]
 
@@ -40,7 +40,7 @@ class Instances:
         on_lost: Callable[[], None],
     ) -> None:
         self.predict_s, self.hang_s, self.now, self.on_lost = predict_s, hang_s, now, on_lost
-        self.loaded = 0
+        self.loaded, self.closing = 0, False
         self.load_s = 0.0  # how long the model took to load, the last time
         self.lost_at = 0.0  # when an instance last began to wait until it is ready
         self.calls: list[Call] = []  # the oldest first
@@ -83,9 +83,12 @@ class Instances:
         return longest_s if (longest_s := self.longest_s) > self.hang_s else 0.0
 
     def unready(self) -> str:
-        """Return why no request can be answered; empty while an instance is loaded and none is stuck."""
-        if not self.loaded:
-            return LOADING
+        """Return why no request at all can be answered; empty while an instance is loaded, none is stuck, and it is not closing.
+
+        It does not follow load: a load balancer would take every replica out at once.
+        """
+        if self.closing or not self.loaded:
+            return STOPPING if self.closing else LOADING
         return stuck(self.stuck_s) if self.stuck_s else ""
 
     def free_s(self) -> list[float]:
@@ -98,6 +101,8 @@ class Instances:
 
     def unavailable(self, free_s: list[float]) -> Rejected | None:
         """Why nothing can be run; None where one of the instances, which will be free in `free_s`, can."""
+        if self.closing:
+            return Rejected(STOPPING)
         if not self.loaded:
             return Rejected(LOADING, self.lost_at + self.load_s - self.now())
         return None if free_s else Rejected(stuck(self.longest_s), self.longest_s)

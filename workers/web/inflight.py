@@ -62,7 +62,7 @@ class InFlight:
             if handler in self.reading:
                 raise  # cancelled by the server, not by a sweep
             handler.uncancel()
-            if self.loop.closing:
+            if self.loop.instances.closing:
                 raise Rejected(STOPPING) from None
             raise HTTPException(408, "the body did not arrive in time; send it faster", CLOSE) from None
         finally:
