@@ -78,7 +78,7 @@ def test_pattern_stays_small() -> None:
     assert n_lines("server.py") < 130
     core = imported_by("workers.loop", set()) - {ROOT / "workers" / "scheduling" / "__init__.py"}  # its table
     assert {path.name for path in core} >= {"loop.py", "jobs.py", "admission.py", "cost_model.py"}
-    assert sum(len(path.read_text().splitlines()) for path in core) < 940
+    assert sum(len(path.read_text().splitlines()) for path in core) < 950
     assert sum(map(n_lines_of_code, core)) < 590
 
 

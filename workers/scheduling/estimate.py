@@ -70,15 +70,22 @@ class WaitEstimate:
         self.full_s = self.cost_model.predict_s(max(self.full_size, self.usual_size))
         self.usual_s = self.full_s * self.usual_size / self.full_size if self.full_size else self.full_s
 
+    def worst_s(self, free_s: list[float], jobs: int, size: float) -> float:
+        """Return when it would be answered if from now on each job ran alone, and a full batch before all of them."""
+        ahead_s = self.cost_model.a * (len(self.queue) + jobs) + self.cost_model.b * (self.queue.size + size)
+        return (free_s[-1] + self.full_s + ahead_s) * self.cost_model.margin
+
     def of(self, free_s: list[float], lane: Lane, jobs: int, size: float) -> Estimate:
         """Return when a request of `jobs`, `size` altogether, would be answered if it came now to the end of `lane`.
 
         `free_s`: in how many seconds each instance of the model will be free, the first one first.
         """
         job_size = size / jobs
-        ahead, size_ahead = len(lane.jobs) + jobs - 1, lane.size + size - job_size
-        starts_in_s, _ = self._place(free_s, lane, len(lane.jobs), lane.size, job_size)
-        last_in_s, size_before = self._place(free_s, lane, ahead, size_ahead, job_size)
+        starts_in_s, size_before = self._place(free_s, lane, len(lane.jobs), lane.size, job_size)
+        last_in_s = starts_in_s
+        if jobs > 1:
+            ahead, size_ahead = len(lane.jobs) + jobs - 1, lane.size + size - job_size
+            last_in_s, size_before = self._place(free_s, lane, ahead, size_ahead, job_size)
         if len(lane.jobs) + jobs < self.batch_size:
             starts_in_s += self.hold_s  # but a hold ends in time for every deadline, so the end is without it
         # Jobs that come before the last batch starts make it longer.

@@ -55,10 +55,15 @@ class Followed(NamedTuple):
     streams: bool = False  # whether the answer is a list of items, those that are not yet with the client
 
 
-@contextlib.contextmanager
-def followed(contents: Sequence[Any], left_s: float) -> Iterator[None]:
+def followed(contents: Sequence[Any], left_s: float) -> contextlib.AbstractContextManager[None]:
     """While it lasts clients wait for these contents, at most `left_s`; afterwards their contexts are cancelled."""
     contexts = [content.context for content in contents if isinstance(content, Followed)]
+    return running(contexts, left_s) if contexts else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def running(contexts: Sequence[CallContext], left_s: float) -> Iterator[None]:
+    """`followed`, of some."""
     for context in contexts:
         context.deadline = time.monotonic() + left_s
     RUNNING.update(contexts)

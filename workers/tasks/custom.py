@@ -31,6 +31,7 @@ from workers.tasks.calls import CallContext, Followed
 log = logging.getLogger("uvicorn.error")
 
 NO_LIST = (Mapping, Set, str, bytes)  # can be made a list, too, but not one of answers in their order
+PLAIN = {str, int, float, bool, type(None)}
 # What a `check` raises at an input of another form than it expects.
 NOT_THE_FORM = (AttributeError, LookupError, TypeError)
 
@@ -211,10 +212,12 @@ class Own:
     def plain(self, answer: Any) -> Any:
         """Return the answer as JSON or HTTP can have it: what it holds of images, bytes and pydantic models included."""
         match answer:
-            case dict():
+            case dict() if not PLAIN.issuperset(map(type, answer.values())):
                 return {name: self.plain(value) for name, value in answer.items()}
-            case list() | tuple() if answer and not isinstance(answer[0], int | float | str):
+            case list() | tuple() if answer and type(answer[0]) not in PLAIN:
                 return [self.plain(value) for value in answer]
+            case dict() | list() | tuple() | str() | int() | float() | None:
+                return answer
             case bytes() | bytearray() | memoryview():
                 return Media(bytes(answer), self.media_type or "application/octet-stream")
         if inspect.isgenerator(answer):
