@@ -51,10 +51,11 @@ async function draw() {
   const reply = await fetch("./goodput").catch(() => null);
   if (!reply?.ok) return;
   const data = await reply.json();
+  data.rows.pop(); // the second that has not ended: fewer were offered in it than were answered, or the other way round
   panel.hidden = data.rows.length < 2;
   if (panel.hidden) return;
   panel.innerHTML =
-    `<h2 style="font-size:18px;font-weight:500">Goodput</h2><p>${data.sentences.join("<br>")}</p>` +
+    `<h2 style="font-size:18px;font-weight:500">Goodput</h2><p style="margin-bottom:12px">${data.sentences.join("<br>")}</p>` +
     `<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr));gap:16px 32px">` +
     CHARTS.map((one) => chart(one, data)).join("") + "</div>";
 }
