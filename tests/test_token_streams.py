@@ -13,14 +13,14 @@ import pytest
 
 from loadtests.modes import MODES, Server, start
 from tests.support import mode_matrix
-from tests.support.client import dial, get, request, until
+from tests.support.client import dial, get, request, say, until
 from tests.support.fake_steps import FakeSteps, expected, generating, options, prompt, read
 from tests.support.virtual_clock import now, on_virtual_clock
 from workers.context import context_of
 from workers.errors import ModelFailed
 from workers.generation.scheduler import Sequence
 from workers.generation.steps import Options, Token
-from workers.generation.stream import MOST_UNREAD, Stream
+from workers.generation.stream import MOST_UNREAD, Stream, Together
 from workers.web import generation
 from workers.web.generation import HEARTBEAT, EventStream
 
@@ -94,6 +94,14 @@ def test_next_request_on_the_connection_of_a_stream_is_answered(server: Server) 
             assert reply.text.endswith("data: [DONE]\n\n")
 
 
+def test_http_1_0_gets_the_whole_stream_without_chunks(server: Server) -> None:
+    body = json.dumps(LONG | {"max_tokens": 3}).encode()
+    raw = request("POST", "/v1/chat/completions", body, Content_Type="application/json")
+    reply = say(server, raw.replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert "Transfer-Encoding" not in reply.headers
+    assert reply.body.startswith(b"data: {") and reply.body.endswith(b"data: [DONE]\n\n")
+
+
 # --- without a server -------------------------------------------------------------------------------------------------
 
 
@@ -105,8 +113,8 @@ class Played:
         self.stream = Stream(loop, Sequence([1], Options()), None)
         self.sent: list[bytes] = []
         self.reply = EventStream(
-            self.stream,
-            lambda piece: piece.text.encode() + piece.reason.encode(),
+            [self.stream],
+            lambda index, piece: piece.text.encode() + piece.reason.encode(),
             60,
             lambda failure: {"error": failure.sentence},
         )
@@ -179,7 +187,7 @@ async def test_reader_that_takes_nothing_for_body_timeout_s_is_cut_off_and_other
     async with generating(FakeSteps()) as loop:
         slow = loop.submit(prompt(900, 10), options())
         quick = asyncio.create_task(read(loop.submit(prompt(900, 10), options())))
-        reply = EventStream(slow, lambda piece: b"a", 2.0, lambda failure: {})
+        reply = EventStream([slow], lambda index, piece: b"a", 2.0, lambda failure: {})
         began = now()
 
         async def receive() -> Any:
@@ -192,3 +200,19 @@ async def test_reader_that_takes_nothing_for_body_timeout_s_is_cut_off_and_other
         assert (slow.sequence.reason, len(slow.unread)) == ("cancelled", MOST_UNREAD)
         assert context_of(scope).answers[0].dispatched_because == "cancelled"
         assert await quick == (expected(900), "stop")
+
+
+@on_virtual_clock
+async def test_streams_that_are_read_together_take_turns_and_each_is_whole() -> None:
+    async with generating(FakeSteps()) as loop:
+        starts = (100, 500, 900)
+        pieces = Together([loop.submit(prompt(start, 10), options()) for start in starts])
+        tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
+        order, reasons = [], {}
+        async for index, piece in pieces:
+            order.append(index)
+            tokens[index] += [token.id for token in piece.tokens]
+            reasons[index] = piece.reason
+    assert [tokens[index] for index in range(3)] == [expected(start) for start in starts]
+    assert set(reasons.values()) == {"stop"}
+    assert max(order.index(index) for index in range(3)) < 6  # none waits for the end of another

@@ -1,6 +1,7 @@
 """What a reader sees of a sequence: its pieces as they come, and how it ended."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from collections.abc import Sequence as Several
 from typing import Any, NamedTuple, Protocol
@@ -85,6 +86,11 @@ class Stream(AsyncIterator[Piece]):
             self.loop.wake.set()
         return Piece(unread, self.rest if reason else "", reason)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether the next piece is there already."""
+        return bool(self.unread or self.sequence.reason) and not self.is_read
+
     def close(self) -> None:
         """Free its slot at the end of the running step: nobody reads it any more."""
         self.loop.end(self, "cancelled")
@@ -105,6 +111,40 @@ class Stream(AsyncIterator[Piece]):
         return Answer(value, queue_s, model_s, max(1, self.loop.running), generated.reason, generated)
 
     async def __aenter__(self) -> "Stream":
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Together(AsyncIterator[tuple[int, Piece]]):
+    """Several streams as one: each piece with the index of its stream, which take turns. Raises the first failure.
+
+    Close it when nobody reads it any more; an `async with` does.
+    """
+
+    def __init__(self, streams: Several[Stream]) -> None:
+        self.streams, self.turns = streams, deque(enumerate(streams))
+        self.news = asyncio.Event()
+        for stream in streams:
+            stream.news = self.news
+
+    async def __anext__(self) -> tuple[int, Piece]:
+        while not all(stream.is_read for stream in self.streams):
+            for _ in self.streams:
+                index, stream = self.turns[0]
+                self.turns.rotate(-1)
+                if stream.has_news:
+                    return index, await anext(stream)
+            self.news.clear()
+            await self.news.wait()
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        for stream in self.streams:
+            stream.close()
+
+    async def __aenter__(self) -> "Together":
         return self
 
     async def __aexit__(self, *exc: object) -> None:

@@ -85,9 +85,9 @@ async def responses(request: Request) -> Response:
     prompt = prompt_of(generation.task, ids, parameters, None)
     form = Form(content, context.request_id, service.settings.model_name, prompt)
     if given.get("stream"):
-        form.stream = generation.submit(prompt, context.left_s)
+        (form.stream,) = streams = generation.submit([prompt], context.left_s)
         return EventStream(
-            form.stream, form.events, generation.stall_s, lambda failure: error_body(failure.status, failure.sentence)
+            streams, form.events, generation.stall_s, lambda failure: error_body(failure.status, failure.sentence)
         )  # fmt: skip
     work = written(generation, [prompt], context)
     (form.stream,), (piece,) = await service.in_flight.unless_left(request, work)
@@ -177,7 +177,7 @@ class Form:
             "total_tokens": counts["total_tokens"],
         }
 
-    def events(self, piece: Piece) -> bytes:
+    def events(self, index: int, piece: Piece) -> bytes:
         """Return the events of this piece: the first have what begins, the last what ends."""
         begun = [] if self.number else self.begin()
         self.text += piece.text

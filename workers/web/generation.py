@@ -13,7 +13,7 @@ for HEARTBEAT_S, a comment does, which clients skip: proxies close connections o
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -22,11 +22,11 @@ from starlette.types import Receive, Scope, Send
 
 from workers.context import RequestContext, context_of
 from workers.errors import Unanswered
-from workers.generation.stream import Piece, Stream, whole_of_each
+from workers.generation.stream import Piece, Stream, Together, whole_of_each
 from workers.generation.token_loop import TokenLoop
 from workers.tasks.text_generation import Prompt, Task
 from workers.web.replies import Failure, explain, rendered
-from workers.web.stream import leaving, put
+from workers.web.stream import Parts, leaving
 
 EVENT_STREAM = [
     (b"content-type", b"text/event-stream"),
@@ -45,18 +45,16 @@ class Generation:
         loop.opened = task.opened
         loop.answered = lambda prompt, piece: task.answered(prompt, piece.text, piece.tokens, piece.reason)
 
-    def submit(self, prompt: Prompt, budget_s: float = math.inf) -> Stream:
-        """Return the stream of what follows this prompt. Raises Rejected. Close it: `async with` does."""
-        (stream,) = self.loop.submit_each([self.task.opened(prompt)], budget_s=budget_s)
-        return stream
+    def submit(self, prompts: list[Prompt], budget_s: float = math.inf) -> list[Stream]:
+        """Return the stream of what follows each prompt. Raises Rejected, for all. Close them: `async with` does."""
+        return self.loop.submit_each(list(map(self.task.opened, prompts)), budget_s=budget_s)
 
 
 async def written(
     generation: Generation, prompts: list[Prompt], context: RequestContext
 ) -> tuple[list[Stream], list[Piece]]:
     """Return the ended stream of each prompt, and all of it as one piece. If one fails or is rejected, all are."""
-    asked = [generation.task.opened(prompt) for prompt in prompts]
-    streams = generation.loop.submit_each(asked, budget_s=context.left_s)
+    streams = generation.submit(prompts, context.left_s)
     try:
         return streams, await whole_of_each(streams)
     finally:
@@ -79,62 +77,63 @@ def times(stream: Stream) -> dict[str, float]:
     return found | {"cached_tokens": sequence.reused}
 
 
-Events = Callable[[Piece], bytes]
+Events = Callable[[int, Piece], bytes]
 
 
 class EventStream(Response):
-    """A sequence's pieces as server-sent events; `events` says how a piece reads.
+    """Pieces of one or more sequences as server-sent events; `events` says how a piece of the sequence with an index reads.
 
-    A client that leaves frees its slot at the end of the running step, and so does one that takes nothing for `stall_s`.
+    A client that leaves frees its slots at the end of the running step, and so does one that takes nothing for `stall_s`.
     """
 
     def __init__(
-        self, stream: Stream, events: Events, stall_s: float, failed: Callable[[Failure], Any]
+        self, streams: list[Stream], events: Events, stall_s: float, failed: Callable[[Failure], Any]
     ) -> None:
-        self.stream, self.events, self.stall_s, self.failed = stream, events, stall_s, failed
+        self.pieces, self.events, self.stall_s, self.failed = Together(streams), events, stall_s, failed
         self.status_code, self.background = 200, None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(leaving(receive))
-        gone.add_done_callback(lambda _: self.stream.close())
+        gone.add_done_callback(lambda _: self.pieces.close())
+        parts = Parts(scope, send, EVENT_STREAM, self.stall_s)
         try:
-            async with self.stream:
-                piece = await self.next_piece()  # until it is there, an error has its own status
-                if piece and piece.reason == "cancelled":
-                    raise ClientDisconnect
-                await send({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
-                await self.send_events(piece, scope, send)
+            async with self.pieces:
+                bodies = self.bodies()
+                first = await anext(bodies)  # until it is there, an error has its own status
+                await parts.begin()
+                await parts.put(first)
+                await self.send_rest(bodies, parts, context_of(scope).request_id)
         except TimeoutError:
             pass  # it has stopped reading: without an end of the reply the server closes the connection
         finally:
             gone.cancel()
-            context_of(scope).answers.append(self.stream.answer())
+            context_of(scope).answers += [stream.answer() for stream in self.pieces.streams]
 
-    async def send_events(self, piece: Piece | None, scope: Scope, send: Send) -> None:
-        """Send this piece and all that follow; where the sequence fails, tell why in a last event."""
-        try:
-            while not piece or not piece.reason:
-                await self.put(send, self.events(piece) if piece else HEARTBEAT)
-                piece = await self.next_piece()
-            if piece.reason == "cancelled":
+    async def bodies(self) -> AsyncIterator[bytes]:
+        """Yield the events of each piece; a comment where nothing has come for HEARTBEAT_S. Raises Unanswered."""
+        while True:
+            try:
+                async with asyncio.timeout(HEARTBEAT_S):
+                    index, piece = await anext(self.pieces)
+            except TimeoutError:
+                yield HEARTBEAT
+                continue
+            except StopAsyncIteration:
                 return
-            last = self.events(piece)
-        except Unanswered as exc:
-            last = event(self.failed(explain(exc, context_of(scope).request_id)))
-        await self.put(send, last)
-        await send({"type": "http.response.body", "body": b""})
+            if piece.reason == "cancelled":
+                raise ClientDisconnect
+            yield self.events(index, piece)
 
-    async def next_piece(self) -> Piece | None:
-        """Return the next piece; None where nothing has come for HEARTBEAT_S. Raises Unanswered."""
+    async def send_rest(self, bodies: AsyncIterator[bytes], parts: Parts, request_id: str) -> None:
+        """Send all that follows; where a sequence fails, tell why in a last event."""
         try:
-            async with asyncio.timeout(HEARTBEAT_S):
-                return await anext(self.stream)
-        except TimeoutError:
-            return None
-
-    async def put(self, send: Send, body: bytes) -> None:
-        if body:  # a piece may have no text yet
-            await put(send, body, self.stall_s)
+            async for body in bodies:
+                await parts.put(body)
+        except ClientDisconnect:
+            return
+        except Unanswered as exc:
+            await parts.put(event(self.failed(explain(exc, request_id))))
+        await parts.end()
 
 
 def event(content: Any) -> bytes:
@@ -150,7 +149,7 @@ class HuggingFaceEvents:
         self.texts: list[str] = []
         self.tokens: list[Any] = []
 
-    def __call__(self, piece: Piece) -> bytes:
+    def __call__(self, index: int, piece: Piece) -> bytes:
         return b"".join(map(event, self.contents(piece)))
 
     def contents(self, piece: Piece) -> list[dict[str, Any]]:
@@ -174,10 +173,10 @@ class HuggingFaceEvents:
 
 def streamed(generation: Generation, request: Request, prompt: Prompt) -> Response:
     """Return the reply that streams what follows this prompt, in Hugging Face's form. Raises Rejected."""
-    stream = generation.submit(prompt, context_of(request.scope).left_s)
+    streams = generation.submit([prompt], context_of(request.scope).left_s)
     events = HuggingFaceEvents(generation.task, prompt)
     return EventStream(
-        stream,
+        streams,
         events,
         generation.stall_s,
         lambda failure: {"error": failure.sentence, "error_type": "generation"},

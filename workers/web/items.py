@@ -28,7 +28,7 @@ from workers.loop import ModelLoop
 from workers.tasks import Query
 from workers.tasks.calls import CallContext, followed
 from workers.web.replies import explain, rendered
-from workers.web.stream import FORMS, leaving, put, send_whole, wanted
+from workers.web.stream import FORMS, Parts, leaving, wanted
 
 MOST_UNREAD = 256
 PAUSE_S = 1.0
@@ -63,19 +63,16 @@ class ItemStream(Response):
         gone = asyncio.create_task(leaving(receive))
         gone.add_done_callback(lambda _: self.news.put_nowait(("gone", None)))
         job = asyncio.create_task(self.run())
+        parts = Parts(scope, send, self.raw_headers, self.stall_s)
         try:
             lines = b""
             while not lines and not self.ended:
                 lines = await self.lines()  # until something is there, an error has its own status
-            if scope.get("http_version") == "1.0":  # knows no chunks
-                while not self.ended:
-                    lines += await self.lines(after_start=True)
-                return await send_whole(send, self.raw_headers, lines)
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await put(send, lines, self.stall_s)
+            await parts.begin()
+            await parts.put(lines)
             while not self.ended:
-                await put(send, await self.lines(after_start=True), self.stall_s)
-            await send({"type": "http.response.body", "body": b""})
+                await parts.put(await self.lines(after_start=True))
+            await parts.end()
         except TimeoutError:
             pass  # it has stopped reading: without an end of the reply the server closes the connection
         finally:

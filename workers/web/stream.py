@@ -10,7 +10,6 @@ other inputs are removed from the queue.
 """
 
 import asyncio
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,7 +23,6 @@ from workers.tasks import Query
 from workers.tasks.calls import followed
 from workers.web.replies import explain, rendered
 
-Line = asyncio.Task[Any]
 FORMS = {"application/x-ndjson": b"%s\n", "text/event-stream": b"data: %s\n\n"}
 
 
@@ -55,31 +53,22 @@ class Streamed(Response):
             asyncio.create_task(self.line(scope, index, query)) for index, query in enumerate(self.queries)
         ]
         gone = asyncio.create_task(leaving(receive))
+        parts = Parts(scope, send, self.raw_headers, self.stall_s)
         try:
-            if scope.get("http_version") == "1.0":  # knows no chunks, so no reply of unknown length
-                return await self.send_at_once(lines, gone, send)
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await parts.begin()
             waiting = set(lines)
             while waiting:
                 done, _ = await asyncio.wait({*waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if gone in done:
                     return
                 waiting -= done
-                body = b"".join(line.result() for line in lines if line in done)
-                await put(send, body, self.stall_s)
-            await send({"type": "http.response.body", "body": b""})
+                await parts.put(b"".join(line.result() for line in lines if line in done))
+            await parts.end()
         except TimeoutError:
             pass  # it has stopped reading: without an end of the reply the server closes the connection
         finally:
             for task in (*lines, gone):
                 task.cancel()
-
-    async def send_at_once(self, lines: list[Line], gone: Line, send: Send) -> None:
-        """Send all lines in one reply with a length; nothing if the client leaves before."""
-        whole = asyncio.gather(*lines)
-        await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not gone.done():
-            await send_whole(send, self.raw_headers, b"".join(whole.result()))
 
     async def line(self, scope: Scope, index: int, query: Query) -> bytes:
         """Return the line of one input."""
@@ -98,19 +87,36 @@ class Streamed(Response):
         return FORMS[self.form] % said
 
 
-async def put(send: Send, body: bytes, stall_s: float) -> None:
-    """Send a part of a reply. Raises TimeoutError where the client takes nothing for `stall_s`."""
-    async with asyncio.timeout(stall_s):
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-        # uvicorn waits for a slow client only at the next send. So send once more, nothing.
-        await send({"type": "http.response.body", "body": b"", "more_body": True})
+class Parts:
+    """A reply of unknown length, sent part by part; over HTTP/1.0, which has no chunks, in one piece at its end."""
 
+    def __init__(self, scope: Scope, send: Send, headers: list[tuple[bytes, bytes]], stall_s: float) -> None:
+        self.send, self.headers, self.stall_s = send, headers, stall_s
+        self.has_chunks = scope.get("http_version") != "1.0"
+        self.kept: list[bytes] = []
 
-async def send_whole(send: Send, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-    """Send a reply whose length is known, as HTTP/1.0 needs it."""
-    headers = [*headers, (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    async def begin(self) -> None:
+        """Send the headers."""
+        if self.has_chunks:
+            await self.send({"type": "http.response.start", "status": 200, "headers": self.headers})
+
+    async def put(self, body: bytes) -> None:
+        """Send a part. Raises TimeoutError where the client takes nothing for `stall_s`."""
+        if not self.has_chunks:
+            self.kept.append(body)
+        elif body:
+            async with asyncio.timeout(self.stall_s):
+                await self.send({"type": "http.response.body", "body": body, "more_body": True})
+                # uvicorn waits for a slow client only at the next send. So send once more, nothing.
+                await self.send({"type": "http.response.body", "body": b"", "more_body": True})
+
+    async def end(self) -> None:
+        """Say that the reply is complete. Without that the server closes the connection, and the client knows that it is not."""
+        body = b"".join(self.kept)
+        if not self.has_chunks:
+            headers = [*self.headers, (b"content-length", b"%d" % len(body))]
+            await self.send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
 
 
 async def leaving(receive: Receive) -> None:

@@ -23,7 +23,7 @@ SAMPLED = {
     "presence_penalty": "as OpenAI has it; 0 by default",
     "frequency_penalty": "as OpenAI has it; 0 by default",
     "logit_bias": f"up to {MOST_BIASES} token ids, each with a number from -100 to 100",
-    "n": f"how many choices, up to {MOST_CHOICES}; a stream has one",
+    "n": f"how many choices, up to {MOST_CHOICES}; in a stream each chunk has the index of its own",
     "stream": "the answer as events",
     "stream_options": '{"include_usage": true}: a last chunk with the usage',
     "user": "no effect",
@@ -132,8 +132,6 @@ def sampling(content: dict[str, Any], task: Task, known: dict[str, str]) -> dict
     by_name = rules(task, known)
     given = check_parameters({name: value for name, value in content.items() if name in by_name}, by_name)
     content |= given
-    if given.get("stream") and given.get("n", 1) > 1:
-        raise Malformed('"stream" gives one choice; leave "n" out')
     if "logit_bias" in given:
         given["logit_bias"] = {int(key): float(bias) for key, bias in given["logit_bias"].items()}
     if "top_k" in given:

@@ -1,7 +1,7 @@
 """From a sequence's pieces to OpenAI's replies: whole, and as a stream of chunks."""
 
 import time
-from collections.abc import Callable
+from collections import Counter
 from typing import Any
 
 from starlette.requests import Request
@@ -16,7 +16,7 @@ from workers.offload import in_thread
 from workers.protocols.openai import error_body
 from workers.service import Service
 from workers.tasks.text_generation import Prompt
-from workers.web.generation import EventStream, Generation, event, times, written
+from workers.web.generation import Events, EventStream, Generation, event, times, written
 from workers.web.replies import AnswerResponse
 
 DONE = b"data: [DONE]\n\n"
@@ -39,22 +39,21 @@ class Completion:
             "model": service.settings.model_name,
             "system_fingerprint": workers.__version__,
         }
-        self.begun = False
-        self.offset = 0  # of a stream's next token in its text
+        self.begun: set[int] = set()  # choices of a stream that have a chunk already
+        self.offsets: Counter[int] = Counter()  # of each choice's next token in its text
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
         """Return a whole choice."""
-        self.offset = 0
         return self.reply_part(index, self.echo(index) + piece.text, piece)
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        """Return what is new of the one choice of a stream."""
-        echoed = "" if self.begun else self.echo(0)
-        self.begun = True
-        return self.reply_part(0, echoed + piece.text, piece)
+    def delta(self, index: int, piece: Piece) -> dict[str, Any]:
+        """Return what is new of a choice of a stream."""
+        echoed = "" if index in self.begun else self.echo(index)
+        self.begun.add(index)
+        return self.reply_part(index, echoed + piece.text, piece)
 
     def reply_part(self, index: int, text: str, piece: Piece) -> dict[str, Any]:
-        logprobs = self.shown(piece.tokens) if self.logprobs else None
+        logprobs = self.shown(index, piece.tokens) if self.logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": piece.reason or None}
 
     def echo(self, index: int) -> str:
@@ -63,12 +62,12 @@ class Completion:
         prompt = self.echoed[index]
         return prompt if isinstance(prompt, str) else self.task.tokens.backend.decode(prompt)
 
-    def shown(self, tokens: list[Token]) -> dict[str, Any]:
+    def shown(self, index: int, tokens: list[Token]) -> dict[str, Any]:
         texts, offsets = [], []
         for token in tokens:
             texts.append(self.task.token_text(token.id))
-            offsets.append(self.offset)
-            self.offset += len(texts[-1])
+            offsets.append(self.offsets[index])
+            self.offsets[index] += len(texts[-1])
         return {
             "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
@@ -89,10 +88,10 @@ class Chat(Completion):
         message = {"role": "assistant", "content": piece.text, "refusal": None}
         return self.chat_part(index, {"message": message}, piece)
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        delta = {} if self.begun else {"role": "assistant"}
-        self.begun = True
-        return self.chat_part(0, {"delta": delta | {"content": piece.text}}, piece)
+    def delta(self, index: int, piece: Piece) -> dict[str, Any]:
+        delta = {} if index in self.begun else {"role": "assistant"}
+        self.begun.add(index)
+        return self.chat_part(index, {"delta": delta | {"content": piece.text}}, piece)
 
     def chat_part(self, index: int, message: dict[str, Any], piece: Piece) -> dict[str, Any]:
         logprobs = {"content": list(map(self.shown_in_chat, piece.tokens))} if self.logprobs else None
@@ -114,41 +113,53 @@ async def answer(
     """Let the model write; return the reply, whole or as events. Raises Malformed, and what `submit` raises."""
     service: Service = request.state.service
     generation = service.generating()
+    n = content.get("n", 1)
     if not content.get("stream"):
         if "stream_options" in content:
             raise Malformed('"stream_options" needs "stream": true')
-        return await whole(request, generation, form, prompts, content.get("n", 1))
+        return await whole(request, generation, form, prompts, n)
     options = content.get("stream_options", {})
     if not isinstance(options, dict) or options.keys() - {"include_usage"}:
         raise Malformed('"stream_options" must be {"include_usage": true} or {"include_usage": false}')
-    if len(prompts) > 1:
-        raise Malformed('"stream" takes one prompt; send one per request')
-    (prompt,) = prompts
-    stream = generation.submit(prompt, context_of(request.scope).left_s)
-    events = chunks(form, prompt, stream, bool(options.get("include_usage")))
+    streams = generation.submit(each_choice(prompts, n), context_of(request.scope).left_s)
+    events = chunks(form, prompts, streams, bool(options.get("include_usage")))
     return EventStream(
-        stream, events, generation.stall_s, lambda failure: error_body(failure.status, failure.sentence)
+        streams, events, generation.stall_s, lambda failure: error_body(failure.status, failure.sentence)
     )
 
 
-def chunks(form: Completion, prompt: Prompt, stream: Stream, with_usage: bool) -> Callable[[Piece], bytes]:
-    """Return what turns a stream's pieces into events: each has text, so that the first one is the first text."""
-    held: list[tuple[str, Token]] = []
+def chunks(form: Completion, prompts: list[Prompt], streams: list[Stream], with_usage: bool) -> Events:
+    """Return what turns the choices' pieces into events: each has text, so that the first one is the first text."""
+    held: list[list[tuple[str, Token]]] = [[] for _ in streams]
+    unfinished = set(range(len(streams)))
     head = form.head | {"object": form.stream_kind}
 
-    def events(piece: Piece) -> bytes:
-        held.extend(piece.parts)
+    def events(index: int, piece: Piece) -> bytes:
+        held[index] += piece.parts
         if not piece.text and not piece.reason:
             return b""
-        delta = form.delta(piece._replace(parts=held[:]))
-        held.clear()
+        delta = form.delta(index, piece._replace(parts=held[index]))
+        held[index] = []
         chunk = head | {"choices": [delta]} | ({"usage": None} if with_usage else {})
         if not piece.reason:
             return event(chunk)
-        last = head | {"choices": [], "usage": usage([prompt], [stream])}
-        return event(chunk | {"timings": times(stream)}) + (event(last) if with_usage else b"") + DONE
+        unfinished.discard(index)
+        body = event(chunk | {"timings": times(streams[index])})
+        if unfinished:
+            return body
+        last = head | {"choices": [], "usage": usage(prompts, streams)}
+        return body + (event(last) if with_usage else b"") + DONE
 
     return events
+
+
+def each_choice(prompts: list[Prompt], n: int) -> list[Prompt]:
+    """Return the prompt of each choice. Each has a seed of its own; the first of a prompt has the client's."""
+    return [
+        prompt._replace(options=prompt.options._replace(seed=(prompt.options.seed + i) % (1 << 63)))
+        for prompt in prompts
+        for i in range(n)
+    ]
 
 
 async def whole(
@@ -157,12 +168,7 @@ async def whole(
     """Return the reply with `n` choices for each prompt. If one fails, all do."""
     service: Service = request.state.service
     context = context_of(request.scope)
-    several = []
-    for prompt in prompts:
-        for i in range(n):  # each choice has a seed of its own; the first has the client's
-            options = prompt.options._replace(seed=(prompt.options.seed + i) % (1 << 63))
-            several.append(prompt._replace(options=options))
-    work = written(generation, several, context)
+    work = written(generation, each_choice(prompts, n), context)
     streams, pieces = await service.in_flight.unless_left(request, work)
 
     def shown() -> list[dict[str, Any]]:

@@ -320,7 +320,8 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             raise Malformed('"stream" takes one prompt; send one per request')
         generation, prompt = self.service.generating(), queries[0].content
         events = HuggingFaceEvents(generation.task, prompt)
-        async with generation.submit(prompt, asked.left_s) as stream:
+        (stream,) = generation.submit([prompt], asked.left_s)
+        async with stream:
             async for piece in stream:
                 texts = [replies.rendered(one) for one in events.contents(piece)]
                 is_last = pb.InferParameter(bool_param=bool(piece.reason))
