@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from itertools import pairwise
 from typing import Any
 
@@ -625,3 +626,30 @@ def test_flood_of_long_prompts_keeps_a_short_one_waiting_for_no_more_than_what_c
             if reason:
                 scheduler.end(sequence, reason)
     assert read_before <= 10 * 400
+
+
+class Allowing:
+    """A grammar that allows every token, and knows in which thread it was asked."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def mask(self) -> bytes:
+        self.threads.append(threading.get_ident())
+        return b"\xff"
+
+    def accept(self, token: int) -> bool:
+        return True
+
+
+def test_masks_of_grammars_are_made_outside_of_the_event_loop() -> None:
+    async def run(model: FakeSteps, allowing: Any) -> None:
+        async with generating(model) as loop:
+            (stream,) = loop.submit_each([Asked(prompt(5, 3), options(), grammar=allowing)])
+            assert await read(stream) == (expected(5), "stop")
+
+    allowing, model = Allowing(), FakeSteps(law=(0.0, 0.0, 0.0, 0.0))
+    asyncio.run(asyncio.wait_for(run(model, allowing), 60))
+    masks = [row.choice.mask for rows in model.steps for row in rows if row.choice]
+    assert masks == [b"\xff"] * 5 and len(allowing.threads) == 5
+    assert threading.get_ident() not in allowing.threads

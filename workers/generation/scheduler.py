@@ -63,8 +63,7 @@ class Sequence:
         if end < self.total:
             return Row(self.slot, start, ids)
         prompt, tokens = (self.prompt, self.tokens[:]) if self.options.has_penalties else (None, None)
-        mask = self.grammar.mask() if self.grammar else None
-        return Row(self.slot, start, ids, Choice(self.options, len(self.tokens), prompt, tokens, mask))
+        return Row(self.slot, start, ids, Choice(self.options, len(self.tokens), prompt, tokens))
 
     def accept(self, token: Token) -> str:
         """Take its next token; return why it ends with that, empty where it goes on; "failed" where its grammar does."""
@@ -84,6 +83,17 @@ class Step:
     rows: list[Row]
     work: Work
     started: list[Sequence]  # those of them that had no slot before
+
+    @property
+    def has_grammars(self) -> bool:
+        return any(row.choice and s.grammar for s, row in zip(self.sequences, self.rows))
+
+    def mask(self) -> None:
+        """Write into each row which tokens its grammar lets come next. Call it in a thread: a mask may take 8 ms."""
+        for i, (sequence, row) in enumerate(zip(self.sequences, self.rows)):
+            if row.choice and sequence.grammar:
+                mask = sequence.grammar.mask()
+                self.rows[i] = row._replace(choice=row.choice._replace(mask=mask))
 
 
 class Scheduler:

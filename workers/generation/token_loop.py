@@ -29,6 +29,7 @@ from workers.generation.text import Asked, TextStream
 from workers.generation.warm_up import warm_up_steps
 from workers.jobs import Answer
 from workers.metrics import Metrics
+from workers.offload import in_thread
 from workers.scheduling.cost_model import Run
 from workers.scheduling.instances import Instances, Ready
 from workers.scheduling.warm_up import shortest_s
@@ -202,6 +203,8 @@ class TokenLoop:
         call = self.instances.start(step.work)
         error: BaseException | None = None
         try:
+            if step.has_grammars:
+                await in_thread(step.mask)
             (outcomes,) = await run([step.rows])
             if len(outcomes) != len(step.rows):
                 raise ModelFailed(f"the model gave {len(outcomes)} outcomes for {len(step.rows)} rows")
