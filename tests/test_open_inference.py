@@ -38,7 +38,7 @@ from workers.errors import Malformed, ModelFailed, Unprocessable
 from workers.jobs import Answer
 from workers.metrics import Metrics
 from workers.protocols import open_inference
-from workers.protocols.open_inference import grpc_calls, grpc_server, tensors
+from workers.protocols.open_inference import grpc_calls, grpc_server, grpc_stream, tensors
 from workers.settings import Settings
 
 FILL_MASK, ECHO, MOODY = (
@@ -472,7 +472,7 @@ def test_rejection_says_when_to_retry(server: Server, stub: Any, crowd: Crowd, t
     until(lambda: get(server, "/health").json["queue_depth"] == 4)
     error = error_of(lambda: stub.ModelInfer(asked(TEXT)))
     assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert error.details().endswith("; retry after the time in RetryInfo")
+    assert error.details().endswith("; retry after the time that comes with this error")
     retry = RetryInfo()
     assert rpc_status.from_call(error).details[0].Unpack(retry)
     assert retry.retry_delay.seconds >= 1
@@ -683,7 +683,7 @@ def fake_service(**settings: Any) -> Any:
 
 def test_stream_is_not_read_while_streams_hold_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody reads the answers: two streams hold a message each, though MAX_INPUTS is 64."""
-    monkeypatch.setattr(grpc_calls, "STREAM_BYTES", 100)
+    monkeypatch.setattr(grpc_stream, "STREAM_BYTES", 100)
     n_read = 0
 
     async def read() -> bytes:

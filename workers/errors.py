@@ -18,8 +18,8 @@ import math
 TOO_SHORT = "the time left is shorter than the model takes; allow more time"
 STOPPING = "the server is shutting down; retry"
 LOADING = "the model is still loading"
-# How sentences end whose error has a `retry_after_s`, in HTTP's words.
-RETRY_LATER = "retry after the time in Retry-After"
+# How sentences end whose error has a `retry_after_s`: in HTTP's Retry-After, in a line of a stream, in gRPC's RetryInfo.
+RETRY_LATER = "retry after the time that comes with this error"
 QUEUE_FULL = f"the queue is full; {RETRY_LATER}"
 
 

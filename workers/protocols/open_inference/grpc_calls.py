@@ -1,4 +1,4 @@
-"""Every gRPC call of the protocol: its answer, its errors, its streams. How they are served: grpc_server.py."""
+"""Every gRPC call of the protocol: its answer and its errors. Its messages: grpc_messages.py; how calls are served: grpc_server.py."""
 
 import asyncio
 import contextlib
@@ -6,22 +6,20 @@ import math
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import DecodeError
-from google.rpc import status_pb2
-from google.rpc.error_details_pb2 import RetryInfo
 from starlette.exceptions import HTTPException
 
 # The protocol's messages, as its clients have them: two sets of the same names in one process would collide.
 from tritonclient.grpc import service_pb2 as pb
 
 from workers.context import RequestContext, request_id
-from workers.errors import RETRY_LATER, STOPPING, Malformed, Rejected, Unprocessable
+from workers.errors import STOPPING, Malformed, Rejected
 from workers.protocols.open_inference import model_info, tensors, unknown_model
-from workers.protocols.open_inference.tensors import ANSWER, VERSION, Output, Tensor
+from workers.protocols.open_inference.grpc_messages import CODES, Status, error_to, parsed, prepared, reply_to
+from workers.protocols.open_inference.grpc_stream import Context, Future, Stream
+from workers.protocols.open_inference.tensors import VERSION
 from workers.service import Service
 from workers.tasks import Query
 from workers.web import replies
@@ -33,28 +31,8 @@ from workers.web.replies import CLIENT_GONE, explain
 
 NAME = "GRPCInferenceService"
 SERVICE = pb.DESCRIPTOR.services_by_name[NAME].full_name
-# Of 503 see `InferenceServicer.failure`; any other is INVALID_ARGUMENT.
-CODES = {
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    404: grpc.StatusCode.NOT_FOUND,
-    500: grpc.StatusCode.INTERNAL,
-    501: grpc.StatusCode.UNIMPLEMENTED,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
 SEND_S = 0.5  # to send the last answers when the server stops
 PROBE_S = 1.0  # for the message of a call that needs no key
-STREAM_BYTES = 2**26  # of messages and unsent answers that all streams hold together
-CONTENTS = {  # the field with a tensor's elements, where they are not in raw_input_contents
-    "BYTES": "bytes_contents",
-    "BOOL": "bool_contents",
-    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
-    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
-    "INT64": "int64_contents",
-    "UINT64": "uint64_contents",
-    "FP32": "fp32_contents",
-    "FP64": "fp64_contents",
-}
-
 # Without a key, like /health and /ready.
 OPEN = {
     *(f"/{SERVICE}/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")),
@@ -63,26 +41,8 @@ OPEN = {
 
 NOT_READ = "the answers were not read in time; read them faster"
 
-Context = Any  # grpc.aio.ServicerContext of bytes
 Answering = Callable[[Context], Awaitable[Any]]  # returns a message, or None where it writes by itself
 Continuation = Callable[[Any], Awaitable[grpc.RpcMethodHandler]]
-Future = asyncio.Future[Any]
-
-
-class Status(NamedTuple):
-    """The gRPC status of a failed call."""
-
-    code: grpc.StatusCode
-    sentence: str
-    retry_after_s: int = 0
-
-    def details(self) -> tuple[tuple[str, bytes], ...]:
-        """Return when to retry, in the metadata where client libraries look for it."""
-        if not self.retry_after_s:
-            return ()
-        status = status_pb2.Status(code=self.code.value[0], message=self.sentence)
-        status.details.add().Pack(RetryInfo(retry_delay=Duration(seconds=self.retry_after_s)))
-        return (("grpc-status-details-bin", status.SerializeToString()),)
 
 
 class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -183,8 +143,7 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if failure.status == 503:
             unready = self.service.unready()
             code = grpc.StatusCode.UNAVAILABLE if unready else grpc.StatusCode.RESOURCE_EXHAUSTED
-        sentence = failure.sentence.replace(RETRY_LATER, "retry after the time in RetryInfo")
-        return Status(code, sentence, failure.retry_after_s)
+        return Status(code, failure.sentence, failure.retry_after_s)
 
     async def operate(self, operation: Coroutine[Any, Any, Any], limit_s: float | None, *ends: Future) -> Any:
         """Return the result of `operation`. Raises TimeoutError when that takes too long, or when one of `ends` is done first.
@@ -363,121 +322,8 @@ class InferenceServicer(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             yield error_to(request, status)
 
 
-def reply_to(request: Any, output: Output, **parameters: Any) -> Any:
-    """Return the reply with this tensor."""
-    return pb.ModelInferResponse(
-        model_name=request.model_name,
-        model_version=VERSION,
-        id=request.id,
-        parameters=parameters,
-        outputs=[{"name": ANSWER, "datatype": output.datatype, "shape": output.shape}],
-        raw_output_contents=[output.raw],
-    )
-
-
-def error_to(request: Any, status: Status) -> Any:
-    """Return the message of a stream that says why this request of it failed."""
-    # Triton clients show only the message of an error.
-    sentence = f"request {request.id}: {status.sentence}" if request.id else status.sentence
-    fields = {"status": pb.InferParameter(string_param=status.code.name)}
-    if status.retry_after_s:
-        fields["retry_after_s"] = pb.InferParameter(int64_param=status.retry_after_s)
-    response = pb.ModelInferResponse(id=request.id, model_name=request.model_name, parameters=fields)
-    return pb.ModelStreamInferResponse(error_message=sentence, infer_response=response)
-
-
-class Stream:
-    """One ModelStreamInfer call."""
-
-    def __init__(self, servicer: InferenceServicer, context: Context) -> None:
-        self.servicer, self.context = servicer, context
-        self.unanswered: set[asyncio.Task[None]] = set()
-        self.failed: Future = asyncio.get_running_loop().create_future()
-        self.writing, self.rejected = asyncio.Lock(), asyncio.Event()
-
-    async def run(self) -> None:
-        """Read requests until the client ends the stream; return when all are answered."""
-        servicer = self.servicer
-        try:
-            with contextlib.suppress(TimeoutError):  # failed or stopped
-                while (raw := await self.read()) is not grpc.aio.EOF:
-                    task = servicer.keep(self.answer(raw))
-                    self.unanswered.add(task)
-                    task.add_done_callback(self.unanswered.discard)
-                    await asyncio.sleep(0)  # let it count its bytes
-                    while self.is_full():
-                        await asyncio.wait(self.unanswered, return_when=asyncio.FIRST_COMPLETED)
-                    if self.rejected.is_set():  # the client sends too much: let it wait
-                        await asyncio.sleep(HOLD_S)
-                        self.rejected.clear()
-            while self.unanswered:
-                await asyncio.wait(self.unanswered)
-        finally:
-            for task in self.unanswered:
-                task.cancel()
-        if self.failed.done():
-            raise self.failed.result()
-        if servicer.stopping.is_set():
-            raise Rejected(STOPPING)
-
-    async def read(self) -> Any:
-        """Return the next message. Raises TimeoutError once the stream has failed or the server stops."""
-        operation = self.context.read()
-        return await self.servicer.operate(operation, None, self.failed, self.servicer.stopped)
-
-    def is_full(self) -> bool:
-        """Return whether the stream must not be read for now. It may always have one request."""
-        is_over = self.servicer.stream_bytes > STREAM_BYTES
-        is_long = len(self.unanswered) >= self.servicer.settings.MAX_INPUTS
-        return bool(self.unanswered) and (is_over or is_long)
-
-    async def answer(self, raw: bytes) -> None:
-        """Answer one request, unless the client has stopped reading."""
-        servicer = self.servicer
-        with servicer.held(len(raw)):
-            async with contextlib.aclosing(servicer.replied(raw, self.context)) as replies:
-                async for reply in replies:
-                    if "retry_after_s" in reply.infer_response.parameters:
-                        self.rejected.set()
-                    if not await self.write(reply):
-                        return
-
-    async def write(self, reply: Any) -> bool:
-        """Write one message; return whether the client still reads."""
-        servicer = self.servicer
-        with servicer.held(reply.ByteSize()):
-            async with self.writing:
-                if self.failed.done():
-                    return False
-                try:
-                    await servicer.write(self.context, reply)
-                except HTTPException as exc:
-                    self.failed.set_result(exc)
-        return not self.failed.done()
-
-
-def prepared(request: Any, service: Service) -> tuple[list[Any], dict[str, Any], float]:
-    """Return the task's inputs and parameters, and how long the request may take. Raises Malformed or Unprocessable."""
-    fields = {
-        name: getattr(p, p.WhichOneof("parameter_choice") or "", None)
-        for name, p in request.parameters.items()
-    }
-    for output in request.outputs:
-        tensors.check_output(output.name, output.parameters)
-    limit_s = tensors.time_limit_s(fields, service)
-    return tensors.inputs(the_input(request), service), tensors.parameters(fields), limit_s
-
-
 async def unsupported(context: Context) -> None:
     raise HTTPException(501, "this server serves one model, without shared memory, tracing and log settings")
-
-
-def parsed(raw: bytes, kind: type[Any]) -> Any:
-    """Return the message. Raises Malformed with a sentence."""
-    try:
-        return kind.FromString(raw)
-    except DecodeError:
-        raise Malformed(f"the message is not a valid {kind.DESCRIPTOR.full_name}; send one") from None
 
 
 def id_of(context: Context) -> str:
@@ -490,22 +336,3 @@ def left_s(context: Context) -> float:
     """Return the seconds until the call's deadline."""
     left = context.time_remaining()
     return math.inf if left is None else left
-
-
-def the_input(request: Any) -> Tensor:
-    """Return the request's one tensor."""
-    if len(request.inputs) != 1 or len(request.raw_input_contents) > 1:
-        raise Malformed(f"there are {len(request.inputs)} inputs; send one tensor")
-    tensor = request.inputs[0]
-    if tensor.parameters:
-        raise Malformed("the tensor has parameters; leave them out, shared memory too")
-    if not all(0 <= one < 2**31 for one in tensor.shape):
-        raise Malformed("the shape must have whole numbers of at least 0")
-    data: Any = request.raw_input_contents[0] if request.raw_input_contents else None
-    if data is None:
-        if tensor.datatype not in CONTENTS:
-            raise Unprocessable(
-                f"{tensor.datatype[:20]} is not a known datatype, or must be in raw_input_contents"
-            )
-        data = list(getattr(tensor.contents, CONTENTS[tensor.datatype]))
-    return Tensor(tensor.name, tensor.datatype, list(tensor.shape), data)

@@ -33,7 +33,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from starlette.exceptions import HTTPException
 
 from workers.errors import Rejected
-from workers.protocols.open_inference.grpc_calls import SEND_S, SERVICE, Context, InferenceServicer
+from workers.protocols.open_inference.grpc_calls import SEND_S, SERVICE, InferenceServicer
+from workers.protocols.open_inference.grpc_stream import Context
 from workers.service import Service
 
 log = logging.getLogger("uvicorn.error")
