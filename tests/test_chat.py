@@ -79,8 +79,6 @@ def oracle(folder: str) -> Any:
 
 
 UNSUPPORTED: dict[str, Any] = {
-    "tools": [],
-    "tool_choice": "auto",
     "functions": [],
     "parallel_tool_calls": True,
     "best_of": 2,
@@ -261,6 +259,9 @@ def test_stop_ends_before_the_stop_string(client: openai.OpenAI, oracle: Any) ->
     [
         *(({name: given}, name) for name, given in UNSUPPORTED.items()),
         ({"max_tokenz": 3}, "max_tokenz"),
+        ({"tools": [{"type": "function", "function": {"name": "a"}}]}, "chat template has no tools"),
+        ({"tool_choice": "auto"}, "tools"),
+        ({"messages": [{"role": "tool", "tool_call_id": "1", "content": "a"}]}, "chat template has no tools"),
         ({"top_k": -2}, "top_k"),
         ({"top_logprobs": 3}, "logprobs"),
         ({"n": 0}, "n"),

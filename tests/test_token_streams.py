@@ -163,6 +163,21 @@ def test_comments_come_while_nothing_else_does_and_an_error_is_the_last_event(
     assert last.startswith(b'data: {"error"') and b"NaN" not in last
 
 
+def test_comments_come_while_tokens_have_no_event_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "HEARTBEAT_S", 0.01)
+
+    async def run() -> None:
+        played = Played()
+        reply = asyncio.create_task(played.run())
+        while HEARTBEAT not in played.sent:
+            played.write("")
+            await asyncio.sleep(0)
+        played.fail()
+        await reply
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 def test_error_before_the_first_token_has_a_status_of_its_own() -> None:
     async def run() -> list[bytes]:
         played = Played()

@@ -1,6 +1,6 @@
 """Tokens to text as they come, and chats to prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
@@ -88,6 +88,19 @@ def overlap(text: str, stop: str) -> int:
     return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
 
 
+def texts(value: Any) -> Iterator[str]:
+    """Yield every text in some JSON, names too."""
+    todo = [value]
+    while todo:
+        match todo.pop():
+            case str() as text:
+                yield text
+            case dict() as fields:
+                todo += [*fields, *fields.values()]
+            case list() as values:
+                todo += values
+
+
 class Chat:
     """Chats to prompts, by the tokenizer's own template. Not for the event loop: a template may take its time."""
 
@@ -102,20 +115,28 @@ class Chat:
         except Exception as exc:
             raise ValueError(f"its chat template does not work: {exc}") from exc
 
+    @property
+    def tool_template(self) -> str:
+        """The source of the template for chats with tools."""
+        return str(self.tokenizer.get_chat_template(tools=[{}]))
+
     def __call__(self, role: str, content: str) -> str:
         return self.render([{"role": role, "content": content}])
 
     def render(self, messages: list[dict[str, Any]], **more: Any) -> str:
         """Return the prompt of a chat. Raises ValueError with a sentence where the template does not take it."""
         for index, message in enumerate(messages):
-            content = str(message.get("content", ""))
-            if special := next((token for token in self.special if token in content), None):
-                raise ValueError(
-                    f"message {index} has {special} in it, which only the server may use; leave it out"
-                )
+            self.reject_special(f"message {index}", message)
+        self.reject_special("a tool", more.get("tools"))
         try:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **more
             )
         except Exception as exc:
             raise ValueError(f"the model's chat template does not take these messages: {exc}") from exc
+
+    def reject_special(self, where: str, value: Any) -> None:
+        """Raise ValueError where a text in it would read as a special token."""
+        for text in texts(value):
+            if special := next((token for token in self.special if token in text), None):
+                raise ValueError(f"{where} has {special} in it, which only the server may use; leave it out")

@@ -236,6 +236,17 @@ class Task(TextTask):
             raise Unprocessable(str(exc)) from exc
         return self.prompt_ids(text, is_chat=True)
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template has tools."""
+        return bool(self._chat and "tools" in self._chat.tool_template)
+
+    def writes_tag(self, tag: str) -> bool:
+        """Whether the chat template teaches this tag, and the tokenizer writes it as text."""
+        backend = self.tokens.backend
+        ids = backend.encode(tag, add_special_tokens=False).ids
+        return bool(self._chat and tag in self._chat.tool_template and tag in backend.decode(ids))
+
     def prompt_ids(self, text: str, is_chat: bool = False) -> list[int]:
         """Return the token ids of a text; of a chat without the special tokens around a text: its template has them.
 

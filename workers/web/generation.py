@@ -110,19 +110,24 @@ class EventStream(Response):
             context_of(scope).answers += [stream.answer() for stream in self.pieces.streams]
 
     async def bodies(self) -> AsyncIterator[bytes]:
-        """Yield the events of each piece; a comment where nothing has come for HEARTBEAT_S. Raises Unanswered."""
+        """Yield the events of each piece; a comment where there has been none for HEARTBEAT_S. Raises Unanswered."""
+        now = asyncio.get_running_loop().time
+        said_at = now()
         while True:
+            body = b""
             try:
-                async with asyncio.timeout(HEARTBEAT_S):
+                async with asyncio.timeout_at(said_at + HEARTBEAT_S):
                     index, piece = await anext(self.pieces)
+                if piece.reason == "cancelled":
+                    raise ClientDisconnect
+                body = self.events(index, piece)
             except TimeoutError:
-                yield HEARTBEAT
-                continue
+                body = HEARTBEAT
             except StopAsyncIteration:
                 return
-            if piece.reason == "cancelled":
-                raise ClientDisconnect
-            yield self.events(index, piece)
+            if body:
+                said_at = now()
+            yield body
 
     async def send_rest(self, bodies: AsyncIterator[bytes], parts: Parts, request_id: str) -> None:
         """Send all that follows; where a sequence fails, tell why in a last event."""

@@ -33,6 +33,7 @@ from workers.protocols.chat.fields import (
 )
 from workers.protocols.chat.replies import Chat, Completion, answer
 from workers.protocols.chat.template import chat_prompt, checked
+from workers.protocols.chat.tools import ToolChat, tools_of
 from workers.protocols.openai import ERROR, error_body, model_list
 from workers.protocols.openapi import STATUSES, an_object, asking, json_of, operation
 from workers.service import Service
@@ -58,7 +59,9 @@ def operations(service: Service) -> dict[str, Any]:
         return {}
     task = service.generation.task
     text = {"type": "string"}
-    message = an_object({"role": {"enum": list(ROLES)}, "content": {"anyOf": [text, PARTS]}}, {"name": text})
+    content = {"anyOf": [text, PARTS]}
+    calls = {"tool_calls": {}, "tool_call_id": text}
+    message = an_object({"role": {"enum": [*ROLES, "tool"]}}, {"content": content, "name": text, **calls})
     messages = {"type": "array", "items": message, "minItems": 1}
     ids = {
         "type": "array",
@@ -93,9 +96,12 @@ async def chat(request: Request) -> Response:
     most = given.pop("top_logprobs", 0)
     if most and not content.get("logprobs"):
         raise Malformed('"top_logprobs" needs "logprobs": true')
-    form = Chat(request, generation, bool(given.pop("logprobs", False)))
-    schema = schema_of(content)
-    ids = await chat_prompt(request, task, messages_of(content.get("messages")), n_bytes)
+    tools = tools_of(content, task)
+    logprobs = bool(given.pop("logprobs", False))
+    form = ToolChat(request, generation, tools) if tools else Chat(request, generation, logprobs)
+    schema = tools.schema() if tools and tools.must_call else schema_of(content)
+    messages = messages_of(content.get("messages"), task.takes_tools)
+    ids = await chat_prompt(request, task, messages, n_bytes, tools.given if tools else None)
     prompt = prompt_of(task, ids, given | {"logprobs": most}, content.get("stop"))
     if schema is not None:
         prompt = prompt._replace(grammar=await checked(request, n_bytes, lambda: task.grammar(schema)))

@@ -4,6 +4,7 @@ from typing import Any
 
 from workers.errors import Malformed, Unprocessable
 from workers.protocols import whole
+from workers.protocols.chat.tools import NO_TOOLS, tool_fields
 from workers.protocols.openapi import an_object
 from workers.tasks.common.text import BOOLEAN_RULE, Rule, check_parameters, number_rule, schemas
 from workers.tasks.text_generation import MOST_BIASES, MOST_LOGPROBS, MOST_STOPS, Prompt, Task
@@ -35,11 +36,13 @@ SAMPLED = {
     "ignore_eos": "vLLM's: no end before max_tokens",
 }
 CHAT_FIELDS = {
-    "messages": "roles system, developer, user and assistant; content: a text or text parts; name: no effect",
+    "messages": "roles system, developer, user, assistant and tool, assistant's with tool_calls; content: a text or text parts; name: no effect",
     "max_tokens": "by default as many as there is room for: CONTEXT_TOKENS less the prompt",
     "max_completion_tokens": "the same",
     "logprobs": "true: the logarithm of each token's probability",
     "top_logprobs": f"beside it the likeliest so many, up to {MOST_LOGPROBS}",
+    "tools": "functions that the model may call, where its chat template has tools",
+    "tool_choice": "none; required or a function: a call by grammar, needs llguidance; auto, the default: where the template has <tool_call>",
     "response_format": "text, json_object or json_schema, whose schema the text then follows; needs llguidance",
     **SAMPLED,
 }
@@ -53,8 +56,8 @@ COMPLETION_FIELDS = {
 # Fields of OpenAI's references that would change the answer, and what to do without them.
 UNSUPPORTED = {
     **dict.fromkeys(
-        ("tools", "tool_choice", "functions", "function_call", "parallel_tool_calls"),
-        "describe the tools in a message and read the text",
+        ("functions", "function_call", "parallel_tool_calls"),
+        'send "tools" and "tool_choice" at /v1/chat/completions',
     ),
     "best_of": 'send "n" with "logprobs" and choose',
     "suffix": "the model continues a text, it fills no gap",
@@ -178,22 +181,31 @@ def prompt_of(task: Task, ids: list[int], given: dict[str, Any], stop: Any) -> P
     return prompt
 
 
-def messages_of(messages: Any) -> list[dict[str, Any]]:
-    """Return the messages as a chat template takes them. Raises Malformed with a sentence."""
+def messages_of(messages: Any, takes_tools: bool) -> list[dict[str, Any]]:
+    """Return the messages as a chat template takes them, which may have tools. Raises Malformed with a sentence."""
     if not isinstance(messages, list) or not messages:
         raise Malformed('"messages" must be a list such as [{"role": "user", "content": "a text"}]')
-    return [message_of(f'"messages", number {index}', message) for index, message in enumerate(messages)]
+    return [
+        message_of(f'"messages", number {index}', message, takes_tools)
+        for index, message in enumerate(messages)
+    ]
 
 
-def message_of(where: str, message: Any) -> dict[str, Any]:
+def message_of(where: str, message: Any, takes_tools: bool) -> dict[str, Any]:
     """Return a message as a chat template takes it. Raises Malformed with a sentence that says `where` it is."""
-    if not isinstance(message, dict) or message.get("role") not in ROLES:
-        raise Malformed(f'{where}: "role" must be {", ".join(ROLES[:-1])} or {ROLES[-1]}')
+    if not isinstance(message, dict) or message.get("role") not in (*ROLES, "tool"):
+        raise Malformed(f'{where}: "role" must be {", ".join(ROLES)} or tool')
     given = {name: value for name, value in message.items() if value is not None}
-    if unknown := sorted(given.keys() - {"role", "content", "name"}):
+    more: dict[str, Any] = {}
+    if given["role"] == "tool" or "tool_calls" in given:
+        if not takes_tools:
+            raise Malformed(f"{where}: {NO_TOOLS}")
+        more = tool_fields(where, given)
+    if unknown := sorted(given.keys() - {"role", "content", "name", *more}):
         raise Malformed(f'{where}: "{unknown[0][:100]}" is not supported; leave it out')
     role = "system" if given["role"] == "developer" else given["role"]
-    return {"role": role, "content": text_of(where, given.get("content"), ("text",))}
+    content = given.get("content", "" if "tool_calls" in more else None)
+    return {"role": role, "content": text_of(where, content, ("text",)), **more}
 
 
 def text_of(where: str, content: Any, kinds: tuple[str, ...]) -> str:

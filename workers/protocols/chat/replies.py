@@ -40,6 +40,7 @@ class Completion:
             "system_fingerprint": workers.__version__,
         }
         self.begun: set[int] = set()  # choices of a stream that have a chunk already
+        self.held: dict[int, str] = {}  # text that may turn out to be something else
         self.offsets: Counter[int] = Counter()  # of each choice's next token in its text
 
     def choice(self, index: int, piece: Piece) -> dict[str, Any]:
@@ -140,6 +141,8 @@ def chunks(form: Completion, prompts: list[Prompt], streams: list[Stream], with_
             return b""
         delta = form.delta(index, piece._replace(parts=held[index]))
         held[index] = []
+        if not delta:
+            return b""
         chunk = head | {"choices": [delta]} | ({"usage": None} if with_usage else {})
         if not piece.reason:
             return event(chunk)

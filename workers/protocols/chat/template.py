@@ -14,10 +14,14 @@ T = TypeVar("T")
 
 
 async def chat_prompt(
-    request: Request, task: Task, messages: list[dict[str, Any]], n_bytes: int
+    request: Request,
+    task: Task,
+    messages: list[dict[str, Any]],
+    n_bytes: int,
+    tools: list[Any] | None = None,
 ) -> list[int]:
     """Return a chat as token ids, off the event loop. Raises Malformed where the template does not take it."""
-    return await checked(request, n_bytes, lambda: task.chat_prompt(messages))
+    return await checked(request, n_bytes, lambda: task.chat_prompt(messages, tools=tools))
 
 
 async def checked(request: Request, n_bytes: int, work: Callable[[], T]) -> T:
