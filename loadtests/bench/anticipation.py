@@ -4,7 +4,7 @@
     $ python -m loadtests.bench.anticipation --quick
 
 Models that sleep a + b n ms, as an accelerator's call does, asked by users of closed loops who ask again 1 to 3 ms after their
-answer; then the bundled model, asked again at once.
+answer; then the bundled model, asked again at once: short texts, and mixed ones, of which a tenth has about 200 tokens.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from loadtests import arguments
 from loadtests.bench.overhead import CLIENT_CPU, SERVER_CPU, Client, ask, side_by_side, texts
 from loadtests.load.raw_client import http, on_core
+from loadtests.load.texts import Text, stream
 from loadtests.modes import Mode, Server, start
 from loadtests.plan.planner import markdown
 
@@ -63,6 +65,16 @@ class User(Client):
             self.ask(self.request, self.again)
 
 
+class Mixed(Client):
+    """Asks something else each time."""
+
+    requests: tuple[bytes, ...] = ()
+
+    def again(self, status: int) -> None:
+        self.request = random.choice(self.requests)
+        super().again(status)
+
+
 def possible_per_s(a_ms: float, b_ms: float, users: int) -> float:
     """Return what the law and the think time allow, where all users share their calls."""
     calls = -(-users // BATCH_SIZE)
@@ -72,6 +84,8 @@ def possible_per_s(a_ms: float, b_ms: float, users: int) -> float:
 
 def measure(server: Server, users: int, client: type[Client], duration_s: float) -> float:
     """Return the requests per second of so many users."""
+    some = islice(stream("mixed", random.Random(0)), 200)
+    Mixed.requests = tuple(http(server.url, one.text) for one in some if isinstance(one, Text))
     requests = [http(server.url, text) for text in texts(users)]
     rate = float(on_core(CLIENT_CPU, ask(server.url, requests, duration_s, client)))
     server.wait_until_idle()
@@ -102,7 +116,7 @@ def compare(
 
 
 def main() -> None:
-    """Print the two tables."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one short round: shows that it runs")
     quick = parser.parse_args().quick
@@ -119,8 +133,9 @@ def main() -> None:
                 possible = possible_per_s(a, b, int(row["users"]))
                 share = float(row[HELD]) / possible
                 rows.append({"model": f"{a:g} + {b:g} n ms", **row, "of what is possible": f"{share:.2f}"})
-        for row in compare({}, CONNECTIONS, Client, rounds, duration_s):
-            rows.append({"model": "bundled, short texts", **row, "of what is possible": ""})
+        for name, client in (("short", Client), ("mixed", Mixed)):
+            for row in compare({}, CONNECTIONS, client, rounds, duration_s):
+                rows.append({"model": f"bundled, {name} texts", **row, "of what is possible": ""})
     finally:  # what was measured before Ctrl-C is kept
         if rows:
             print(markdown(rows))

@@ -190,9 +190,9 @@ def row(cell: Cell, duration_s: float = 20.0) -> Row:
     fixed = [outcome for name, outcome in outcomes.items() if name != "learnt"]
     best = max(outcome.per_s for outcome in fixed)
     as_fast = [o for o in fixed if o.per_s >= 0.99 * max(best, learnt.per_s)]
-    mean = learnt.mean_ms / min(o.mean_ms for o in as_fast) if as_fast else None
-    p99 = learnt.p99_ms / greedy.p99_ms if greedy in as_fast else None
-    return Row(cell.name, outcomes, learnt.per_s / best, mean, p99)
+    mean = round(learnt.mean_ms / min(o.mean_ms for o in as_fast), 2) if as_fast else None
+    p99 = round(learnt.p99_ms / greedy.p99_ms, 2) if greedy in as_fast else None
+    return Row(cell.name, outcomes, round(learnt.per_s / best, 3), mean, p99)
 
 
 def summary(rows: list[Row]) -> str:
