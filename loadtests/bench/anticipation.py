@@ -1,6 +1,6 @@
 """Requests per second with batches that are held where that pays, as a ratio of greedy batching, on real servers side by side.
 
-    $ python -m loadtests.bench.anticipation          # about 10 minutes on two idle cores
+    $ python -m loadtests.bench.anticipation          # about 12 minutes on two idle cores
     $ python -m loadtests.bench.anticipation --quick
 
 Models that sleep a + b n ms, as an accelerator's call does, asked by users of closed loops who ask again 1 to 3 ms after their
@@ -84,6 +84,7 @@ def possible_per_s(a_ms: float, b_ms: float, users: int) -> float:
 
 def measure(server: Server, users: int, client: type[Client], duration_s: float) -> float:
     """Return the requests per second of so many users."""
+    random.seed(0)  # both sides are asked the same
     some = islice(stream("mixed", random.Random(0)), 200)
     Mixed.requests = tuple(http(server.url, one.text) for one in some if isinstance(one, Text))
     requests = [http(server.url, text) for text in texts(users)]
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one short round: shows that it runs")
     quick = parser.parse_args().quick
     rounds, duration_s = (1, 0.5) if quick else (3, 2.0)
-    print(f"About {2 if quick else 10} minutes on two idle cores.", file=sys.stderr, flush=True)
+    print(f"About {2 if quick else 12} minutes on two idle cores.", file=sys.stderr, flush=True)
     rows: list[dict[str, Any]] = []
     try:
         for a, b in tqdm(LAWS, "laws", disable=None):
@@ -133,8 +134,8 @@ def main() -> None:
                 possible = possible_per_s(a, b, int(row["users"]))
                 share = float(row[HELD]) / possible
                 rows.append({"model": f"{a:g} + {b:g} n ms", **row, "of what is possible": f"{share:.2f}"})
-        for name, client in (("short", Client), ("mixed", Mixed)):
-            for row in compare({}, CONNECTIONS, client, rounds, duration_s):
+        for name, client, longer in (("short", Client, 1), ("mixed", Mixed, 2)):
+            for row in compare({}, CONNECTIONS, client, rounds, longer * duration_s):
                 rows.append({"model": f"bundled, {name} texts", **row, "of what is possible": ""})
     finally:  # what was measured before Ctrl-C is kept
         if rows:
