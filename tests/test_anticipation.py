@@ -221,6 +221,18 @@ async def test_where_all_instances_run_full_batches_the_rest_wait_for_nobody_els
         assert len(waited) < len(answers) * 0.02
 
 
+@pytest.mark.parametrize(("size", "free_s"), [(20, 0.1), (30, 0.2)])
+def test_full_instance_counts_as_free_a_call_later_since_its_own_clients_come_back_first(
+    size: int, free_s: float
+) -> None:
+    loop = ModelLoop(batch_size=32, now=lambda: 0.0)
+    warm(loop)
+    loop.estimate.usual_size = 1.0
+    loop.instances.loaded = 2
+    loop.instances.start(size)
+    assert loop.holding and loop.holding.next_free_s() == pytest.approx(free_s)
+
+
 @pytest.mark.parametrize("a", [0.1, 0.01])
 @on_virtual_clock
 async def test_no_admitted_request_is_late_by_a_hold(a: float) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from loadtests.load import generator
 from loadtests.plan import fleet, fleet_report, planner, replicas
-from loadtests.plan.fleet import Autoscaler, Fleet, Retries, simulate
+from loadtests.plan.fleet import Autoscaler, Fleet, Outcome, Retries, simulate
 from loadtests.plan.planner import CostLaw
 from tests.support.virtual_clock import now, on_virtual_clock, serving
 from workers.loop import ModelLoop
@@ -185,3 +185,12 @@ def test_answer_after_its_deadline_is_none() -> None:
     assert found["loss"] == pytest.approx(0.1, abs=0.02)
     with pytest.raises(ValueError, match="allow a longer deadline"):
         fleet.replicas_for(replace(OPEN, cost=uneven, deadline_s=0.03, policy="two choices"), 100, 0.001)
+
+
+def test_percentiles_are_those_of_the_load_without_its_first_tenth() -> None:
+    """A fleet that has just started answers at once: that says nothing of the load."""
+    outcome = Outcome(duration_s=10.0)
+    for came_s, took_s in ((0.1, 0.001), (0.2, 0.001), (5.0, 0.2), (6.0, 0.2)):
+        outcome.came_s.append(came_s)
+        outcome.took_s.append(took_s)
+    assert outcome.summary()["p50_ms"] == pytest.approx(200)
