@@ -2,11 +2,12 @@
 
 A lesson is a script in jupytext's percent format; its notebook has the same cells and the outputs of a full run. The
 notebook's metadata says when, where and at which commit that was. `--cells` runs nothing: a cell that is as it was keeps
-its outputs, a changed one has none until the next full run.
+its outputs, a changed one has none until the next full run. Sources of claims are renewed.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -81,10 +82,24 @@ def with_stored_outputs(script: Path) -> nbformat.NotebookNode:
     outputs = {cell.source: cell for cell in stored.cells if cell.cell_type == "code"}
     for cell in notebook.cells:
         if cell.cell_type == "code" and (was := outputs.get(cell.source)):
-            cell.outputs, cell.execution_count = was.outputs, was.execution_count
+            cell.outputs, cell.execution_count = (
+                [with_source(one) for one in was.outputs],
+                was.execution_count,
+            )
     if run := stored.metadata.get("run"):
         notebook.metadata["run"] = run
     return notebook
+
+
+def with_source(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The output of a claim with its source as support/said_by.py has it: that is not measured, so no run is needed."""
+    if claim := output.get("metadata", {}).get("claim"):
+        line = f"> Said by: {said_by.link(claim['claim'])}"
+        text = output.data["text/markdown"]
+        output.data["text/markdown"] = re.sub(
+            r"^> Said by: .*?(?= *$)", lambda _: line, text, flags=re.MULTILINE
+        )
+    return output
 
 
 def report_slow(cell: nbformat.NotebookNode, limit_s: float = 2.0) -> None:

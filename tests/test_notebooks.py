@@ -138,6 +138,23 @@ def test_every_source_belongs_to_a_claim_and_claims_have_a_verdict_of_four() -> 
         lesson.claim("Water is wet", who="water", number="1", verdict="surely")
 
 
+def test_stored_claims_name_the_sources_of_the_table() -> None:
+    outputs = [
+        output
+        for script in run.LESSONS
+        for cell in nbformat.read(script.with_suffix(".ipynb"), 4).cells
+        for output in cell.get("outputs", [])
+        if output.get("metadata", {}).get("claim") and output.data["text/markdown"]
+    ]
+    stale = [
+        claim
+        for output in outputs
+        if f"> Said by: {said_by.link(claim := output.metadata.claim.claim)}  \n"
+        not in output.data["text/markdown"]
+    ]
+    assert outputs and not stale, "run `python notebooks/run.py --cells`"
+
+
 def test_claims_are_those_of_the_stored_notebooks() -> None:
     assert (NOTEBOOKS / "claims.md").read_text() == run.ledger()
 
