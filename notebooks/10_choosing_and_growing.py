@@ -41,7 +41,7 @@ way(
 # gRPC, from our real model?
 
 # %%
-guess = 3.0  # times
+guess = ...  # times
 
 # %% [markdown]
 # **Prediction.** A call takes $m$ in the model, and $h$ or $g$ in everything else: client, network, server. So gRPC is
@@ -122,7 +122,7 @@ claim(
 # **Guess:** how many times as many texts does the stream carry as the separate gRPC calls?
 
 # %%
-guess_stream = 3.0  # times
+guess_stream = ...  # times
 
 # %% [markdown]
 # **Prediction.** Each side has one core. Whichever side needs more time for a text limits both: texts a second are
@@ -194,7 +194,7 @@ claim(
 # **Guess:** by how many per cent is the embedding smaller as bytes than as JSON?
 
 # %%
-guess_smaller = 40  # %
+guess_smaller = ...  # %
 
 # %% [markdown]
 # **Prediction.** A number takes 4 bytes as a float32. As JSON it takes its digits: "-0.012345678" and a comma, about 12
@@ -266,7 +266,7 @@ print(*(HERE / "support" / "l10_debug.py").read_text().splitlines()[-5:], sep="\
 # **Guess:** how many files of the server's disk does its reply name?
 
 # %%
-guess_files = 2
+guess_files = ...
 
 # %% [markdown]
 # **Prediction.** A traceback has an entry for each function under way, with its file. The web framework has about ten of
@@ -377,7 +377,7 @@ table({"server": name, "score": f"{points:.2f}"} for name, points in mine.items(
 # **Guess:** by how many per cent is our image smaller than one built in a single stage?
 
 # %%
-guess_saved = 50  # %
+guess_saved = ...  # %
 
 # %% [markdown]
 # **Prediction.** It saves exactly what the first image has and the second hasn't. Add up: the installed packages of
@@ -444,7 +444,7 @@ claim(
 # **Guess:** how many seconds from the command to the first answer, for our model?
 
 # %%
-guess_start_s = 8.0
+guess_start_s = ...
 
 # %% [markdown]
 # **Prediction.** The sum of the parts: the interpreter, the imports, the weights, a first call. They are timed one after the
@@ -519,7 +519,7 @@ way(
 # **Guess:** 140 texts a second arrive. How many a second do two replicas answer in time? In time is within one second.
 
 # %%
-guess_two_per_s = 120
+guess_two_per_s = ...
 
 # %% [markdown]
 # **Prediction.** One replica answers a text every 20 ms, so 50 a second. Two answer twice as many, and the balancer adds little.
@@ -594,7 +594,7 @@ if HAPROXY:
 # does when memory runs out. **Guess:** after how many seconds are there two again?
 
 # %%
-guess_gap_s = 3.0
+guess_gap_s = ...
 
 # %% [markdown]
 # **Prediction.** Requests that were with the dead one are sent again: HAProxy sends a request to the other replica when a connection
@@ -658,7 +658,7 @@ if HAPROXY:
 # **Guess:** how many seconds from your command until it helps?
 
 # %%
-guess_grow_s = 2.0
+guess_grow_s = ...
 
 # %% [markdown]
 # **Prediction.** One cold start and nothing else. Until then two replicas reject what they can't do in time. The simulation is told when

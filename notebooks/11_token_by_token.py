@@ -55,7 +55,7 @@ for n in (1, 2, 3, 12):
 # **Guess.** How many times as long does the 257th token take without a cache?
 
 # %%
-guess_no_cache = 10  # times
+guess_no_cache = ...  # times
 
 # %% [markdown]
 # **Prediction.** Without a cache a step computes $n$ tokens, with it one. If a step took time for tokens alone, that would be 256
@@ -104,7 +104,7 @@ claim(
 # **Guess.** How many milliseconds does this model take for one token, for a single reader?
 
 # %%
-guess_token_ms = 20
+guess_token_ms = ...
 
 # %% [markdown]
 # **Prediction.** For a single token each weight is used once: one multiplication and one addition. A core does that much faster than
@@ -152,7 +152,7 @@ claim(
 # **Guess.** How many sequences of 512 tokens fit into 1 GB, beside the weights?
 
 # %%
-guess_fit = 500
+guess_fit = ...
 
 # %% [markdown]
 # **Prediction.** A token takes 2 (keys and values) × layers × key heads × numbers per head × 4 bytes.
@@ -184,7 +184,7 @@ claim(
 # **Guess.** Lengths are random (exponential, mean 20). For what share of the time is a slot at work?
 
 # %%
-guess_busy = 0.8
+guess_busy = ...
 
 # %% [markdown]
 # **Prediction.** A batch takes as long as its longest. Of $k$ exponential lengths the shortest is $\frac1k$ of the mean, the next takes
@@ -251,7 +251,7 @@ claim(
 # **Guess.** How many times the tokens per second do 32 sequences give?
 
 # %%
-guess_gain = 32
+guess_gain = ...
 
 # %% [markdown]
 # **Prediction.** The *roofline*: a step takes the longer of two times. Reading: bytes ÷ bandwidth, whatever the batch. Multiplying: 2
@@ -317,7 +317,7 @@ claim(
 # and memory in pages, so that more fit. You have two of them now. **Multiply before you run the cell.**
 
 # %%
-guess_all = 23
+guess_all = ...
 
 # %%
 static_per_s = old.busy * 1000 * SLOTS / batch_ms[8]

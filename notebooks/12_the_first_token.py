@@ -48,7 +48,7 @@ LAW = (0.04, 0.0012, 0.002, 3e-6)  # a, b, c, d in seconds
 # **Guess.** How many times as long as usual is the gap that the eight see?
 
 # %%
-guess_stall = 2  # times
+guess_stall = ...  # times
 
 # %% [markdown]
 # **Prediction.** A usual step takes $a + 8c = 56$ ms. A step with the whole prompt takes $a + 8c + 400\,b = 536$ ms: nearly ten times. The eight
@@ -111,7 +111,7 @@ print(inspect.getsource(Scheduler.prompt_budget))
 # **Guess.** With chunks of 64 tokens, how long is the longest gap with the law from above, in ms?
 
 # %%
-guess_gap_ms = 100
+guess_gap_ms = ...
 
 # %% [markdown]
 # **Prediction.** For chunks of $k$ tokens, a prompt of $P$ and $n$ who write:
@@ -200,7 +200,7 @@ claim(
 # **Guess.** At 1.2 readers per second, what share is served well when prompts go first?
 
 # %%
-guess_good = 0.8
+guess_good = ...
 
 # %% [markdown]
 # **Prediction.** While an answer of 60 tokens is written others come. A step for some writers takes about 50 ms, so an answer takes 3 s or more,
@@ -267,7 +267,7 @@ claim(
 # **Guess.** By how much is that forecast off on average, in ms, at 1.2 readers per second? (The mean TTFT is some hundred ms.)
 
 # %%
-guess_off_ms = 300
+guess_off_ms = ...
 
 # %%
 run = runs["budget by time", at]
@@ -290,7 +290,7 @@ compare("the forecast's error, ms", guess=guess_off_ms, formula=1000 * (a + 8 * 
 # **Guess.** What share of all tokens is written for nobody, if the server does not notice?
 
 # %%
-guess_unread = 0.3
+guess_unread = ...
 
 # %% [markdown]
 # **Prediction.** For exponential lengths with mean $m$, the part beyond 10 tokens is $e^{-10/m}$ of all. Three in ten leave: $0.3\,e^{-10/60} = 25\,\%$.
@@ -326,7 +326,7 @@ tell(
 # **Guess.** Of these two, how many are the same in the batch as alone?
 
 # %%
-guess_same = 1  # 0, 1 or 2
+guess_same = ...  # 0, 1 or 2
 
 # %% [markdown]
 # **Prediction.** In a batch a product adds in another order, so a score can differ in the seventh digit. The likeliest token changes only where two
@@ -370,7 +370,7 @@ claim(
 # **Guess.** With $k = 4$, how many times as fast is the one that repeats itself?
 
 # %%
-guess_speedup = 2.5
+guess_speedup = ...
 
 # %% [markdown]
 # **Prediction.** If each drafted token is right with probability $p$, a step gives

@@ -40,7 +40,7 @@ from support.l13_fleet import EVEN, UNEVEN
 # **Guess.** How many does 5,000 per second need?
 
 # %%
-guess_replicas = 150
+guess_replicas = ...
 
 # %% [markdown]
 # **Prediction.** $R = \lambda S$ is the work that comes, in replicas. It fluctuates, and the sum of many independent streams fluctuates
@@ -99,7 +99,7 @@ claim(
 # **Guess.** At 80 % load, how many times as long is the p99 with round robin as with a shared queue?
 
 # %%
-guess_round_robin = 1.5
+guess_round_robin = ...
 
 # %% [markdown]
 # **Prediction.** Lesson 8's formula is for means, and says that a queue per replica waits $\frac{c_a^2 + c_s^2}{2}\cdot\frac{\rho}{1-\rho}$
@@ -142,7 +142,7 @@ with picture("Least connections is close to one shared queue", "load, %", "p99, 
 # **Guess.** The view is refreshed every 0.1 s; a call takes 0.02 s. What is the p99 of "the least busy", in ms?
 
 # %%
-guess_stale_ms = 150
+guess_stale_ms = ...
 
 # %% [markdown]
 # **Prediction.** The replica that looks idle looks idle to everybody until the next refresh. In 0.1 s 80 texts come, of 20 ms each. If
@@ -186,7 +186,7 @@ claim(
 # **Guess.** What share of the pages is slow?
 
 # %%
-guess_slow_pages = 0.05
+guess_slow_pages = ...
 
 # %% [markdown]
 # **Prediction.** A page is fast if all of its parts are: $0.99^{100}$. So $1 - 0.99^{100} = 63\,\%$ are slow.
@@ -219,7 +219,7 @@ claim(
 # **Guess.** By how many per cent does that raise the load?
 
 # %%
-guess_more_load = 50  # %
+guess_more_load = ...  # %
 
 # %% [markdown]
 # **Prediction.** Only those are sent again that have no answer by the p95: 5 %. And an answer is slow only if both are: $0.01^2$.
@@ -249,7 +249,7 @@ claim(
 # **Guess.** How many seconds after the rush do the replicas answer at 85 % of their capacity again?
 
 # %%
-guess_calm_s = 5
+guess_calm_s = ...
 
 # %% [markdown]
 # **Prediction.** In the rush $3 \cdot (4 \cdot 0.85 - 1) \cdot 200 \approx 1{,}400$ clients get no answer. Each asks ten times per second:
@@ -329,7 +329,7 @@ claim(
 # **Guess.** Twice as many requests come as four replicas can do. What does "busy" say, in per cent?
 
 # %%
-guess_busy = 200  # %
+guess_busy = ...  # %
 
 # %% [markdown]
 # **Prediction.** Busy can't exceed 100 %. It asks for $\frac{100}{\text{target}}$ times the replicas, and no more: with a target of 80 %
@@ -367,7 +367,7 @@ claim(
 # **Guess.** Which headroom is enough, so that no more than one request in a thousand is rejected?
 
 # %%
-guess_headroom = 1.1
+guess_headroom = ...
 
 # %% [markdown]
 # **Prediction.** What is ordered now is there in a cold start, and it may take one look more until it is ordered. By then the load has grown.
@@ -402,7 +402,7 @@ compare("headroom", guess=guess_headroom, formula=formula[60, 120], measured=fou
 # **Guess.** What do a million answers cost, from the fleet above at 50 texts per second, and at 5,000? (The first is asked.)
 
 # %%
-guess_price = 6
+guess_price = ...
 
 # %% [markdown]
 # **Prediction.** One replica, always busy, gives $50 \cdot 3600 = 180{,}000$ answers for 1: a million cost 5.56. Divide by how busy the fleet

@@ -45,7 +45,7 @@ load_s = time.perf_counter() - began
 # beside the measurement.
 
 # %%
-guess_calls = 5  # how many calls fit into the time that loading takes
+guess_calls = ...  # how many calls fit into the time that loading takes
 
 
 # %%
@@ -124,7 +124,7 @@ l01_trace.show(l01_trace.trace(health=health, model=model_elsewhere), "Whoever w
 # run it: when will health have its second turn?**
 
 # %%
-guess_turn_ms = 10
+guess_turn_ms = ...
 
 
 # %%
@@ -154,7 +154,7 @@ for function in (l01_broken.endpoint, l01_broken.model_loop, l01_broken.lifespan
     print(inspect.getsource(function))
 
 # %%
-guess_mistakes = 2  # in these three functions
+guess_mistakes = ...  # in these three functions
 
 # %% [markdown]
 # <details><summary>Our count (open it when you have yours)</summary>
@@ -213,7 +213,7 @@ one_ms = seconds_a_call(lambda: ask(broken)) * 1000
 tell(f"One text, asked alone: S = {one_ms:.0f} ms. {people} people are about to ask.")
 
 # %%
-guess_last_s = 1.0  # how long the last one waits for the recipe's answer, in seconds
+guess_last_s = ...  # how long the last one waits for the recipe's answer, in seconds
 
 # %% [markdown]
 # **Prediction.** Nobody is served before those in front. So the $k$-th waits $k \cdot S$.
@@ -287,8 +287,8 @@ tell(f"It answered {len(served)}. {why}")
 # wait?**
 
 # %%
-guess_open_ms = 20  # the stranger with the open connection
-guess_new_ms = 20  # the stranger with the new connection
+guess_open_ms = ...  # the stranger with the open connection
+guess_new_ms = ...  # the stranger with the new connection
 
 # %% [markdown]
 # **Prediction.** New connections stand outside until the loop *accepts* them. This loop (uvloop) accepts one each time it
@@ -383,7 +383,7 @@ tell(
 # A text without `[MASK]` makes the pipeline raise an exception. **What does the next, innocent client get?**
 
 # %%
-guess_status = 200  # the innocent client's status from the recipe: 200, 500, or 0 for no reply at all
+guess_status = ...  # the innocent client's status from the recipe: 200, 500, or 0 for no reply at all
 
 # %%
 bad, good = ask(broken, "no mask here", patience_s=1), ask(broken, patience_s=1)
@@ -434,7 +434,7 @@ print(inspect.getsource(l01_batching.serve_one_batch))
 # A full answer is a list of five words. Two clients ask, then three. **How many words does each get?**
 
 # %%
-guess_two, guess_three = [5, 5], [5, 5, 5]  # for each client; 0: no answer
+guess_two, guess_three = ..., ...  # for each client; 0: no answer
 
 # %%
 
@@ -476,8 +476,8 @@ stop(broken, repaired)
 # processes share is divided among them, so nothing counts twice. Linux calls that PSS.
 
 # %%
-guess_thread_mb = 100  # a further instance in a thread
-guess_process_mb = 100  # a further instance in a process
+guess_thread_mb = ...  # a further instance in a thread
+guess_process_mb = ...  # a further instance in a process
 
 # %% [markdown]
 # **Prediction.** Weights are numbers of 4 bytes each. A call only reads them, so threads can share one set: this server lets them. Processes
@@ -599,8 +599,8 @@ claim(
 # keep, and how many times as fast is the call without gradients?**
 
 # %%
-guess_kept_mb = 100  # what torch keeps for the backward pass
-guess_times = 2.0  # speed without gradients over speed with them
+guess_kept_mb = ...  # what torch keeps for the backward pass
+guess_times = ...  # speed without gradients over speed with them
 
 # %% [markdown]
 # **Prediction.** A layer keeps what goes into each of its steps. For each token that is about 16 times the model's width:

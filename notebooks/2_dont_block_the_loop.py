@@ -77,8 +77,8 @@ tell(f"One long text: S = {long_ms:.0f} ms. A burst is {burst} of them.")
 # **With the model on the event loop: how long is the longest wait for `/health`?**
 
 # %%
-guess_inline_ms = 100  # the longest wait with inline
-guess_thread_ms = 100  # the longest wait with a thread
+guess_inline_ms = ...  # the longest wait with inline
+guess_thread_ms = ...  # the longest wait with a thread
 
 # %% [markdown]
 # **Prediction.** The burst keeps the loop for $n$ texts, $n \cdot S$. A probe that arrives $t$ after the start waits for the rest:
@@ -205,9 +205,9 @@ claim(
 # while the work is (a) a Python loop, (b) one call of `sum`, which is C and keeps the lock, (c) torch?
 
 # %%
-guess_loop_ms = 10
-guess_sum_ms = 10
-guess_torch_ms = 10
+guess_loop_ms = ...
+guess_sum_ms = ...
+guess_torch_ms = ...
 
 # %% [markdown]
 # **Prediction.** (a) A Python loop hands over when the *switch interval* has passed: a tick and that interval. (b) `sum`
@@ -326,9 +326,9 @@ claim(
 # with it? What does `/health` say? And how long is it until the server answers texts again?**
 
 # %%
-guess_lost = 4  # texts that get an error 500
-guess_health = 503  # the status of /health, asked at once after the kill: 200, 503, or 0 for no reply
-guess_back_s = 1.0  # seconds until a text gets an answer again
+guess_lost = ...  # texts that get an error 500
+guess_health = ...  # the status of /health, asked at once after the kill: 200, 503, or 0 for no reply
+guess_back_s = ...  # seconds until a text gets an answer again
 
 # %% [markdown]
 # **Prediction.** Only what was inside the model dies with it: the first text, which went in alone. The other three stand in
@@ -401,7 +401,7 @@ stop()
 # We ask a model that returns at once, eight texts a call.
 
 # %%
-guess_ms = {"inline": 0.1, "thread": 1.0, "process": 1.0}
+guess_ms = ...
 
 # %% [markdown]
 # **Prediction.** Inline hands nothing over. A thread is handed the texts and hands the answers back: the event loop, which

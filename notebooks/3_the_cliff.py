@@ -33,7 +33,7 @@ way(changed=["queue"])
 # the model takes for one text.
 
 # %%
-guess_wait = 2  # calls, at 95 % utilisation
+guess_wait = ...  # calls, at 95 % utilisation
 
 # %% [markdown]
 # **Prediction.** It takes one law and one look.
@@ -130,7 +130,7 @@ compare("the wait at 95 %, in calls", guess=guess_wait, formula=md1_wait(0.95), 
 # **Guess.** The server is 95 % busy again. How many calls is the p99 of the time from arrival to answer?
 
 # %%
-guess_p99 = 10  # calls, at 95 % utilisation
+guess_p99 = ...  # calls, at 95 % utilisation
 
 # %% [markdown]
 # **Prediction.** With random calls the time to the answer is exponential, too, with a mean of $\frac{1}{1-\rho}$ calls. Beyond $x$
@@ -406,7 +406,7 @@ claim(
 # **Guess.** How many wait, on average?
 
 # %%
-guess_waiting = 1  # texts in the queue
+guess_waiting = ...  # texts in the queue
 
 # %% [markdown]
 # **Prediction.** `/metrics` counts how many have waited (`model_queue_wait_seconds_count`) and how long in sum (`…_sum`).
@@ -463,7 +463,7 @@ tell(
 
 # %%
 seconds = quick(3, 8)
-guess_last_s = 0.5  # seconds
+guess_last_s = ...  # seconds
 
 # %% [markdown]
 # **Prediction.** Closed: never more than $N$ are inside. So by Little's law everybody gets an answer after $N \cdot S$,
@@ -513,7 +513,7 @@ tell(
 # **Guess.** The server goes on after one second. For how many seconds more do strangers wait longer than usual?
 
 # %%
-guess_after_s = 0.2  # seconds
+guess_after_s = ...  # seconds
 
 # %% [markdown]
 # **Prediction.** The lone user asks once during that second, and waits: *one* slow answer. Every stranger suffers who

@@ -31,7 +31,7 @@ way(changed=["loop"])
 # many texts a second does it answer?
 
 # %%
-guess_gain = 5  # times
+guess_gain = ...  # times
 
 # %% [markdown]
 # **The cost law.** A call has a part that does not depend on its size: Python, the launch of each operation, reading the
@@ -229,7 +229,7 @@ claim(
 # **Guess.** The layer gets 32 rows instead of 1. How many times as long does that take?
 
 # %%
-guess_times = 8  # times as long
+guess_times = ...  # times as long
 
 # %% [markdown]
 # **Prediction.** It must read all its weights, however few rows there are: bytes over memory speed. And it must do two
@@ -359,7 +359,7 @@ l04_timeline.draw(l04_timeline.timeline(CostLaw(0.02, 0.002), [0, 14, 18, 21, 55
 # 10 ms add to the median time?
 
 # %%
-guess_added_ms = 3  # ms
+guess_added_ms = ...  # ms
 
 # %% [markdown]
 # **Prediction.** At low load nobody else comes: a delay of $w$ adds $w$ to everybody's time. At high load the queue fills
@@ -488,7 +488,7 @@ tell(f"Ten calls of the greedy loop, texts in each: **{', '.join(map(str, greedy
 # Holding pays while $t < a$. If the formula is below one, the loop should stay greedy.
 
 # %%
-guess_back = 3  # times the texts per second
+guess_back = ...  # times the texts per second
 
 # %%
 held, rows = {}, []
@@ -579,7 +579,7 @@ claim(
 # **Guess.** At the low load from above, with batches of exactly 8: how long does an answer take on average?
 
 # %%
-guess_static_ms = 50  # ms
+guess_static_ms = ...  # ms
 
 # %% [markdown]
 # **Prediction.** At $\lambda$ texts a second the first waits for $n - 1$ more: $\frac{n-1}{\lambda}$. The last waits for
@@ -634,7 +634,7 @@ claim(
 # **Guess.** How many times as many texts a second does the stock pipeline answer in full batches of these?
 
 # %%
-guess_mixed = 2  # times
+guess_mixed = ...  # times
 
 # %% [markdown]
 # **Prediction.** A batch with one long text costs as much as a batch of long texts. One by one, only the long ones are long.

@@ -71,7 +71,7 @@ def goodput(df):
 # speed of the model. **Your guess:** how many right answers in time does the server give per second? It can do 50.
 
 # %%
-guess_goodput = 25  # right answers within 2 s, per second, of 50 possible
+guess_goodput = ...  # right answers within 2 s, per second, of 50 possible
 
 # %% [markdown]
 # **Prediction.** The last to join a queue of $n$ waits for $n$ calls, and then for its own: $(n+1)\,S$.
@@ -143,8 +143,8 @@ tell(
 # long until an answer, for those who get one? And with a deadline alone, how long until the rejection?
 
 # %%
-guess_yes_s = 1.0  # seconds to an answer, with "predicted wait"
-guess_no_s = 1.0  # seconds to a rejection, with "deadline"
+guess_yes_s = ...  # seconds to an answer, with "predicted wait"
+guess_no_s = ...  # seconds to a rejection, with "deadline"
 
 # %% [markdown]
 # **Prediction.** Under overload the queue grows until a rule holds it. So whoever is let in waits about as long as the
@@ -248,7 +248,7 @@ tell(
 # guess:** what share of the texts is answered with the bound?
 
 # %%
-guess_share = 0.75  # of the texts, with a bound of 25; all is 1
+guess_share = ...  # of the texts, with a bound of 25; all is 1
 
 # %% [markdown]
 # **Prediction.** The door has to decide about all 60 before the model has done anything. It lets the first in, whom the
@@ -294,7 +294,7 @@ tell(
 # **Your guess:** what is the goodput of the patient server?
 
 # %%
-guess_patient = 25  # right answers within 2 s, per second
+guess_patient = ...  # right answers within 2 s, per second
 
 # %%
 SLEEPS = {"MODEL": "loadtests.bench.apps:Sleeps"}
@@ -410,7 +410,7 @@ claim(
 # microseconds does one rejection keep the server's core busy?
 
 # %%
-guess_no_us = 1000  # microseconds of the server's core, for one 503
+guess_no_us = ...  # microseconds of the server's core, for one 503
 
 # %% [markdown]
 # **Prediction.** A rejection costs $c$ seconds. We find $c$ at the lowest load. Then $\lambda$ rejections per second take the share
@@ -482,7 +482,7 @@ way(
 # strangers gets a quick rejection, a 503? A good server would reject about half of them.
 
 # %%
-guess_refused = 0.25  # of all strangers
+guess_refused = ...  # of all strangers
 
 # %% [markdown]
 # **Prediction.** This loop takes in one new connection, calls the model for 20 ms, takes in the next (lesson 1, bug 3).
@@ -581,7 +581,7 @@ claim(
 # answer in the end, if all of them wait as they are told?
 
 # %%
-guess_answered = 0.6  # of the clients
+guess_answered = ...  # of the clients
 
 # %% [markdown]
 # **Prediction.** The overload lasts for $T$ seconds; $1.7\,\mu T$ clients come.
@@ -684,8 +684,8 @@ tell(f"The client gets a 422 at once: “{refused_with}”.")
 # model are that in all? And how many times as long does the batch take as one without the bad text?
 
 # %%
-guess_calls = 2  # calls of the model
-guess_times = 2.0  # times as long
+guess_calls = ...  # calls of the model
+guess_times = ...  # times as long
 
 # %% [markdown]
 # **Prediction.** One call with 8, then 8 calls with one: 9 calls. By lesson 4's law a call with $n$ texts takes $a + b
@@ -766,7 +766,7 @@ claim(
 # times does the process die?
 
 # %%
-guess_deaths = 8
+guess_deaths = ...
 
 # %% [markdown]
 # **Prediction.** In electricity a *circuit breaker* cuts the current after a fault. In software: after some failures don't

@@ -65,7 +65,7 @@ way(
 # threads answer?
 
 # %%
-guess_threads = 100  # texts per second, by gthread with 8 threads
+guess_threads = ...  # texts per second, by gthread with 8 threads
 
 # %%
 from gunicorn.workers import SUPPORTED_WORKERS
@@ -171,7 +171,7 @@ claim(
 # memory does a thread take that only waits? (Linux reserves an address range of 8 MB for each.)
 
 # %%
-guess_thread_mb = 1.0  # MB for each waiting thread
+guess_thread_mb = ...  # MB for each waiting thread
 
 # %% [markdown]
 # **Prediction.** Reserved is not used. So start 200 threads here that only wait, and see how much memory this
@@ -285,7 +285,7 @@ claim(
 # of them its answer, by default?
 
 # %%
-guess_last_s = 0.5  # seconds
+guess_last_s = ...  # seconds
 
 # %% [markdown]
 # **Prediction.** One copy of a model does one call at a time. With $k$ copies on the same queue and up to $B$ texts in
@@ -343,7 +343,7 @@ claim(
 # texts per second. **Your guess:** how many times as many do (2 × cores) + 1 of them answer?
 
 # %%
-guess_more = 1.5  # times the texts/s
+guess_more = ...  # times the texts/s
 
 # %% [markdown]
 # **Prediction** for $k$ workers on $c$ cores, each with one torch thread. A model waits for nothing: it computes. So texts
@@ -464,7 +464,7 @@ claim(
 # **Your guess:** how many MB do two workers with the model take?
 
 # %%
-guess_two_mb = 1000  # MB
+guess_two_mb = ...  # MB
 
 # %% [markdown]
 # **Prediction:** twice what one takes. (In the picture, up and to the left is better.)
@@ -510,7 +510,7 @@ tell(
 # are two, beside that program?
 
 # %%
-guess_beside = 1.0  # times as fast
+guess_beside = ...  # times as fast
 
 # %% [markdown]
 # **Prediction.** $n$ threads on as many free cores: $n$ times as fast. If another program wants one of the cores, the
@@ -611,7 +611,7 @@ tell(
 # thread, and on the event loop. **Your guess:** which status does the client of the second get? (0 for none.)
 
 # %%
-guess_status = 200
+guess_status = ...
 
 # %% [markdown]
 # **Prediction.** In a thread: 200 after 5 s. On the loop: no heartbeat for 5 s. Gunicorn's *master*, the process that
@@ -652,7 +652,7 @@ tell(f"You guessed {guess_status} for the second.")
 # of 32, if its model took no time?
 
 # %%
-guess_bare, guess_instant = 20_000, 10_000  # requests per second
+guess_bare, guess_instant = ..., ...  # requests per second
 
 # %% [markdown]
 # **Prediction.** Call the bare app as uvicorn does, but without any network, here in the notebook. It takes some

@@ -164,7 +164,7 @@ table(
 # each of 30,522 words, at each token. What share of the call do you think that head takes?
 
 # %%
-guess_head = 10  # % of the call's time
+guess_head = ...  # % of the call's time
 
 # %% [markdown]
 # **Prediction.** Count the multiplications for one token, $h = 384$ numbers wide. A layer has four products of $h \times h$ and
@@ -240,7 +240,7 @@ tell(
 # for each *token*. How large is the reply to one text of 256 tokens?
 
 # %%
-guess_kb = 100  # KB for a text of 256 tokens
+guess_kb = ...  # KB for a text of 256 tokens
 
 # %% [markdown]
 # **Prediction.** Tokens × 384 × 12 characters. And the cost? Every number must be written as decimal digits, so the time grows as
@@ -333,7 +333,7 @@ tell(
 # answer in batches of 32 as one by one?
 
 # %%
-guess_gain = 2.0  # times
+guess_gain = ...  # times
 
 # %% [markdown]
 # **Prediction.** Measure calls of 1 and of 8 texts, nothing else. They give $b = (t_8 - t_1) / 7$ and $a = t_1 - b$. Then a batch
@@ -470,7 +470,7 @@ way(
 # call's time, and torch four. There are two cores. How many times the answers of one copy do two copies give, in two threads?
 
 # %%
-guess_two_threads = 1.8  # times the answers of one copy
+guess_two_threads = ...  # times the answers of one copy
 
 # %% [markdown]
 # **Prediction.** A call takes $p$ seconds of Python and $m$ of torch; the share of Python is $s = p / (p + m)$. Instances that don't

@@ -33,7 +33,7 @@ way(("clients", "server.py", "queue", "loop", "process", "model"), changed={"pro
 # does *spawn* take here, if the new process has nothing to import?
 
 # %%
-guess_spawn_s = 0.35  # seconds until a new process says its first word
+guess_spawn_s = ...  # seconds until a new process says its first word
 
 # %% [markdown]
 # **Prediction.** A fork copies no memory, only the tables that say where it is: a few milliseconds. Spawn takes as long as
@@ -95,7 +95,7 @@ claim(
 # take for its next process?
 
 # %%
-guess_preloaded_s = 0.5  # seconds
+guess_preloaded_s = ...  # seconds
 
 # %% [markdown]
 # **Prediction.** What is in memory already when the process is forked is free. The rest is paid again:
@@ -204,7 +204,7 @@ claim(
 # after a product.
 
 # %%
-guess_too_late = True  # is it too late after the import?
+guess_too_late = ...  # is it too late after the import?
 
 # %% [markdown]
 # **Prediction.** Python fixes the method when somebody chooses it, or starts a process. An import of torch does neither.
@@ -252,7 +252,7 @@ claim(
 # many of 100 can never take the lock?
 
 # %%
-guess_stuck = 5  # of 100 forks
+guess_stuck = ...  # of 100 forks
 
 # %% [markdown]
 # **Prediction.** A fork at a random moment meets the lock held as often as it is held. So the share of the children that hang
@@ -318,7 +318,7 @@ claim(
 # quick form takes a child that needs nothing.) How many seconds sooner does the next copy answer?
 
 # %%
-guess_sooner_s = 2.0  # seconds
+guess_sooner_s = ...  # seconds
 
 # %% [markdown]
 # **Prediction.** A forkserver's next process saves the imports of torch and transformers, which were timed above, and no more: weights
@@ -399,7 +399,7 @@ way(
 # two get together, before both wait forever?
 
 # %%
-guess_answers = 100  # of 200
+guess_answers = ...  # of 200
 
 # %% [markdown]
 # **Prediction.** Two callers wait; one of the two replies comes first. Python gives it to whoever has waited longest. With
@@ -457,7 +457,7 @@ tell(
 # think**: of 100 answers, how many belong to somebody else's text?
 
 # %%
-guess_wrong = 0.5  # a share
+guess_wrong = ...  # a share
 
 # %% [markdown]
 # **Prediction.** One half, by the same argument? No: more. A mistake drags the next one along. The caller that got the wrong reply asks
@@ -504,7 +504,7 @@ way(
 # devices. Of the next 20 texts, how many does the broken service answer?
 
 # %%
-guess_after_bad = 19  # of 20
+guess_after_bad = ...  # of 20
 
 # %% [markdown]
 # **Prediction.** Dealt in turn, every second text falls into a queue that nobody empties: 10. Where the exception is
@@ -550,7 +550,7 @@ tell(
 # ten takes ten times as long as the others?
 
 # %%
-guess_wait = 2.0  # times the mean time of a text
+guess_wait = ...  # times the mean time of a text
 
 # %% [markdown]
 # **Prediction.** Three things make texts wait: they come irregularly, they are uneven, and the devices are crowded. One formula
@@ -717,7 +717,7 @@ claim(
 # come each second. For what share of the time is it busy?
 
 # %%
-guess_busy = 0.25  # a share of the time
+guess_busy = ...  # a share of the time
 
 # %% [markdown]
 # **Prediction.** While it is not always busy, most texts come alone: a call takes $a+b$, and the busy time is
@@ -779,7 +779,7 @@ claim(
 # with four instances?
 
 # %%
-guess_four = 0.5  # a share of the time
+guess_four = ...  # a share of the time
 
 # %% [markdown]
 # **Prediction.** One instance: 2 of 10 ms, 20 %. With $k$ instances that don't get into each other's way: $k \cdot 20\,\%$, and

@@ -38,7 +38,7 @@ way(changed={"model"})
 # **Your guess:** how many short texts a second (about ten tokens each) can one core answer at most, in float32?
 
 # %%
-guess_per_s = 1000  # texts a second
+guess_per_s = ...  # texts a second
 
 # %% [markdown]
 # **Prediction.** Count. A layer multiplies each token's $h$ numbers by four tables of $h \times h$ (query, key, value, out)
@@ -115,7 +115,7 @@ tell(
 # **Your guess:** one short text a call. How many times as fast as PyTorch is ONNX Runtime?
 
 # %%
-guess_times = 3  # times PyTorch's texts a second
+guess_times = ...  # times PyTorch's texts a second
 
 # %% [markdown]
 # **Prediction.** A call of PyTorch costs $a + b\,n$ for $n$ texts (lesson 4). A lean runtime can save the fixed part $a$, in
@@ -284,7 +284,7 @@ table(
 # fast path? Both in float32.
 
 # %%
-guess_less = 2  # times ONNX Runtime's texts a second
+guess_less = ...  # times ONNX Runtime's texts a second
 
 # %% [markdown]
 # **Prediction.** If both do as many operations a second, the ratio is that of the operations: all texts as long as the
@@ -383,7 +383,7 @@ else:
 # **Your guess:** how far, at most, does bfloat16 move a score?
 
 # %%
-guess_gap = 0.1  # from 0 to 1
+guess_gap = ...  # from 0 to 1
 
 # %% [markdown]
 # **Prediction.** It keeps 8 binary digits of a number. A word's *logit* is its number before it becomes a score. Say that the
@@ -450,7 +450,7 @@ tell(
 # the process take at most?
 
 # %%
-guess_mb = 300  # MB
+guess_mb = ...  # MB
 
 # %% [markdown]
 # **Prediction.** A process takes what it has after its first short answer. A large batch comes on top. The

@@ -4,7 +4,6 @@ A copy that is there stays as it is; delete it to start again.
 """
 
 import os
-import re
 import subprocess
 import sys
 
@@ -16,17 +15,6 @@ FIRST = """import sys
 
 sys.path.insert(0, "..")  # this copy lies in notebooks/learn: keep it there
 """
-GUESS = re.compile(r"^((?:guess_\w+, )*guess(?:_\w+)?) = (.+?)(  #.*)?$", re.MULTILINE)
-
-
-def unset(source: str) -> str:
-    """The cell with `...` in place of each guess; its comment stays."""
-
-    def blank(found: re.Match[str]) -> str:
-        names, comment = found[1], found[3] or ""
-        return f"{names} = {', '.join(['...'] * len(names.split(', ')))}{comment}"
-
-    return GUESS.sub(blank, source)
 
 
 def copy(numbers: list[str]) -> list[str]:
@@ -39,11 +27,9 @@ def copy(numbers: list[str]) -> list[str]:
         path = COPIES / f"{script.stem}.ipynb"
         names.append(path.name)
         if not path.exists():
-            notebook = run.read(script)
-            code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-            for cell in code:
-                cell.source = unset(cell.source)
-            code[0].source = FIRST + code[0].source
+            notebook = run.read(script, guessed=False)
+            first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+            first.source = FIRST + first.source
             nbformat.write(notebook, path)
     return names
 

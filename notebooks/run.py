@@ -6,6 +6,7 @@ its outputs, a changed one has none until the next full run. Sources of claims a
 """
 
 import argparse
+import configparser
 import os
 import re
 import subprocess
@@ -28,9 +29,23 @@ from notebooks.support import said_by  # noqa: E402
 LESSONS = sorted(HERE.glob("[0-9]*_*.py"), key=lambda script: int(script.stem.split("_")[0]))
 
 
-def read(script: Path) -> nbformat.NotebookNode:
-    """The script as a notebook without outputs, always the same bytes."""
+GUESS = re.compile(r"^((?:guess_\w+, )*guess(?:_\w+)?) = \.\.\.(?:, \.\.\.)*", re.MULTILINE)
+
+
+def common_guesses(number: str) -> dict[str, str]:
+    """Of a lesson: what common_guesses.ini has for each name, as Python."""
+    guesses = configparser.ConfigParser(interpolation=None)
+    guesses.read_string((HERE / "common_guesses.ini").read_text())
+    return dict(guesses[number])
+
+
+def read(script: Path, *, guessed: bool = True) -> nbformat.NotebookNode:
+    """The script as a notebook without outputs, always the same bytes; with common guesses, or `...` for a learner's own."""
     notebook = jupytext.read(script)
+    if guessed:
+        guesses = common_guesses(script.stem.split("_")[0])
+        for cell in notebook.cells:
+            cell.source = GUESS.sub(lambda found: f"{found[1]} = {guesses[found[1]]}", cell.source)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

@@ -189,6 +189,13 @@ def test_learners_copy_has_no_outputs_and_no_guess_is_made(
     assert 'sys.path.insert(0, "..")' in next(cell.source for cell in cells if cell.cell_type == "code")
 
 
+@pytest.mark.parametrize("script", run.LESSONS, ids=name)
+def test_scripts_leave_guesses_open_and_each_has_a_common_one_in_the_file(script: Path) -> None:
+    open_ones = [found[1] for found in run.GUESS.finditer(script.read_text())]
+    assert open_ones == list(run.common_guesses(script.stem.split("_")[0]))
+    assert not re.findall(r"^guess(?:_\w+)? = (?!\.\.\.)", script.read_text(), re.MULTILINE)
+
+
 def test_cell_that_needs_a_guess_does_not_run_and_says_so_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
