@@ -58,7 +58,10 @@ QUICK = os.environ.get("QUICK") == "1"
 LEARNING = os.environ.get("LEARNING") == "1"  # set by `make learn`: the guesses are the learner's own
 TEXT = "Paris is the [MASK] of France."
 CORES = sorted(os.sched_getaffinity(0))
-SERVER_CORES, CLIENT_CORES = {CORES[0]}, {CORES[-1]}  # so that they don't take each other's time
+# The quick form measures nothing, and several lessons run side by side: they share the cores, and servers end soon.
+# Otherwise server and clients don't take each other's time.
+SERVER_CORES, CLIENT_CORES = (set(CORES), set(CORES)) if QUICK else ({CORES[0]}, {CORES[-1]})
+COMMON = {"TORCH_THREADS": "1"} | ({"GRACE_S": "1"} if QUICK else {})  # settings of each server
 if len(CORES) < 2:
     print(
         "This machine has one core: server and clients share it, so the figures mean little, and no claim is entered."
@@ -151,7 +154,7 @@ def serve(
 
     It gets one core and one torch thread, unless told otherwise: the other core is the clients'.
     """
-    env = {"TORCH_THREADS": "1", **{name: str(value) for name, value in settings.items()}}
+    env = COMMON | {name: str(value) for name, value in settings.items()}
     _stop_earlier_runs(*_this_cell())
     stack = contextlib.ExitStack()
     chosen = modes.MODES[mode] if isinstance(mode, str) else mode

@@ -1,5 +1,6 @@
 """The lessons run, their notebooks are what their scripts say, and every exercise can be solved."""
 
+import json
 import os
 import re
 import runpy
@@ -220,6 +221,27 @@ def test_killed_kernel_leaves_no_server(tmp_path: Path) -> None:
     kernel = subprocess.run([sys.executable, "-c", code], cwd=NOTEBOOKS, capture_output=True, text=True)
     assert kernel.returncode == -signal.SIGKILL
     until(lambda: not psutil.pid_exists(int(kernel.stdout.split()[-1])))
+
+
+def test_share_of_a_lock_is_measured_although_all_processes_start_at_once() -> None:
+    argv = [sys.executable, "-m", "notebooks.support.l08_locks", "fork", "0.5", "0"]
+    found = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 0 < json.loads(found.stdout)["share"] < 1
+
+
+def test_servers_of_the_quick_form_use_all_cores_and_end_soon() -> None:
+    code = (
+        "import lesson; print(lesson.SERVER_CORES == lesson.CLIENT_CORES == set(lesson.CORES), lesson.COMMON)"
+    )
+    argv = [sys.executable, "-c", code]
+    quick, full = (
+        subprocess.run(
+            argv, cwd=NOTEBOOKS, env=os.environ | {"QUICK": one}, capture_output=True, text=True
+        ).stdout
+        for one in ("1", "0")
+    )
+    assert quick.startswith("True") and "GRACE_S" in quick and "GRACE_S" not in full
+    assert full.startswith("True") == (len(os.sched_getaffinity(0)) == 1)
 
 
 def test_changed_cell_loses_its_outputs_and_the_others_keep_theirs(tmp_path: Path) -> None:

@@ -18,16 +18,16 @@ PATIENCE_S = 0.5  # the thread that would let go of it isn't in the child: nothi
 ALIVE = 30  # at once, at most
 
 
-def hold(share, spent):
-    """Hold the lock for about this share of each period; note the seconds with it, and all."""
-    began = time.perf_counter()
+def hold(share, found):
+    """Hold the lock for about this share of each period; note the share of the time that it was, after each period."""
+    began, held_s = time.perf_counter(), 0.0
     while True:
         with LOCK:
             taken = time.perf_counter()
             time.sleep(share * PERIOD_S)
-            spent["with it"] += time.perf_counter() - taken
+            held_s += time.perf_counter() - taken
         time.sleep((1 - share) * PERIOD_S)
-        spent["all"] = time.perf_counter() - began
+        found["share"] = held_s / (time.perf_counter() - began)
 
 
 def child():
@@ -38,8 +38,8 @@ def child():
 def start_many(method, share, number):
     """How many of `number` processes were started while the lock was held, how many can't take it, how long it was held."""
     context = multiprocessing.get_context(method)
-    spent = {"with it": 0.0, "all": 0.0}
-    threading.Thread(target=hold, args=(share, spent), daemon=True).start()
+    found: dict[str, float] = {}
+    threading.Thread(target=hold, args=(share, found), daemon=True).start()
     alive, codes, held = [], [], 0
     for _ in range(number):
         time.sleep(random.uniform(0, PERIOD_S))
@@ -49,9 +49,10 @@ def start_many(method, share, number):
         alive.append(process)
         while len(alive) >= ALIVE:
             codes.append(end(alive.pop(0)))
-    share = spent["with it"] / spent["all"]
     codes += map(end, alive)
-    return {"held": held, "stuck": codes.count(1), "started": len(codes), "share": share}
+    while "share" not in found:  # until the first period has passed
+        time.sleep(PERIOD_S)
+    return {"held": held, "stuck": codes.count(1), "started": len(codes), "share": found["share"]}
 
 
 def end(process):
