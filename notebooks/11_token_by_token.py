@@ -88,6 +88,8 @@ said(
     cached[256] < 2 * cached[1],
     f"With a cache the 257th token takes {cached[256] / cached[1]:.1f} times as long as the second.",
 )
+
+# %%
 claim(
     "A KV cache turns n² into n",
     who=f"{model.description.split(':')[0]}, one core, a step with and without a cache",
@@ -212,12 +214,8 @@ scheduler = Scheduler(2, StepCost())
 for name, length in (("A", 1), ("B", 4), ("C", 2)):
     scheduler.add(Sequence([1], Options(max_tokens=length), owner=name))
 while step := scheduler.plan():
-    print(
-        "in this step:",
-        *(sequence.owner for sequence in step.sequences),
-        "  waiting:",
-        len(scheduler.waiting),
-    )
+    owners = (sequence.owner for sequence in step.sequences)
+    print("in this step:", *owners, "  waiting:", len(scheduler.waiting))
     for sequence, _, reason in list(scheduler.advance(step, [Token(5, 0.0)] * len(step.rows))):
         if reason:
             scheduler.end(sequence, reason)
@@ -330,6 +328,8 @@ compare(
     formula=gain * 8 * batch_ms[8] / batch_ms[64],
     measured=wide_per_s / static_per_s,
 )
+
+# %%
 claim(
     "Continuous batching gives 23 ×",
     who="this scheduler's steps at this model's measured step times, lengths exponential",
@@ -375,6 +375,19 @@ def steps_continuous(lengths, slots): ...
 
 
 checks.exercise_11_3((steps_static, steps_continuous))
+
+# %% [markdown]
+# ## In the lab
+#
+# Each reader's context has grown to 300 tokens. How many sequences may share a step, so that nobody's gap is longer than twice that of one
+# reader alone? As many as possible, one whole number. The model is the lesson's own, and what counts is what it takes on this machine.
+
+# %%
+import labs
+
+sequences = ...
+
+labs.lab_11(sequences)
 
 # %% [markdown]
 # ## Ten questions

@@ -668,6 +668,19 @@ def times_one_copy(place, copies, cores, share): ...
 checks.exercise_7_3(times_one_copy)
 
 # %% [markdown]
+# ## In the lab
+#
+# How much Python may a call have, so that two threads still give 1.3 times the answers of one? Give the share, between 0 and 1, as large
+# as you dare. It starts the real server with one instance and with two, and judges what it measures.
+
+# %%
+import labs
+
+share_of_python = ...
+
+labs.lab_7(share_of_python)
+
+# %% [markdown]
 # ## Ten questions
 #
 # Answer them aloud, then open the answers.

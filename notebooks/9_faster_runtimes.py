@@ -626,6 +626,19 @@ def texts_until_paid(later_s, old, new, n):
 checks.exercise_9_3(texts_until_paid)
 
 # %% [markdown]
+# ## In the lab
+#
+# The stock model, one text at a time, is `FAST=0`. Give the settings with which the real server answers at least 5 times as many short texts
+# per second, and no score moves by more than 0.001. A dict, as `{"BATCH_SIZE": 1}`; the settings are in `docs/settings.md`. No further package.
+
+# %%
+import labs
+
+my_settings = ...
+
+labs.lab_9(my_settings)
+
+# %% [markdown]
 # ## Ten questions
 #
 # Answer them aloud, then open the answers.

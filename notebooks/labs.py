@@ -40,6 +40,15 @@ def lab(measure: Callable[[Any], Verdict]) -> Callable[[Any], Verdict]:
     return soft
 
 
+def steady(turns: list[float]) -> float:
+    """The median of a measurement's turns. Raises NotYet where they differ by a quarter: nothing can be judged then."""
+    if min(turns) < 0.75 * max(turns):
+        raise NotYet(
+            f"something else computes on this machine: the same experiment gave {min(turns):.0f} to {max(turns):.0f} per second. Try again"
+        )
+    return float(np.median(turns))
+
+
 # --- lesson 1 ---------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +205,34 @@ def lab_6(threads: int) -> Verdict:
     return judge_6(df.batch_size.count() / (1 / df.batch_size).sum(), 24)
 
 
+# --- lesson 7 ---------------------------------------------------------------------------------------------------------
+
+
+def judge_7(share: float, gain: float) -> Verdict:
+    """The most Python with which two threads still give 1.3 times the answers of one."""
+    if gain < 1.3:
+        return Verdict(
+            False,
+            f"with {share:.0%} of Python two threads give {gain:.2f} times the answers of one, 1.3 were asked for. Do they take perfect turns?",
+        )
+    if share < 0.3:
+        return Verdict(
+            False,
+            f"{gain:.2f} times; but {share:.0%} of Python is timid. For which s is 2 / (1 + s) = 1.3? Stay somewhat below it",
+        )
+    return Verdict(True, f"with {share:.0%} of Python two threads give {gain:.2f} times the answers of one.")
+
+
+@lab
+def lab_7(share: float) -> Verdict:
+    from support import l07_measure
+
+    if not 0 < share < 1:
+        raise NotYet("a share lies between 0 and 1")
+    turns = l07_measure.copies_in_threads(share, (1, 2), lesson.quick(1.5, 2.5))
+    return judge_7(share, steady(turns[2]) / steady(turns[1]))
+
+
 # --- lesson 8 ---------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +264,50 @@ def lab_8(instances: int) -> Verdict:
     return judge_8(waits, instances)
 
 
+# --- lesson 9 ---------------------------------------------------------------------------------------------------------
+
+
+def judge_9(gain: float, score_gap: float) -> Verdict:
+    """Five times the stock model's answers per second, and the same ones."""
+    if score_gap > 0.001:
+        return Verdict(
+            False,
+            f"{gain:.1f} times as many; but a score moved by {score_gap:.2g}, 0.001 was allowed. Which setting rounds?",
+        )
+    if gain < 5:
+        return Verdict(
+            False,
+            f"{gain:.1f} times as many texts per second as the stock model, one by one; 5 were asked for. What costs in a call, and what in a text?",
+        )
+    return Verdict(
+        True, f"{gain:.1f} times as many texts per second, and no score moved by more than {score_gap:.1g}."
+    )
+
+
+@lab
+def lab_9(settings: dict[str, Any]) -> Verdict:
+    from loadtests.load import texts
+    from workers.settings import Settings
+
+    if unknown := set(settings) - set(Settings.__annotations__):
+        raise NotYet(f"{', '.join(sorted(unknown))}: not a setting; see docs/settings.md")
+    asked = [text.text for text in texts.corpus("short")[:20]]
+    per_s, scores = {}, {}
+    for name, its in {"stock": {"FAST": "0"}, "yours": settings}.items():
+        server = serve(**its)
+        replies = lesson.ask_together(server, asked)
+        scores[name] = [{one["token"]: one["score"] for one in reply.json} for reply in replies]
+        per_s[name] = capacity(server, lesson.quick(1, 4), users=32)
+        stop(server)
+    gaps = [
+        abs(score - mine[token])
+        for theirs, mine in zip(scores["stock"], scores["yours"])
+        for token, score in theirs.items()
+        if token in mine  # the fifth word may be another one where two are as likely
+    ]
+    return judge_9(per_s["yours"] / per_s["stock"], max(gaps))
+
+
 # --- lesson 10 --------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +335,46 @@ def lab_10(rate_per_s: float) -> Verdict:
         after_answers=40,
     )
     return judge_10(lost.rows.outcome.value_counts().to_dict())
+
+
+# --- lesson 11 --------------------------------------------------------------------------------------------------------
+
+
+def judge_11(usual_ms: float, gap_ms: float, more_ms: float) -> Verdict:
+    """As many sequences in a step as leave each reader's gap within twice that of one alone."""
+    if gap_ms > 2 * usual_ms:
+        return Verdict(
+            False,
+            f"the gap is {gap_ms:.0f} ms, alone it is {usual_ms:.0f}: too many. What does each sequence bring that nobody else reads?",
+        )
+    if more_ms <= 2 * usual_ms:
+        return Verdict(
+            False,
+            f"the gap is {gap_ms:.0f} ms, alone it is {usual_ms:.0f}; with half as many again it would be {more_ms:.0f}: there is room",
+        )
+    return Verdict(
+        True,
+        f"the gap is {gap_ms:.0f} ms, alone it is {usual_ms:.0f}, with half as many again {more_ms:.0f}.",
+    )
+
+
+@lab
+def lab_11(sequences: int) -> Verdict:
+    from support import l11_tokens
+
+    most = l11_tokens.SLOTS * 2 // 3
+    if not 1 <= sequences <= most:
+        raise NotYet(f"from 1 to {most}: half as many again must fit into the slots")
+    model = l11_tokens.loaded()
+    steps = {n: l11_tokens.writing(n, 300) for n in (1, sequences, -(-sequences * 3 // 2))}
+    turns = [
+        {n: l11_tokens.step_ms(model, rows, 3) for n, rows in steps.items()}
+        for _ in range(lesson.quick(3, 9))  # in turn, so that a slow moment of the machine meets all of them
+    ]
+    usual_ms, gap_ms, more_ms = (
+        float(np.median([turn[n] for turn in turns])) for n in (1, sequences, -(-sequences * 3 // 2))
+    )
+    return judge_11(usual_ms, gap_ms, more_ms)
 
 
 # --- lesson 12 --------------------------------------------------------------------------------------------------------
