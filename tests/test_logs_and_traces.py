@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,7 @@ def ask(app: Any, path: str = "/", method: str = "POST", **headers: str) -> list
         "method": method,
         "path": path,
         "headers": [(k.encode(), v.encode()) for k, v in headers.items()],
+        "state": {"service": SimpleNamespace(settings=Settings(MODEL="a-model"))},
     }
     asyncio.run(app(scope, None, send))
     return sent
@@ -236,6 +238,8 @@ def test_span_of_generated_texts_has_the_attributes_of_the_conventions() -> None
     found = spans(app)["POST /"].attributes
     assert {name: value for name, value in found.items() if name.startswith("gen_ai.")} == {
         conventions.GEN_AI_OPERATION_NAME: "text_completion",
+        conventions.GEN_AI_REQUEST_MODEL: "a-model",
+        conventions.GEN_AI_RESPONSE_MODEL: "a-model",
         conventions.GEN_AI_REQUEST_MAX_TOKENS: 64,
         conventions.GEN_AI_REQUEST_TEMPERATURE: 0.5,
         conventions.GEN_AI_REQUEST_TOP_P: 1.0,

@@ -140,15 +140,18 @@ class Traces:
         }
         self.tracer.start_span("model", within, start_time=model_at, attributes=batch).end(replied_at)
         if answer.generated:
-            span.set_attributes(generation_attributes(context.route, answers))
+            model = scope["state"]["service"].settings.model_name
+            span.set_attributes(generation_attributes(context.route, model, answers))
 
 
-def generation_attributes(route: str, answers: Sequence[Answer]) -> dict[str, Any]:
+def generation_attributes(route: str, model: str, answers: Sequence[Answer]) -> dict[str, Any]:
     """Return what is said of generated texts, by OpenTelemetry's conventions for generative AI."""
     texts = [answer.generated for answer in answers if answer.generated]
     options = texts[0].options
     return {
         "gen_ai.operation.name": "chat" if "chat" in route else "text_completion",
+        "gen_ai.request.model": model,  # whatever the client wrote: there is one
+        "gen_ai.response.model": model,
         "gen_ai.request.max_tokens": options.max_tokens,
         "gen_ai.request.temperature": options.temperature,
         "gen_ai.request.top_p": options.top_p,
