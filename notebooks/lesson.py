@@ -406,12 +406,17 @@ def off(value: float, measured: float) -> str:
     return f"{factor:.2g} × too {where}" if factor < math.inf else f"too {where}"
 
 
+def digits(value: float) -> str:
+    """Three digits of it; all of a large one's: 2,479."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def compare(what: str, *, guess: float, formula: float, measured: float) -> None:
     """Show one line: the guess, the formula and the measurement, and how far off the first two are. `score` counts it."""
     _compared.append((what, factor_off(guess, measured), factor_off(formula, measured)))
     tell(
-        f"*{what}.* Your guess: {guess:.3g} ({off(guess, measured)}). Formula: {formula:.3g} ({off(formula, measured)})."
-        f" Measured: **{measured:.3g}**."
+        f"*{what}.* Your guess: {digits(guess)} ({off(guess, measured)}). Formula: {digits(formula)} ({off(formula, measured)})."
+        f" Measured: **{digits(measured)}**."
     )
 
 
