@@ -11,7 +11,7 @@ import pytest
 
 from loadtests.modes import MODES, start
 from workers.generation import grammar
-from workers.generation.scheduler import Scheduler, Sequence
+from workers.generation.scheduler import NO_WAY_ON, Scheduler, Sequence
 from workers.generation.step_cost import StepCost
 from workers.generation.steps import Options, Token
 
@@ -27,6 +27,12 @@ CHAIN = {
     "$ref": "#/$defs/0",
     "$defs": {str(i): one | {"$ref": f"#/$defs/{i + 1}"} for i, one in enumerate(ENDLESS[:-1])}
     | {str(len(ENDLESS) - 1): ENDLESS[-1]},
+}
+CIRCLE = {
+    "type": "object",
+    "properties": {"next": {"$ref": "#/$defs/a"}},
+    "required": ["next"],
+    "$defs": {"a": {"$ref": "#/$defs/a"}},
 }
 MESSAGES: Any = [{"role": "user", "content": "the old dog"}]
 needs_llguidance = pytest.mark.usefixtures("llguidance")
@@ -123,6 +129,11 @@ def test_json_object_begins_as_one_and_length_is_told(client: openai.OpenAI) -> 
         ({"response_format": of_schema("text")}, "response_format"),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "regex"}}, "response_format"),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, "nothing else"),
+        ({"response_format": {"type": "text", "schema": SCHEMA}}, "nothing else"),
+        ({"response_format": of_schema(SCHEMA) | {"schema": SCHEMA}}, "nothing else"),
+        # found out as late as after the text's first tokens
+        ({"response_format": of_schema(CIRCLE)}, "allows no end"),
         ({"response_format": of_schema(SCHEMA), "ignore_eos": True}, "ignore_eos"),
     ],
 )
@@ -149,7 +160,7 @@ def test_schema_that_is_too_complex_to_follow_fails_its_text_instead_of_ending_i
     step = scheduler.plan()
     assert step
     ((_, outcome, reason),) = scheduler.advance(step, [Token(end, 0.0)])
-    assert (outcome, reason) == ("the schema is too complex; send a simpler one", "failed")
+    assert (outcome, reason) == (NO_WAY_ON, "failed")
 
 
 @needs_llguidance

@@ -12,6 +12,8 @@ import importlib
 import json
 from typing import Any
 
+from workers.errors import Malformed, ModelFailed
+
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # no endless blanks
 # llguidance's units, for a schema of few bytes may cost seconds: of its own defaults a fifth (0.1 s), a quarter and two fifths.
 LIMITS = {"initial_lexer_fuel": 200_000, "step_lexer_fuel": 50_000, "step_max_items": 20_000}
@@ -22,6 +24,10 @@ MISSING = "llguidance is not installed on the server: pip install -r requirement
 
 class GrammarError(ValueError):
     """A sentence on why there is no grammar for this schema."""
+
+
+class SchemaFailed(ModelFailed, Malformed):
+    """A text can't follow its JSON Schema any further. Not the server's fault, so 400."""
 
 
 class Matcher:

@@ -25,7 +25,7 @@ from workers.generation.steps import Choice, Options, Outcome, Row, Token
 GAP_STEPS = 2.5  # the promise is 3 steps: a step takes now and then longer than predicted
 LEAST_PROMPT = 8  # tokens of prompts in a step, however slow they are: prompts must not starve
 CHUNK_SHARES = 4  # a token of a chunk reads the cache at a quarter of the cost: the others read the same keys
-TOO_COMPLEX = "the schema is too complex; send a simpler one"
+NO_WAY_ON = "the text can't follow its schema, which is too complex or allows no end; send a simpler one"
 # Where nobody waits for a next token. Longer chunks are slower: attention's scores leave the cache.
 MOST_PROMPT = 256
 
@@ -182,7 +182,7 @@ class Scheduler:
             sequence.cached += len(row.ids)
             if outcome is not None:
                 reason = sequence.accept(outcome)
-                yield sequence, TOO_COMPLEX if reason == "failed" else outcome, reason
+                yield sequence, NO_WAY_ON if reason == "failed" else outcome, reason
 
 
 def work(rows: Iterable[Row]) -> Work:

@@ -20,7 +20,8 @@ from typing import Any
 from workers.errors import LOADING, STOPPING, TOO_SHORT, Late, ModelDied, ModelFailed, Rejected, Unanswered
 from workers.generation.admission import Admission
 from workers.generation.counts import Counts
-from workers.generation.scheduler import Scheduler, Sequence, Step, work
+from workers.generation.grammar import SchemaFailed
+from workers.generation.scheduler import NO_WAY_ON, Scheduler, Sequence, Step, work
 from workers.generation.slots import OWNER
 from workers.generation.step_cost import StepCost, Work
 from workers.generation.steps import Limits, Options, Outcome
@@ -251,7 +252,7 @@ class TokenLoop:
                 self.counts.prompt.inc(len(row.ids))
         for sequence, outcome, reason in self.scheduler.advance(step, outcomes):
             if isinstance(outcome, str):
-                self._fail(sequence, ModelFailed(outcome))
+                self._fail(sequence, (SchemaFailed if outcome is NO_WAY_ON else ModelFailed)(outcome))
                 continue
             stream = self.streams[sequence]
             self._time(stream, now)

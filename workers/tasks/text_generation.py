@@ -187,6 +187,8 @@ class Task(TextTask):
                 f"the prompt has {n} tokens and {new} new ones may follow; send a prompt and max_new_tokens "
                 f"of at most {most} together"
             )
+        if (least := prompt.options.min_tokens) > new:
+            raise Unprocessable(f"min_new_tokens is {least}, more than max_new_tokens, {new}; send fewer")
         return Query(prompt, n)
 
     def options(self, given: dict[str, Any]) -> Options:

@@ -1,5 +1,6 @@
 """What a request to the OpenAI APIs may have in it: each field by name, checked, as the task takes it."""
 
+import re
 from typing import Any
 
 from workers.errors import Malformed, Unprocessable
@@ -135,6 +136,8 @@ def sampling(content: dict[str, Any], task: Task, known: dict[str, str]) -> dict
     by_name = rules(task, known)
     given = check_parameters({name: value for name, value in content.items() if name in by_name}, by_name)
     content |= given
+    if len({given[name] for name in ("max_tokens", "max_completion_tokens") if name in given}) > 1:
+        raise Malformed('"max_tokens" and "max_completion_tokens" differ; send one of them')
     if "logit_bias" in given:
         given["logit_bias"] = {int(key): float(bias) for key, bias in given["logit_bias"].items()}
     if "top_k" in given:
@@ -145,16 +148,20 @@ def sampling(content: dict[str, Any], task: Task, known: dict[str, str]) -> dict
 def schema_of(content: dict[str, Any]) -> dict[str, Any] | None:
     """Return the JSON Schema that the text must follow, None where it is free. Raises Malformed with a sentence."""
     match content.get("response_format"):
-        case None | {"type": "text"}:
+        case None:
             return None
-        case {"type": "json_object"}:
+        case {"type": "text", **more} if not more:
+            return None
+        case {"type": "json_object", **more} if not more:
             schema: Any = {"type": "object"}
-        case {"type": "json_schema", "json_schema": {"schema": dict() as schema}}:
+        case {"type": "json_schema", "json_schema": {"schema": dict() as schema, **more}, **beside} if (
+            not beside and more.keys() <= {"name", "description", "strict"}
+        ):
             pass
         case _:
             raise Malformed(
                 '"response_format" must be {"type": "text"}, {"type": "json_object"} or '
-                '{"type": "json_schema", "json_schema": {"name": "a name", "schema": {…}}}'
+                '{"type": "json_schema", "json_schema": {"name": "a name", "schema": {…}}}, and nothing else'
             )
     if other := next((name for name in ("ignore_eos", "min_tokens") if content.get(name)), None):
         raise Malformed(
@@ -165,7 +172,7 @@ def schema_of(content: dict[str, Any]) -> dict[str, Any] | None:
 
 def prompt_of(task: Task, ids: list[int], given: dict[str, Any], stop: Any) -> Prompt:
     """Return the checked prompt. Raises Malformed where it does not fit: OpenAI has no 422."""
-    stops = [stop] if isinstance(stop, str) else stop or []
+    stops = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if (
         not isinstance(stops, list)
         or len(stops) > MOST_STOPS
@@ -177,7 +184,7 @@ def prompt_of(task: Task, ids: list[int], given: dict[str, Any], stop: Any) -> P
     try:
         task.checked(prompt)
     except Unprocessable as exc:
-        raise Malformed(str(exc).replace("max_new_tokens", '"max_tokens"')) from exc
+        raise Malformed(re.sub(r"(max|min)_new_tokens", r'"\1_tokens"', str(exc))) from exc
     return prompt
 
 

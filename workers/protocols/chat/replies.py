@@ -120,10 +120,11 @@ async def answer(
             raise Malformed('"stream_options" needs "stream": true')
         return await whole(request, generation, form, prompts, n)
     options = content.get("stream_options", {})
-    if not isinstance(options, dict) or options.keys() - {"include_usage"}:
+    with_usage = options.get("include_usage", False) if isinstance(options, dict) else None
+    if not isinstance(with_usage, bool) or options.keys() - {"include_usage"}:
         raise Malformed('"stream_options" must be {"include_usage": true} or {"include_usage": false}')
     streams = generation.submit(each_choice(prompts, n), context_of(request.scope).left_s)
-    events = chunks(form, prompts, streams, bool(options.get("include_usage")))
+    events = chunks(form, prompts, streams, with_usage)
     return EventStream(
         streams, events, generation.stall_s, lambda failure: error_body(failure.status, failure.sentence)
     )

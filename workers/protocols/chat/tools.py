@@ -117,7 +117,9 @@ def tools_of(content: dict[str, Any], task: Task) -> Tools | None:
             return None
         case "auto" | "required":
             pass
-        case {"type": "function", "function": {"name": str(name)}} if name in parameters:
+        case {"type": "function", "function": {"name": str(name), **more}, **beside} if (
+            name in parameters and not more and not beside
+        ):
             parameters = {name: parameters[name]}
         case _:
             raise Malformed(
@@ -153,13 +155,24 @@ def function_of(where: str, tool: Any) -> tuple[str, dict[str, Any]]:
     """Return the name of a function and the JSON Schema of its arguments. Raises Malformed with a sentence."""
     function: dict[str, Any] = {}
     match tool:
-        case {"type": "function", "function": {"name": str(name)} as function} if NAME.fullmatch(name):
+        case {"type": "function", "function": {"name": str(name)} as function, **more} if (
+            NAME.fullmatch(name) and not more
+        ):
             pass
         case _:
-            raise Malformed(f"{where}: send {FORM}; a name has up to 64 letters, digits, _ and -")
+            raise Malformed(
+                f"{where}: send {FORM} and nothing else; a name has up to 64 letters, digits, _ and -"
+            )
     if unknown := sorted(function.keys() - {"name", "description", "parameters", "strict"}):
         raise Malformed(f'{where}: "{unknown[0][:100]}" is not supported; leave it out')
-    parameters = function.get("parameters") or {"type": "object", "additionalProperties": False}
+    function = {key: value for key, value in function.items() if value is not None}
+    if not isinstance(function.get("description", ""), str) or not isinstance(
+        function.get("strict", True), bool
+    ):
+        raise Malformed(f'{where}: "description" must be a text and "strict" true or false')
+    parameters = function.get("parameters", {})
+    if parameters == {}:
+        parameters = {"type": "object", "additionalProperties": False}
     if not isinstance(parameters, dict) or parameters.get("type") != "object":
         raise Malformed(f'{where}: "parameters" must be a JSON Schema with "type": "object"')
     if not all(isinstance(parameters.get(key, {}), dict) for key in DEFINITIONS):
