@@ -5,6 +5,7 @@ And docs/chat.png of the page as a chat, on an idle machine, where `make chat` h
 
 import io
 import os
+import re
 import shutil
 from typing import Any
 
@@ -26,7 +27,7 @@ def launched(playwright: Playwright) -> Browser:
 
 def save(page: Page, name: str) -> None:
     picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
-    picture.quantize(256).save(DOCS / name, optimize=True)
+    picture.convert("RGB").save(DOCS / name, optimize=True)  # fewer colours would lose those of the legend
     page.close()
 
 
@@ -56,7 +57,7 @@ def take_chat(browser: Browser, url: str) -> None:
     expect(page.locator("#sent")).to_contain_text("8 answered", timeout=120_000)
     page.get_by_role("button", name="Cancel them").click()
     page.get_by_role("button", name="8", exact=True).click()
-    expect(page.locator("#running")).to_have_text("9", timeout=60_000)
+    expect(page.locator("#running")).to_have_text(re.compile("[7-9]"), timeout=60_000)
     page.wait_for_timeout(1000)
     save(page, "chat.png")
 

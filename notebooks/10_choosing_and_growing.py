@@ -15,7 +15,7 @@
 # "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, CLIENT_CORES, GREY, ORANGE, RED, SERVER_CORES, TEXT, ask, bars, claim, compare
 from lesson import dots, guessed, holds, line, load, picture, quick, score, serve, serve_all, serve_recipe
-from lesson import stop, table, tell, way
+from lesson import stop, table, tell, way, whose
 
 import statistics
 
@@ -477,7 +477,7 @@ with picture("Most of a cold start is importing", "time since the command, s", "
     bars(ax, [sum_s], [0], "")
     dots(ax, [start_s], [-1], "")
     guessed(ax, [guess_start_s], [-2], "")
-    ax.set_yticks([*rows, 0, -1, -2], [*parts, "predicted: the sum", "measured: ready", "your guess"])
+    ax.set_yticks([*rows, 0, -1, -2], [*parts, "predicted: the sum", "measured: ready", whose("your guess")])
     ax.set_ylim(-2.7, len(parts) + 0.6)
 
 # %%

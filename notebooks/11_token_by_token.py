@@ -19,6 +19,7 @@ from lesson import BLUE, claim, compare, dots, guessed, holds, line, picture, qu
 from lesson import tell
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 import checks
 from support import l11_tokens as tokens
@@ -282,6 +283,8 @@ with picture("A batch is nearly free, until it is not", "sequences in the batch"
     guessed(ax, 32, guess_gain * 1000 / batch_ms[1])
     ax.set(xscale="log", yscale="log")
     ax.set_xticks(sizes, sizes)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
 table(
     [

@@ -14,7 +14,7 @@
 # "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, CLIENT_CORES, GREY, ORANGE, PURPLE, RED, SKY, ask, bars, claim, compare, counters
 from lesson import dots, guessed, holds, line, picture, quick, said, score, serve, serve_all, stop, table
-from lesson import tell, way
+from lesson import tell, way, whose
 
 import inspect
 import json
@@ -215,7 +215,13 @@ with picture("Almost all is the encoder, but for fill-mask's head", "% of the ca
     # The one above and the other below: they may be close.
     ax.text(foretold, len(rows) - 0.5, "predicted", ha="center", va="center", fontsize=12)
     ax.text(
-        100 - guess_head, len(rows) - 1.5, "your guess", color=PURPLE, ha="center", va="center", fontsize=12
+        100 - guess_head,
+        len(rows) - 1.5,
+        whose("your guess"),
+        color=PURPLE,
+        ha="center",
+        va="center",
+        fontsize=12,
     )
     ax.set(xlim=(0, 100), ylim=(-0.5, len(rows) + 0.3))
 

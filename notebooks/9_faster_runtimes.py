@@ -15,7 +15,7 @@
 # %%
 # "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, GREEN, GREY, ORANGE, PURPLE, SERVER_CORES, claim, compare, dots, guessed, holds
-from lesson import line, picture, quick, said, score, table, tell, way
+from lesson import line, picture, quick, said, score, table, tell, way, whose
 
 import math
 
@@ -230,7 +230,7 @@ def rows(ax, names, series):
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(-0.6, len(names) - 0.4)
     ax.figure.set_size_inches(7.2, 0.33 * len(names) + 1.9)
-    ax.figure.legend(drawn, list(series), loc="outside lower center", ncols=4, handletextpad=0.2)
+    ax.figure.legend(drawn, list(map(whose, series)), loc="outside lower center", ncols=4, handletextpad=0.2)
 
 
 # %%

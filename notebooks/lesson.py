@@ -385,6 +385,8 @@ def whose(text: str) -> str:
         ("Your guess", "A common guess"),
         ("you guessed", "a common guess is"),
         ("You guessed", "A common guess is"),
+        ("you said", "a common guess is"),
+        ("You said", "A common guess is"),
     ):
         text = text.replace(mine, common)
     return text

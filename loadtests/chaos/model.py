@@ -37,3 +37,19 @@ class Model:
         if "poison" in words or os.path.exists(f"{moods}/raises"):
             raise IndexError("index out of range in self")
         return [answer(text) for text in inputs]
+
+
+class Bundled(Model):
+    """The same answers and moods, and in each call the bundled model: its time, its memory, its threads."""
+
+    def __init__(self) -> None:
+        from workers import tasks
+        from workers.settings import Settings
+
+        settings = Settings()
+        self.task = tasks.make(settings)
+        self.bundled = tasks.load(self.task, settings)
+
+    def __call__(self, inputs: list[str]) -> list[Any]:
+        self.bundled([self.task.check(f"{text[:1000]} [MASK]", {}).content for text in inputs])
+        return super().__call__(inputs)

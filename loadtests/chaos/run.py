@@ -201,7 +201,8 @@ class Run:
 class Storm:
     """A deployment, its clients, and what befalls it."""
 
-    def __init__(self, name: str, seconds: float, seed: int) -> None:
+    def __init__(self, name: str, seconds: float, seed: int, model: str = "Model") -> None:
+        self.model = model
         self.run, self.seconds, self.rng = Run(name), seconds, random.Random(f"{seed} {name}")
         self.stack = contextlib.ExitStack()
         folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
@@ -213,7 +214,7 @@ class Storm:
 
     def start(self) -> None:
         env = {
-            "MODEL": "loadtests.chaos.model:Model",
+            "MODEL": f"loadtests.chaos.model:{self.model}",
             "CHAOS_MOODS": str(self.target.moods),
             "CHAOS_CLOCK": str(self.target.folder / "clock"),
             "PYTHONPATH": os.pathsep.join([str(ROOT / "loadtests" / "chaos" / "clock"), str(ROOT)]),
@@ -361,7 +362,7 @@ class Storm:
         return run
 
 
-def report(runs: list[Run], seconds: float, seed: int) -> str:
+def report(runs: list[Run], seconds: float, seed: int, is_bundled: bool = False) -> str:
     """In Markdown."""
     injected = {run.name: Counter(window.fault.name for window in run.windows) for run in runs}
     kinds = sorted({kind for counts in injected.values() for kind in counts})
@@ -372,8 +373,10 @@ def report(runs: list[Run], seconds: float, seed: int) -> str:
     defects = [f"- {run.name}: {defect}" for run in runs for defect in run.defects]
     parts = [
         "# Fault injection",
-        "With a stub model that sleeps 4 ms + 1 ms per text.",
-        f"`CHAOS_S={seconds:g} python -m loadtests.chaos --seed {seed}`; {machine}.",
+        "With the bundled model in each call."
+        if is_bundled
+        else "With a stub model that sleeps 4 ms + 1 ms per text.",
+        f"`CHAOS_S={seconds:g} python -m loadtests.chaos --seed {seed}{' --bundled' * is_bundled}`; {machine}.",
         "Every request must get exactly one correct response within its deadline, whatever happens: its own answer, its own "
         "error, or a rejection. 500 is correct for a poison input, and for others only while a model process dies or the model "
         "raises on every input. Not accepted: connections opened while the server was restarting or out of file descriptors; "
@@ -409,22 +412,23 @@ def main() -> int:
     parser.add_argument(
         "--deployments", nargs="+", choices=DEPLOYMENTS, help="by default all that can be had here"
     )
+    parser.add_argument("--bundled", action="store_true", help="run the bundled model in each call, too")
     parser.add_argument("--out", type=Path, help="where the report goes; that of a full storm is stored")
     options, seconds = parser.parse_args(), float(os.environ.get("CHAOS_S", FULL_S))
-    names = options.deployments or list(possible())
+    names, model = options.deployments or list(possible()), "Bundled" if options.bundled else "Model"
     runs: list[Run] = []
     try:
         for name in names:
-            runs.append(asyncio.run(Storm(name, seconds / len(names), options.seed).weather()))
+            runs.append(asyncio.run(Storm(name, seconds / len(names), options.seed, model).weather()))
             print(
                 f"{name}: {len(runs[-1].outcomes)} requests, {len(runs[-1].windows)} faults", file=sys.stderr
             )
             for defect in runs[-1].defects:
                 print(f"  {defect}", file=sys.stderr)
     finally:  # what was run before Ctrl-C is told
-        text = report(runs, seconds, options.seed) if runs else ""
+        text = report(runs, seconds, options.seed, options.bundled) if runs else ""
         print(text)
-    is_full = not options.deployments and seconds >= FULL_S
+    is_full = not (options.deployments or options.bundled) and seconds >= FULL_S
     out = options.out or (REPORT if is_full else None)
     if out:
         out.write_text(text)
