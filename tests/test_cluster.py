@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -35,6 +36,7 @@ from tests.support.client import (
     until,
 )
 from tests.support.fake_models import BROKEN
+from tests.support.gated_model import check_that_items_pass
 
 CLUSTER = MODES["haproxy-2"]
 STAND_IN = {"MODEL": "tests.support.fake_models:FillMask"}
@@ -208,6 +210,11 @@ def test_it_ends_as_a_whole(cluster: Server, how: str) -> None:
     assert cluster.process.wait(15) == (0 if how == "SIGTERM" else 1)
     assert not any(map(is_alive, processes))
     assert not os.path.exists(folder)
+
+
+def test_first_item_passes_haproxy_before_there_is_a_second(tmp_path: Path) -> None:
+    with start(CLUSTER, {"MODEL": "tests.support.gated_model:Gated"}) as server:
+        check_that_items_pass(server.url, tmp_path / "gate")
 
 
 # --- saying no --------------------------------------------------------------------------------------------------------

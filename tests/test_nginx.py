@@ -12,22 +12,13 @@ import pytest
 
 from loadtests.modes import MODES, free_port, start
 from tests.support.client import until
+from tests.support.gated_model import check_that_items_pass
 
 CONFIG = Path("deploy/nginx.conf")
-MODEL = """
-import time
-from pathlib import Path
-class Gated:
-    streams = True
-    def __call__(self, inputs): return [self.items(path) for path in inputs]
-    def items(self, path):
-        yield "first"
-        while not Path(path).exists(): time.sleep(0.01)
-        yield "last"
-"""
+BIN = "/usr/sbin:/usr/bin"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not shutil.which("nginx", path="/usr/sbin:/usr/bin"), reason="nginx is not installed"),
+    pytest.mark.skipif(not shutil.which("nginx", path=BIN), reason="nginx is not installed"),
 ]
 
 
@@ -38,13 +29,15 @@ def nginx(folder: Path, model: str) -> Iterator[str]:
     site = CONFIG.read_text().replace("127.0.0.1:8000", model)
     site = site.replace("listen 443 ssl http2;", f"listen 127.0.0.1:{port};")
     site = re.sub(r"ssl_certificate\S* .*", "", site)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    folders = "".join(f"{kind}_temp_path {folder}/{kind}; " for kind in kinds)
     (folder / "nginx.conf").write_text(
         f"daemon off; pid {folder}/pid; error_log {folder}/log; events {{}}\n"
-        f"http {{ access_log off; {''.join(f'{one}_temp_path {folder}/{one}; ' for one in ('client_body', 'proxy', 'fastcgi', 'uwsgi', 'scgi'))}\n"
+        f"http {{ access_log off; {folders}\n"
         f"{site} }}\n"
     )
     command = ["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf")]
-    running = subprocess.Popen(command, env={"PATH": "/usr/sbin:/usr/bin"})
+    running = subprocess.Popen(command, env={"PATH": BIN})
     try:
         until(lambda: running.poll() is None and is_up(f"http://127.0.0.1:{port}/"))
         yield f"http://127.0.0.1:{port}/"
@@ -60,26 +53,10 @@ def is_up(url: str) -> bool:
         return False
 
 
-def test_first_item_passes_nginx_before_there_is_a_second_and_metrics_do_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "gated_model.py").write_text(MODEL)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    gate = tmp_path / "gate"
+def test_first_item_passes_nginx_before_there_is_a_second_and_metrics_do_not(tmp_path: Path) -> None:
     with (
-        start(MODES["thread"], {"MODEL": "gated_model:Gated"}) as server,
+        start(MODES["thread"], {"MODEL": "tests.support.gated_model:Gated"}) as server,
         nginx(tmp_path, server.url.split("/")[2]) as url,
-        httpx2.Client(timeout=20) as client,
     ):
-        assert client.get(url + "metrics").status_code == 403
-        try:
-            for accept in ("application/x-ndjson", "text/event-stream"):
-                body, headers = {"inputs": str(gate)}, {"Accept": accept}
-                with client.stream("POST", url, json=body, headers=headers) as reply:
-                    lines = (line for line in reply.iter_lines() if line)
-                    assert next(lines).endswith('"first"')  # nginx would hold it: then this times out
-                    gate.touch()
-                    assert [line.removeprefix("data: ") for line in lines] == ['"last"']
-                gate.unlink()
-        finally:
-            gate.touch()
+        assert httpx2.get(url + "metrics").status_code == 403
+        check_that_items_pass(url, tmp_path / "gate")

@@ -43,6 +43,7 @@ from test_contract import (  # noqa: F401
 from loadtests.modes import ROOT, Server
 from loadtests.ray.cluster import Cluster, nodes, obstacle
 from tests.support.client import PARIS, SLOW, Crowd, Reply, get, metric, post, post_json, request, say, until
+from tests.support.gated_model import check_that_items_pass
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(obstacle()), reason=obstacle())]
 
@@ -53,6 +54,7 @@ APPS = {
     "server": {"MAX_QUEUE": "1", "BODY_TIMEOUT_S": "1"},
     "sick": {"BATCH_SIZE": "4", "FIXED_DELAY_MS": "500", "DEADLINE_S": "20"},
     "spawning": {"OFFLOAD": "process", "DEADLINE_S": "20", "BODY_TIMEOUT_S": "60", "HANG_S": "5"},
+    "streaming": {"MODEL": "tests.support.gated_model:Gated"},
 }
 
 
@@ -114,7 +116,7 @@ def served(name: str) -> Any:
     return one
 
 
-real, server, sick, spawning = map(served, APPS)
+real, server, sick, spawning, streaming = map(served, APPS)
 
 
 # --- what it adds to the contract's own tests, and what it takes away ----------------------------------------------------
@@ -137,6 +139,10 @@ def test_haproxys_own_errors_are_in_the_contracts_form(bare: tuple[Cluster, Repl
     assert reply.status == 404
     assert reply.error
     assert reply.headers.get_all("X-Request-ID") == ["mine-1"]
+
+
+def test_first_item_passes_ray_before_there_is_a_second(streaming: Server, tmp_path: Path) -> None:
+    check_that_items_pass(streaming.url, tmp_path / "gate")
 
 
 def test_each_replicas_own_numbers_can_be_scraped(cluster: Cluster, crowd: Crowd) -> None:
