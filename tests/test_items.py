@@ -1,6 +1,8 @@
 """A custom class that streams, and one that follows its client: items as they come, progress, an end when nobody waits."""
 
 import json
+import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ import httpx
 import pytest
 
 from loadtests.modes import MODES, start
-from tests.support.client import get, metric, post, post_json, until
+from tests.support.client import dial, get, metric, post, post_json, request, until
 from workers import tasks
 from workers.settings import Settings
 from workers.tasks.calls import TIMER_S, CallContext, Followed, followed
@@ -128,6 +130,17 @@ def test_a_client_that_reads_too_slowly_does_not_fill_the_memory() -> None:
             next(reply.iter_lines())
             until(lambda: metric(server, "model_running") == 0)
         assert server.memory_mb() < 400
+
+
+def test_clients_that_reset_their_streams_leave_no_traceback() -> None:
+    with serve("Floods", "gthread-1x8", DEADLINE_S="600") as server:
+        for _ in range(10):
+            with dial(server) as connection:
+                connection.sendall(request("POST", "/", b"a", Accept="text/event-stream"))
+                connection.recv(1000)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        until(lambda: get(server, "/health").json["running"] == 0)
+        assert "Traceback" not in server.log()
 
 
 def test_many_items_at_once_all_arrive() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from gunicorn.http.errors import ParseException  # type: ignore[import-untyped]
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Scope
 from werkzeug.wrappers import Request, Response
 
@@ -83,7 +84,8 @@ class WSGIAdapter:
                 common.heartbeat()  # a sync worker's own come between requests only
                 self.loop.call_soon_threadsafe(wsgi_request.is_taken.set)
                 part = wsgi_request.stream.get()
-            running.result()
+            with contextlib.suppress(ClientDisconnect):
+                running.result()
             if not wsgi_request.is_whole:
                 raise ConnectionResetError(errno.ECONNRESET, "so Gunicorn closes, and the client sees no end")
         finally:
@@ -153,7 +155,8 @@ class WSGIRequest:
             try:
                 await self.is_taken.wait()
             except asyncio.CancelledError:  # its client takes nothing: free the thread that sends
-                self.connection.shutdown(socket.SHUT_RDWR)
+                with contextlib.suppress(OSError):  # it has left
+                    self.connection.shutdown(socket.SHUT_RDWR)
                 raise
 
     def stop_reading(self) -> None:
