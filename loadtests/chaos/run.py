@@ -201,8 +201,8 @@ class Run:
 class Storm:
     """A deployment, its clients, and what befalls it."""
 
-    def __init__(self, name: str, seconds: float, seed: int, model: str = "Model") -> None:
-        self.model = model
+    def __init__(self, name: str, seconds: float, seed: int, is_bundled: bool = False) -> None:
+        self.is_bundled = is_bundled
         self.run, self.seconds, self.rng = Run(name), seconds, random.Random(f"{seed} {name}")
         self.stack = contextlib.ExitStack()
         folder = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
@@ -214,7 +214,8 @@ class Storm:
 
     def start(self) -> None:
         env = {
-            "MODEL": f"loadtests.chaos.model:{self.model}",
+            "MODEL": "loadtests.chaos.model:Model",
+            "CHAOS_BUNDLED": "1" * self.is_bundled,
             "CHAOS_MOODS": str(self.target.moods),
             "CHAOS_CLOCK": str(self.target.folder / "clock"),
             "PYTHONPATH": os.pathsep.join([str(ROOT / "loadtests" / "chaos" / "clock"), str(ROOT)]),
@@ -415,11 +416,13 @@ def main() -> int:
     parser.add_argument("--bundled", action="store_true", help="run the bundled model in each call, too")
     parser.add_argument("--out", type=Path, help="where the report goes; that of a full storm is stored")
     options, seconds = parser.parse_args(), float(os.environ.get("CHAOS_S", FULL_S))
-    names, model = options.deployments or list(possible()), "Bundled" if options.bundled else "Model"
+    names = options.deployments or list(possible())
     runs: list[Run] = []
     try:
         for name in names:
-            runs.append(asyncio.run(Storm(name, seconds / len(names), options.seed, model).weather()))
+            runs.append(
+                asyncio.run(Storm(name, seconds / len(names), options.seed, options.bundled).weather())
+            )
             print(
                 f"{name}: {len(runs[-1].outcomes)} requests, {len(runs[-1].windows)} faults", file=sys.stderr
             )
