@@ -1,5 +1,6 @@
 """The planner of generation: its simulation against the arithmetic of a step's law, and its advice."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ def test_readers_of_a_long_prompt_wait_as_the_real_scheduler_lets_them() -> None
 
 def test_more_than_it_can_is_called_overloaded() -> None:
     assert setting(1).at_rate(10.0, requests=300).cell == "overloaded"
+
+
+def test_unsure_law_makes_the_simulation_reject_earlier_as_it_does_the_server() -> None:
+    sure, unsure = (replace(setting(16), deadline_s=1.0) for _ in range(2))
+    unsure.cost.error = 2.0
+    burst = [choice.at_rate(1e4, requests=50) for choice in (sure, unsure)]
+    assert 0 < burst[1].answers < 0.7 * burst[0].answers < 0.7 * 50
+    assert all(max(seen.first_s) <= 1.0 for seen in burst)
 
 
 def test_the_fewest_sequences_that_keep_both_times_are_advised() -> None:

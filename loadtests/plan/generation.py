@@ -9,6 +9,7 @@ the request on. ITL: inter-token latency, from one token of a reader to the next
 
 import argparse
 import asyncio
+import copy
 import math
 import os
 import random
@@ -149,10 +150,9 @@ class Setting:
             return [[outcome(row) for row in rows]]
 
         async def simulation() -> None:
-            loop = TokenLoop(step_tokens=self.step_tokens, budget_s=deadline_s or self.deadline_s)
-            loop.cost_model = loop.scheduler.cost = cost = StepCost(*self.cost.law)
-            loop.instances.predict_s = cost.predict_s
-            loop.limits, loop.scheduler.slots = limits, type(loop.scheduler.slots)(limits.slots)
+            budget_s, cost = deadline_s or self.deadline_s, copy.copy(self.cost)
+            loop = TokenLoop(step_tokens=self.step_tokens, budget_s=budget_s, cost_model=cost)
+            loop.set_limits(limits)
             consumer = asyncio.create_task(loop.consume(model))
             await asyncio.sleep(0)
             await traffic(loop, seen)

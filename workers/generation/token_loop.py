@@ -22,7 +22,7 @@ from workers.generation.admission import Admission
 from workers.generation.counts import Counts
 from workers.generation.grammar import SchemaFailed
 from workers.generation.scheduler import NO_WAY_ON, Scheduler, Sequence, Step, work
-from workers.generation.slots import OWNER
+from workers.generation.slots import OWNER, Slots
 from workers.generation.step_cost import StepCost, Work
 from workers.generation.steps import Limits, Options, Outcome
 from workers.generation.stream import MOST_UNREAD, Piece, Stream, whole_of_each
@@ -40,7 +40,10 @@ log = logging.getLogger("uvicorn.error")
 
 @dataclass(eq=False)
 class TokenLoop:
-    """Feeds `run` with steps. `most_waiting`: tokens of prompts in the queue; `budget_s`: until the first token."""
+    """Feeds `run` with steps. `most_waiting`: tokens of prompts in the queue; `budget_s`: until the first token.
+
+    `cost_model` is learnt at `warm_up`; a loop that is given a law and `set_limits` needs none.
+    """
 
     most_waiting: int = 100_000
     step_tokens: int = 0
@@ -48,6 +51,7 @@ class TokenLoop:
     budget_s: float = 10.0
     hang_s: float = math.inf
     metrics: Metrics = field(default_factory=Metrics)
+    cost_model: StepCost = field(default_factory=StepCost)
     now: Callable[[], float] = lambda: asyncio.get_running_loop().time()
     # Called after each step, with its duration in seconds.
     observer: Callable[[Step, float], None] | None = None
@@ -56,7 +60,6 @@ class TokenLoop:
     answered: Callable[[Any, Piece], Any] = lambda query, piece: [token.id for token in piece.tokens]
 
     def __post_init__(self) -> None:
-        self.cost_model = StepCost()
         self.scheduler = Scheduler(0, self.cost_model, self.step_tokens, self.prefill_first)
         self.instances = Instances(self.cost_model.predict_s, self.hang_s, self.now, self._reject_hopeless)
         self.admission = Admission(self.scheduler, self.instances, self.most_waiting, self.budget_s)
@@ -189,11 +192,15 @@ class TokenLoop:
 
     async def warm_up(self, run: Run) -> None:
         """Ask the loaded model for its limits, and time steps of several kinds: the law of a step's cost."""
-        (self.limits,) = await run([None])
-        self.scheduler.slots = type(self.scheduler.slots)(self.limits.slots)
-        steps = warm_up_steps(self.limits)
+        (limits,) = await run([None])
+        self.set_limits(limits)
+        steps = warm_up_steps(limits)
         times_s = await shortest_s(run, [[rows] for rows in steps], self.now)
         self.cost_model.warm_up(list(zip(map(work, steps), times_s, strict=True)))
+
+    def set_limits(self, limits: Limits) -> None:
+        """Take over what the model has room for: all slots are empty."""
+        self.limits, self.scheduler.slots = limits, Slots(limits.slots)
 
     async def _run(self, run: Run, step: Step) -> None:
         """Run a step and hand out its tokens, whatever the model throws."""
