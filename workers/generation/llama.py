@@ -8,7 +8,8 @@ padding                                                 the tokens of all sequen
 keys and values repeated for every query head           the query heads of a key head as further queries
 the head on every token                                 only where a token is chosen
 
-Keys are kept [slot, head, dim, position]: a decode step's products are 1.5 times as fast so (bfloat16: 2.5 times).
+The cache is kept [slot, position, key or value, head, dim]: a token's keys and values lie side by side, so that a layer writes
+them with one copy, and PyTorch's flash attention reads them where they are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,7 +54,7 @@ class Packed:
 
 
 class Layer(NamedTuple):
-    """A layer's weights, packed, and the keys and values of all slots in it."""
+    """A layer's weights, packed, and its part of the KV cache."""
 
     norm: Tensor
     qkv: Packed
@@ -63,8 +64,7 @@ class Layer(NamedTuple):
     gate: Packed
     up: Packed
     down: Packed
-    keys: Tensor  # [slots + 1, key heads, dim, position]
-    values: Tensor  # [slots + 1, key heads, position, dim]
+    cache: Tensor  # [slots + 1, position, key or value, key heads, dim]
     is_near: bool  # looks back only as far as the window
 
 
@@ -76,7 +76,7 @@ class Group(NamedTuple):
     longest: int  # keys to look at
     rows: Tensor | slice  # of this step: whose queries; an idle slot between others has any
     mine: Tensor | None  # which of the results count; None: all
-    # What is added to the scores, where a layer looks back all the way or is near.
+    # Which keys each query sees, where a layer looks back all the way or is near: added to the scores; None: all.
     masks: dict[bool, Tensor | None]
 
 
@@ -120,8 +120,6 @@ class Llama:
         biases = [a.q_proj.bias, a.k_proj.bias, a.v_proj.bias]
         bias = None if biases[0] is None else torch.cat([biases[0] * scale_q, *biases[1:]])
         slots, capacity = self.limits
-        keys = torch.zeros(slots + 1, self.key_heads, self.dim, capacity, dtype=self.dtype)
-        values = torch.zeros(slots + 1, self.key_heads, capacity, self.dim, dtype=self.dtype)
         packed = Layer(
             self._norm(layer.input_layernorm),
             Packed(qkv, bias),
@@ -131,8 +129,7 @@ class Llama:
             Packed(m.gate_proj.weight, m.gate_proj.bias),
             Packed(m.up_proj.weight, m.up_proj.bias),
             Packed(m.down_proj.weight, m.down_proj.bias),
-            keys,
-            values,
+            torch.zeros(slots + 1, capacity, 2, self.key_heads, self.dim, dtype=self.dtype),
             is_near,
         )
         for linear in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj):
@@ -165,14 +162,14 @@ class Llama:
         """Return the last hidden states of these tokens, before the last norm."""
         x = F.embedding(ids, self.words) * self.scale_words
         cos, sin = self.cos[positions], self.sin[positions]
+        places = slots * self.limits.capacity + positions
         heads, both = self.heads, self.heads + self.key_heads
         for layer in self.layers:
             y = layer.qkv(F.rms_norm(x, layer.norm.shape, layer.norm, self.eps)).view(len(ids), -1, self.dim)
             r = y[:, :both] if layer.head_norms is None else self.normed(y, layer.head_norms)
-            r = torch.addcmul(r * cos, r.roll(self.dim // 2, -1), sin)
-            layer.keys.permute(0, 3, 1, 2)[slots, positions] = r[:, heads:]
-            layer.values.transpose(1, 2)[slots, positions] = y[:, both:]
-            x = layer.out.with_(self.attend(r[:, :heads], layer, groups), "add", x)
+            torch.addcmul(r * cos, r.roll(self.dim // 2, -1), sin, out=y[:, :both])
+            layer.cache.flatten(0, 1).flatten(1).index_copy_(0, places, y[:, heads:].flatten(1))
+            x = layer.out.with_(self.attend(y[:, :heads], layer, groups), "add", x)
             y = F.rms_norm(x, layer.last_norm.shape, layer.last_norm, self.eps)
             x = layer.down.with_(layer.up.with_(y, "mul", layer.gate(y, *self.activation)), "add", x)
         return x
@@ -186,22 +183,12 @@ class Llama:
         """Return each token's attention to its own slot: [rows, hidden]."""
         found = []
         for slots, count, longest, rows, mine, masks in groups:
-            keys, values = layer.keys[slots].flatten(0, 1), layer.values[slots].flatten(0, 1)
             n = slots.stop - slots.start
+            keys, values = layer.cache[slots, :longest].permute(2, 0, 3, 1, 4)
             # The query heads of a key head stand below each other, as if they were further queries.
-            g = (
-                q[rows]
-                .view(n, count, self.key_heads, -1, self.dim)
-                .transpose(1, 2)
-                .flatten(2, 3)
-                .flatten(0, 1)
-            )
-            keys, mask = keys[..., :longest], masks[layer.is_near]
-            scores = torch.bmm(g, keys) if mask is None else torch.baddbmm(mask, g, keys)
-            o = torch.bmm(scores.softmax(-1), values[:, :longest]).view(
-                n, self.key_heads, count, -1, self.dim
-            )
-            o = o.transpose(1, 2).reshape(n * count, -1)
+            g = q[rows].view(n, count, self.key_heads, -1, self.dim).transpose(1, 2).flatten(2, 3)
+            o = F.scaled_dot_product_attention(g, keys, values, masks[layer.is_near], scale=1.0)
+            o = o.view(n, self.key_heads, count, -1, self.dim).transpose(1, 2).reshape(n * count, -1)
             found.append(o if mine is None else o[mine])
         if extra := len(q) - sum(map(len, found)):
             found.append(found[0].new_zeros(extra, found[0].shape[1]))
@@ -217,9 +204,9 @@ class Llama:
             yield self.group(singles[start:end], start)
         at = len(singles)
         for row in rows[len(singles) :]:
-            longest = self.reach(row.start + len(row.ids))
-            positions = torch.arange(row.start, row.start + len(row.ids))
-            masks = self.masks(positions.repeat_interleave(self.heads // self.key_heads)[None], longest)
+            longest = row.start + len(row.ids)
+            positions = torch.arange(row.start, longest).repeat_interleave(self.heads // self.key_heads)
+            masks = self.masks(positions[None], longest)
             slots, span = slice(row.slot, row.slot + 1), slice(at, at + len(row.ids))
             yield Group(slots, len(row.ids), longest, span, None, masks)
             at += len(row.ids)
@@ -228,7 +215,7 @@ class Llama:
         """The group of these rows of one token, in neighbouring slots; the first is this step's row `at`."""
         first, last = run[0].slot, run[-1].slot
         slots, n = slice(first, last + 1), last + 1 - first
-        longest = self.reach(max(row.start for row in run) + 1)
+        longest = max(row.start for row in run) + 1
         rows: Tensor | slice = slice(at, at + n)
         mine = None
         positions = [0] * n
@@ -239,31 +226,27 @@ class Llama:
             places = torch.full((n,), at)
             places[mine] = torch.arange(at, at + len(run))
             rows = places
-        where = torch.tensor(positions).repeat_interleave(self.key_heads)[:, None]
-        is_even = n == len(run) and min(positions) == max(positions) == longest - 1
-        masks = self.masks(where, longest)
+        is_even = min(positions) == longest - 1
+        masks = self.masks(torch.tensor(positions)[:, None], longest)
         return Group(slots, 1, longest, rows, mine, masks | ({False: None} if is_even else {}))
 
     def masks(self, positions: Tensor, longest: int) -> dict[bool, Tensor | None]:
-        """What to add to the scores of queries at these positions, so that they see nothing behind and too far before them."""
+        """What to add to the scores of queries at these positions [slots, queries], so that they see nothing behind and too far
+        before them: [slots, 1, queries, longest]."""
         keys = torch.arange(longest)
         hidden = keys > positions[..., None]
         masks: dict[bool, Tensor | None] = {}
         for is_near in {False, self.window is not None}:
             if is_near:
                 hidden = hidden | (keys <= positions[..., None] - self.window)
-            masks[is_near] = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
+            mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, -torch.inf)
+            masks[is_near] = mask[:, None]
         return masks
-
-    def reach(self, keys: int) -> int:
-        """How many keys to look at. In bfloat16 oneDNN compiles code for every length: so few of them."""
-        return keys if self.dtype == torch.float32 else min(-(-keys // 32) * 32, self.limits.capacity)
 
     def clear(self, slot: int) -> None:
         """Forget what a slot holds: what is not a number would spoil the next sequence, hidden or not."""
         for layer in self.layers:
-            layer.keys[slot].zero_()
-            layer.values[slot].zero_()
+            layer.cache[slot].zero_()
 
 
 def rounded(rows: int) -> int:
