@@ -164,7 +164,7 @@ guess_fit = ...
 dim = config.hidden_size // config.num_attention_heads
 token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * dim * 4
 layers = model.forward.layers
-held = sum(each.keys.nbytes + each.values.nbytes for each in layers) / len(layers[0].keys)  # of a slot
+held = sum(each.cache.nbytes for each in layers) / len(layers[0].cache)  # of a slot
 fit, formula_fit = int(1e9 // held), int(1e9 // (512 * token_bytes))
 tell(f"A token takes {token_bytes / 1000:.0f} KB, a sequence of 512 of them {held / 1e6:.1f} MB.")
 compare("sequences of 512 tokens in 1 GB", guess=guess_fit, formula=formula_fit, measured=fit)
