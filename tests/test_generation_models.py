@@ -1,5 +1,6 @@
 """Random tiny models of many families through the token loop's model half: the tokens of `generate`, in any company."""
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.small_language_models import FAMILIES, VOCABULARY, make_model
+from workers.generation.memory import PAGE, regions, settle
 from workers.generation.model import TokenModel, make
 from workers.generation.scheduler import Scheduler, Sequence
 from workers.generation.step_cost import StepCost
@@ -211,6 +213,16 @@ def test_few_slots_are_enough_for_the_probe_and_for_many_sequences(slots: int) -
     for sequence, prompt in zip(sequences, asked):
         expected = greedy(stock, prompt, 12)
         assert sequence.tokens[: len(expected)] == expected
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="huge pages are Linux's")
+def test_weights_lie_on_huge_pages_unchanged() -> None:
+    weights = torch.arange(1 << 24)
+    settle()
+    assert torch.equal(weights, torch.arange(1 << 24))
+    middle = weights.data_ptr() + weights.nbytes // 2
+    (region,) = [each for each in regions() if each[0] <= middle < each[1]]
+    assert all(address % PAGE == 0 for address in region)
 
 
 def test_model_that_has_no_room_for_one_sequence_says_what_to_change() -> None:

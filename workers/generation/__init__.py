@@ -23,5 +23,6 @@ These know no torch. The model's half does:
     model.py       answers a step's plan: a forward pass, then sampling
     stock.py       any causal language model of Transformers, unmodified, on a cache of slots
     llama.py       Llama and its relatives by hand, for CPUs
+    memory.py      what the kernel is told about the model's memory
     sampling.py    from logits to tokens, each row by its own options
 """

@@ -1,8 +1,5 @@
 """The model's half of a step: a forward pass over its rows, then a token for each that gets one."""
 
-import contextlib
-import ctypes
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -11,6 +8,7 @@ import torch
 from torch import Tensor
 
 from workers.generation.llama import Llama, UnsupportedModel
+from workers.generation.memory import settle
 from workers.generation.sampling import choose
 from workers.generation.steps import Choice, Limits, Options, Outcome, Row
 from workers.generation.stock import StockForward
@@ -145,16 +143,9 @@ def load(
     first = [model]
     del model
     made = make(lambda: first.pop() if first else read(), limits, pack)
-    give_back_memory()
+    settle()
     made.description = (
         f"{what}, {made.description}, KV cache of {cache_mb:.0f} MB: {tokens} tokens, "
         f"{limits.slots} slots of {limits.capacity}"
     )
     return made
-
-
-def give_back_memory() -> None:
-    """Have the C library return what was freed: the weights as they were read."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)
