@@ -473,6 +473,7 @@ def test_streamed_response_has_openais_events_in_their_order(client: openai.Open
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"input": []}, "input"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input"),
+        ({"input": [{"role": "user", "content": "a", "tool_calls": [{}]}]}, "tool_calls"),
         ({"instructions": 3}, "instructions"),
     ],
 )

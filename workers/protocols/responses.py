@@ -48,6 +48,7 @@ FIELDS = {
 PARAMETERS = {"max_output_tokens": "max_new_tokens", "temperature": "temperature", "top_p": "top_p"}
 FIXED: dict[str, Any] = {"text": {"format": {"type": "text"}}, "store": False, "truncation": "disabled"}
 PARTS = ("input_text", "output_text")
+MESSAGE_FIELDS = {"type", "role", "content", "id", "status"}  # the last two: of an output that comes back
 Fields = dict[str, Any]
 
 
@@ -112,6 +113,8 @@ def messages_of(content: Fields) -> list[Fields]:
             or one.get("role") not in ROLES
         ):
             raise Malformed(f'{where}: send {{"role": "user", "content": "a text"}}; no tools, no references')
+        if unknown := sorted({name for name in one if one[name] is not None} - MESSAGE_FIELDS):
+            raise Malformed(f'{where}: "{unknown[0][:100]}" is not supported; leave it out')
         role = "system" if one["role"] == "developer" else one["role"]
         messages.append({"role": role, "content": text_of(where, one.get("content"), PARTS)})
     return messages
