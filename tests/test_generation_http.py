@@ -252,6 +252,13 @@ def test_prompt_that_never_fits_is_rejected_with_the_limit(server: Server) -> No
     assert "at most 1024" in reply.error
 
 
+@pytest.mark.parametrize("text", ["", " \n", "half a character: \ud83d", 7, None])
+def test_prompt_without_a_text_is_rejected_before_the_queue(server: Server, text: Any) -> None:
+    reply = post_json(server, {"inputs": text})
+    assert reply.status == 400 and reply.error, reply
+    assert "server-timing" not in reply.headers
+
+
 def test_client_that_leaves_frees_its_slot(server: Server) -> None:
     for body in ({"stream": True}, {}):
         cancelled = metric(server, 'model_sequences_total{reason="cancelled"}')
