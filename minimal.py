@@ -36,7 +36,7 @@ class Job(NamedTuple):
 
 
 class ModelLoop:
-    """Feeds `run` from one queue, at most BATCH_SIZE texts at a time; every job is answered once."""
+    """Feeds `run` from one queue, at most BATCH_SIZE texts at a time; answers every job once."""
 
     def __init__(self, run: Callable[[list[str]], Awaitable[list[Any] | BaseException]]) -> None:
         self.run, self.queue = run, asyncio.Queue[Job](MAX_QUEUE)
@@ -46,7 +46,7 @@ class ModelLoop:
         job = Job(text, asyncio.get_running_loop().create_future())
         self.queue.put_nowait(job)
         async with asyncio.timeout(TIMEOUT_S):
-            return await job.answer  # the timeout cancels this future, and the model never sees the text
+            return await job.answer  # the timeout cancels it, and it is never run
 
     async def consume(self) -> None:
         """Serve the queue until cancelled."""
@@ -61,7 +61,7 @@ class ModelLoop:
         return batch
 
     async def _run(self, batch: list[Job]) -> None:
-        """Answer every job. If the model raises, run each text alone, so that only the bad one fails."""
+        """Answer every job. If the model raises, run each text alone: only the bad one fails."""
         if not (batch := [job for job in batch if not job.answer.done()]):
             return
         try:
