@@ -46,7 +46,7 @@ class ModelLoop:
         job = Job(text, asyncio.get_running_loop().create_future())
         self.queue.put_nowait(job)
         async with asyncio.timeout(TIMEOUT_S):
-            return await job.answer  # the timeout cancels it, and it is never run
+            return await job.answer  # the timeout cancels it; if still queued, it is never run
 
     async def consume(self) -> None:
         """Serve the queue until cancelled."""
