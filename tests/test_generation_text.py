@@ -210,6 +210,16 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     assert counts.tolist() == pytest.approx(logits.softmax(-1)[0].tolist(), abs=0.03)
 
 
+@pytest.mark.parametrize("options", [Options(temperature=1.0), Options(temperature=1.0, top_p=0.9)])
+def test_rounding_does_not_change_which_token_is_drawn(options: Options) -> None:
+    """Another batch rounds otherwise. Of a large vocabulary many tokens are nearly as likely as others."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 49_152).expand(200, -1)
+    noisy = logits + 3e-5 * torch.randn(200, 49_152)
+    choices = [Choice(options._replace(seed=seed), 0) for seed in range(200)]
+    assert draw(logits, choices).tolist() == draw(noisy, choices).tolist()
+
+
 def test_repetition_penalty_is_that_of_transformers() -> None:
     torch.manual_seed(0)
     logits = torch.randn(1, 50)

@@ -1,8 +1,8 @@
 """From logits to tokens: each row by its own options, all rows at once.
 
-The order is the usual one: penalties and biases, temperature, top_k, top_p, min_p. Then a row's tokens stand in the order of
-their probability, and a random number says how far down to go. It follows from the sequence's seed and the token's index
-alone, so the same seed gives the same text, alone and in any batch.
+The order is the usual one: penalties and biases, temperature, top_k, top_p, min_p. Then one of the tokens that are left is drawn,
+by random numbers that follow from the sequence's seed and the token's index alone. So the same seed gives the same text, alone
+and in any batch, unless rounding decides between two tokens.
 """
 
 from collections import Counter
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from workers.generation.steps import Choice, Outcome, Token
+from workers.generation.steps import Choice, Options, Outcome, Token
 
 NOT_NUMBERS = "the model's probabilities are not numbers"
-# So many of the likeliest tokens are sorted, more only where these are not enough. At temperature 1 they are for 9 rows in 10.
-# To sort all 49,152 of a small vocabulary takes 20 times as long.
+# So many of the likeliest tokens are sorted to find which are left, more only where these are not enough. To sort all 49,152 of a
+# small vocabulary takes 20 times as long.
 FEW, MORE = 256, 4096
 ROWS = 4
 # Less is the same choice, and logits divided by much less are infinite.
@@ -103,44 +103,63 @@ def allowed(mask: bytes, vocabulary: int) -> Tensor:
 
 def draw(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     """Return a random token of each row."""
-    ids, is_sure = pick(logits, choices, min(FEW, logits.shape[1]))
-    for n in (MORE, logits.shape[1]):
-        if not is_sure.all():
-            left = (~is_sure).nonzero()[:, 0]
-            some = [choices[i] for i in left.tolist()]
-            ids[left], is_sure[left] = pick(logits[left], some, min(n, logits.shape[1]))
-    return ids
-
-
-def pick(logits: Tensor, choices: Sequence[Choice], n: int) -> tuple[Tensor, Tensor]:
-    """Return a random token of each row, and whether its `n` likeliest tokens were enough to find it."""
+    temperatures = [max(choice.options.temperature, LEAST_TEMPERATURE) for choice in choices]
+    probs = (logits / torch.tensor(temperatures, device=logits.device)[:, None]).softmax(-1)
+    seeds = torch.tensor([seed_of(choice) for choice in choices], device=logits.device)[:, None]
     options, vocabulary = [choice.options for choice in choices], logits.shape[1]
+    left = [i for i, o in enumerate(options) if o.top_k or o.top_p < 1 or o.min_p]
+    every = torch.arange(vocabulary, device=logits.device)
+    if not left:
+        return race(probs, every, seeds)
+    drawn = race(probs, every, seeds) if len(left) < len(options) else seeds[:, 0].clone()
+    for n in (FEW, MORE, vocabulary):
+        kept, ids, is_sure = keep(probs[left], [options[i] for i in left], min(n, vocabulary))
+        drawn[left] = ids.gather(1, race(kept, ids, seeds[left])[:, None])[:, 0]
+        left = [i for i, sure in zip(left, is_sure.tolist()) if not sure]
+        if not left:
+            break
+    return drawn
+
+
+def keep(probs: Tensor, options: Sequence[Options], n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what top_k, top_p and min_p leave of each row's `n` likeliest tokens: their probabilities [rows, n], 0 of those that
+    go, and their ids; and whether so many were enough to see which are left."""
+    vocabulary = probs.shape[1]
 
     def each(values: list[float]) -> Tensor:
-        return torch.tensor(values, device=logits.device)[:, None]
+        return torch.tensor(values, device=probs.device)[:, None]
 
-    logits = logits / each([max(o.temperature, LEAST_TEMPERATURE) for o in options])
     top_k = each([o.top_k or vocabulary for o in options])
     top_p, min_p = each([o.top_p for o in options]), each([o.min_p for o in options])
-    values, ids = logits.topk(n)
-    probs = (values - logits.logsumexp(-1, keepdim=True)).exp()
+    probs, ids = probs.topk(n)
     # Where top_k cuts first, its tokens' probabilities are what top_p counts in.
-    probs = probs * (torch.arange(n, device=logits.device) < top_k)
+    probs = probs * (torch.arange(n, device=probs.device) < top_k)
     whole = probs.sum(-1, keepdim=True).where(top_k < vocabulary, 1.0)
     probs = probs * (probs.cumsum(-1) - probs < top_p * whole) * (probs >= min_p * probs[:, :1])
-    reached = probs.cumsum(-1)
-    last, is_cut = reached[:, -1:], (top_k < vocabulary) | (top_p < 1) | (min_p > 0)
-    wanted = each([uniform(choice) for choice in choices])
-    wanted = wanted * (last if n == vocabulary else last.where(is_cut, 1.0))
     is_whole = (top_k <= n) | (top_k == vocabulary)
-    is_sure = ((probs[:, -1:] == 0) & is_whole).where(is_cut, wanted < last) | (n == vocabulary)
-    at = torch.searchsorted(reached, wanted).clamp(max=n - 1)
-    return ids.gather(1, at)[:, 0], is_sure[:, 0]
+    is_sure = ((probs[:, -1:] == 0) & is_whole) | (n == vocabulary)
+    return probs, ids, is_sure[:, 0]
 
 
-def uniform(choice: Choice) -> float:
-    """Return a number from 0 to 1 by a sequence's seed and a token's index, as random as neighbours need. (SplitMix64.)"""
+def race(probs: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
+    """Return which token of each row is drawn: each runs for an exponential time over its probability, and the first wins.
+
+    So each is drawn as often as its probability says (Gumbel-max). Rounding, which is another one in another batch, changes the
+    winner only where two come in nearly at once. To walk down the tokens to a random height would change it where any two of
+    thousands of unlikely ones change places.
+    """
+    x = (
+        seeds + ids * 0x632BE59BD9B4E019
+    )  # SplitMix64 of the row's seed and the token's id; products wrap around
+    x = (x ^ x >> 30) * -0x40A7B892E31B1A47
+    x = (x ^ x >> 27) * -0x6B2FB644ECCEEE15
+    uniform = ((x ^ x >> 31) & 0x7FFFFFFF).float() / (1 << 31)
+    return (probs / -torch.log1p(-uniform).clamp(max=-1e-12)).argmax(-1)
+
+
+def seed_of(choice: Choice) -> int:
+    """Return a number that follows from a sequence's seed and a token's index; those of neighbours are unlike. (SplitMix64.)"""
     x = (choice.options.seed + 1 + choice.generated * 0x9E3779B97F4A7C15) & (1 << 64) - 1
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (1 << 64) - 1
     x = (x ^ x >> 27) * 0x94D049BB133111EB & (1 << 64) - 1
-    return ((x ^ x >> 31) >> 40) / (1 << 24)
+    return (x ^ x >> 31) >> 1
