@@ -216,7 +216,7 @@ def test_few_slots_are_enough_for_the_probe_and_for_many_sequences(slots: int) -
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="huge pages are Linux's")
-def test_weights_lie_on_huge_pages_unchanged() -> None:
+def test_weights_may_go_on_huge_pages_and_stay_as_they_are() -> None:
     weights = torch.arange(1 << 24)
     settle()
     assert torch.equal(weights, torch.arange(1 << 24))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 # glibc's mallopt(3) and the kernel's madvise(2).
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-HUGE_PAGES, COLLAPSE = 14, 25
+HUGE_PAGES = 14
 PAGE = 2 << 20  # bytes of a huge one
 # Smaller regions are threads' stacks and Python's own.
 LEAST = 32 << 20
@@ -19,17 +19,16 @@ KEPT = 1 << 28
 def settle() -> None:
     """Make the memory of a model that has just been loaded small and fast.
 
-    What was freed, above all the weights as they were read, goes back. What stays is put on huge pages: a step reads all of
-    it, and is 3 to 10 % faster so. Blocks that a step frees are kept for the next: 25 MB of new pages cost 6,000 faults.
+    What was freed, above all the weights as they were read, goes back. What stays may go on huge pages: a step reads all of it,
+    and is 3 to 10 % faster so. The kernel does that in the background: to ask for it at once (MADV_COLLAPSE) made a start of
+    10 s one of 16. Blocks that a step frees are kept for the next: 25 MB of new pages cost 6,000 faults.
     """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # not glibc, not Linux
         libc = ctypes.CDLL(None)
         libc.malloc_trim(0)
         for start, end in regions():
-            where = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
-            for advice in (HUGE_PAGES, COLLAPSE):  # an old kernel rejects the second
-                libc.madvise(*where, advice)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), HUGE_PAGES)
         libc.mallopt(TRIM_THRESHOLD, KEPT)
         libc.mallopt(MMAP_THRESHOLD, KEPT)
 
