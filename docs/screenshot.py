@@ -63,7 +63,7 @@ def take_chat(browser: Browser, url: str) -> None:
 
 
 if __name__ == "__main__":
-    with start(MODES["thread"], {"BATCH_SIZE": "16"}) as server, sync_playwright() as playwright:
+    with start(MODES["thread"], {"BATCH_SIZE": "32"}) as server, sync_playwright() as playwright:
         browser = launched(playwright)
         for scheme, name in (("light", "page.png"), ("dark", "page-dark.png")):
             take_page(browser, server.url, scheme, name)
