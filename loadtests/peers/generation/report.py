@@ -63,6 +63,8 @@ from memory at 8 to 12 GB/s, and oneDNN does not overlap that with the arithmeti
 """
 NOT_RUN = """
 - this server, and openvino-genai in float32, were measured later than the others on the same day, except with 24 sequences.
+- this server ran with its memory put on huge pages at its start (MADV_COLLAPSE), which has been taken out since: three starts in turn took 15.5 s
+  with it and 9.7 s without. Until the kernel has done the same in the background, its steps take up to 10 % longer than here.
 - llama-cpp-python[server]: it has one context behind a lock, and a new request interrupts the one that runs (`interrupt_requests`), so
   two readers can't be measured. llama.cpp's own server stands for it.
 - onnxruntime-genai: its model builder needs an older Transformers.
