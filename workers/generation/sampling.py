@@ -111,7 +111,7 @@ def draw(logits: Tensor, choices: Sequence[Choice]) -> Tensor:
     every = torch.arange(vocabulary, device=logits.device)
     if not left:
         return race(probs, every, seeds)
-    drawn = race(probs, every, seeds) if len(left) < len(options) else seeds[:, 0].clone()
+    drawn = race(probs, every, seeds) if len(left) < len(options) else torch.empty_like(seeds[:, 0])
     for n in (FEW, MORE, vocabulary):
         kept, ids, is_sure = keep(probs[left], [options[i] for i in left], min(n, vocabulary))
         drawn[left] = ids.gather(1, race(kept, ids, seeds[left])[:, None])[:, 0]
@@ -148,9 +148,8 @@ def race(probs: Tensor, ids: Tensor, seeds: Tensor) -> Tensor:
     winner only where two come in nearly at once. To walk down the tokens to a random height would change it where any two of
     thousands of unlikely ones change places.
     """
-    x = (
-        seeds + ids * 0x632BE59BD9B4E019
-    )  # SplitMix64 of the row's seed and the token's id; products wrap around
+    # SplitMix64 of the row's seed and the token's id; products wrap around.
+    x = seeds + ids * 0x632BE59BD9B4E019
     x = (x ^ x >> 30) * -0x40A7B892E31B1A47
     x = (x ^ x >> 27) * -0x6B2FB644ECCEEE15
     uniform = ((x ^ x >> 31) & 0x7FFFFFFF).float() / (1 << 31)

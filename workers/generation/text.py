@@ -88,17 +88,15 @@ def overlap(text: str, stop: str) -> int:
     return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def texts(value: Any) -> Iterator[str]:
-    """Yield every text in some JSON, names too."""
+def nodes(value: Any) -> Iterator[Any]:
+    """Yield every value in some JSON, names too."""
     todo = [value]
     while todo:
-        match todo.pop():
-            case str() as text:
-                yield text
-            case dict() as fields:
-                todo += [*fields, *fields.values()]
-            case list() as values:
-                todo += values
+        yield (node := todo.pop())
+        if isinstance(node, dict):
+            todo += [*node, *node.values()]
+        elif isinstance(node, list):
+            todo += node
 
 
 class Chat:
@@ -137,6 +135,6 @@ class Chat:
 
     def reject_special(self, where: str, value: Any) -> None:
         """Raise ValueError where a text in it would read as a special token."""
-        for text in texts(value):
+        for text in (node for node in nodes(value) if isinstance(node, str)):
             if special := next((token for token in self.special if token in text), None):
                 raise ValueError(f"{where} has {special} in it, which only the server may use; leave it out")

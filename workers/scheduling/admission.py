@@ -48,7 +48,7 @@ class Admission:
             return self._hopeless(size)
         full = len(lane.jobs) + jobs > self.max_queue
         if not full and self.estimate.worst_s(free_s, jobs, size) < min(budget_s, self.target_s or budget_s):
-            return None  # as mostly: the long way round costs a tenth of what the server adds to a request
+            return None  # the usual case: looking ahead costs a tenth of a request's overhead
         wait = self.estimate.of(free_s, lane, jobs, size)
         if full and not idle:
             return Rejected(QUEUE_FULL, wait.starts_in_s)

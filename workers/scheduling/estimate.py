@@ -71,7 +71,7 @@ class WaitEstimate:
         self.usual_s = self.full_s * self.usual_size / self.full_size if self.full_size else self.full_s
 
     def worst_s(self, free_s: list[float], jobs: int, size: float) -> float:
-        """Return when it would be answered if from now on each job ran alone, and a full batch before all of them."""
+        """Return when a request is answered at the latest: as if every job ran alone, after a full batch."""
         ahead_s = self.cost_model.a * (len(self.queue) + jobs) + self.cost_model.b * (self.queue.size + size)
         return (free_s[-1] + self.full_s + ahead_s) * self.cost_model.margin
 

@@ -63,7 +63,7 @@ def followed(contents: Sequence[Any], left_s: float) -> contextlib.AbstractConte
 
 @contextlib.contextmanager
 def running(contexts: Sequence[CallContext], left_s: float) -> Iterator[None]:
-    """`followed`, of some."""
+    """While it lasts these have a client that waits, at most `left_s`; afterwards they are cancelled."""
     for context in contexts:
         context.deadline = time.monotonic() + left_s
     RUNNING.update(contexts)

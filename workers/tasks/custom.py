@@ -31,6 +31,7 @@ from workers.tasks.calls import CallContext, Followed
 log = logging.getLogger("uvicorn.error")
 
 NO_LIST = (Mapping, Set, str, bytes)  # can be made a list, too, but not one of answers in their order
+# What JSON has beside objects and lists.
 PLAIN = {str, int, float, bool, type(None)}
 # What a `check` raises at an input of another form than it expects.
 NOT_THE_FORM = (AttributeError, LookupError, TypeError)

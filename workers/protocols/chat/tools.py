@@ -7,14 +7,13 @@ Schema, whatever the model. With "auto" the model decides, and its calls are rea
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
 
 from workers.errors import Malformed
 from workers.generation.stream import Piece
-from workers.generation.text import overlap
+from workers.generation.text import nodes, overlap
 from workers.protocols.chat.replies import Chat
 from workers.tasks.text_generation import Task
 from workers.web.generation import Generation
@@ -177,23 +176,11 @@ def function_of(where: str, tool: Any) -> tuple[str, dict[str, Any]]:
         raise Malformed(f'{where}: "parameters" must be a JSON Schema with "type": "object"')
     if not all(isinstance(parameters.get(key, {}), dict) for key in DEFINITIONS):
         raise Malformed(f'{where}: "$defs" must be an object')
-    for node in objects(parameters):
-        ref = node.get("$ref")
+    for node in nodes(parameters):
+        ref = node.get("$ref") if isinstance(node, dict) else None
         if isinstance(ref, str) and not ref.startswith(("#/$defs/", "#/definitions/")):
             raise Malformed(f'{where}: "$ref" must begin with "#/$defs/"')
     return name, parameters
-
-
-def objects(value: Any) -> Iterator[dict[str, Any]]:
-    """Yield every object in some JSON."""
-    todo = [value]
-    while todo:
-        one = todo.pop()
-        if isinstance(one, dict):
-            yield one
-            todo.extend(one.values())
-        elif isinstance(one, list):
-            todo.extend(one)
 
 
 def tool_fields(where: str, message: dict[str, Any]) -> dict[str, Any]:
