@@ -14,6 +14,7 @@ from pkgutil import iter_modules
 from typing import Any, cast
 
 from tests.support import mode_matrix
+from tests.support.embedding_models import MINILM
 from tests.support.small_models import ARCHITECTURES, batching, has
 from workers import tasks
 from workers.metrics import Metrics
@@ -23,6 +24,7 @@ from workers.service import Service
 from workers.settings import HERE as ROOT
 from workers.settings import Settings
 from workers.tasks.common.parameters import REFUSED, TAKES, rules_of
+from workers.tasks.common.text import Rule
 
 DOCS = Path(__file__).parent
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -160,12 +162,14 @@ def architectures() -> str:
 SPOKEN = {"lang_to_id": {"<|de|>": 1, "<|en|>": 2}, "alignment_heads": [[0, 0]]}
 
 
-def parameters() -> str:
-    """What may be sent of each task, and what each must be."""
+def task_rules() -> list[tuple[str, str, dict[str, Rule]]]:
+    """Each task, what it takes, and the rule of each of its parameters; kinds of models that take others are rows of their own."""
     texts = sorted(
         name.replace("_", "-") for _, name, _ in iter_modules(tasks.__path__) if name not in OTHER_FILES
     )
     rows = [(f"`{name}`", "text", cast(Any, tasks.make(Settings(TASK=name))).rules) for name in texts]
+    embedder = cast(Any, tasks.make(Settings(TASK="feature-extraction", MODEL=MINILM)))
+    rows.insert(1, ("`feature-extraction`, sentence-transformers", "text", embedder.rules))
     wave = {"architectures": ["Wav2Vec2ForCTC"]}
     whisper = {"model_type": "whisper"}
     for name, takes in TAKES.items():
@@ -177,8 +181,14 @@ def parameters() -> str:
         rows += [
             (f"`{name}`{kind}", takes, rules_of(name, Settings(), *files)) for kind, files in kinds.items()
         ]
+    return rows
+
+
+def parameters() -> str:
+    """What may be sent of each task, and what each must be."""
     return markdown(
-        ("task", "takes", "parameters"), [[name, takes, in_words(rules)] for name, takes, rules in rows]
+        ("task", "takes", "parameters"),
+        [[name, takes, in_words(rules)] for name, takes, rules in task_rules()],
     )
 
 

@@ -19,6 +19,29 @@ from workers.settings import Settings
 from workers.tasks import text_generation
 
 PARIS = "the old dog runs over"
+SHORT = "e"  # a prompt whose text ends by itself
+FORM = ("return_full_text", "details", "stream")  # change the answer's form, not its text
+LONG = {"ignore_eos": True, "max_new_tokens": 40}
+# Of drawn tokens only one is left to draw, as no two programs draw alike.
+DRAWN = {"do_sample": True, "seed": 5}
+# What a client may set; the first of each is what changes the text, or its form.
+PARAMETERS: list[dict[str, Any]] = [
+    {"max_new_tokens": 5},
+    {"min_new_tokens": 20, "max_new_tokens": 20},
+    {"ignore_eos": True, "max_new_tokens": 20},
+    {"repetition_penalty": 1.5, **LONG},
+    {"frequency_penalty": 2.0, **LONG},
+    {"presence_penalty": 2.0, **LONG},
+    {"stop": ["q", "x"]},
+    {"stop_sequences": ["x", "q"]},
+    {"return_full_text": False},
+    {"details": True},
+    {"stream": True},
+    {"top_k": 1, **DRAWN},
+    {"top_p": 1e-6, **DRAWN},
+    {"min_p": 1.0, **DRAWN},
+    {"temperature": 1e-6, **DRAWN},
+]
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +102,90 @@ def test_answer_is_that_of_generate_and_has_the_form_of_the_pipeline(server: Ser
     assert "queue;dur=" in reply.headers["server-timing"]
     raw = post(server, PARIS)
     assert raw.json[0]["generated_text"].startswith(reply.json[0]["generated_text"])
+
+
+class Penalties:
+    """OpenAI's frequency and presence penalties as a logits processor of Transformers, which has none."""
+
+    def __init__(self, prompt: int, frequency: float, presence: float) -> None:
+        self.prompt, self.frequency, self.presence = prompt, frequency, presence
+
+    def __call__(self, ids: Any, scores: Any) -> Any:
+        counts = ids[0, self.prompt :].bincount(minlength=scores.shape[-1])
+        return scores - self.frequency * counts - self.presence * (counts > 0)
+
+
+@pytest.fixture(scope="module")
+def generate(folder: str) -> Any:
+    """The text that `generate` gives with these parameters, its tokens and their logprobs."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def answer(
+        prompt: str,
+        stop: list[str],
+        ignore_eos: bool = False,
+        seed: int = 0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        **parameters: Any,
+    ) -> tuple[str, list[int], list[float]]:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        parameters = {"do_sample": False, "max_new_tokens": 256, **parameters}
+        if stop:
+            parameters |= {"stop_strings": stop, "tokenizer": tokenizer}
+        if ignore_eos:
+            parameters["eos_token_id"] = -1
+        penalties = [Penalties(ids.shape[1], frequency_penalty, presence_penalty)]
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                logits_processor=penalties,
+                output_logits=True,
+                return_dict_in_generate=True,
+                **parameters,
+            )
+        new = out.sequences[0, ids.shape[1] :].tolist()
+        logprobs = [
+            logits[0].log_softmax(-1)[token].item() for logits, token in zip(out.logits, new, strict=True)
+        ]
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        return min((text.partition(one)[0] for one in stop), key=len, default=text), new, logprobs
+
+    return answer
+
+
+def text_of(generate: Any, parameters: dict[str, Any]) -> Any:
+    """What `generate` gives for the short prompt with what of these it knows."""
+    known = {name: value for name, value in parameters.items() if name not in FORM}
+    stop = known.pop("stop", None) or known.pop("stop_sequences", [])
+    return generate(SHORT, stop, **known)
+
+
+@pytest.mark.filterwarnings("ignore")  # Transformers' own
+@pytest.mark.parametrize("parameters", PARAMETERS, ids=lambda parameters: next(iter(parameters)))
+def test_parameter_changes_the_text_to_that_of_generate(
+    server: Server, generate: Any, parameters: dict[str, Any]
+) -> None:
+    name, *others = parameters
+    text, tokens, logprobs = text_of(generate, parameters)
+    if name not in FORM and "do_sample" not in parameters:
+        assert text != text_of(generate, {other: parameters[other] for other in others})[0]
+    if name == "stream":
+        found = events(server, SHORT)
+        assert found[-1]["generated_text"] == text
+        assert [event["token"]["id"] for event in found] == tokens
+        return
+    (answer,) = post_json(server, {"inputs": SHORT, "parameters": parameters}).json
+    assert answer["generated_text"] == (text if name in FORM else SHORT + text)
+    if name == "details":
+        shown = answer["details"]["tokens"]
+        assert [token["id"] for token in shown] == tokens
+        assert [token["logprob"] for token in shown] == pytest.approx(logprobs, abs=1e-3)
 
 
 def test_list_of_prompts_gets_a_list_of_answers(server: Server, oracle: Any) -> None:

@@ -60,6 +60,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
         {"chunk_length_s": 1, "stride_length_s": 0.2},
     ],
 }
+TABLE_PARAMETERS: list[dict[str, Any]] = [{}, {"sequential": True}]
 NEEDED = {
     "clip": {"candidate_labels": ["dog", "the old river"]},
     "siglip": {"candidate_labels": ["dog", "over it"]},
@@ -423,7 +424,7 @@ def test_tables_get_the_answers_of_the_plain_pipeline(tmp_path: Path) -> None:
     model = task.load(0)
     asked = task.describe().example["inputs"]
     tables = [asked, {"table": {"age": ["36", "", "41"]}, "query": "how old?"}]
-    for parameters in ({}, {"sequential": True}):
+    for parameters in TABLE_PARAMETERS:
         expected = [in_json(plain(**one, **parameters)) for one in tables]
         assert any(answer["cells"] for answer in expected)
         assert model([task.check(one, dict(parameters)).content for one in tables]) == expected
@@ -490,17 +491,6 @@ def test_text_to_speech_is_text_to_audio_and_starts_with_characters_as_tokens(tm
     model = tasks.load(task, settings)  # warms up with its examples
     (answer,) = model([task.check("a dog", {}).content])
     assert answer["audio"].ndim == 1 and answer["sampling_rate"] == 16_000
-
-
-def test_each_parameter_of_a_task_is_compared_with_the_pipeline(folder: Any) -> None:
-    known: dict[str, set[str]] = {}
-    compared: dict[str, set[str]] = {}
-    for name, (task, _) in MODELS.items():
-        rules = tasks.make(Settings(MODEL=folder(name), TASK=task)).rules  # type: ignore[attr-defined]
-        known.setdefault(task, set()).update(rules)
-        asked = [NEEDED.get(name, {}), *PARAMETERS.get(name, [])]
-        compared.setdefault(task, set()).update(parameter for some in asked for parameter in some)
-    assert compared == known
 
 
 # Tasks that are not served
