@@ -2,10 +2,11 @@
 
     python -m loadtests.bench.model [--task fill-mask ...] [--quick] [--device cpu|cuda]
     python -m loadtests.bench.model --memory 20000
+    python -m loadtests.bench.model --agreement
 
 Prints texts per second as Markdown tables. Every case is timed in turn, several times over, so that a slower minute of
 the machine falls on all alike; the median of each is shown. On a CPU it uses one thread. `--memory`: what the process
-takes after so many requests of all lengths, over what it took after warm-up.
+takes after so many requests of all lengths, over what it took after warm-up. `--agreement`: how far bfloat16's answers are from float32's.
 """
 
 import argparse
@@ -176,17 +177,42 @@ def grow(dtype: str, requests: int) -> None:
     print(f"| {dtype} | {before / 1e6:.0f} MB | {after / 1e6:.0f} MB | {after / before:.2f} |", flush=True)
 
 
+def agreement() -> str:
+    """Say how far the bundled model's answers in bfloat16 are from those in float32, on short texts and on long ones."""
+    answers = []
+    asked = [*texts(60), *(f"{text} {FILLER * n}" for n in (2, 6) for text in texts(60))]
+    for dtype in DTYPES:
+        task = tasks.make(Settings(DTYPE=dtype, TORCH_THREADS=1))
+        model = task.load(0)
+        answers.append([model([task.check(text, {}).content])[0] for text in asked])
+    same = statistics.mean(one[0]["token"] == other[0]["token"] for one, other in zip(*answers, strict=True))
+    scores = [{each["token"]: each["score"] for each in one} for one in answers[1]]
+    moved = [
+        abs(each["score"] - there[each["token"]])
+        for one, there in zip(answers[0], scores, strict=True)
+        for each in one
+        if each["token"] in there
+    ]
+    return (
+        f"Of {len(asked)} texts {same:.1%} keep their first candidate in bfloat16; scores of the first five move by "
+        f"{statistics.mean(moved):.4f} on average, {max(moved):.3f} at most."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--quick", action="store_true", help="few repeats")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--memory", type=int, metavar="REQUESTS", help="measure memory, not speed")
+    parser.add_argument("--agreement", action="store_true", help="compare bfloat16's answers with float32's")
     parser.add_argument("--dtype", choices=DTYPES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     if options.dtype:
         return grow(options.dtype, options.memory)
+    if options.agreement:
+        return print(agreement())
     if options.memory:
         print(
             f"| fill-mask | after warm-up | after {options.memory} requests | ratio |\n|---|---|---|---|",
