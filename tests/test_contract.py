@@ -611,7 +611,7 @@ WRONG_SETTINGS = {
     "cannot load MODEL=tests.support.misbehaving_model:Missing: ImportError: there is no class": {
         "MODEL": "tests.support.misbehaving_model:Missing"
     },
-    "MAX_QUEUE='0' is not allowed: it must be an integer from 1 to 1000000000": {"MAX_QUEUE": "0"},
+    "MAX_QUEUE='0' is not allowed: it must be an integer from 1 to 1,000,000,000": {"MAX_QUEUE": "0"},
 }
 
 

@@ -471,7 +471,7 @@ def test_document_without_a_text_in_its_fields_is_a_422_that_names_them(
     rank: httpx2.Client, document: Any
 ) -> None:
     reply = rank.post("/v1/rerank", json={"query": "a", "documents": ["b", document]})
-    assert reply.status_code == 422 and "without a text in text" in reply.json()["error"]
+    assert reply.status_code == 422 and 'no text in the field "text" of a document' in reply.json()["error"]
 
 
 def test_scores_that_all_round_to_1_or_0_are_still_in_order() -> None:

@@ -11,10 +11,10 @@ from workers.settings import Settings
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("BATCH_SIZE", "0", "from 1 to 1000000000"),
-        ("BATCH_SIZE", "many", "from 1 to 1000000000"),
-        ("BATCH_SIZE", "1.5", "from 1 to 1000000000"),
-        ("BATCH_SIZE", "1" + "0" * 20, "from 1 to 1000000000"),
+        ("BATCH_SIZE", "0", "from 1 to 1,000,000,000"),
+        ("BATCH_SIZE", "many", "from 1 to 1,000,000,000"),
+        ("BATCH_SIZE", "1.5", "from 1 to 1,000,000,000"),
+        ("BATCH_SIZE", "1" + "0" * 20, "from 1 to 1,000,000,000"),
         ("QUEUE_TARGET_S", "-1", "at least 0"),
         ("QUEUE_TARGET_S", "nan", "at least 0"),
         ("DEADLINE_S", "0", "above 0"),

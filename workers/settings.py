@@ -32,7 +32,7 @@ def switch(default: bool) -> Any:
 
 def at_least(least: int, default: int) -> Any:
     """Return a field for a whole number."""
-    return knob(default, f"an integer from {least} to {MOST}", lambda value: least <= value <= MOST)
+    return knob(default, f"an integer from {least} to {MOST:,}", lambda value: least <= value <= MOST)
 
 
 def seconds(default: float) -> Any:

@@ -137,7 +137,8 @@ def text_of(document: Any, fields: list[str]) -> Any:
         return document
     parts = [document[field] for field in fields if field in document]
     if not parts or not all(isinstance(part, str) for part in parts):
+        shown = " or ".join(f'"{field}"' for field in fields)
         raise Unprocessable(
-            f'a document is an object without a text in {", ".join(fields)}; "rank_fields" names the fields to rank by'
+            f'no text in the field {shown} of a document; send one, or name other fields in "rank_fields"'
         )
     return "\n".join(parts)
