@@ -1,6 +1,7 @@
 """Takes docs/page.png and docs/page-dark.png of the page as it serves the bundled model: `python -m docs.screenshot`.
 
-And docs/chat.png of the page as a chat, on an idle machine, where `make chat` has made models/chat. It needs Chromium: apt-get install chromium.
+And docs/chat.png and docs/chat-dark.png of the page as a chat, where `make chat` has made models/chat. On an idle machine, with
+Chromium (apt-get install chromium).
 """
 
 import io
@@ -45,9 +46,9 @@ def take_page(browser: Browser, url: str, scheme: Any, name: str) -> None:
     save(page, name)
 
 
-def take_chat(browser: Browser, url: str) -> None:
+def take_chat(browser: Browser, url: str, scheme: Any, name: str) -> None:
     """A chat that is being written, beside prompts that come, end and are cancelled."""
-    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page = browser.new_page(color_scheme=scheme, viewport={"width": 1280, "height": 800})
     page.goto(url)
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_enabled(timeout=60_000)
     page.get_by_label("Message").fill("Name a city in France and say why one should go there.")
@@ -59,7 +60,7 @@ def take_chat(browser: Browser, url: str) -> None:
     page.get_by_role("button", name="8", exact=True).click()
     expect(page.locator("#running")).to_have_text(re.compile("[7-9]"), timeout=60_000)
     page.wait_for_timeout(1000)
-    save(page, "chat.png")
+    save(page, name)
 
 
 if __name__ == "__main__":
@@ -71,5 +72,6 @@ if __name__ == "__main__":
     if (ROOT / "models" / "chat").exists():
         with start(MODES["thread"], CHAT) as server, sync_playwright() as playwright:
             browser = launched(playwright)
-            take_chat(browser, server.url)
+            for scheme, name in (("light", "chat.png"), ("dark", "chat-dark.png")):
+                take_chat(browser, server.url, scheme, name)
             browser.close()

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import pytest
 from markdown_it import MarkdownIt
 from mdit_py_plugins.anchors import anchors_plugin
+from PIL import Image
 
 from docs import generate
 from loadtests.modes import ROOT
@@ -120,6 +121,22 @@ def flat(tokens: list) -> Iterator:
     for token in tokens:
         yield token
         yield from flat(token.children or [])
+
+
+def pictures(path: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the light and the dark file of each picture on a page."""
+    for dark, light in re.findall(
+        r'<source [^>]*srcset="([^"]+)">\s*<img [^>]*src="([^"]+)"', path.read_text()
+    ):
+        yield path.parent / light, path.parent / dark
+
+
+@pytest.mark.parametrize("path", sorted(pages()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_picture_has_a_dark_variant(path: Path) -> None:
+    assert not re.search(r"!\[[^]]*\]\([^)]+\.png\)", path.read_text()), "use loadtests.pictures.picture"
+    for light, dark in pictures(path):
+        with Image.open(light) as one, Image.open(dark) as other:
+            assert one.size == other.size, f"draw {light.name} again"
 
 
 def broken(path: Path) -> Iterator[str]:

@@ -201,7 +201,11 @@ def test_quick_comparison_of_two_modes_leaves_table_and_pictures(tmp_path: Any) 
     options = ["--quick", "--modes", "batch", "uvicorn-2", "--out", str(tmp_path)]
     assert run.main(options) == 0
     names = {path.name for path in tmp_path.iterdir()}
-    pictures = {"latency.png", "overload.png", "distribution.png", "prediction.png"}
+    pictures = {
+        f"{name}{suffix}.png"
+        for name in ("latency", "overload", "distribution", "prediction")
+        for suffix in ("", "-dark")
+    }
     assert names == {"measurements.csv", "machine.json", "table.md"} | pictures
     measured = pd.read_csv(tmp_path / "measurements.csv")
     values = measured[measured["repeat"] == 0].set_index(["mode", "scenario", "metric"])["value"]

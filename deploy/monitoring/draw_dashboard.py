@@ -1,6 +1,6 @@
 """The dashboard's panels drawn from Prometheus' API: `python -m deploy.monitoring.draw_dashboard http://127.0.0.1:9090 5m`.
 
-For a README or a report, and where there is no Grafana. Writes deploy/monitoring/dashboard.png.
+For a README or a report, and where there is no Grafana. Writes deploy/monitoring/dashboard.png, and its dark variant.
 """
 
 import json
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
 from deploy.monitoring.grafana import ACROSS, PANELS, RATE, Panel
+from loadtests.pictures import save
 
 PICTURE = Path(__file__).with_name("dashboard.png")
 POINTS = 120
@@ -99,7 +100,7 @@ def main(prometheus: str = "http://127.0.0.1:9090", span: str = "5m", rate: str 
         draw(axes, panel, series(prometheus, panel, float(span.removesuffix("m")), rate))
     for axes in grid[-1]:
         axes.set_xlabel("minutes ago", fontsize=8)
-    figure.savefig(PICTURE, dpi=80)
+    save(figure, PICTURE, 100)
 
 
 if __name__ == "__main__":

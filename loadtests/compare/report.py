@@ -28,6 +28,7 @@ from loadtests.compare.pictures import (
 )
 from loadtests.host import one_line
 from loadtests.modes import BASE, MODES
+from loadtests.pictures import picture, save
 from loadtests.plan.planner import markdown
 
 # Which modes stand together in a picture of their own; the others are its grey background.
@@ -107,9 +108,7 @@ def write(out: Path) -> None:
     }.items():
         figure = draw(results)
         if figure:
-            figure.text(0.01, 0.005, one_line(results.about), fontsize=8, color="#555555")
-            figure.savefig(out / f"{name}.png", dpi=130)
-            plt.close(figure)
+            save(figure, out / f"{name}.png", 130, footer=one_line(results.about))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ def table(results: Results) -> str:
 
 def pictures(title: str) -> str:
     """Those that stand below this table."""
-    return "".join(f"\n![{text}]({name}.png)\n" for name, text in PICTURES.get(title, {}).items())
+    return "".join(f"\n{picture(f'{name}.png', text, 620)}" for name, text in PICTURES.get(title, {}).items())
 
 
 def cell(results: Results, mode: str, scenario: str, metric: str, digits: int) -> str:

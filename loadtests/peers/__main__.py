@@ -153,8 +153,8 @@ def without(out: Path, names: list[str], models: list[str], about: dict[str, Any
     """The rows in `out` but those of these peers with these models, which are measured again; `about` becomes theirs."""
     here = dict(about)
     about |= json.loads((out / "peers.json").read_text())
-    if set(models) - {"tricks", *LAWS}:
-        about["added"] = sorted({*about.get("added", []), *names})
+    run = {"date": here["date"], "models": models, "peers": names}
+    about["added"] = [*about.get("added", []), run]
     about["failed"] = {name: why for name, why in about["failed"].items() if name not in names}
     if different := [key for key in ("processor", "versions") if about[key] != here[key]]:
         raise SystemExit(f"those results have another {different[0]}: run all of it again")

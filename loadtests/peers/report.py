@@ -16,6 +16,7 @@ from loadtests.peers.catalogue import FOLDER, LAWS, OURS, PEERS, Peer
 from loadtests.peers.environments import requirements
 from loadtests.peers.pictures import own_capacity, replied, write_pictures
 from loadtests.peers.visit import LAW_S, LAW_USERS
+from loadtests.pictures import picture
 from loadtests.plan.planner import markdown
 
 DISTURBED = 0.15  # cores that something else took; a measurement beside which it was more is dropped
@@ -139,7 +140,10 @@ def write(out: Path) -> None:
 def about(results: Results) -> str:
     found = results.about
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    added = found.get("added", [])
+    later = "".join(
+        f"A later run (`--add`), {run['date']}, measured {', '.join(run['models'])} of {', '.join(run['peers'])}. "
+        for run in found.get("added", [])
+    )
     return (
         f"# This server and other servers\n\n"
         f"`make peers`, {found['date']}: {found['processor']}, {found['cores']} cores; {found['pinning']}; one thread for the model; "
@@ -148,11 +152,12 @@ def about(results: Results) -> str:
         "[`loadtests/peers/`](../peers). "
         f"Medians of up to {results.repeats} rounds in which all took turns, with the least and greatest; 1 and 8 connections and 10x were "
         "run once, bfloat16 twice. "
-        f"{', '.join(added)}{' took turns in a later run (`--add`). ' * bool(added)}"
+        f"{later}"
         f"{results.disturbed} of {results.measurements} measurements were dropped, because something else used more than "
         f"{DISTURBED:.0%} of a core meanwhile; `~`: the quietest one, where that was so in every round. "
         "[Which number is which](../../docs/numbers.md).\n\n"
-        "![Throughput of the fastest servers](peers.png)\n\n![Goodput and replies under overload](peers-overload.png)\n"
+        f"{picture('peers.png', 'Throughput of the fastest servers')}\n"
+        f"{picture('peers-overload.png', 'Goodput and replies under overload')}"
     )
 
 

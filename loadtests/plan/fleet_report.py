@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from loadtests.pictures import picture, save
 from loadtests.plan.fleet import POLICIES, Autoscaler, Fleet, Outcome, Retries, replicas_for, simulate
 from loadtests.plan.planner import CostLaw, markdown
 
@@ -123,7 +124,7 @@ def deaths() -> list[dict[str, Any]]:
 
 
 def write(out: Path) -> None:
-    """Simulate all of it, a few minutes, and write fleet.md and fleet.png."""
+    """Simulate all of it, a few minutes, and write fleet.md and its picture, light and dark."""
     loads, times = [0.5, 0.7, 0.8, 0.9, 0.95], [0.5, 0.9, 1.1, 1.5, 2.0, 3.0, 5.0]
     rates = [50.0, 200.0, 1000.0, 5000.0]
     p99, goodput, needed = policies(loads), storms(times), spare(rates)
@@ -137,7 +138,7 @@ def write(out: Path) -> None:
         "# How many replicas, which balancer, where a retry storm begins\n",
         "Simulated, not measured: `make plan FLEET=--report`, with fixed seeds. For your own load and model: "
         '`make plan FLEET="--rate 5000 --replica-ms 10+0.5n --batch 32"`.\n',
-        "![Policies, replicas needed, retries, a day](fleet.png)\n",
+        picture("fleet.png", "Policies, replicas needed, retries, a day"),
         "## Which policy\n",
         "p99 in ms of 20 replicas, by load; a request takes 20 ms on average, one in ten nine times as long as the others.\n",
         markdown(
@@ -165,14 +166,11 @@ def write(out: Path) -> None:
         "## When one dies\n",
         markdown(deaths()),
         "\n## Where a retry storm begins\n",
-        f"Goodput as a share of the capacity of 4 replicas of 20 ms; a rejection costs {REFUSAL_S * 1e3:g} ms of their core.\n",
+        f"Goodput as a share of the capacity of 4 replicas of 20 ms, by offered load and how clients retry; a rejection costs {REFUSAL_S * 1e3:g} ms of their core.\n",
         markdown(
             [
-                {
-                    "clients": name,
-                    **{f"{x:g} x": f"{share:.2f}" for x, share in zip(times, shares, strict=True)},
-                }
-                for name, shares in goodput.items()
+                {"load": f"{x:g}×", **{name: f"{shares[i]:.2f}" for name, shares in goodput.items()}}
+                for i, x in enumerate(times)
             ]
         ),
         storm_advice(times, goodput),
@@ -235,15 +233,19 @@ def draw(
 ) -> None:
     """Four findings."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure.get_layout_engine().set(rect=(0, 0.03, 1, 0.97))
     one, two, three, four = (ax for row in axes for ax in row)
     for policy, ms in p99.items():
         one.plot([x * 100 for x in loads], ms, "o-", color=COLOURS[policy])
         one.text(loads[-1] * 101, ms[-1], policy, color=COLOURS[policy], va="center")
-    titled(one, "Least connections is close to one shared queue", "load, %", "p99, ms")
+    titled(
+        one, "Least connections is close to one shared queue", "offered load / capacity, %", "p99 latency, ms"
+    )
     one.set_yscale("log")
     one.set_yticks([100, 200, 400], ["100", "200", "400"], minor=False)
     one.minorticks_off()
     one.set_xlim(right=108)
+    one.set_xticks([50, 60, 70, 80, 90])
     two.plot(
         rates, [100 * rate * 0.02 / n for rate, n in zip(rates, needed, strict=True)], "o-", color="#0072B2"
     )
@@ -254,9 +256,9 @@ def draw(
     two.margins(x=0.25)
     titled(
         two,
-        "The larger the fleet, the busier it can be\n(99.9 % answered within 0.5 s)",
+        "The larger the fleet, the higher its utilization can be\n(99.9 % answered within 0.5 s)",
         "requests per second",
-        "busy, %",
+        "utilization, %",
     )
     for (name, shares), colour in zip(
         goodput.items(), ("#999999", "#E69F00", "#009E73", "#D55E00"), strict=True
@@ -266,10 +268,11 @@ def draw(
         three.text(times[-1] + 0.1, shares[-1] + up, name, color=colour, va="center")
     three.set_ylim(0, 1.1)
     three.set_xlim(right=8.4)
+    three.set_xticks(range(6))
     titled(
         three,
         "Retries without a bound leave no time for answers",
-        "offered, times the capacity",
+        "offered load / capacity",
         "goodput / capacity",
     )
     hours = [i / 20 for i in range(480)]
@@ -277,21 +280,20 @@ def draw(
         hours,
         [load_of_day(3600 * hour) * 0.1 for hour in hours],
         color="#999999",
-        label="replicas' worth of load",
+        label="load, in replicas",
     )
     at, n = np.array(outcome.replicas).T
     four.step(at / 3600, n, where="post", color="#0072B2", label="replicas")
     lost = np.array(outcome.failed_s) / 3600
-    four.plot(lost, np.zeros_like(lost), "|", color="#D55E00", markersize=12, label="refused")
+    four.plot(lost, np.zeros_like(lost), "|", color="#D55E00", markersize=12, label="rejections")
     four.legend(frameon=False, loc="upper right")
     titled(
         four,
-        "A rush is refused for as long as replicas take to start\n(cold start 2 minutes)",
+        "A rush is rejected until new replicas have started\n(cold start 2 minutes)",
         "hour of the day",
         "replicas",
     )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, path, 110, footer="simulated, fixed seeds")
 
 
 def titled(ax: Axes, title: str, x: str, y: str) -> None:

@@ -1,4 +1,4 @@
-"""Serve's autoscaling as a curve: load, replicas, waits, rejections; results/ray.csv and ray.png.
+"""Serve's autoscaling as a curve: load, replicas, waits, rejections; results/ray.csv and ray.png, light and dark.
 
 $ unshare -rnpf --kill-child --mount-proc sh -c 'ip link set lo up; exec "$@"' sh python -m loadtests.ray.curve
 
@@ -20,9 +20,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import yaml
 
-from loadtests import arguments
+from loadtests import arguments, host
 from loadtests.load import generator
 from loadtests.modes import ROOT
+from loadtests.pictures import save
 from loadtests.ray.cluster import Cluster, nodes
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -46,7 +47,7 @@ def config() -> dict[str, object]:
 
 
 def measure(cluster: Cluster) -> pd.DataFrame:
-    """A row for each second: offered, answered, refused, p95 of the wait in the queue, replicas."""
+    """A row for each second: offered, answered, rejected, p95 of the wait in the queue, replicas."""
     counts: dict[int, int] = {}
     over = threading.Event()
 
@@ -91,29 +92,32 @@ def measure(cluster: Cluster) -> pd.DataFrame:
     return rows.dropna(subset=["offered"])
 
 
-def draw(rows: pd.DataFrame, path: Path) -> None:
+def draw(rows: pd.DataFrame, path: Path, about: str) -> None:
+    """Load, replicas and waits below each other; `about` is the machine and the date."""
     plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
     figure, (load, replicas, wait) = plt.subplots(3, sharex=True, figsize=(9, 8), height_ratios=(3, 2, 2))
-    load.plot(rows["offered"], color="#999999", label="asked")
+    load.plot(rows["offered"], color="#999999", label="offered")
     load.plot(rows["200"], color="#0072B2", label="answered")
-    load.plot(rows["503"], color="#D55E00", label="refused")
+    load.plot(rows["503"], color="#D55E00", label="rejected (503)")
     load.legend(frameon=False)
     load.set_ylabel("requests/s")
     replicas.step(rows.index, rows["replicas"], where="post", color="#0072B2")
     replicas.set(ylabel="replicas", ylim=(0, MAX_REPLICAS + 0.5))
     wait.plot(rows["wait_p95_ms"], color="#0072B2")
-    wait.set(ylabel="p95 of the wait, ms", xlabel="seconds", ylim=(0, None))
-    answered = rows["200"].sum() / rows["offered"].sum()
+    wait.set(ylabel="p95 queue time, ms", xlabel="seconds", ylim=(0, None))
+    rejecting = rows.index[rows["503"] > 0]
+    lasted_s = rejecting.max() - rejecting.min() + 1 if len(rejecting) else 0
     figure.suptitle(
-        "Four times what one replica can: Serve adds replicas until nobody is refused any more\n"
-        f"{answered:.1%} of {rows['offered'].sum():,.0f} answered, {rows['503'].sum():,.0f} refused,"
-        f" {rows['other'].sum():,.0f} else",
+        f"When the load grows to {PHASES[1][1]:g} times one replica's capacity,\n"
+        f"Ray Serve has enough replicas after {lasted_s:.0f} s; until then requests are rejected",
         x=0.02,
         ha="left",
-        fontsize=12,
+        fontweight="bold",
     )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    shares = [f"{rows[name].sum() / rows['offered'].sum():.1%}" for name in ("200", "503", "other")]
+    counts = "of {:,.0f} requests {} answered, {} rejected, {} other".format(rows["offered"].sum(), *shares)
+    save(figure, path, 110, footer=f"stub model, 20 ms per request; {about}; {counts}")
 
 
 def main() -> None:
@@ -124,7 +128,8 @@ def main() -> None:
         cluster.wait_until_ready()
         rows = measure(cluster)
     rows.to_csv(RESULTS / "ray.csv", index_label="second")
-    draw(rows, RESULTS / "ray.png")
+    about = host.describe()
+    draw(rows, RESULTS / "ray.png", f"{about['processor']}, {about['cores']} cores, {about['date']}")
     print(rows[["offered", "200", "503", "other"]].sum().to_string())
 
 
