@@ -292,6 +292,30 @@ def test_rejection_is_shown_with_when_to_retry(browser: Browser, crowd: Crowd, t
 
 
 @in_browser
+def test_progress_of_a_running_call_is_shown_until_it_ends(
+    browser: Browser, crowd: Crowd, tmp_path: Path
+) -> None:
+    file = tmp_path / "progress"
+    file.write_text("0.4")
+    with start(MODES["thread"], {"MODEL": "tests.support.fake_models:Reports"}) as server:
+        visit = Visit(browser, server, viewport={"width": 390, "height": 844})
+        shown = visit.page.locator("#progress li")
+        expect(visit.page.get_by_text("Progress of the calls")).to_be_hidden()
+        reply = crowd.submit(post_json, server, {"inputs": str(file)})
+        for fraction, percent in (("0.4", "40 %"), ("0.75", "75 %")):
+            file.write_text(fraction)
+            expect(shown).to_have_text(percent)
+            expect(shown.get_by_role("progressbar")).to_have_js_property("value", float(fraction))
+        expect(visit.page.get_by_text("Progress of the calls")).to_be_visible()
+        assert visit.violations() == []
+        file.write_text("1")
+        expect(shown).to_have_count(0)
+        expect(visit.page.get_by_text("Progress of the calls")).to_be_hidden()
+        assert reply.result().status == 200 and not visit.problems
+        visit.close()
+
+
+@in_browser
 def test_key_is_asked_for_where_it_is_required(browser: Browser) -> None:
     with start(MODES["thread"], {**FILL_MASK, "API_KEY": "a-key-0123"}) as server:
         visit = Visit(browser, server)
