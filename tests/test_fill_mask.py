@@ -190,6 +190,11 @@ def test_targets_are_the_plain_pipelines(small):
 
 
 @pytest.mark.parametrize("fast", [True, False])
+def test_loop_may_give_it_batches(folder, fast):
+    assert Ours(folder, FAST=fast).model.description.max_batch >= 32
+
+
+@pytest.mark.parametrize("fast", [True, False])
 def test_words_of_a_client_stay_out_of_the_log(folder, fast, caplog):
     Ours(folder, FAST=fast)([("the [MASK]", 5, ("diagnosis", "dog"))])
     assert "diagnosis" not in caplog.text

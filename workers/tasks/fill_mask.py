@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import Any
 
 from workers.errors import Unprocessable
-from workers.settings import Settings
+from workers.settings import MOST, Settings
 from workers.tasks import Description, Query
 from workers.tasks.common.text import (
     TEXT_SCHEMA,
@@ -97,6 +97,7 @@ class StockFillMask(Stock):
 
     def __init__(self, task: TextTask, pipe: Any) -> None:
         super().__init__(task, pipe)
+        self.description = self.description._replace(strategy="the stock pipeline, padded", max_batch=MOST)
         # It logs targets that are not in the vocabulary, and what clients send stays out of the log.
         logging.getLogger("transformers.pipelines.fill_mask").setLevel(logging.ERROR)
 
