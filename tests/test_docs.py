@@ -139,6 +139,20 @@ def test_every_picture_has_a_dark_variant(path: Path) -> None:
             assert one.size == other.size, f"draw {light.name} again"
 
 
+MEASURED = re.compile(r"\d (?:requests|texts|tokens)/s|\d×|\d[\d,]* of \d[\d,]+")
+SOURCE = re.compile(r"\d{4}-\d\d-\d\d|results/|claims\.md|numbers\.md")
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted(generate.DOCS.glob("*.md"))], ids=lambda path: path.stem
+)
+def test_every_measurement_has_its_source(path: Path) -> None:
+    """A date beside it, or a link to a page that has date, machine and command."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for section in re.split(r"^(?=#+ )", text, flags=re.MULTILINE):
+        assert SOURCE.search(section) or not MEASURED.search(section), section.splitlines()[0]
+
+
 def broken(path: Path) -> Iterator[str]:
     for address in parsed(path)[0]:
         if re.match(r"[a-z]+:", address):

@@ -62,9 +62,6 @@ def draw(axes: Axes, panel: Panel, found: Series) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if panel.kind == "heatmap":
         return draw_heatmap(axes, found, cumulative="{{le}}" in panel.shows)
-    if not found:  # a panel for text generation beside another task
-        axes.text(0.5, 0.5, "no data", transform=axes.transAxes, ha="center", fontsize=8, color="gray")
-        return None
     told = [one for one in found if any(one[2])] or found[:1]  # what was never there needs no line
     for name, when, values in told:
         axes.plot(when, values, linewidth=1.2, label=name)
@@ -94,10 +91,15 @@ def draw_heatmap(axes: Axes, found: Series, *, cumulative: bool) -> None:
 
 
 def main(prometheus: str = "http://127.0.0.1:9090", span: str = "5m", rate: str = "15s") -> None:
-    down = -(-len(PANELS) // ACROSS)
-    figure, grid = plt.subplots(down, ACROSS, figsize=(12, 2 * down), layout="constrained")
-    for axes, panel in zip(grid.flat, PANELS):
-        draw(axes, panel, series(prometheus, panel, float(span.removesuffix("m")), rate))
+    minutes = float(span.removesuffix("m"))
+    found = [(panel, series(prometheus, panel, minutes, rate)) for panel in PANELS]
+    found = [(panel, some) for panel, some in found if some]  # none of text generation beside another task
+    down = -(-len(found) // ACROSS)
+    figure, grid = plt.subplots(down, ACROSS, figsize=(12, 2 * down), layout="constrained", squeeze=False)
+    for axes, (panel, some) in zip(grid.flat, found):
+        draw(axes, panel, some)
+    for axes in list(grid.flat)[len(found) :]:
+        axes.remove()
     for axes in grid[-1]:
         axes.set_xlabel("minutes ago", fontsize=8)
     save(figure, PICTURE, 100)

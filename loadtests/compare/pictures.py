@@ -23,7 +23,8 @@ class Name(NamedTuple):
 
 
 def write_names(axes: Axes, names: Iterable[Name], *, size: float = 12, width: int = 18) -> None:
-    """Write each to the right of its point, in lines of `width` characters; where it would cover another or a point, it moves up.
+    """Write each to the right of its point, in lines of `width` characters; where it would cover another or a point, it moves up,
+    and a thin line leads back.
 
     Call it last, when the data is drawn and the scales are set.
     """
@@ -46,6 +47,7 @@ def write_names(axes: Axes, names: Iterable[Name], *, size: float = 12, width: i
                 middle = top + half
         taken.append((middle - half, middle + half, left, right))
         offset = (8, (middle - y_px) / px)
+        leader = {"arrowstyle": "-", "color": name.color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
         axes.annotate(
             "\n".join(lines),
             (name.x, name.y),
@@ -54,6 +56,7 @@ def write_names(axes: Axes, names: Iterable[Name], *, size: float = 12, width: i
             color=name.color,
             va="center",
             fontsize=size,
+            arrowprops=leader if offset[1] > size else None,
         )
 
 

@@ -433,11 +433,8 @@ def table(choices: list[Setting], limit_s: float, duration_s: float) -> str:
             row[f"p50 / p99 ms at {rate:.0f}/s"] = (
                 f"{found['p50_ms']:.0f} / {found['p99_ms']:.0f}" if served else "overloaded"
             )
-        for times in (2, 10):
-            rate = times * choice.capacity_per_s
-            row[f"goodput /s at {times} x"] = choice.summary(rate, limit_s, duration_s / times)[
-                "goodput_per_s"
-            ]
+        overload = choice.summary(2 * choice.capacity_per_s, limit_s, duration_s / 2)
+        row["goodput /s at 2 x"] = overload["goodput_per_s"]
         rows.append(row)
     return markdown(rows)
 
@@ -518,9 +515,9 @@ def main() -> int:
     print(table(shown, options.limit_s, duration_s))
     rate = options.rate or 0.8 * choices[0].capacity_per_s
     p99_ms = options.p99_ms or 1e4 * (laws[1].seconds(1) + overhead_s)
-    print(f"\nFor {rate:.0f} requests per second with p99 below {p99_ms:.0f} ms:", end=" ")
+    print(f"\nFor {rate:.0f} requests per second with p99 below {p99_ms:.0f} ms:", end="")
     if not (choice := recommend(choices, rate, p99_ms, options.limit_s)):
-        print("no setting on this machine does that; ask less of it, or take a faster model or machine.")
+        print(" no setting on this machine does that; ask less of it, or take a faster model or machine.")
         return 1
     found = choice.summary(rate, options.limit_s)
     offload = " OFFLOAD=process" if choice.instances > 1 else ""
@@ -529,8 +526,7 @@ def main() -> int:
         f"MAX_QUEUE={max_queue(choice.capacity_per_s, options.limit_s)} INSTANCES={choice.instances}{offload} "
         f"DEADLINE_S={options.limit_s:g}\n\n"
         f"    predicted: p50 {found['p50_ms']:.0f} ms, p99 {found['p99_ms']:.0f} ms, "
-        f"{found['goodput_per_s']:.0f} of {found['offered_per_s']:.0f} requests per second answered in time; "
-        f"at most {choice.capacity_per_s:.0f}"
+        f"{found['good_share']:.1%} answered in time; capacity {choice.capacity_per_s:.0f} requests per second"
     )
     return 0
 
