@@ -22,18 +22,19 @@ The server around it:
     resources.py          memory and cores of this machine; process_manager.py: what restarts this process
     gunicorn/             one config per mode; the *.conf.py and patient.py beside it are its old paths
 
-To use the loop in an app of your own: `from workers import ModelLoop, Thread, Rejected, Late, ModelFailed`; see docs/your-own-app.md.
+The pattern's files import each other by relative paths, so that the loop works in an app of your own under any name: with
+`pip install` it is `from model_loop import ModelLoop, Thread, Rejected, Late, ModelFailed`. See docs/your-own-app.md.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from workers.errors import Late as Late
-    from workers.errors import ModelFailed as ModelFailed
-    from workers.errors import Rejected as Rejected
-    from workers.loop import ModelLoop as ModelLoop
-    from workers.offload import Thread as Thread
+    from .errors import Late as Late
+    from .errors import ModelFailed as ModelFailed
+    from .errors import Rejected as Rejected
+    from .loop import ModelLoop as ModelLoop
+    from .offload import Thread as Thread
 
 __version__ = "1.0.0"
 EXPORTS = {
@@ -48,5 +49,5 @@ EXPORTS = {
 def __getattr__(name: str) -> Any:
     """Import on first use: Gunicorn's master must set prometheus-client's folder before anything imports that."""
     if module := EXPORTS.get(name):
-        return getattr(importlib.import_module(f"workers.{module}"), name)
-    raise AttributeError(f"module 'workers' has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

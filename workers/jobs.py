@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from workers.errors import Late, Unanswered
+from .errors import Late, Unanswered
 
 
 class Answer(NamedTuple):

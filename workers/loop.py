@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from workers.errors import LOADING, TOO_SHORT, Late, ModelDied, ModelFailed, Rejected
-from workers.jobs import Answer, Job, JobQueue, expire, fail_together
-from workers.scheduling.admission import Admission
-from workers.scheduling.cost_model import CostModel, Run
-from workers.scheduling.estimate import WaitEstimate
-from workers.scheduling.instances import Instances, Ready
+from .errors import LOADING, TOO_SHORT, Late, ModelDied, ModelFailed, Rejected
+from .jobs import Answer, Job, JobQueue, expire, fail_together
+from .scheduling.admission import Admission
+from .scheduling.cost_model import CostModel, Run
+from .scheduling.estimate import WaitEstimate
+from .scheduling.instances import Instances, Ready
 
 if TYPE_CHECKING:
-    from workers.scheduling.holding import Holding
+    from .scheduling.holding import Holding
 
 log = logging.getLogger("uvicorn.error")  # where `uvicorn server:app` shows its own start-up lines
 
@@ -67,7 +67,7 @@ class ModelLoop:
         """Return what decides how long a partial batch is held; None for greedy batching, and where one job fills a batch."""
         if self.batch_size == 1:
             return None
-        from workers.scheduling.holding import Holding
+        from .scheduling.holding import Holding
 
         return Holding(*components)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
 
-from workers.loop import Observer
-from workers.metrics_folder import FOLDER, reserve, text
+from .loop import Observer
+from .metrics_folder import FOLDER, reserve, text
 
 log = logging.getLogger("uvicorn.error")
 

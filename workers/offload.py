@@ -13,7 +13,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
-from workers.errors import CannotLoad, ModelFailed
+from .errors import CannotLoad, ModelFailed
 
 log = logging.getLogger("uvicorn.error")
 

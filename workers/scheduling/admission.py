@@ -6,10 +6,10 @@ burst, and may be as long as it likes; one that never does only makes everybody 
 
 import math
 
-from workers.errors import QUEUE_FULL, RETRY_LATER, Rejected
-from workers.jobs import Lane
-from workers.scheduling.estimate import WaitEstimate
-from workers.scheduling.instances import Instances
+from ..errors import QUEUE_FULL, RETRY_LATER, Rejected
+from ..jobs import Lane
+from .estimate import WaitEstimate
+from .instances import Instances
 
 # A queue that has not been empty for this many targets is not a burst any more.
 STANDING_TARGETS = 2

@@ -3,8 +3,8 @@
 import math
 from typing import NamedTuple
 
-from workers.jobs import JobQueue, Lane
-from workers.scheduling.cost_model import CostModel
+from ..jobs import JobQueue, Lane
+from .cost_model import CostModel
 
 # A larger job counts as this many usual ones: one giant, even a rejected one, must not change which others are admitted.
 OUTSIZED = 20

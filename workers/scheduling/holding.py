@@ -5,10 +5,10 @@ import contextlib
 import math
 from collections.abc import Callable
 
-from workers.jobs import Job, JobQueue
-from workers.scheduling.anticipation import Anticipation
-from workers.scheduling.estimate import WaitEstimate
-from workers.scheduling.instances import Instances
+from ..jobs import Job, JobQueue
+from .anticipation import Anticipation
+from .estimate import WaitEstimate
+from .instances import Instances
 
 # No timer is finer.
 SHORTEST_HOLD_S = 1e-6

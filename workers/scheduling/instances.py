@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from workers.errors import LOADING, STOPPING, Rejected
+from ..errors import LOADING, STOPPING, Rejected
 
 Ready = Callable[[], Awaitable[Any]]
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from workers.scheduling.cost_model import CostModel, Run
+from .cost_model import CostModel, Run
 
 # Each batch is measured this often, but no further turn begins after one that took longer than this.
 WARM_UP_TURNS, WARM_UP_S = 3, 3.0
