@@ -1,6 +1,7 @@
 """The pages say what the code says, and their links lead somewhere."""
 
 import ast
+import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -67,9 +68,16 @@ def imported_by(module: str, found: set[Path]) -> set[Path]:
     if path not in found and path.exists():
         found.add(path)
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("workers."):
-                package, _, _ = node.module.rpartition(".")
-                for one in (package, node.module, *(f"{node.module}.{name.name}" for name in node.names)):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            package = ".".join(path.relative_to(ROOT).parent.parts) if node.level else ""
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            if source.startswith("workers."):
+                for one in (
+                    source.rpartition(".")[0],
+                    source,
+                    *(f"{source}.{name.name}" for name in node.names),
+                ):
                     imported_by(one, found)
     return found - {ROOT / "workers" / "__init__.py"}
 
