@@ -134,16 +134,19 @@ def write(out: Path) -> None:
         f"\n## {title}\n\n{body.strip()}\n" if title else f"{body.strip()}\n" for title, body in parts if body
     )
     (out / "peers.md").write_text(f"{about(results)}\n{text}")
-    write_pictures(results, one_line(results.about), out)
+    found = results.about
+    dates = sorted({found["date"], *(run["date"] for run in found.get("added", []))})
+    write_pictures(results, one_line({**found, "date": " and ".join(dates)}), out)
 
 
 def about(results: Results) -> str:
     found = results.about
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     later = "".join(
-        f"A later run (`--add`), {run['date']}, measured {', '.join(run['models'])} of {', '.join(run['peers'])}. "
+        f"- {run['date']}, {', '.join(run['models'])}: {'; '.join(run['peers'])}\n"
         for run in found.get("added", [])
     )
+    later = f"Measured again or later (`--add`), by model; the last run counts:\n\n{later}\n" if later else ""
     return (
         f"# This server and other servers\n\n"
         f"`make peers`, {found['date']}: {found['processor']}, {found['cores']} cores; {found['pinning']}; one thread for the model; "
@@ -152,10 +155,10 @@ def about(results: Results) -> str:
         "[`loadtests/peers/`](../peers). "
         f"Medians of up to {results.repeats} rounds in which all took turns, with the least and greatest; 1 and 8 connections and 10x were "
         "run once, bfloat16 twice. "
-        f"{later}"
         f"{results.disturbed} of {results.measurements} measurements were dropped, because something else used more than "
         f"{DISTURBED:.0%} of a core meanwhile; `~`: the quietest one, where that was so in every round. "
         "[Which number is which](../../docs/numbers.md).\n\n"
+        f"{later}"
         f"{picture('peers.png', 'Throughput of the fastest servers')}\n"
         f"{picture('peers-overload.png', 'Goodput and replies under overload')}"
     )
