@@ -32,6 +32,8 @@ bench: $(VENV)/dev models/chat/config.json  ## measure the overhead of the serve
 	$(BIN)/python -m loadtests.bench $(BENCH)
 	$(BIN)/python -m loadtests.bench.model $(BENCH)
 	$(BIN)/python -m loadtests.bench.threads $(BENCH)
+	$(BIN)/python -m loadtests.bench.scaling $(BENCH)
+	$(BIN)/python -m loadtests.bench.preparing $(BENCH)
 	$(BIN)/python -m loadtests.bench.generation $(BENCH)
 
 chaos: $(VENV)/dev models/chat/config.json  ## fault injection around the real server; CHAOS_S=3600 for an hour, SEED=1 for another one

@@ -13,6 +13,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, cast
 
+from loadtests.bench import cores
 from tests.support import mode_matrix
 from tests.support.embedding_models import MINILM
 from tests.support.small_models import ARCHITECTURES, batching, has
@@ -217,6 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "refused": refused,
     "architectures": architectures,
+    "cores": cores.table,
     "openai_fields": lambda: api_fields(openai.FIELDS),
     "chat_fields": lambda: api_fields(chat.CHAT_FIELDS),
     "completion_fields": lambda: api_fields(

@@ -255,7 +255,9 @@ def test_interrupted_comparison_keeps_its_visits(monkeypatch: pytest.MonkeyPatch
     assert len(pd.read_csv(tmp_path / "measurements.csv")) == 1
 
 
-@pytest.mark.parametrize("program", ["compare", "plan", "bench", "bench.model"])
+@pytest.mark.parametrize(
+    "program", ["compare", "plan", "bench", "bench.model", "bench.scaling", "bench.preparing"]
+)
 def test_each_program_explains_itself(program: str) -> None:
     said = subprocess.run(
         [sys.executable, "-m", f"loadtests.{program}", "--help"], cwd=ROOT, capture_output=True, text=True

@@ -20,18 +20,18 @@ from loadtests.modes import MODES, Mode, start
 from loadtests.plan.planner import markdown
 
 USERS = (1, 8, 64)
-BOTH = None  # the cores of this process
 UVICORN = "uvicorn server:app --no-access-log"
+FIRST, ALL = {SERVER_CPU}, None  # cores: the first, or those of this process
 TWO = {"INSTANCES": "2"}
+EACH = {**TWO, "TORCH_THREADS": "1"}
 WAYS: dict[str, tuple[Mode, set[int] | None]] = {
-    "one core": (Mode("one core", UVICORN), {SERVER_CPU}),
-    "two cores, threads of one instance": (Mode("threads", UVICORN), BOTH),
-    "two cores, two instances in threads": (Mode("instances", UVICORN, TWO), BOTH),
-    "two cores, two instances in processes": (
-        Mode("processes", UVICORN, {**TWO, "OFFLOAD": "process"}),
-        BOTH,
-    ),
-    "two cores, two replicas": (MODES["haproxy-2"], BOTH),
+    "one core": (Mode("one core", UVICORN), FIRST),
+    "one core, two instances": (Mode("two on one core", UVICORN, TWO), FIRST),
+    "two cores, one instance with two threads": (Mode("threads", UVICORN), ALL),
+    "two cores, two instances in threads": (Mode("instances", UVICORN, TWO), ALL),
+    "two cores, two instances with one thread each": (Mode("one thread each", UVICORN, EACH), ALL),
+    "two cores, two instances in processes": (Mode("processes", UVICORN, {**TWO, "OFFLOAD": "process"}), ALL),
+    "two cores, two replicas": (MODES["haproxy-2"], ALL),
 }
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one short round: shows that it runs")
     quick = parser.parse_args().quick
-    rounds, duration_s = (1, 0.5) if quick else (5, 3.0)
+    rounds, duration_s = (1, 0.5) if quick else (4, 2.0)
     print(f"About {1 if quick else 6} minutes on two idle cores.", file=sys.stderr, flush=True)
     rows: dict[str, dict[str, str]] = {way: {"": way} for way in WAYS}
     with ExitStack() as stack:

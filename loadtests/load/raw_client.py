@@ -20,11 +20,11 @@ def on_core(cpu: int, work: Coroutine[Any, Any, Any]) -> Any:
     return uvloop.run(work)
 
 
-def http(url: str, body: str, path: str = "/", media_type: str = "text/plain") -> bytes:
+def http(url: str, body: str | bytes, path: str = "/", media_type: str = "text/plain") -> bytes:
     """The bytes of a POST."""
-    host = url.split("/")[2]
+    host, content = url.split("/")[2], body.encode() if isinstance(body, str) else body
     head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: {media_type}\r\n"
-    return f"{head}Content-Length: {len(body.encode())}\r\n\r\n{body}".encode()
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
 
 
 class Connection(asyncio.Protocol):
