@@ -101,13 +101,24 @@ def test_peers_are_added_to_the_results_that_are_there(tmp_path: Path) -> None:
     pd.DataFrame(rows, columns=Row._fields).to_csv(tmp_path / "peers.csv", index=False)
     machine = {"processor": "P", "versions": {"torch": "1"}, "date": "2026-11-26"}
     (tmp_path / "peers.json").write_text(
-        json.dumps({**machine, "failed": {"mosec": "it broke"}, "size": {"mosec": 1}})
+        json.dumps(
+            {
+                **machine,
+                "failed": {"mosec": "float32: it broke", "litserve": "flat: it hung"},
+                "size": {"mosec": 1},
+            }
+        )
     )
     about = {**machine, "date": "2026-12-01"}
     kept = peers.without(tmp_path, ["mosec"], ["float32"], about)
     assert kept == [row for row in rows if (row.peer, row.model) != ("mosec", "float32")]
     added = {"date": "2026-12-01", "models": ["float32"], "peers": ["mosec"]}
-    assert about == {**machine, "failed": {}, "size": {"mosec": 1}, "added": [added]}
+    assert about == {
+        **machine,
+        "failed": {"litserve": "flat: it hung"},
+        "size": {"mosec": 1},
+        "added": [added],
+    }
     with pytest.raises(SystemExit, match="versions"):
         peers.without(tmp_path, ["mosec"], ["float32"], machine | {"versions": {"torch": "2"}})
 

@@ -155,7 +155,10 @@ def without(out: Path, names: list[str], models: list[str], about: dict[str, Any
     about |= json.loads((out / "peers.json").read_text())
     run = {"date": here["date"], "models": models, "peers": names}
     about["added"] = [*about.get("added", []), run]
-    about["failed"] = {name: why for name, why in about["failed"].items() if name not in names}
+    again = {(name, model) for name in names for model in models}
+    about["failed"] = {
+        name: why for name, why in about["failed"].items() if (name, why.partition(":")[0]) not in again
+    }
     if different := [key for key in ("processor", "versions") if about[key] != here[key]]:
         raise SystemExit(f"those results have another {different[0]}: run all of it again")
     old = pd.read_csv(out / "peers.csv")
