@@ -389,7 +389,7 @@ said(
 # put in *quarantine* ([lesson 5](5_saying_no.ipynb)).
 #
 # A process can be started in three ways: fork, spawn and forkserver. This server spawns. Which of them is the quickest,
-# which takes the least memory and which hangs is judged in [lesson 8](8_processes_and_devices.ipynb).
+# which takes the least memory and which hangs is judged in [lesson 8](8_starting_processes.ipynb).
 
 # %%
 stop()

@@ -265,7 +265,7 @@ def measure_layer():
 from support.speeds import speeds
 
 side, row_counts = 8192, quick([1, 12, 32, 384], [1, 2, 4, 8, 12, 16, 32, 64, 128, 384])
-limits = speeds(quick(0.2, 1.0), mb=268)  # lesson 9 measures them in the same way
+limits = speeds(quick(0.2, 1.0), mb=268)  # lesson 10 measures them in the same way
 bytes_s, operations_s = limits["bytes"], limits["float32"]
 layer_ms = measure_layer()
 roof_ms = {n: max(4 * side**2 / bytes_s, 2 * n * side**2 / operations_s) * 1000 for n in row_counts}
@@ -324,7 +324,7 @@ claim(
 # *Where the prediction fails:* it assumes that the layer reaches one of the two speeds in full. The table says how much of each
 # it really reaches. Torch's product of plain weights is made for many rows. Between one row and many there is a range where it
 # reaches neither. (A share of a little more than 100 % is the error of measuring the two speeds.) A server that packs its weights, as
-# this project's does, narrows that range: [lesson 11](11_token_by_token.ipynb) draws the same curve for a whole model.
+# this project's does, narrows that range: [lesson 13](13_token_by_token.ipynb) draws the same curve for a whole model.
 #
 # ## To wait or not to wait
 #

@@ -652,7 +652,7 @@ said(
 # random bit to what it is told (*jitter*).
 #
 # Five retries end by themselves, and a rejection is cheap. So this crowd is no danger. A storm is a crowd whose retries never end: it can
-# keep a fleet down when its cause is gone. [Lesson 13](13_a_fleet.ipynb) makes one, and cures it in three ways.
+# keep a fleet down when its cause is gone. [Lesson 15](15_a_fleet.ipynb) makes one, and cures it in three ways.
 
 # %%
 stop()
@@ -779,7 +779,7 @@ guess_deaths = ...
 from lesson import ask, counters, serve
 from workers.isolation.quarantine import DEATHS
 
-failing = serve(MODEL="notebooks.support.l10_fails:Fails", OFFLOAD="process")
+failing = serve(MODEL="notebooks.support.l11_fails:Fails", OFFLOAD="process")
 seen = []
 for _ in range(8):
     reply = ask(failing, "die, please")

@@ -758,4 +758,4 @@ holds(hasty[1] < threads[1] > processes[1], "/health waits for the lock, and les
 # * Python's share $s$ decides between threads and processes: $c$ threads give $c / (1 + (c-1)\,s)$ times one, $c$ processes on
 #   $c$ free cores nearly $c$ times, the nearer the longer a call is.
 #
-# Next: [Lesson 8](8_processes_and_devices.ipynb), on what a process costs, and how one is started.
+# Next: [Lesson 8](8_starting_processes.ipynb), on what a process costs, and how one is started.

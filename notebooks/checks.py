@@ -453,7 +453,7 @@ def exercise_7_3(times_one_copy: Any) -> None:
             raise NotYet(f"{name}: {', '.join(map(str, asked))} gives {expected:.2f} times one copy")
 
 
-# --- 8. Processes and devices -----------------------------------------------------------------------------------------
+# --- 8. Starting processes --------------------------------------------------------------------------------------------
 
 
 @exercise("Rare once is not rare often: two days in three somebody hangs.")
@@ -468,8 +468,56 @@ def exercise_8_1(chance: Any) -> None:
         raise NotYet("what is the chance that a single child is well? And that all 50 are?")
 
 
+@exercise("A model's weights can be shared by a fork alone, and a fork after computing is what hangs.")
+def exercise_8_2(memory_mb: Any) -> None:
+    if memory_mb(1, "spawn", 400, 1200) is None:
+        raise NotYet("your turn: it returned None")
+    for n, method, expected in (
+        (1, "spawn", 1600),
+        (4, "spawn", 6400),
+        (4, "forkserver", 5200),
+        (4, "fork", 1600),
+    ):
+        answer = memory_mb(n, method, 400, 1200)
+        if not near(answer, expected):
+            raise NotYet(
+                f"{n} by {method}, libraries 400 and weights 1,200 MB: {expected:,} MB, not {answer:,.0f}"
+            )
+
+
+@exercise("So a forkserver saves the imports, unless what ended the model ended its helper, too.")
+def exercise_8_3(next_answer_s: Any) -> None:
+    if next_answer_s("spawn", 0.1, 2.0, 0.5) is None:
+        raise NotYet("your turn: it returned None")
+    for method, helper_died, expected in (
+        ("spawn", False, 2.6),
+        ("spawn", True, 2.6),
+        ("forkserver", False, 0.5),
+        ("forkserver", True, 2.6),
+    ):
+        answer = next_answer_s(method, 0.1, 2.0, 0.5, helper_died=helper_died)
+        if not near(answer, expected):
+            raise NotYet(
+                f"{method}, its helper {'dead' if helper_died else 'alive'}; 0.1 s Python, 2 s imports, 0.5 s weights: "
+                f"{expected} s, not {answer:.2f}"
+            )
+
+
+# --- 9. Sharing the work ----------------------------------------------------------------------------------------------
+
+
+@exercise("Three devices' worth of work would need three that never rest: four.")
+def exercise_9_1(devices: Any) -> None:
+    if near(devices, 3):
+        raise NotYet("three would be busy all the time, and a queue before them would grow without end")
+    if near(devices, 3.75):
+        raise NotYet("whole devices, please")
+    if not near(devices, 4):
+        raise NotYet("how many seconds of work come each second? And how much of it may one device do?")
+
+
 @exercise("One thread that does this for all callers, and the devices may be processes or other machines.")
-def exercise_8_2(hand_out: Any) -> None:
+def exercise_9_2(hand_out: Any) -> None:
     import queue
     import threading
     from concurrent.futures import Future
@@ -510,7 +558,7 @@ def exercise_8_2(hand_out: Any) -> None:
 
 
 @exercise("It counts texts and not their time: two short ones weigh more than a long one.")
-def exercise_8_3(wait_least_loaded: Any) -> None:
+def exercise_9_3(wait_least_loaded: Any) -> None:
     if wait_least_loaded([0.0], [1.0], 1) is None:
         raise NotYet("your turn: it returned None")
     cases = [
@@ -527,13 +575,13 @@ def exercise_8_3(wait_least_loaded: Any) -> None:
             )
 
 
-# --- 9. Faster runtimes -----------------------------------------------------------------------------------------------
+# --- 10. Faster runtimes ----------------------------------------------------------------------------------------------
 
 
 @exercise(
     "That is the wall: no compiler, graph or file format gets past it. Fewer operations do, and smaller numbers."
 )
-def exercise_9_1(most_per_s: Any) -> None:
+def exercise_10_1(most_per_s: Any) -> None:
     if near(most_per_s, 100):
         raise NotYet("a multiplication and an addition are two operations")
     if near(most_per_s, 1000) or near(most_per_s, 2000):
@@ -543,7 +591,7 @@ def exercise_9_1(most_per_s: Any) -> None:
 
 
 @exercise("Sort by length, or lay the texts end to end, and it is gone.")
-def exercise_9_2(padding_share: Any) -> None:
+def exercise_10_2(padding_share: Any) -> None:
     if padding_share([1, 2]) is None:
         raise NotYet("your turn: it returned None")
     for lengths in ([10, 10], [5, 10], [200] + [10] * 9, [7]):
@@ -555,7 +603,7 @@ def exercise_9_2(padding_share: Any) -> None:
 
 
 @exercise("A process that restarts often may never earn its compiler.")
-def exercise_9_3(texts_until_paid: Any) -> None:
+def exercise_10_3(texts_until_paid: Any) -> None:
     import math
 
     cases = [
@@ -575,11 +623,11 @@ def exercise_9_3(texts_until_paid: Any) -> None:
             )
 
 
-# --- 10. Choosing, and growing ----------------------------------------------------------------------------------------
+# --- 11. Protocols and packages ---------------------------------------------------------------------------------------
 
 
 @exercise("Half a millisecond of 41: a protocol saves only its own share.")
-def exercise_10_1(times_as_many: Any) -> None:
+def exercise_11_1(times_as_many: Any) -> None:
     if near(times_as_many, 0.8 / 0.3):
         raise NotYet("that is for a model that takes no time")
     if near(times_as_many, 40.3 / 40.8, 0.001):
@@ -588,8 +636,57 @@ def exercise_10_1(times_as_many: Any) -> None:
         raise NotYet("how long is a call over HTTP, and how long over gRPC? The model is in both")
 
 
+@exercise("At n = 1 it is the call that you pay for; with long lists only the texts are left.")
+def exercise_11_2(texts_per_s: Any) -> None:
+    if texts_per_s(1, 2.0, 0.5) is None:
+        raise NotYet("your turn: it returned None")
+    for n, call_ms, text_ms, expected in (
+        (1, 2.0, 0.5, 400.0),
+        (8, 2.0, 0.5, 8000 / 6),
+        (32, 1.0, 0.0, 32_000.0),
+    ):
+        answer = texts_per_s(n, call_ms, text_ms)
+        if not near(answer, expected):
+            raise NotYet(
+                f"lists of {n}, {call_ms:g} ms a call and {text_ms:g} ms a text: {expected:,.0f} texts/s, not {answer:,.0f}"
+            )
+
+
+@exercise("No points and no weights: limits that you know, and one figure that you want.")
+def exercise_11_3(choose: Any) -> None:
+    servers: dict[str, dict[str, float]] = {
+        "a": {"texts/s": 90, "MB": 900},
+        "b": {"texts/s": 60, "MB": 500},
+        "c": {"texts/s": 70, "MB": 800},
+        "d": {"texts/s": 99},
+        "e": {"texts/s": 10, "MB": 100},
+    }
+    if (found := choose(servers, {"texts/s": 20}, {"MB": 800}, "texts/s")) is None:
+        raise NotYet("your turn: it returned None")
+    if list(found) != ["c", "b"]:
+        raise NotYet(f"at least 20 texts/s, at most 800 MB: c, b, not {', '.join(found)}")
+    if list(choose(servers, {}, {}, "texts/s")) != ["d", "a", "c", "b", "e"]:
+        raise NotYet("without any limit all of them are left, the fastest first")
+
+
+# --- 12. Replicas -----------------------------------------------------------------------------------------------------
+
+
+@exercise("Two in a million. What it costs to have one to spare is another question.")
+def exercise_12_1(share: Any) -> None:
+    month_s = 30 * 24 * 3600
+    if near(share, 12 / month_s, 1e-3):
+        raise NotYet("the one that is left answers some of them")
+    if near(share, 0.6 * 12 / month_s, 1e-3):
+        raise NotYet("that is the share that it still answers")
+    if not near(share, 0.4 * 12 / month_s, 1e-3):
+        raise NotYet(
+            "for what share of a month is one away? And what share of the requests is rejected then?"
+        )
+
+
 @exercise("That is one to spare. A fleet of two stands half idle for it, one of twenty a twentieth.")
-def exercise_10_2(replicas_wanted: Any) -> None:
+def exercise_12_2(replicas_wanted: Any) -> None:
     if replicas_wanted(80, 50) is None:
         raise NotYet("your turn: it returned None")
     for rate_per_s, one_per_s, expected in (
@@ -610,7 +707,7 @@ def exercise_10_2(replicas_wanted: Any) -> None:
 @exercise(
     "Closed, open, half open. Put one before anything that can be down: a database, another model, a neighbour."
 )
-def exercise_10_3(Breaker: Any) -> None:
+def exercise_12_3(Breaker: Any) -> None:
     def expect(truth: bool, when: str) -> None:
         allowed = breaker.allows()
         if allowed is None:
@@ -643,11 +740,11 @@ def exercise_10_3(Breaker: Any) -> None:
     expect(True, "after a success and one failure")
 
 
-# --- lesson 11 --------------------------------------------------------------------------------------------------------
+# --- lesson 13 --------------------------------------------------------------------------------------------------------
 
 
 @exercise("Weights over bandwidth: no program makes a single reader's tokens faster than that.")
-def exercise_11_1(ms_a_token: Any) -> None:
+def exercise_13_1(ms_a_token: Any) -> None:
     if near(ms_a_token, 16 / 2 * 1000 / 400, 0.02):
         raise NotYet("that is half of it: bfloat16 has 2 bytes per weight")
     if not near(ms_a_token, 40, 0.02):
@@ -655,7 +752,7 @@ def exercise_11_1(ms_a_token: Any) -> None:
 
 
 @exercise("Which is why long contexts, and not weights, decide how many readers fit.")
-def exercise_11_2(sequences_that_fit: Any) -> None:
+def exercise_13_2(sequences_that_fit: Any) -> None:
     for arguments, expected in (
         ((1e9, 30, 3, 64, 4, 512), 42),
         ((16e9, 32, 8, 128, 2, 4096), 29),
@@ -669,7 +766,7 @@ def exercise_11_2(sequences_that_fit: Any) -> None:
 
 
 @exercise("Static batches finish with their longest; a slot that is free at once is the whole trick.")
-def exercise_11_3(functions: Any) -> None:
+def exercise_13_3(functions: Any) -> None:
     static, continuous = functions
     for lengths, slots, expected in (
         ([1, 1, 1, 9], 2, (10, 10)),
@@ -684,17 +781,17 @@ def exercise_11_3(functions: Any) -> None:
             )
 
 
-# --- lesson 12 --------------------------------------------------------------------------------------------------------
+# --- lesson 14 --------------------------------------------------------------------------------------------------------
 
 
 @exercise("The gap is bounded by the budget, and the newcomer pays with more steps.")
-def exercise_12_1(longest_gap_ms: Any) -> None:
+def exercise_14_1(longest_gap_ms: Any) -> None:
     if not near(longest_gap_ms, 20 + 64 * 0.5, 0.01):
         raise NotYet("a step takes 20 ms, and 0.5 ms more for each token of the prompt in it")
 
 
 @exercise("Both limits, for each request: a mean would hide the readers that were stalled.")
-def exercise_12_2(meets: Any) -> None:
+def exercise_14_2(meets: Any) -> None:
     for ttft_s, gaps_s, expected in (
         (0.4, [0.05, 0.05], True),
         (1.2, [0.05], False),
@@ -706,7 +803,7 @@ def exercise_12_2(meets: Any) -> None:
 
 
 @exercise("A draft pays where it is cheap and right, and where the model's step hardly grows with k.")
-def exercise_12_3(speedup: Any) -> None:
+def exercise_14_3(speedup: Any) -> None:
     for p, k, b, expected in (
         (0.0, 4, 0.0, 1.0),
         (0.8, 4, 0.0, 3.3616),
@@ -721,11 +818,11 @@ def exercise_12_3(speedup: Any) -> None:
             )
 
 
-# --- lesson 13 --------------------------------------------------------------------------------------------------------
+# --- lesson 15 --------------------------------------------------------------------------------------------------------
 
 
 @exercise("Work first, then its root.")
-def exercise_13_1(replicas: Any) -> None:
+def exercise_15_1(replicas: Any) -> None:
     if near(replicas, 90, 0):
         raise NotYet("that is the work: nothing to spare for its fluctuations")
     if not (near(replicas, 100, 0) or near(replicas, 99.49, 0.001)):
@@ -733,7 +830,7 @@ def exercise_13_1(replicas: Any) -> None:
 
 
 @exercise("One in ten thousand, a hundred times: one page in a hundred.")
-def exercise_13_2(slow_pages: Any) -> None:
+def exercise_15_2(slow_pages: Any) -> None:
     for parts in (1, 10, 100):
         answer, expected = slow_pages(parts), 1 - (1 - 0.01**2) ** parts
         if not near(answer, expected, 0.01):
@@ -741,7 +838,7 @@ def exercise_13_2(slow_pages: Any) -> None:
 
 
 @exercise("A tenth of the requests at most, whatever happens: no storm can feed on it.")
-def exercise_13_3(Budget: Any) -> None:
+def exercise_15_3(Budget: Any) -> None:
     budget = Budget(0.1)
     if budget.may_retry():
         raise NotYet("nothing has come yet, so nothing is earned: no retry")

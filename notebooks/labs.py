@@ -13,10 +13,10 @@ from typing import Any
 import lesson
 import numpy as np
 from checks import NotYet, Verdict
-from lesson import SERVER_CORES, capacity, load, serve, stop
+from lesson import CLIENT_CORES, SERVER_CORES, capacity, load, serve, stop
 
 from loadtests.load import generator
-from loadtests.modes import Mode
+from loadtests.modes import Mode, free_port
 
 SLEEPS = {"MODEL": "loadtests.bench.apps:Sleeps"}
 
@@ -236,7 +236,34 @@ def lab_7(share: float) -> Verdict:
 # --- lesson 8 ---------------------------------------------------------------------------------------------------------
 
 
-def judge_8(copies: dict[int, float], chosen: int) -> Verdict:
+def judge_8(back_after_s: float, measured_s: float) -> Verdict:
+    """The seconds until a killed model process has a successor, to a third."""
+    said = f"you said {back_after_s:.1f} s, it answered again after {measured_s:.1f} s"
+    if not 2 / 3 < back_after_s / measured_s < 4 / 3:
+        return Verdict(
+            False, f"{said}. It starts a Python, imports torch and transformers, and loads the model"
+        )
+    return Verdict(True, f"{said}.")
+
+
+@lab
+def lab_8(back_after_s: float) -> Verdict:
+    server = serve(OFFLOAD="process")
+    lesson.ask(server)
+    command = "workers.isolation.process"
+    next(one for one in server.processes() if command in " ".join(one.cmdline())).kill()
+    began = time.perf_counter()
+    while (reply := lesson.ask(server)).status != 200:
+        if time.perf_counter() - began > 60:
+            raise NotYet(f"no answer for a minute: {reply.body}")
+        time.sleep(0.05)
+    return judge_8(float(back_after_s), time.perf_counter() - began)
+
+
+# --- lesson 9 ---------------------------------------------------------------------------------------------------------
+
+
+def judge_9(copies: dict[int, float], chosen: int) -> Verdict:
     """The fewest instances that keep the wait below one call."""
     enough = [k for k, wait_ms in sorted(copies.items()) if wait_ms < 20]
     if copies[chosen] >= 20:
@@ -253,7 +280,7 @@ def judge_8(copies: dict[int, float], chosen: int) -> Verdict:
 
 
 @lab
-def lab_8(instances: int) -> Verdict:
+def lab_9(instances: int) -> Verdict:
     waits = {}
     for k in (instances - 1, instances):
         if k > 0:
@@ -261,13 +288,13 @@ def lab_8(instances: int) -> Verdict:
             df = load(server, "open", rate_per_s=80, duration_s=6, limit_s=60)
             waits[k] = float(df.queue_ms.mean())
             stop(server)
-    return judge_8(waits, instances)
+    return judge_9(waits, instances)
 
 
-# --- lesson 9 ---------------------------------------------------------------------------------------------------------
+# --- lesson 10 --------------------------------------------------------------------------------------------------------
 
 
-def judge_9(gain: float, score_gap: float) -> Verdict:
+def judge_10(gain: float, score_gap: float) -> Verdict:
     """Five times the stock model's answers per second, and the same ones."""
     if score_gap > 0.001:
         return Verdict(
@@ -285,7 +312,7 @@ def judge_9(gain: float, score_gap: float) -> Verdict:
 
 
 @lab
-def lab_9(settings: dict[str, Any]) -> Verdict:
+def lab_10(settings: dict[str, Any]) -> Verdict:
     from loadtests.load import texts
     from workers.settings import Settings
 
@@ -305,13 +332,45 @@ def lab_9(settings: dict[str, Any]) -> Verdict:
         for token, score in theirs.items()
         if token in mine  # the fifth word may be another one where two are as likely
     ]
-    return judge_9(per_s["yours"] / per_s["stock"], max(gaps))
+    return judge_10(per_s["yours"] / per_s["stock"], max(gaps))
 
 
-# --- lesson 10 --------------------------------------------------------------------------------------------------------
+# --- lesson 11 --------------------------------------------------------------------------------------------------------
 
 
-def judge_10(outcomes: dict[str, int]) -> Verdict:
+def judge_11(gains: dict[int, float], chosen: int) -> Verdict:
+    """The shortest lists that carry five times as many texts as a text a call; half as many texts must not do."""
+    gain = f"with lists of {chosen} {gains[chosen]:.1f} times as many texts"
+    if gains[chosen] < 5:
+        return Verdict(False, f"{gain}; 5 were asked for. What does a call cost, and what a text in it?")
+    if gains[max(1, chosen // 2)] >= 5:
+        return Verdict(
+            False, f"{gain}, but with {chosen // 2} still {gains[chosen // 2]:.1f}: fewer would do"
+        )
+    return Verdict(True, f"{gain}, with lists of {max(1, chosen // 2)} {gains[max(1, chosen // 2)]:.1f}.")
+
+
+@lab
+def lab_11(texts_per_list: int) -> Verdict:
+    from support import l11_grpc_and_http
+
+    if not 1 < texts_per_list <= 64:
+        raise NotYet("a list has 2 to 64 texts here")
+    server = serve(MODEL="loadtests.bench.apps:Instant", BATCH_SIZE=64, GRPC_PORT=free_port())
+    options = {"way": "lists", "model": "", "cpu": max(CLIENT_CORES), "duration_s": lesson.quick(0.3, 1.0)}
+    sizes = sorted({1, max(1, texts_per_list // 2), texts_per_list})
+    turns: dict[int, list[float]] = {n: [] for n in sizes}
+    for _ in range(3):
+        for n in sizes:
+            turns[n].append(l11_grpc_and_http.visit(server, "HTTP", in_flight=n, **options)["per_s"])
+    per_s = {n: float(np.median(found)) for n, found in turns.items()}
+    return judge_11({n: found / per_s[1] for n, found in per_s.items()}, texts_per_list)
+
+
+# --- lesson 12 --------------------------------------------------------------------------------------------------------
+
+
+def judge_12(outcomes: dict[str, int]) -> Verdict:
     """Nobody is lost while a replica is killed."""
     unanswered = sum(n for outcome, n in outcomes.items() if outcome != "200")
     if unanswered:
@@ -322,25 +381,25 @@ def judge_10(outcomes: dict[str, int]) -> Verdict:
 
 
 @lab
-def lab_10(rate_per_s: float) -> Verdict:
-    from support import l10_growing
+def lab_12(rate_per_s: float) -> Verdict:
+    from support import l12_growing
 
     if rate_per_s < 20:
         raise NotYet("that is timid: at least 20 per second")
     server = serve("haproxy-2", cores=None, **SLEEPS, DEADLINE_S=1.0)
-    lost = l10_growing.disturb(
+    lost = l12_growing.disturb(
         server,
         lambda: load(server, "open", rate_per_s=rate_per_s, duration_s=8, limit_s=1.0, timeout_s=3.0),
-        lambda: l10_growing.kill_a_replica(server),
+        lambda: l12_growing.kill_a_replica(server),
         after_answers=40,
     )
-    return judge_10(lost.rows.outcome.value_counts().to_dict())
+    return judge_12(lost.rows.outcome.value_counts().to_dict())
 
 
-# --- lesson 11 --------------------------------------------------------------------------------------------------------
+# --- lesson 13 --------------------------------------------------------------------------------------------------------
 
 
-def judge_11(usual_ms: float, gap_ms: float, more_ms: float) -> Verdict:
+def judge_13(usual_ms: float, gap_ms: float, more_ms: float) -> Verdict:
     """As many sequences in a step as leave each reader's gap within twice that of one alone."""
     if gap_ms > 2 * usual_ms:
         return Verdict(
@@ -359,28 +418,28 @@ def judge_11(usual_ms: float, gap_ms: float, more_ms: float) -> Verdict:
 
 
 @lab
-def lab_11(sequences: int) -> Verdict:
-    from support import l11_tokens
+def lab_13(sequences: int) -> Verdict:
+    from support import l13_tokens
 
-    most = l11_tokens.SLOTS * 2 // 3
+    most = l13_tokens.SLOTS * 2 // 3
     if not 1 <= sequences <= most:
         raise NotYet(f"from 1 to {most}: half as many again must fit into the slots")
-    model = l11_tokens.loaded()
-    steps = {n: l11_tokens.writing(n, 300) for n in (1, sequences, -(-sequences * 3 // 2))}
+    model = l13_tokens.loaded()
+    steps = {n: l13_tokens.writing(n, 300) for n in (1, sequences, -(-sequences * 3 // 2))}
     turns = [
-        {n: l11_tokens.step_ms(model, rows, 3) for n, rows in steps.items()}
+        {n: l13_tokens.step_ms(model, rows, 3) for n, rows in steps.items()}
         for _ in range(lesson.quick(3, 9))  # in turn, so that a slow moment of the machine meets all of them
     ]
     usual_ms, gap_ms, more_ms = (
         float(np.median([turn[n] for turn in turns])) for n in (1, sequences, -(-sequences * 3 // 2))
     )
-    return judge_11(usual_ms, gap_ms, more_ms)
+    return judge_13(usual_ms, gap_ms, more_ms)
 
 
-# --- lesson 12 --------------------------------------------------------------------------------------------------------
+# --- lesson 14 --------------------------------------------------------------------------------------------------------
 
 
-def judge_12(usual_ms: float, gap_ms: float, ttft_ms: float) -> Verdict:
+def judge_14(usual_ms: float, gap_ms: float, ttft_ms: float) -> Verdict:
     """A chunk was chosen: gaps within three usual steps, and the first token not later than need be."""
     if gap_ms > 3 * usual_ms:
         return Verdict(
@@ -393,16 +452,16 @@ def judge_12(usual_ms: float, gap_ms: float, ttft_ms: float) -> Verdict:
 
 
 @lab
-def lab_12(chunk: int) -> Verdict:
-    from support import l11_tokens, l12_first
+def lab_14(chunk: int) -> Verdict:
+    from support import l13_tokens, l14_first
 
-    return judge_12(*l12_first.newcomer(l11_tokens.loaded(9), step_tokens=int(chunk) + 8))
-
-
-# --- lesson 13 --------------------------------------------------------------------------------------------------------
+    return judge_14(*l14_first.newcomer(l13_tokens.loaded(9), step_tokens=int(chunk) + 8))
 
 
-def judge_13(late: float, retries: float) -> Verdict:
+# --- lesson 15 --------------------------------------------------------------------------------------------------------
+
+
+def judge_15(late: float, retries: float) -> Verdict:
     """A retry rule that survives the rush and still retries."""
     if late < 0.82:
         return Verdict(False, f"after the rush {late:.0%} of the capacity are answered: the storm stays")
@@ -412,8 +471,8 @@ def judge_13(late: float, retries: float) -> Verdict:
 
 
 @lab
-def lab_13(retries: Any) -> Verdict:
-    from support import l13_fleet
+def lab_15(retries: Any) -> Verdict:
+    from support import l15_fleet
 
-    after = l13_fleet.storm(retries)
-    return judge_13(float(after[20:].mean()), float(min(retries.most, 1) * min(1.0, retries.budget)))
+    after = l15_fleet.storm(retries)
+    return judge_15(float(after[20:].mean()), float(min(retries.most, 1) * min(1.0, retries.budget)))

@@ -25,7 +25,7 @@ import transformers
 from tqdm import tqdm
 
 from loadtests import arguments
-from notebooks.support.l09_runtimes import FILLER, texts
+from notebooks.support.l10_runtimes import FILLER, texts
 from workers import resources as memory
 from workers import tasks
 from workers.settings import HERE, Settings

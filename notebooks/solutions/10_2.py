@@ -1,10 +1,5 @@
-"""As many as the load needs, and one to spare."""
-
-import math
+"""All are as long as the longest; what is not theirs is padding."""
 
 
-def replicas_wanted(rate_per_s, one_per_s):
-    return math.ceil(rate_per_s / one_per_s) + 1
-
-
-answer = replicas_wanted
+def answer(lengths):
+    return 1 - sum(lengths) / (len(lengths) * max(lengths))

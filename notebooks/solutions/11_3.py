@@ -1,17 +1,14 @@
-"""Steps until all are written, in batches that wait for their longest, and with slots that are free at once."""
-
-import heapq
+"""Limits first; what is left is sorted by one figure."""
 
 
-def static(lengths, slots):
-    return sum(max(lengths[i : i + slots]) for i in range(0, len(lengths), slots))
+def choose(servers, least, most, by):
+    left = [
+        name
+        for name, figures in servers.items()
+        if all(figures.get(key, float("-inf")) >= limit for key, limit in least.items())
+        and all(figures.get(key, float("inf")) <= limit for key, limit in most.items())
+    ]
+    return sorted(left, key=lambda name: servers[name][by], reverse=True)
 
 
-def continuous(lengths, slots):
-    free_at = [0] * slots
-    for length in lengths:
-        heapq.heapreplace(free_at, free_at[0] + length)
-    return max(free_at)
-
-
-answer = static, continuous
+answer = choose

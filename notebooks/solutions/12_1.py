@@ -1,3 +1,3 @@
-"""A step with a chunk in it."""
+"""For 12 s of a month, the part that the other one can't do."""
 
-answer = 20 + 64 * 0.5
+answer = 12 / (30 * 24 * 3600) * (1 - 0.6)

@@ -1,5 +1,10 @@
-"""Both limits."""
+"""As many as the load needs, and one to spare."""
+
+import math
 
 
-def answer(ttft_s, gaps_s, ttft_limit_s, gap_limit_s):
-    return ttft_s <= ttft_limit_s and all(gap_s <= gap_limit_s for gap_s in gaps_s)
+def replicas_wanted(rate_per_s, one_per_s):
+    return math.ceil(rate_per_s / one_per_s) + 1
+
+
+answer = replicas_wanted

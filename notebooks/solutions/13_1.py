@@ -1,5 +1,3 @@
-"""R + the root of R."""
+"""8 billion weights in bfloat16, 400 GB per second."""
 
-import math
-
-answer = math.ceil(90 + math.sqrt(90))
+answer = 8e9 * 2 / 400e9 * 1000

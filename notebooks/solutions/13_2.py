@@ -1,5 +1,5 @@
-"""A part is slow when both tries are."""
+"""Keys and values, in each layer, for each head and token."""
 
 
-def answer(parts):
-    return 1 - (1 - 0.01**2) ** parts
+def answer(cache_bytes, layers, heads, dim, itemsize, tokens):
+    return int(cache_bytes // (2 * layers * heads * dim * itemsize * tokens))

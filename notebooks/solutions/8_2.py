@@ -1,13 +1,10 @@
-"""A number finds its future; who is answered no longer waits."""
+"""What is shared is counted once."""
 
 
-def answer(replies, waiting):
-    while (pair := replies.get()) is not None:
-        number, value = pair
-        future = waiting.pop(number, None)
-        if future is None:
-            continue
-        if isinstance(value, BaseException):
-            future.set_exception(value)
-        else:
-            future.set_result(value)
+def memory_mb(n, method, libraries_mb, weights_mb):
+    libraries = n if method == "spawn" else 1
+    weights = 1 if method == "fork" else n
+    return libraries * libraries_mb + weights * weights_mb
+
+
+answer = memory_mb

@@ -1,12 +1,9 @@
-"""Note when each text of each device ends; those that have ended don't count."""
+"""A forkserver's next process begins where its helper is: behind the imports."""
 
 
-def answer(arrivals, durations, n):
-    ends, waits = [[] for _ in range(n)], []
-    for came, takes in zip(arrivals, durations, strict=True):
-        unfinished = [sum(end > came for end in device) for device in ends]
-        device = ends[unfinished.index(min(unfinished))]
-        begins = max([came, *device[-1:]])
-        device.append(begins + takes)
-        waits.append(begins - came)
-    return sum(waits) / len(waits)
+def next_answer_s(method, python_s, imports_s, load_s, helper_died=False):
+    is_ready = method == "forkserver" and not helper_died
+    return load_s if is_ready else python_s + imports_s + load_s
+
+
+answer = next_answer_s

@@ -1,3 +1,5 @@
-"""Two operations for each weight and token."""
+"""Three seconds of work come each second, and a device may do four fifths of one."""
 
-answer = 200e9 / (2 * 100e6 * 20)
+import math
+
+answer = math.ceil(50 * 0.060 / 0.8)

@@ -1,5 +1,13 @@
-"""All are as long as the longest; what is not theirs is padding."""
+"""A number finds its future; who is answered no longer waits."""
 
 
-def answer(lengths):
-    return 1 - sum(lengths) / (len(lengths) * max(lengths))
+def answer(replies, waiting):
+    while (pair := replies.get()) is not None:
+        number, value = pair
+        future = waiting.pop(number, None)
+        if future is None:
+            continue
+        if isinstance(value, BaseException):
+            future.set_exception(value)
+        else:
+            future.set_result(value)

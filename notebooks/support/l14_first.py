@@ -1,4 +1,4 @@
-"""Lesson 12: readers on the project's scheduler, in simulated time; a long prompt beside others, measured; drafts."""
+"""Lesson 14: readers on the project's scheduler, in simulated time; a long prompt beside others, measured; drafts."""
 
 import random
 import time
@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from lesson import BLUE, GREY, ORANGE
-from support.l11_tokens import prompt, read
+from support.l13_tokens import prompt, read
 
 from workers.generation.estimate import FirstTokenEstimate
 from workers.generation.model import TokenModel
@@ -197,7 +197,7 @@ def write(model: Any, text: list[int], tokens: int, drafted: int = 0) -> Written
 
 
 def stock() -> Any:
-    """The model of lesson 11 as Transformers runs it."""
+    """The model of lesson 13 as Transformers runs it."""
     torch.set_num_threads(1)
     return read()
 

@@ -1,6 +1,6 @@
 """One queue or several: a model that sleeps, clients that come at given times, and what theory says they wait.
 
-MODEL=notebooks.support.l08_queues:Nap serves the model.
+MODEL=notebooks.support.l09_queues:Nap serves the model.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""For lesson 8 where a GPU is at hand: six pieces of advice, each measured with and without, on one device.
+"""For lesson 9 where a GPU is at hand: six pieces of advice, each measured with and without, on one device.
 
 Each function returns (what is counted, without the advice, with it). `device` is a GPU's, such as "cuda:0".
 """

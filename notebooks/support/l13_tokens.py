@@ -1,4 +1,4 @@
-"""Lessons 11 and 12: the project's own language model and scheduler, one step at a time, and lanes to look at."""
+"""Lessons 13 and 12: the project's own language model and scheduler, one step at a time, and lanes to look at."""
 
 import time
 from collections.abc import Sequence as Many

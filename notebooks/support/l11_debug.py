@@ -1,4 +1,4 @@
-"""A small server as many tutorials leave it: debugging is on. `uvicorn notebooks.support.l10_debug:app`"""
+"""A small server as many tutorials leave it: debugging is on. `uvicorn notebooks.support.l11_debug:app`"""
 
 from pathlib import Path
 

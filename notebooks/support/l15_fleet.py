@@ -1,4 +1,4 @@
-"""Lesson 13: what the fleet simulator does not have: stale views, fan-out and hedging, storms and signals over time."""
+"""Lesson 15: what the fleet simulator does not have: stale views, fan-out and hedging, storms and signals over time."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""MODEL=notebooks.support.l10_sleeper:Sleeper: it loads as long as the embedded model, and then takes 20 ms a call.
+"""MODEL=notebooks.support.l12_sleeper:Sleeper: it loads as long as the embedded model, and then takes 20 ms a call.
 
 It computes nothing, so several replicas share a machine without slowing each other: as if each had a machine of its own.
 """

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 12. The first token and the next
+# # 14. The first token and the next
 #
 # Readers of a model that writes wait twice: for the first token, and then for each next one. A prompt is read in one go, an answer is written
 # token by token, and both want the same processor.
@@ -9,7 +9,7 @@
 # Afterwards you can set a limit for both waits, keep a long prompt from stalling everybody, admit by tokens and not by requests, and say when a
 # draft model pays.
 #
-# It takes about 2 minutes (the quick form 30 s), two cores and 3 GB of memory; the model is lesson 11's. [What all lessons need](README.md).
+# It takes about 2 minutes (the quick form 30 s), two cores and 3 GB of memory; the model is lesson 13's. [What all lessons need](README.md).
 
 # %%
 # "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
@@ -21,9 +21,9 @@ import inspect
 import numpy as np
 
 import checks
-from support import l11_tokens as tokens
-from support import l12_first as first
-from support.l12_first import RULES, WHOLE, Reader, crowd, draw_gaps, newcomer, simulate
+from support import l13_tokens as tokens
+from support import l14_first as first
+from support.l14_first import RULES, WHOLE, Reader, crowd, draw_gaps, newcomer, simulate
 from workers.generation.scheduler import Scheduler
 from workers.generation.steps import Options
 
@@ -154,7 +154,7 @@ with picture(
 # %% [markdown]
 # ## The same, measured
 #
-# Now lesson 11's model. First its own law, from eight kinds of steps. Then eight sequences write, and a prompt of 400 tokens joins.
+# Now lesson 13's model. First its own law, from eight kinds of steps. Then eight sequences write, and a prompt of 400 tokens joins.
 
 # %%
 model = tokens.loaded(16)
@@ -420,7 +420,7 @@ claim(
 
 # %% [markdown]
 # *Where the formula fails:* it takes drafts to be right independently. They come in runs: a copied passage is right for long, new text never is.
-# And looking up takes time, too. In a batch of many readers the step has no time to spare (lesson 11's bend): there a draft that is wrong takes a
+# And looking up takes time, too. In a batch of many readers the step has no time to spare (lesson 13's bend): there a draft that is wrong takes a
 # token from somebody else.
 #
 # ## Exercises
@@ -432,7 +432,7 @@ claim(
 # %%
 longest_gap_ms = ...
 
-checks.exercise_12_1(longest_gap_ms)
+checks.exercise_14_1(longest_gap_ms)
 
 # %% [markdown]
 # **★★** Write "served well": the first token within its limit, and each gap within its own. (One line.)
@@ -442,7 +442,7 @@ checks.exercise_12_1(longest_gap_ms)
 def meets(ttft_s, gaps_s, ttft_limit_s, gap_limit_s): ...
 
 
-checks.exercise_12_2(meets)
+checks.exercise_14_2(meets)
 
 # %% [markdown]
 # **★★★** How many times as fast is a reader with drafts of `k` tokens, each right with probability `p`, if a further token makes a step longer by `b`
@@ -453,7 +453,7 @@ checks.exercise_12_2(meets)
 def speedup_of(p, k, b): ...
 
 
-checks.exercise_12_3(speedup_of)
+checks.exercise_14_3(speedup_of)
 
 # %% [markdown]
 # ## In the lab
@@ -466,7 +466,7 @@ import labs
 
 chunk = ...
 
-labs.lab_12(chunk)
+labs.lab_14(chunk)
 
 # %% [markdown]
 # ## Ten questions
@@ -527,4 +527,4 @@ holds(found[smallest][1] < found[largest][1], "so it is with a real model")
 # - Read prompts in chunks, as large as the readers' gaps allow. The size follows from a measured law, not from a setting.
 # - Admit by predicted first token, end an answer when its reader leaves, and let each sequence draw by its own seed.
 #
-# Next: [Lesson 13, a fleet](13_a_fleet.ipynb).
+# Next: [Lesson 15, a fleet](15_a_fleet.ipynb).

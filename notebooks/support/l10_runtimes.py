@@ -1,6 +1,6 @@
 """One model in several runtimes, on one core: how fast, how alike, how soon, how heavy.
 
-    $ python -m notebooks.support.l09_runtimes
+    $ python -m notebooks.support.l10_runtimes
 
 Prints a Markdown table. Each runtime is a fresh process that loads only what it needs. All answer alike: the five
 likeliest words with score and sentence. They are asked in turn, so that a slower minute of the machine meets all.
@@ -319,7 +319,7 @@ class Running:
         self.scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         fresh = {"TORCHINDUCTOR_CACHE_DIR": f"{self.scratch.name}/compiled", "TMPDIR": self.scratch.name}
         began = time.perf_counter()
-        code = f"from notebooks.support import l09_runtimes; l09_runtimes.child({theirs.fileno()}, {name!r}, *{arguments!r})"
+        code = f"from notebooks.support import l10_runtimes; l10_runtimes.child({theirs.fileno()}, {name!r}, *{arguments!r})"
         # Among the arguments is a path: its `repr` is PosixPath(...), a name of pathlib.
         code = f"from pathlib import *; {code}"
         if core is not None:

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 11. Token by token
+# # 13. Token by token
 #
 # A model that writes makes one token at a time, and reads everything before it to do so. All that you know about calls and batches
 # still holds. But now a call is a *step*, and a request lives through hundreds of them.
@@ -22,8 +22,8 @@ import numpy as np
 from matplotlib.ticker import LogLocator
 
 import checks
-from support import l11_tokens as tokens
-from support.l11_tokens import Lanes, continuous, draw, reading, static, step_ms, writing
+from support import l13_tokens as tokens
+from support.l13_tokens import Lanes, continuous, draw, reading, static, step_ms, writing
 from support.speeds import speeds
 
 # %% [markdown]
@@ -353,7 +353,7 @@ claim(
 # %%
 ms_a_token = ...
 
-checks.exercise_11_1(ms_a_token)
+checks.exercise_13_1(ms_a_token)
 
 # %% [markdown]
 # **★★** How many whole sequences of `tokens` tokens fit into the cache? (One line.)
@@ -363,7 +363,7 @@ checks.exercise_11_1(ms_a_token)
 def sequences_that_fit(cache_bytes, layers, heads, dim, itemsize, tokens): ...
 
 
-checks.exercise_11_2(sequences_that_fit)
+checks.exercise_13_2(sequences_that_fit)
 
 # %% [markdown]
 # **★★★** How many steps do these lengths take in `slots` slots: in static batches, in the order of the list, and continuous? (Two lines, and
@@ -377,7 +377,7 @@ def steps_static(lengths, slots): ...
 def steps_continuous(lengths, slots): ...
 
 
-checks.exercise_11_3((steps_static, steps_continuous))
+checks.exercise_13_3((steps_static, steps_continuous))
 
 # %% [markdown]
 # ## In the lab
@@ -390,7 +390,7 @@ import labs
 
 sequences = ...
 
-labs.lab_11(sequences)
+labs.lab_13(sequences)
 
 # %% [markdown]
 # ## Ten questions
@@ -447,4 +447,4 @@ holds(np.argmax([n / batch_ms[n] for n in sizes]) >= 4, "up to dozens of sequenc
 # - The cache makes a token cost 1 and not n, and its memory decides how many readers fit.
 # - Never let a short answer wait for a long one: give its slot away in the next step.
 #
-# Next: [Lesson 12](12_the_first_token.ipynb). Some read a prompt while others read an answer. Who waits?
+# Next: [Lesson 14](14_the_first_token.ipynb). Some read a prompt while others read an answer. Who waits?

@@ -1,4 +1,4 @@
-"""MODEL=notebooks.support.l10_fails:Fails: a model with a bug and a killer text.
+"""MODEL=notebooks.support.l11_fails:Fails: a model with a bug and a killer text.
 
 "raise …" raises as code does that misses a file, "die …" ends the process as a bug in C does.
 """

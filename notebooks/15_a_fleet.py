@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 13. A fleet
+# # 15. A fleet
 #
 # One server is understood. Now there are twenty, behind a load balancer. Most of what you know still holds. Some of it turns around:
 # a rare thing happens all the time, help makes it worse, and an overload can outlive its cause.
@@ -27,8 +27,8 @@ import checks
 from loadtests.load import generator
 from loadtests.plan import fleet
 from loadtests.plan.fleet import Fleet, Retries, replicas_for
-from support import l13_fleet
-from support.l13_fleet import EVEN, UNEVEN
+from support import l15_fleet
+from support.l15_fleet import EVEN, UNEVEN
 
 # %% [markdown]
 # ## How many?
@@ -102,7 +102,7 @@ claim(
 guess_round_robin = ...
 
 # %% [markdown]
-# **Prediction.** Lesson 8's formula is for means, and says that a queue per replica waits $\frac{c_a^2 + c_s^2}{2}\cdot\frac{\rho}{1-\rho}$
+# **Prediction.** Lesson 9's formula is for means, and says that a queue per replica waits $\frac{c_a^2 + c_s^2}{2}\cdot\frac{\rho}{1-\rho}$
 # calls. One of 20 gets each 20th text: $c_a^2 = \frac1{20}$. The texts have $c_s^2 \approx 1.8$. At $\rho = 0.8$ that is a mean of
 # 3.7 calls of 20 ms, and the p99 of an exponential is 4.6 means: about 340 ms, and the text's own time. In a shared queue of 20 next to
 # nobody waits: the p99 is the long text itself, 100 ms.
@@ -152,7 +152,7 @@ guess_stale_ms = ...
 # %%
 ages_s = quick([0.0, 0.1], [0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
 stale = {
-    policy: [l13_fleet.stale_p99_ms(policy, age_s, seconds=quick(10, 60)) for age_s in ages_s]
+    policy: [l15_fleet.stale_p99_ms(policy, age_s, seconds=quick(10, 60)) for age_s in ages_s]
     for policy in ("least connections", "two choices")
 }
 old = ages_s.index(0.1)
@@ -192,10 +192,10 @@ guess_slow_pages = ...
 # **Prediction.** A page is fast if all of its parts are: $0.99^{100}$. So $1 - 0.99^{100} = 63\,\%$ are slow.
 
 # %%
-times_ms = l13_fleet.answer_times_ms()
+times_ms = l15_fleet.answer_times_ms()
 slow_ms = np.quantile(times_ms, 0.99)
 parts = [1, 2, 5, 10, 20, 50, 100]
-share = [float((l13_fleet.fan_out(times_ms, n) > slow_ms).mean()) for n in parts]
+share = [float((l15_fleet.fan_out(times_ms, n) > slow_ms).mean()) for n in parts]
 with picture(
     "The p99 of a part is the median of a page", "parts of a page", "slow pages, %", ylim=(0, 100)
 ) as ax:
@@ -226,7 +226,7 @@ guess_more_load = ...  # %
 
 # %%
 after_ms = float(np.quantile(times_ms, 0.95))
-hedged_ms, more = l13_fleet.hedged(times_ms, after_ms)
+hedged_ms, more = l15_fleet.hedged(times_ms, after_ms)
 plain_p999, hedged_p999 = (float(np.quantile(ms, 0.999)) for ms in (times_ms, hedged_ms))
 compare("more load by hedging, %", guess=guess_more_load, formula=5, measured=100 * more)
 tell(f"Sent again after {after_ms:.0f} ms. The p99.9 falls from {plain_p999:.0f} to {hedged_p999:.0f} ms.")
@@ -268,7 +268,7 @@ CURES = {
     "… after 10 s, as told": Retries(10**6, 10.0),
     "three times, after 0.1 s": Retries(3, 0.1),
 }
-after = {name: l13_fleet.storm(retries, seconds=seconds) for name, retries in CURES.items()}
+after = {name: l15_fleet.storm(retries, seconds=seconds) for name, retries in CURES.items()}
 late = {name: float(answers[15:].mean()) for name, answers in after.items()}
 table(
     [
@@ -337,7 +337,7 @@ guess_busy = ...  # %
 
 # %%
 levels = [0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.1, 1.5, 2.0]
-dashboard = {load: l13_fleet.signals(load) for load in levels}
+dashboard = {load: l15_fleet.signals(load) for load in levels}
 table(
     [
         {"load": f"{load:.0%}", "busy": f"{s['busy']:.0%}"}
@@ -375,7 +375,7 @@ guess_headroom = ...
 
 # %%
 scenes = quick([(60, 120)], [(10, 120), (30, 120), (60, 120), (60, 300)])
-found = {scene: l13_fleet.least_headroom(*scene) for scene in scenes}
+found = {scene: l15_fleet.least_headroom(*scene) for scene in scenes}
 formula = {(cold_s, over_s): 1 + min(1, (cold_s + 5) / over_s) for cold_s, over_s in scenes}
 table(
     [
@@ -393,7 +393,7 @@ compare("headroom", guess=guess_headroom, formula=formula[60, 120], measured=fou
 # %% [markdown]
 # *Where the formula fails:* it is on the safe side. A replica that is a little too busy does not reject at once, replicas come in whole
 # numbers, and the growth is largest in relation to the load only at the start. Headroom costs money all day. A shorter cold start does not:
-# that is why lesson 10 takes one apart.
+# that is why lesson 12 takes one apart.
 #
 # ## What does a million answers cost?
 #
@@ -474,7 +474,7 @@ if not measured:
 # %%
 replicas = ...
 
-checks.exercise_13_1(replicas)
+checks.exercise_15_1(replicas)
 
 # %% [markdown]
 # **★★** A page asks for `parts` parts. One part in a hundred is slow. Each is hedged, and the second try is independent. What share of
@@ -485,7 +485,7 @@ checks.exercise_13_1(replicas)
 def slow_pages(parts): ...
 
 
-checks.exercise_13_2(slow_pages)
+checks.exercise_15_2(slow_pages)
 
 # %% [markdown]
 # **★★★** Write a retry budget. `came()` is called for each new request and earns `share` of a retry, up to ten. `may_retry()` says whether
@@ -501,7 +501,7 @@ class Budget:
     def may_retry(self): ...
 
 
-checks.exercise_13_3(Budget)
+checks.exercise_15_3(Budget)
 
 # %% [markdown]
 # ## In the lab
@@ -513,7 +513,7 @@ import labs
 
 retries = ...
 
-labs.lab_13(retries)
+labs.lab_15(retries)
 
 # %% [markdown]
 # ## Ten questions

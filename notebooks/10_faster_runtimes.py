@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 9. Faster runtimes
+# # 10. Faster runtimes
 #
 # PyTorch is made for research. So everybody tells you to serve with something else: bfloat16, a compiler, ONNX Runtime,
 # OpenVINO, int8.
@@ -20,7 +20,7 @@ from lesson import line, picture, quick, said, score, table, tell, way, whose
 import math
 
 import checks
-from support import l09_runtimes
+from support import l10_runtimes
 
 # %% [markdown]
 # The runtime is the last box on the way of a request. All else stays as it was. So this lesson needs no server: it asks the
@@ -59,7 +59,7 @@ def operations(n, m):
 
 
 core = min(SERVER_CORES)
-limits = l09_runtimes.errand("limits", quick(0.4, 4.0), core=core)
+limits = l10_runtimes.errand("limits", quick(0.4, 4.0), core=core)
 tell(
     f"Ten tokens, the head at each: {operations(10, 10):,} operations by the formula, {limits['counted']:,} counted by"
     " torch."
@@ -70,8 +70,8 @@ tell(
 # read the weights, however small its batch is. So we also measure how many bytes a second come in.
 
 # %%
-short = l09_runtimes.texts(32)
-tokens = l09_runtimes.lengths(short)
+short = l10_runtimes.texts(32)
+tokens = l10_runtimes.lengths(short)
 mean = sum(tokens) / len(tokens)
 weights_mb = 4 * (L * (4 * h * h + 2 * h * i) + h * h + h * V) / 1e6  # the embeddings are only looked up
 table(
@@ -129,16 +129,16 @@ guess_times = ...  # times PyTorch's texts a second
 # %%
 names = quick(
     ["PyTorch", "ONNX Runtime", "ONNX Runtime, int8", "fast path"],
-    list(l09_runtimes.RUNTIMES),
+    list(l10_runtimes.RUNTIMES),
 )
 sizes = [1, 8, 32]
 cells = [("short", size, quick(1, 5)) for size in sizes]
 cells += [("mixed", size, quick(1, 2)) for size in quick([8], sizes)]
-with l09_runtimes.exported(quick(False, True)) as (folder, export_s):
-    running, missing = l09_runtimes.start(
+with l10_runtimes.exported(quick(False, True)) as (folder, export_s):
+    running, missing = l10_runtimes.start(
         names, folder, core=core, patience_s=150
     )  # a compiler takes its time
-per_s = l09_runtimes.rates(running, cells)
+per_s = l10_runtimes.rates(running, cells)
 tell(f"Not measured: {'; '.join(f'{name} ({why})' for name, why in missing.items()) or 'none'}.")
 
 
@@ -294,7 +294,7 @@ guess_less = ...  # times ONNX Runtime's texts a second
 # %%
 def work(texts, size, lean):
     """Operations for all texts, `size` a call: each call padded to its longest, or lean."""
-    n = l09_runtimes.lengths(texts)
+    n = l10_runtimes.lengths(texts)
     if lean:
         return sum(operations(one, 1) for one in n)
     calls = [n[k : k + size] for k in range(0, len(n), size)]
@@ -302,7 +302,7 @@ def work(texts, size, lean):
 
 
 size = quick(8, 32)
-lines = {kind: l09_runtimes.texts(32, kind) for kind in ("short", "mixed")}
+lines = {kind: l10_runtimes.texts(32, kind) for kind in ("short", "mixed")}
 predicted_less = {k: work(asked, size, False) / work(asked, size, True) for k, asked in lines.items()}
 measured_less = {k: per_s["fast path", k, size] / per_s["ONNX Runtime", k, size] for k in lines}
 table(
@@ -391,10 +391,10 @@ guess_gap = ...  # from 0 to 1
 # the distance of two logits by up to 1/16. A score moves at most a quarter as far as that distance: by 1/64.
 
 # %%
-asked = [l09_runtimes.texts(60)[k : k + 4] for k in range(0, 60, 4)]
+asked = [l10_runtimes.texts(60)[k : k + 4] for k in range(0, 60, 4)]
 expected = running["PyTorch"].ask("answers", asked)
 answers = {name: process.ask("answers", asked) for name, process in running.items()}
-alike = {name: l09_runtimes.agreement(found, expected) for name, found in answers.items()}
+alike = {name: l10_runtimes.agreement(found, expected) for name, found in answers.items()}
 table(
     [
         {
@@ -458,7 +458,7 @@ guess_mb = ...  # MB
 # runtime that runs the head at the mask has no such thing.
 
 # %%
-longest = max(l09_runtimes.lengths(lines["mixed"]))
+longest = max(l10_runtimes.lengths(lines["mixed"]))
 held, peaks = {name: process.first for name, process in running.items()}, {}
 installed = {}
 for name, process in running.items():
@@ -492,7 +492,7 @@ if "ONNX Runtime" in running:
     )
     tell(
         f"On disk: of the {installed['ONNX Runtime']:.0f} MB that pip installs for ONNX Runtime and a tokenizer, ONNX Runtime"
-        f" itself is {l09_runtimes.installed_mb(['onnxruntime'], alone=True):.0f}."
+        f" itself is {l10_runtimes.installed_mb(['onnxruntime'], alone=True):.0f}."
     )
 
 # %%
@@ -598,7 +598,7 @@ claim(
 # %%
 most_per_s = ...
 
-checks.exercise_9_1(most_per_s)
+checks.exercise_10_1(most_per_s)
 
 
 # %% [markdown]
@@ -609,7 +609,7 @@ checks.exercise_9_1(most_per_s)
 def padding_share(lengths): ...
 
 
-checks.exercise_9_2(padding_share)
+checks.exercise_10_2(padding_share)
 
 
 # %% [markdown]
@@ -623,7 +623,7 @@ def texts_until_paid(later_s, old, new, n):
     ...
 
 
-checks.exercise_9_3(texts_until_paid)
+checks.exercise_10_3(texts_until_paid)
 
 # %% [markdown]
 # ## In the lab
@@ -636,7 +636,7 @@ import labs
 
 my_settings = ...
 
-labs.lab_9(my_settings)
+labs.lab_10(my_settings)
 
 # %% [markdown]
 # ## Ten questions
@@ -697,4 +697,4 @@ holds(all(not per_s[n, "short", 32] > 1.1 * limit(n) for n in running), "nobody 
 #   and only then change the runtime. For single texts the runtime counts as much.
 # * A lean runtime starts sooner, installs smaller and helps small calls. Compare its answers before you trust it.
 #
-# Which of all this is for you? [Lesson 10](10_choosing_and_growing.ipynb)
+# Which of all this is for you? [Lesson 11](11_protocols_and_packages.ipynb)
