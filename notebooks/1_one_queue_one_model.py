@@ -16,12 +16,14 @@
 # %%
 # "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
 from lesson import BLUE, GREY, ORANGE, RED, TEXT, ask, ask_together, claim, compare, dots, guessed, holds
-from lesson import line, picture, quick, score, serve_all, serve_recipe, stop, table, tell, way
+from lesson import line, picture, quick, score, serve_recipe, stop, table, tell, way
 
 import inspect
 import time
 
 import checks
+from starlette.applications import Starlette
+from support import l01_measure
 
 # %% [markdown]
 # ## From a function …
@@ -47,29 +49,10 @@ load_s = time.perf_counter() - began
 # %%
 guess_calls = ...  # how many calls fit into the time that loading takes
 
-
 # %%
-def seconds_a_call(call, times=15):
-    """The median of some calls: the middle one is typical."""
-    took = []
-    for _ in range(times):
-        began = time.perf_counter()
-        call()
-        took.append(time.perf_counter() - began)
-    return sorted(took)[times // 2]
-
-
-call_s = seconds_a_call(lambda: pipe(TEXT))
-table(
-    [
-        {
-            "one call, ms": f"{call_s * 1000:.0f}",
-            "loading, ms": f"{load_s * 1000:.0f}",
-            "loading, in calls": f"{load_s / call_s:.0f}",
-            "your guess, in calls": guess_calls,
-        }
-    ]
-)
+call_s = l01_measure.median_s(lambda: pipe(TEXT))
+columns = "one call, ms | loading, ms | loading, in calls | your guess, in calls"
+table(columns, (f"{call_s * 1000:.0f}", f"{load_s * 1000:.0f}", f"{load_s / call_s:.0f}", guess_calls))
 claim(
     "Loading lazily at the first request is fine",
     who="this model in the stock pipeline, libraries already imported",
@@ -83,11 +66,7 @@ claim(
 # This is the path a request takes, from left to right. Many clients ask at once. The *door* reads what they send. A
 # *queue* keeps the texts in order. A *loop* takes a text from the queue, has the model answer it, and takes the next one.
 # So the model is there once, and does one thing at a time. In this project's own server the door is `server.py`.
-
-# %%
-way(("clients", "door", "queue", "loop", "model"), title="The way of a request")
-
-# %% [markdown]
+#
 # ## Ten lines on async
 #
 # Such a server is written with `async` and `await`. They are these ideas, and no more:
@@ -152,8 +131,6 @@ from support import l01_broken
 
 for function in (l01_broken.endpoint, l01_broken.model_loop, l01_broken.lifespan):
     print(inspect.getsource(function))
-
-# %%
 guess_mistakes = ...  # in these three functions
 
 # %% [markdown]
@@ -161,47 +138,32 @@ guess_mistakes = ...  # in these three functions
 #
 # We count five in these functions. The queue has no end (`lifespan`). The model computes on the event loop (`model_loop`).
 # One exception ends the loop, and nobody looks (`model_loop`, `lifespan`). The server says that it has started before
-# the model is loaded (`model_loop` loads it). The model works for clients who have left (`endpoint`).
+# the model is loaded (`model_loop` loads it). The model works for clients that have left (`endpoint`).
 #
 # Bugs 2, 3 and 4 below show the first three, which do the most harm. Bug 1 was in the original's start. Bugs 5 and 6 are in
 # the page's second program. The repaired one still works for clients that have left, but for 5 s at most; `server.py`
-# notices who has left.
+# notices a client that leaves.
 # </details>
+#
+# It works, and so everybody copies it. Here is the recipe, repaired: this project's [`minimal.py`](../minimal.py), which also
+# gives the model a thread. Its queue, its loop and its batches are one class. You will need both servers.
 
 # %%
 tell(f"Your count: {guess_mistakes}. Ours: 5.")
-broken = serve_recipe("l01_broken")
-[found["token_str"] for found in ask(broken).json]
-
-# %% [markdown]
-# It works. That is why everybody copies it. Here is the recipe, repaired: this project's [`minimal.py`](../minimal.py), which
-# also gives the model a thread. Its queue, its loop and its batches stand in one class. You will need both servers.
-
-# %%
-way(
-    ("clients", "door", "queue", "loop", "model"),
-    ("clients", "door", "queue", "loop", "thread", "model"),
-    changed={"thread"},
-    title="The recipe, and the recipe, repaired",
-)
+broken, repaired = serve_recipe("l01_broken"), serve_recipe("minimal")
+print([found["token_str"] for found in ask(broken).json])
+boxes = ("clients", "door", "queue", "loop")
+title = "The recipe, and the recipe, repaired"
+way((*boxes, "model"), (*boxes, "thread", "model"), changed={"thread"}, title=title)
 print(inspect.getsource(minimal.ModelLoop))
-repaired = serve_recipe("minimal")
 
 # %% [markdown]
 # ## Bug 1: it no longer starts
 #
-# The original starts its loop from `@app.on_event("startup")`. We had to change that to show you the rest.
-
-# %%
-from starlette.applications import Starlette
-
-print("Starlette has on_event:", hasattr(Starlette(), "on_event"))
-
-# %% [markdown]
-# Repair: the `lifespan` of `minimal.py`. What stands before its `yield` happens before the first request. What stands after it
-# happens after the last.
-
-# %% [markdown]
+# The original starts its loop from `@app.on_event("startup")`, which Starlette no longer has (the last cell checks it). We had to
+# change that to show you the rest. Repair: the `lifespan` of `minimal.py`. What stands before its `yield` happens before the first
+# request. What stands after it happens after the last.
+#
 # ## Bug 2: the queue has no end
 #
 # The model takes $S$ seconds for one text. This is its *service time*. Many people ask in the same moment. **How long does
@@ -209,23 +171,18 @@ print("Starlette has on_event:", hasattr(Starlette(), "on_event"))
 
 # %%
 people = quick(60, 150)
-one_ms = seconds_a_call(lambda: ask(broken)) * 1000
+one_ms = l01_measure.median_s(lambda: ask(broken)) * 1000
 tell(f"One text, asked alone: S = {one_ms:.0f} ms. {people} people are about to ask.")
-
-# %%
 guess_last_s = ...  # how long the last one waits for the recipe's answer, in seconds
 
 # %% [markdown]
 # **Prediction.** Nobody is served before those in front. So the $k$-th waits $k \cdot S$.
 
 # %%
-crowd = ask_together(broken, [TEXT] * people)
-crowd_repaired = ask_together(repaired, [TEXT] * people)
+crowd, crowd_repaired = (ask_together(server, [TEXT] * people) for server in (broken, repaired))
 waits = sorted(reply.ms for reply in crowd)
 served = sorted(reply.ms for reply in crowd_repaired if reply.status == 200)
 refused = sorted(reply.ms for reply in crowd_repaired if reply.status == 503)
-
-# %%
 with picture(
     "The recipe lets everybody wait", "place in the queue", "time to the reply, ms", ylim=(0, None)
 ) as ax:
@@ -236,30 +193,9 @@ with picture(
     ax.plot(range(len(served) + 1, people + 1), refused, "x", color=RED, label="repaired: 503", markersize=5)
 
 # %%
-compare(
-    "the last one's wait, s", guess=guess_last_s, formula=people * one_ms / 1000, measured=waits[-1] / 1000
-)
-table(
-    [
-        {
-            "people": people,
-            "your guess for the last one, s": f"{guess_last_s:.1f}",
-            "formula, s": f"{people * one_ms / 1000:.1f}",
-            "measured, s": f"{waits[-1] / 1000:.1f}",
-        }
-    ]
-)
+last_s, formula_s = waits[-1] / 1000, people * one_ms / 1000
+compare("the last one's wait, s", guess=guess_last_s, formula=formula_s, measured=last_s)
 tell(f"In the crowd a text took {waits[-1] / people:.0f} ms; alone it took {one_ms:.0f} ms.")
-
-# %% [markdown]
-# The recipe's dots follow the line, and the line has no end: twice as many people, twice the wait. Nobody is told "no".
-# The repaired one has a bound of 64: so many may stand in its queue. It answers 503 to the rest **at once**, and they can
-# go elsewhere.
-#
-# *Where the formula fails:* the repaired one's later answers lie below the line. It takes up to eight texts from the queue
-# into one call. That is a *batch*, and lesson 4 is about it. And more than 64 were answered. Why?
-
-# %%
 taken = len(served) - minimal.MAX_QUEUE
 why = (
     f"When it said 503 for the last time, 64 stood in the queue. So the model had taken {taken} out of it by then."
@@ -269,6 +205,13 @@ why = (
 tell(f"It answered {len(served)}. {why}")
 
 # %% [markdown]
+# The recipe's dots follow the line, and the line has no end: twice as many people, twice the wait. Nobody is rejected.
+# The repaired one has a bound of 64: so many may stand in its queue. It answers 503 to the rest **at once**, and they can
+# go elsewhere.
+#
+# *Where the formula fails:* the repaired one's later answers lie below the line. It takes up to eight texts from the queue
+# into one call. That is a *batch*, and lesson 4 is about it. And more than 64 were answered.
+#
 # The first text found an idle model and went in alone. While it was computed 64 queued up, and the others were
 # rejected. If people still come when the next call begins, there is room again: the call takes eight out of the queue, and
 # eight more get in. Then the sum is 1 + 8 + 64 = 73. Where the crowd takes longer to come in, it grows further.
@@ -296,24 +239,16 @@ guess_new_ms = ...  # the stranger with the new connection
 # $10\,S$ less the 30 ms. The open connection is inside already. Its request is read when the call that runs has ended and
 # the loop goes round. In that round the next call may stand before it. So it waits for less than two calls, $2\,S$. (That is for a
 # crowd of new connections. Over ten open ones all requests are inside at once, and a stranger waits for the whole group: see below.)
-
-# %%
-from support.l01_crowd import crowd_at
-
-
-def port(server):
-    return int(server.url.rstrip("/").rsplit(":", 1)[1])
-
-
-outside = crowd_at(port(broken), TEXT, 10, inside=False, after_s=0.03)
-inside = crowd_at(port(broken), TEXT, 10, inside=True, after_s=0.03)
-free = crowd_at(port(repaired), TEXT, 10, inside=False, after_s=0.03)
-
-# %% [markdown]
+#
 # Linux counts the connections that stand outside, and `crowd_at` reads that count (in `/proc/net/tcp`) every 3 ms. So you
 # can watch the door.
 
 # %%
+from support.l01_crowd import crowd_at
+
+outside = crowd_at(broken, TEXT, 10, inside=False, after_s=0.03)
+inside = crowd_at(broken, TEXT, 10, inside=True, after_s=0.03)
+free = crowd_at(repaired, TEXT, 10, inside=False, after_s=0.03)
 with picture("The recipe's door opens once per call", "time, ms", "people", ylim=(-0.7, 12)) as ax:
     ax.step(*zip(*outside.outside), where="post", color=RED, label="outside")
     ax.step([0, *outside.answers_ms], range(11), where="post", color=BLUE)
@@ -322,7 +257,7 @@ with picture("The recipe's door opens once per call", "time, ms", "people", ylim
 
 # %% [markdown]
 # The red-brown stairs go down as the blue ones go up: one gets in, one gets an answer. So the ten answers come one after the
-# other. (The first look comes after 3 ms, and by then some are inside: the stairs begin below ten.)
+# other. (They climb first, while the ten arrive, and never reach ten: by then some are inside.)
 #
 # The grey line is the same crowd with ten connections that were opened before. These have no door in front of them. The
 # loop reads all that has come at once, and puts it into the queue. Then the model's task goes from text to text and never
@@ -332,42 +267,19 @@ with picture("The recipe's door opens once per call", "time, ms", "people", ylim
 # even on an open connection.
 
 # %%
-formulas_ms = [2 * one_ms, 10 * one_ms - 30]
-compare(
-    "a new connection's wait, ms", guess=guess_new_ms, formula=formulas_ms[1], measured=outside.new_404_ms
-)
-compare(
-    "an open connection's wait, ms (formula: at most)",
-    guess=guess_open_ms,
-    formula=formulas_ms[0],
-    measured=outside.open_404_ms,
-)
-
-# %%
+open_ms, new_ms = 2 * one_ms, 10 * one_ms - 30
+compare("a new connection's wait, ms", guess=guess_new_ms, formula=new_ms, measured=outside.new_404_ms)
+what = "an open connection's wait, ms (formula: at most)"
+compare(what, guess=guess_open_ms, formula=open_ms, measured=outside.open_404_ms)
 table(
-    [
-        {
-            "the 404 over": "an open connection",
-            "your guess, ms": guess_open_ms,
-            "formula, ms": f"less than {formulas_ms[0]:.0f}",
-            "recipe, ms": f"{outside.open_404_ms:.0f}",
-            "repaired, ms": f"{free.open_404_ms:.0f}",
-        },
-        {
-            "the 404 over": "a new connection",
-            "your guess, ms": guess_new_ms,
-            "formula, ms": f"{formulas_ms[1]:.0f}",
-            "recipe, ms": f"{outside.new_404_ms:.0f}",
-            "repaired, ms": f"{free.new_404_ms:.0f}",
-        },
-    ]
+    "the 404 over | formula, ms | recipe, ms | repaired, ms",
+    ("an open connection", f"< {open_ms:.0f}", f"{outside.open_404_ms:.0f}", f"{free.open_404_ms:.0f}"),
+    ("a new connection", f"{new_ms:.0f}", f"{outside.new_404_ms:.0f}", f"{free.new_404_ms:.0f}"),
 )
 tell(
-    f"The ten answers came after {', '.join(f'{ms:.0f}' for ms in outside.answers_ms)} ms: a call took"
-    f" {outside.answers_ms[-1] / 10:.0f} ms. With that S the formula for the new connection says"
-    f" {outside.answers_ms[-1] - 30:.0f} ms. With ten open connections they"
-    f" came after {', '.join(f'{ms:.0f}' for ms in inside.answers_ms)} ms, and the stranger with an open connection waited"
-    f" {inside.open_404_ms:.0f} ms."
+    f"The ten answers came after {outside.listed} ms: a call took {outside.answers_ms[-1] / 10:.0f} ms. With that S the formula"
+    f" for the new connection says {outside.answers_ms[-1] - 30:.0f} ms. With ten open connections they came after"
+    f" {inside.listed} ms, and the stranger with an open connection waited {inside.open_404_ms:.0f} ms."
 )
 
 # %% [markdown]
@@ -376,8 +288,7 @@ tell(
 #
 # Repair: a thread of its own for the model (`workers.offload.Thread`). The loop goes on while the thread computes. Lesson 2
 # measures what that buys and what it costs.
-
-# %% [markdown]
+#
 # ## Bug 4: one bad text silences it forever
 #
 # A text without `[MASK]` makes the pipeline raise an exception. **What does the next, innocent client get?**
@@ -389,74 +300,45 @@ guess_status = ...  # the innocent client's status from the recipe: 200, 500, or
 bad, good = ask(broken, "no mask here", patience_s=1), ask(broken, patience_s=1)
 bad_repaired, good_repaired = ask(repaired, "no mask here"), ask(repaired)
 table(
-    [
-        {
-            "who": "with the bad text",
-            "your guess": "-",
-            "recipe": bad.status,
-            "repaired": bad_repaired.status,
-        },
-        {
-            "who": "the next one",
-            "your guess": guess_status,
-            "recipe": good.status,
-            "repaired": good_repaired.status,
-        },
-    ]
+    "who | your guess | recipe | repaired",
+    ("with the bad text", "-", bad.status, bad_repaired.status),
+    ("the next one", guess_status, good.status, good_repaired.status),
 )
 tell("0 means: no reply within a second.")
-
-# %% [markdown]
-# The exception ended the task that runs the loop. Nobody looks at that task, so nobody hears of it. The process stays up,
-# takes connections, and answers none of them: a health check on the port says that all is well. You can't even stop it
-# politely, because uvicorn waits for the open requests.
-#
-# Repair: catch whatever the model raises, and give it to the one who asked. These are the lines in `workers/loop.py`:
-
-# %%
 from workers.loop import ModelLoop
 
 source = inspect.getsource(ModelLoop._run)
 print(source[source.index("        try:") : source.index("        finally:")])
 
 # %% [markdown]
+# The exception ended the task that runs the loop. Nobody looks at that task, so nobody hears of it. The process stays up,
+# takes connections, and answers none of them: a health check on the port says that all is well. You can't even stop it
+# politely, because uvicorn waits for the open requests.
+#
+# Repair: catch whatever the model raises, and give it to the client that asked. The lines above, from `workers/loop.py`, do that.
+#
 # ## Bugs 5 and 6: the batching variant loses answers
 #
 # The page goes on to "dynamic batching": several texts in one call. It says itself that this is pseudocode. People copy it
-# all the same. There are two mistakes in it.
+# all the same. There are two mistakes in it. A full answer is a list of five words. Two clients ask, then three. **How many
+# words does each get?**
 
 # %%
 from support import l01_batching
 
 print(inspect.getsource(l01_batching.serve_one_batch))
-
-# %% [markdown]
-# A full answer is a list of five words. Two clients ask, then three. **How many words does each get?**
-
-# %%
 guess_two, guess_three = ..., ...  # for each client; 0: no answer
 
 # %%
-
-
-async def words_for_each(texts):
-    """How many words each client gets from the variant; 0 where no answer comes."""
-    queue, replies = asyncio.Queue(), [asyncio.Queue() for _ in texts]
-    for text, reply in zip(texts, replies):
-        queue.put_nowait((text, reply))
-    await l01_batching.serve_one_batch(queue, pipe)
-    found = [reply.get_nowait() if reply.qsize() else [] for reply in replies]
-    return [len(answer) if isinstance(answer, list) else 1 for answer in found]
-
-
-two, three = await words_for_each([TEXT] * 2), await words_for_each([TEXT] * 3)
+two, three = [
+    await l01_measure.words_for_each(l01_batching.serve_one_batch, pipe, clients) for clients in (2, 3)
+]
 ten_repaired = [len(reply.json) for reply in ask_together(repaired, [TEXT] * 10)]
 table(
-    [
-        {"clients": 2, "your guess": guess_two, "words for each": two},
-        {"clients": 3, "your guess": guess_three, "words for each": three},
-        {"clients": "10, recipe, repaired", "your guess": "-", "words for each": ten_repaired},
-    ]
+    "clients | your guess | words for each",
+    (2, guess_two, two),
+    (3, guess_three, three),
+    ("10, recipe, repaired", "-", ten_repaired),
 )
 stop(broken, repaired)
 
@@ -465,8 +347,7 @@ stop(broken, repaired)
 # left, its client gets one word in place of five. `pipe([x])` does not return a list with one answer but the answer
 # itself, and `zip` takes it apart. Both are silent. A test with one client shows bug 5: the answer never comes. Bug 6
 # needs a batch that is left with exactly one text.
-
-# %% [markdown]
+#
 # ## Load once: what another instance costs
 #
 # Why one model for everybody? Another instance of it takes memory. Instances can live in threads of one process, or each in a process of
@@ -487,46 +368,17 @@ guess_process_mb = ...  # a further instance in a process
 model = pipe.model
 weights_mb = sum(p.numel() for p in model.parameters()) * 4 / 1e6
 tell(f"Predicted for every further instance: 0 MB in a thread, {weights_mb:.0f} MB in a process.")
-
-# %%
 counts = quick([1, 2], [1, 2, 3])
-
-
-def memory_of(counts=counts, **settings):
-    """MB of the server with each number of instances."""
-    servers = serve_all(*({**settings, "INSTANCES": n} for n in counts))
-    for n, server in zip(counts, servers):
-        ask_together(server, [TEXT] * 4 * n)
-    found = [server.memory_mb() for server in servers]
-    stop(*servers)
-    return found
-
-
-def further(found):
-    return (found[-1] - found[0]) / (counts[-1] - 1)
-
-
-in_threads, in_processes = memory_of(), memory_of(OFFLOAD="process")
-thread_mb, process_mb = further(in_threads), further(in_processes)
+in_threads, in_processes = l01_measure.memory_mb(counts), l01_measure.memory_mb(counts, OFFLOAD="process")
+thread_mb, process_mb = ((found[-1] - found[0]) / (counts[-1] - 1) for found in (in_threads, in_processes))
 
 # %%
-most = counts[-1]
-with picture(
-    "Threads share the weights, processes do not",
-    "instances",
-    "memory of the server, MB",
-    ylim=(0, None),
-    xticks=counts,
-) as ax:
+most, title = counts[-1], "Threads share the weights, processes do not"
+axes = {"ylim": (0, None), "xticks": counts}
+with picture(title, "instances", "memory of the server, MB", **axes) as ax:
     line(ax, counts, [in_processes[0] + (n - 1) * weights_mb for n in counts], "weights again")
-    guessed(
-        ax,
-        [most] * 2,
-        [
-            found[0] + (most - 1) * guess
-            for found, guess in ((in_threads, guess_thread_mb), (in_processes, guess_process_mb))
-        ],
-    )
+    pairs = ((in_threads, guess_thread_mb), (in_processes, guess_process_mb))
+    guessed(ax, [most] * 2, [found[0] + (most - 1) * guess for found, guess in pairs])
     dots(ax, counts, in_threads, "in threads", BLUE)
     dots(ax, counts, in_processes, "in processes", ORANGE)
 
@@ -536,43 +388,23 @@ with picture(
 # Test each alone: `FAST=0` takes the stock model, which threads load again each, and a process that only imports the libraries has no model at all.
 
 # %%
-import subprocess
-import sys
-
-stock_mb = further(memory_of([counts[0], counts[-1]], FAST="0"))
-code = "import torch, transformers.pipelines, psutil; print(psutil.Process().memory_full_info().pss / 1e6)"
-bare = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-bare_mb = float(bare.stdout)
+first, second = l01_measure.memory_mb([1, 2], FAST="0")
+stock_mb, bare_mb = second - first, l01_measure.libraries_mb()
 first_mb = in_threads[0] - bare_mb
 table(
-    [
-        {
-            "what": what,
-            "your guess, MB": guess or "-",
-            "formula, MB": formula or "-",
-            "measured, MB": f"{mb:.0f}",
-        }
-        for what, guess, formula, mb in (
-            ("a further instance in a thread, weights shared", guess_thread_mb, "0", thread_mb),
-            ("a further instance in a thread, loaded again", None, f"{weights_mb:.0f}", stock_mb),
-            ("the libraries alone, no model", None, None, bare_mb),
-            ("the first instance, without the libraries", None, f"{2 * weights_mb:.0f}", first_mb),
-            (
-                "a further instance in a process",
-                guess_process_mb,
-                f"{bare_mb:.0f} + {first_mb:.0f}",
-                process_mb,
-            ),
-        )
-    ]
+    "what | your guess, MB | formula, MB | measured, MB",
+    ("a further instance in a thread, weights shared", guess_thread_mb, 0, f"{thread_mb:.0f}"),
+    ("a further instance in a thread, loaded again", "-", f"{weights_mb:.0f}", f"{stock_mb:.0f}"),
+    ("the libraries alone, no model", "-", "-", f"{bare_mb:.0f}"),
+    ("the first instance, without the libraries", "-", f"{2 * weights_mb:.0f}", f"{first_mb:.0f}"),
+    ("a further instance in a process", guess_process_mb, f"{bare_mb + first_mb:.0f}", f"{process_mb:.0f}"),
 )
-compare("an instance that is loaded again, MB", guess=guess_thread_mb, formula=weights_mb, measured=stock_mb)
-compare(
-    "a further instance in a process, MB",
-    guess=guess_process_mb,
-    formula=bare_mb + first_mb,
-    measured=process_mb,
-)
+
+# %%
+what = "an instance that is loaded again, MB"
+compare(what, guess=guess_thread_mb, formula=weights_mb, measured=stock_mb)
+what = "a further instance in a process, MB"
+compare(what, guess=guess_process_mb, formula=bare_mb + first_mb, measured=process_mb)
 claim(
     "One copy of the model saves RAM",
     who=f"this server with 1 to {most} instances; memory of all its processes (PSS)",
@@ -590,8 +422,7 @@ claim(
 #
 # So share the weights where threads will do. For a small model it is the process that costs. With a model of gigabytes the weights win.
 # Gunicorn with `workers = 9` means nine of these processes (lesson 6).
-
-# %% [markdown]
+#
 # ## "Don't forget no_grad"
 #
 # You meet this advice everywhere: `torch.no_grad()` halves the memory and doubles the speed. With gradients on, torch keeps
@@ -610,52 +441,16 @@ guess_times = ...  # speed without gradients over speed with them
 
 # %%
 batch = pipe.tokenizer([TEXT + " So they say." * 10] * 16, return_tensors="pt")
-config = model.config
-predicted_kept_mb = batch["input_ids"].numel() * config.num_hidden_layers * 16 * config.hidden_size * 4 / 1e6
-kept = {}
-
-
-def keep(tensor):
-    """torch tells of each tensor that it keeps."""
-    storage = tensor.untyped_storage()
-    kept[storage.data_ptr()] = storage.nbytes()
-    return tensor
-
-
-with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-    model(**batch)
-own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-kept_mb = sum(size for pointer, size in kept.items() if pointer not in own) / 1e6
-
+width, layers = model.config.hidden_size, model.config.num_hidden_layers
+formula_mb, kept_mb = (
+    batch["input_ids"].numel() * layers * 16 * width * 4 / 1e6,
+    l01_measure.kept_mb(model, batch),
+)
+with_s = l01_measure.median_s(lambda: model(**batch))
+without_s = l01_measure.median_s(torch.no_grad()(lambda: model(**batch)))
 
 # %%
-def without_grad():
-    with torch.no_grad():
-        model(**batch)
-
-
-times = quick(5, 15)
-with_s, without_s = (
-    seconds_a_call(lambda: model(**batch), times),
-    seconds_a_call(without_grad, times),
-)
-table(
-    [
-        {
-            "16 texts": "kept for a backward pass, MB",
-            "your guess": f"{guess_kept_mb:g}",
-            "formula": f"{predicted_kept_mb:.0f}",
-            "measured": f"{kept_mb:.0f}",
-        },
-        {
-            "16 texts": "times as fast without gradients",
-            "your guess": f"{guess_times:g}",
-            "formula": "1",
-            "measured": f"{with_s / without_s:.2f}",
-        },
-    ]
-)
-compare("MB kept for a backward pass", guess=guess_kept_mb, formula=predicted_kept_mb, measured=kept_mb)
+compare("MB kept for a backward pass", guess=guess_kept_mb, formula=formula_mb, measured=kept_mb)
 compare("times as fast without gradients", guess=guess_times, formula=1, measured=with_s / without_s)
 tell(f"A pipeline calls its model inside `{pipe.get_inference_context().__name__}` by itself.")
 claim(
@@ -679,7 +474,6 @@ claim(
 longest_queue = ...
 
 checks.exercise_1_1(longest_queue)
-
 
 # %% [markdown]
 # **★★** Repair `serve_one_batch`: no text lost, five words for everybody, at most `most` texts in a batch, and no
@@ -749,8 +543,7 @@ labs.lab_1(max_queue)
 # 9. It brings its own Python and libraries, and pays the first one's price again; threads share the weights.
 # 10. The same products are computed. It saves what is kept for a backward pass, and a pipeline does it by itself.
 # </details>
-
-# %% [markdown]
+#
 # ## How far off were you?
 
 # %%

@@ -50,8 +50,6 @@ def lines_with(function, words):
 
 print("inline:", *lines_with(offload.Inline.run, "self.model("))
 print("thread:", *lines_with(offload.Thread.run, "self.model("))
-
-# %%
 PLACES = {"inline": BLUE, "thread": ORANGE, "process": GREEN}
 started = serve_all(*({"OFFLOAD": place, "BATCH_SIZE": 32} for place in PLACES))
 servers = dict(zip(PLACES, started))
@@ -103,42 +101,22 @@ with picture("A model on the loop turns /health into a sawtooth", "time, s", "wa
     for place, color in PLACES.items():
         dots(ax, health[place].due_s, health[place].latency_ms, place, color, markersize=4)
 
+# %%
+from support.l02_health import while_busy
+
+found = {place: while_busy(df) for place, df in runs.items()}
+busy_ms, worst_ms, alone = ({place: found[place][i] for place in PLACES} for i in range(3))
+table(
+    "while the model works | your guess, longest, ms | longest wait, ms | median wait, ms | texts in a batch of their own",
+    *(
+        (place, guess, f"{worst_ms[place]:.0f}", f"{busy_ms[place]:.1f}", f"{alone[place]:.0%}")
+        for place, guess in zip(PLACES, (guess_inline_ms, guess_thread_ms, "-"))
+    ),
+)
 
 # %%
-def busy_spans(df):
-    """For each burst when it came and when its last answer did."""
-    model = df[df.kind == "model"]
-    ends = (model.due_s + model.latency_ms / 1000).groupby(model.due_s).max()
-    return list(zip(ends.index, ends))
-
-
-busy_ms, worst_ms, alone = {}, {}, {}
-for place, df in runs.items():
-    spans = busy_spans(df)
-    waits = health[place][[any(a <= t < b for a, b in spans) for t in health[place].due_s]].latency_ms
-    busy_ms[place], worst_ms[place] = waits.median(), waits.max()
-    alone[place] = (df.batch_size == 1).sum() / df.batch_size.count()
-guesses = {"inline": guess_inline_ms, "thread": guess_thread_ms}
-table(
-    [
-        {
-            "while the model works": place,
-            "your guess, longest, ms": guesses.get(place, "-"),
-            "formula, longest, ms": f"{burst * long_ms:.0f}" if place == "inline" else "a core's turns",
-            "longest wait, ms": f"{worst_ms[place]:.0f}",
-            "median wait, ms": f"{busy_ms[place]:.1f}",
-            "texts in a batch of their own": f"{alone[place]:.0%}",
-        }
-        for place in PLACES
-    ]
-)
-
-compare(
-    "the longest wait for /health, inline, ms",
-    guess=guess_inline_ms,
-    formula=burst * long_ms,
-    measured=worst_ms["inline"],
-)
+what, longest_ms = "the longest wait for /health, inline, ms", worst_ms["inline"]
+compare(what, guess=guess_inline_ms, formula=burst * long_ms, measured=longest_ms)
 said(
     worst_ms["thread"] > 5 * busy_ms["thread"],
     f"With a thread the typical wait is {busy_ms['thread']:.1f} ms and the longest {worst_ms['thread']:.0f} ms: there the loop was awake, but it"
@@ -156,25 +134,16 @@ said(
 # %%
 from support.l01_crowd import crowd_at
 
-port = int(servers["inline"].url.rstrip("/").rsplit(":", 1)[1])
-door = crowd_at(port, long_text, burst, inside=False, after_s=0.03)
+door = crowd_at(servers["inline"], long_text, burst, inside=False, after_s=0.03)
 table(
-    [
-        {
-            "a stranger with": "an open connection",
-            "formula, ms": f"less than {2 * long_ms:.0f}",
-            "waited, ms": f"{door.open_404_ms:.0f}",
-        },
-        {
-            "a stranger with": "a new connection",
-            "formula, ms": f"{burst * long_ms - 30:.0f}",
-            "waited, ms": f"{door.new_404_ms:.0f}",
-        },
-    ]
+    "a stranger with | formula, ms | waited, ms",
+    ("an open connection", f"less than {2 * long_ms:.0f}", f"{door.open_404_ms:.0f}"),
+    ("a new connection", f"{burst * long_ms - 30:.0f}", f"{door.new_404_ms:.0f}"),
 )
+most = max(count for _, count in door.outside)
 tell(
-    f"Most that stood outside at a time: {max(count for _, count in door.outside)} of {burst}. A burst of"
-    f" {1000 / long_ms:.0f} such texts keeps a new connection waiting for a whole second."
+    f"Most that stood outside at a time: {most} of {burst}. A burst of {1000 / long_ms:.0f} such texts keeps a new connection waiting"
+    " for a whole second."
 )
 
 # %% [markdown]
@@ -216,7 +185,6 @@ guess_torch_ms = ...
 
 # %%
 import sys
-import threading
 
 import torch
 
@@ -228,30 +196,13 @@ sum(range(numbers // 10))
 tenth_ms = (time.perf_counter() - began) * 1000
 tell(f"The switch interval is {switch_ms:.0f} ms. A tenth of the sum takes {tenth_ms:.0f} ms.")
 
-
 # %%
-def silences_ms(work):
-    """The typical (median) and the longest gap between two ticks of a 1 ms metronome while `work()` runs."""
-    ticks, done = [time.perf_counter()], threading.Event()
-
-    def metronome():
-        while not done.is_set():
-            time.sleep(0.001)
-            ticks.append(time.perf_counter())
-
-    thread = threading.Thread(target=metronome)
-    thread.start()
-    work()
-    done.set()
-    thread.join()
-    gaps = np.diff(ticks) * 1000
-    return float(np.median(gaps)), float(gaps.max())
+from support.l02_silence import silences_ms
 
 
 def python_loop():
-    total = 0
-    for i in range(6_000_000):
-        total += i
+    for _ in range(6_000_000):
+        pass
 
 
 square = torch.rand(1500, 1500)
@@ -261,11 +212,10 @@ works = {  # what is done, the formula, the guess
     "Python loop": (python_loop, 1 + switch_ms, guess_loop_ms),
     "one sum()": (lambda: sum(range(numbers)), 10 * tenth_ms, guess_sum_ms),
 }
-found = {name: silences_ms(work) for name, (work, _, _) in works.items()}
-typical = {name: typical_ms for name, (typical_ms, _) in found.items()}
-silences = {name: longest_ms for name, (_, longest_ms) in found.items()}
 
 # %%
+found = {name: silences_ms(work) for name, (work, _, _) in works.items()}
+typical, silences = ({name: both[at] for name, both in found.items()} for at in (0, 1))
 mark = {"linestyle": "none", "marker": "_", "markersize": 16, "markeredgewidth": 3}
 with picture("Who keeps the lock silences the others", "", "longest silence, ms", yscale="log") as ax:
     columns = range(len(works))
@@ -276,18 +226,9 @@ with picture("Who keeps the lock silences the others", "", "longest silence, ms"
     ax.set(xlim=(-0.5, len(works) - 0.5), ylim=(0.5, 1000))
 
 # %%
-table(
-    [
-        {
-            "who works beside the metronome": name,
-            "your guess, ms": guess or "-",
-            "formula, ms": f"{formula:.0f}",
-            "longest silence, ms": f"{silences[name]:.1f}",
-            "typical silence, ms": f"{typical[name]:.1f}",
-        }
-        for name, (_, formula, guess) in works.items()
-    ]
-)
+columns = "who works beside the metronome | your guess, ms | formula, ms | longest silence, ms | typical silence, ms"
+rows = [(name, guess or "-", f"{formula:.0f}") for name, (_, formula, guess) in works.items()]
+table(columns, *((*row, f"{silences[row[0]]:.1f}", f"{typical[row[0]]:.1f}") for row in rows))
 _, torch_ms, _, sum_ms = silences.values()
 began = time.perf_counter()
 square @ square
@@ -297,6 +238,8 @@ said(
     f"One of torch's products takes {product_ms:.0f} ms, far longer than the longest silence beside it: the metronome ticked while torch"
     " computed.",
 )
+
+# %%
 compare("the longest silence beside sum(), ms", guess=guess_sum_ms, formula=10 * tenth_ms, measured=sum_ms)
 claim(
     "Threads don't help in Python because of the GIL",
@@ -352,19 +295,15 @@ next_one = ask(server)
 
 # %%
 statuses = [reply.status for reply in crash.replies]
-lost = statuses.count(500)
-back_s = crash.back_s
-rows = (
+lost, back_s, health_reply = statuses.count(500), crash.back_s, crash.health
+table(
+    "after the kill | your guess | formula | measured",
     ("of four texts: error 500", guess_lost, 1, lost),
-    ("/health", guess_health, 200, f"{crash.health.status} after {crash.health.ms:.0f} ms"),
+    ("/health", guess_health, 200, f"{health_reply.status} after {health_reply.ms:.0f} ms"),
     ("seconds until it answers texts", guess_back_s, f"{load_s:.1f}", f"{back_s:.1f}"),
 )
-table(
-    [
-        {"after the kill": what, "your guess": f"{guess:g}", "formula": formula, "measured": measured}
-        for what, guess, formula, measured in rows
-    ]
-)
+
+# %%
 compare("seconds until it answers texts", guess=guess_back_s, formula=load_s, measured=back_s)
 tell(
     f"The four got {', '.join(map(str, sorted(statuses)))}; the next text, when it was ready again, {next_one.status}."
@@ -385,16 +324,9 @@ said(
 # *Where the formula may fail:* it timed the server and its model together. Here the server stands already, and only the model's
 # process starts.
 #
-# The text that died is not tried again. If it is the killer, it would kill the next process too. A text that kills three processes is
-# put in *quarantine* ([lesson 5](5_saying_no.ipynb)).
+# The text that died is not tried again: if it killed the process, it would kill the next one too. Lesson 5 says
+# [what becomes of such an input](5_saying_no.ipynb), and lesson 8 [how a process is best started](8_starting_processes.ipynb).
 #
-# A process can be started in three ways: fork, spawn and forkserver. This server spawns. Which of them is the quickest,
-# which takes the least memory and which hangs is judged in [lesson 8](8_starting_processes.ipynb).
-
-# %%
-stop()
-
-# %% [markdown]
 # ## What each place costs
 #
 # A process must be told the texts and must send back the answers. **What does a call cost beside the model itself, in ms?**
@@ -409,31 +341,14 @@ guess_ms = ...
 # themselves: a helper, thread or process, only sends back what it gets.
 
 # %%
-from support.l02_handover import by_socket, by_thread, median_ms
+from support.l02_handover import by_socket, by_thread, median_ms, places
 
 eight, times = [TEXT] * 8, quick(200, 2000)
-formula_ms = {
-    "inline": 0.001,
-    "thread": await by_thread(eight, times),
-    "process": await by_socket(eight, times),
-}
+thread_ms, process_ms = await by_thread(eight, times), await by_socket(eight, times)
+formula_ms = {"inline": 0.001, "thread": thread_ms, "process": process_ms}
+
 
 # %%
-from functools import partial
-
-from workers import tasks
-from workers.isolation.process import Process
-from workers.metrics import Metrics
-from workers.settings import Settings
-
-load_model = partial(tasks.load_alone, Settings(MODEL="loadtests.bench.apps:Instant"))
-places = {
-    "inline": offload.Inline(load_model),
-    "thread": offload.Thread(load_model),
-    "process": Process(load_model, 60.0, Metrics()),
-}
-
-
 async def cost_ms(place):
     """The median time that a call spends outside the model."""
     await place.start()
@@ -442,7 +357,8 @@ async def cost_ms(place):
     return found
 
 
-costs = {name: await cost_ms(place) for name, place in places.items()}
+stop()
+costs = {name: await cost_ms(place) for name, place in places().items()}
 
 # %%
 with picture("A hand-over is small beside a model's call", "", "ms a call", yscale="log") as ax:
@@ -456,29 +372,18 @@ with picture("A hand-over is small beside a model's call", "", "ms a call", ysca
     ax.set_xlim(-0.5, 2.5)
 
 # %%
-table(
-    [
-        {
-            "place": place,
-            "your guess, ms": guess_ms[place],
-            "formula, ms": f"{formula_ms[place]:.3f}",
-            "measured, ms": f"{costs[place]:.3f}",
-            "memory of the server, MB": f"{memory_mb[place]:.0f}",
-        }
-        for place in PLACES
-    ]
-)
+columns = "place | your guess, ms | formula, ms | measured, ms | memory of the server, MB"
+found = ((f"{formula_ms[place]:.3f}", f"{costs[place]:.3f}", f"{memory_mb[place]:.0f}") for place in PLACES)
+table(columns, *((place, guess_ms[place], *row) for place, row in zip(PLACES, found)))
 said(
     formula_ms["process"] < 0.5 * costs["process"],
     f"The bare hand-over is {formula_ms['process'] / costs['process']:.0%} of what a process costs, and"
     f" {formula_ms['thread'] / costs['thread']:.0%} of what a thread costs. The rest is the server's own bookkeeping around a call.",
 )
-compare(
-    "a call's hand-over to a process, ms",
-    guess=guess_ms["process"],
-    formula=formula_ms["process"],
-    measured=costs["process"],
-)
+
+# %%
+formula, measured = formula_ms["process"], costs["process"]
+compare("a call's hand-over to a process, ms", guess=guess_ms["process"], formula=formula, measured=measured)
 claim(
     "A process for the model costs too much",
     who="a call of 8 texts to a model that returns at once; memory of this server with its own model (PSS)",
@@ -511,7 +416,6 @@ mean_wait_ms = ...
 
 checks.exercise_2_1(mean_wait_ms)
 
-
 # %% [markdown]
 # **★★** An orchestrator restarts a server after three health checks **in a row** that took longer than its timeout. Write
 # the rule. Then try it on `health["inline"].latency_ms`, with the timeout of 1000 ms and with shorter ones.
@@ -522,7 +426,6 @@ def would_restart(latencies_ms, timeout_ms=1000): ...
 
 
 checks.exercise_2_2(would_restart)
-
 
 # %% [markdown]
 # **★★★** `answer` blocks the loop. Repair it. But take care: the model must never be called twice at the same time.
@@ -584,8 +487,7 @@ labs.lab_2(deadline_s)
 # 9. A few hundred bytes cross a socket. The weights stay where they are.
 # 10. Never for a model that takes longer than you would let all others wait.
 # </details>
-
-# %% [markdown]
+#
 # ## How far off were you?
 
 # %%

@@ -11,21 +11,18 @@
 
 # %%
 # "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
-from lesson import BLUE, GREY, ORANGE, RED, capacity, claim, compare, counters, dots, get, guessed, holds
-from lesson import line, load, picture, quick, said, score, serve, simulate, stop, table, tell, way
+from lesson import BLUE, GREY, ORANGE, RED, claim, compare, dots, guessed, holds, line, load
+from lesson import picture, quick, said, score, serve, simulate, stop, table, tell
 
 import checks
+from support import l03_runs
 
 # %% [markdown]
 # ## How long do people wait?
 #
-# Everything here happens in one box: the [queue](glossary.md). People come at random moments and know nothing of each
-# other. The model takes one text at a time. A text that finds it busy waits.
-
-# %%
-way(changed=["queue"])
-
-# %% [markdown]
+# Everything here happens in the [queue](glossary.md). People come at random moments and know nothing of each other. The model
+# takes one text at a time. A text that finds it busy waits.
+#
 # The model is busy for a part of the time. That part is the [**utilisation**](glossary.md). When the server can answer 100
 # texts per second and 95 come, it is 95 %.
 #
@@ -101,20 +98,13 @@ import numpy as np
 
 smooth = np.linspace(0.02, 0.985, 400)
 alike, random = (np.array([wait(rho) for rho in smooth]) for wait in (md1_wait, mm1_wait))
+means, hollow = [hours[rho].mean() for rho in rhos_clean], {"fillstyle": "none"}
 top = 1.15 * max(guess_wait, 18)
-with picture(
-    "Flat, flat, flat, cliff", "utilisation ρ", "mean wait, calls", xlim=(0, 1.03), ylim=(-0.5, top)
-) as ax:
+axes = {"xlim": (0, 1.03), "ylim": (-0.5, top)}
+with picture("Flat, flat, flat, cliff", "utilisation ρ", "mean wait, calls", **axes) as ax:
     line(ax, smooth[random < top], random[random < top], "calls random", GREY, linestyle="--")
     line(ax, smooth[alike < top], alike[alike < top], "calls alike")
-    ax.plot(
-        rhos_clean,
-        [hours[rho].mean() for rho in rhos_clean],
-        "o",
-        color=BLUE,
-        fillstyle="none",
-        label="simulated",
-    )
+    dots(ax, rhos_clean, means, "simulated", **hollow)
     guessed(ax, 0.95, guess_wait)
 compare("the wait at 95 %, in calls", guess=guess_wait, formula=md1_wait(0.95), measured=hours[0.95].mean())
 
@@ -140,19 +130,17 @@ guess_p99 = ...  # calls, at 95 % utilisation
 
 # %%
 clean_p99 = {rho: waits.quantile(0.99) + 1 for rho, waits in hours.items()}
-clean_mean = {rho: waits.mean() + 1 for rho, waits in hours.items()}
 p99_alike, p99_random = 1 + 4.6 * alike, 4.6 / (1 - smooth)
 top = 1.15 * max(guess_p99, *clean_p99.values())
 with picture("One in a hundred meets the cliff first", "utilisation ρ", "time to the answer, calls") as ax:
     line(ax, smooth[p99_random < top], p99_random[p99_random < top], "p99, random", GREY, linestyle="--")
     line(ax, smooth[p99_alike < top], p99_alike[p99_alike < top], "p99, alike")
-    ax.plot(list(clean_mean), list(clean_mean.values()), "o", color=BLUE, fillstyle="none", label="mean")
-    ax.plot(list(clean_p99), list(clean_p99.values()), "o", color=RED, fillstyle="none", label="p99")
+    dots(ax, rhos_clean, [wait + 1 for wait in means], "mean", **hollow)
+    dots(ax, rhos_clean, list(clean_p99.values()), "p99", RED, **hollow)
     guessed(ax, 0.95, guess_p99)
     ax.set(xlim=(0, 1.03), ylim=(0, top))
-compare(
-    "the p99 at 95 %, in calls", guess=guess_p99, formula=1 + 4.6 * md1_wait(0.95), measured=clean_p99[0.95]
-)
+formula = 1 + 4.6 * md1_wait(0.95)
+compare("the p99 at 95 %, in calls", guess=guess_p99, formula=formula, measured=clean_p99[0.95])
 
 # %% [markdown]
 # At 50 % the p99 is a few calls. If you can bear that, the mean won't tell you when it ends: the p99 leaves the ground first.
@@ -164,24 +152,9 @@ compare(
 # capacity. $S$ is one second divided by the capacity. The server's own counters say how much of $S$ is the model. The rest
 # lies between two calls: the answer is handed over, and the next text is taken.
 
-
 # %%
-def calls_between(before, after):
-    """How many calls of the model there were, and the seconds of one on average."""
-    calls = after["model_call_seconds_count"] - before["model_call_seconds_count"]
-    return calls, (after["model_call_seconds_sum"] - before["model_call_seconds_sum"]) / calls
-
-
-def saturate(seconds):
-    """The capacity in texts per second, and the seconds between two calls."""
-    before = counters(server)
-    per_s = capacity(server, seconds)
-    _, model_s = calls_between(before, counters(server))
-    return per_s, max(0.0, 1 / per_s - model_s)
-
-
 server = serve(MAX_QUEUE=100_000, DEADLINE_S=600, QUEUE_TARGET_S=0)
-per_s, between_s = saturate(quick(2, 5))
+per_s, between_s = l03_runs.saturate(server, quick(2, 5))
 tell(
     f"At most {per_s:.0f} texts/s. So S is {1000 / per_s:.1f} ms: {1000 / per_s - between_s * 1000:.1f} ms in the model,"
     f" {between_s * 1000:.1f} ms between two calls."
@@ -192,44 +165,20 @@ tell(
 # time is taken from the server's answer: the header `Server-Timing` says how long a text waited and how long its call took.
 
 # %%
-RUN_S = quick(2, 14)
-
-
-def strangers(rate_per_s, between_s, seed):
-    """Random arrivals: a row for each text that was answered, with its call's time; S and ρ of the whole run."""
-    df = load(server, "open", rate_per_s=rate_per_s, duration_s=RUN_S, limit_s=60, seed=seed)
-    df = df[df.outcome == "200"].sort_values("sent_s", ignore_index=True)
-    df["call_s"] = df.model_ms / 1000 + between_s
-    df.attrs |= {"S": df.call_s.mean(), "rho": len(df) / RUN_S * df.call_s.mean()}
-    return df
-
-
-def run_at(fraction):
-    """Strangers at this fraction of the capacity of just now."""
-    per_s, between_s = saturate(quick(0.5, 1.5))
-    df = strangers(fraction * per_s, between_s, seed=int(fraction * 100))
-    df.attrs |= {"capacity": per_s, "asked": fraction * per_s * RUN_S}
-    return df
-
-
-fractions = quick([0.3, 0.6, 0.9], [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95])
-runs = [run_at(fraction) for fraction in fractions]
-rhos = [df.attrs["rho"] for df in runs]
-waits = [df.queue_ms.mean() / 1000 / df.attrs["S"] for df in runs]  # in calls
-
-# %%
+RUN_S, fractions = quick((2, [0.3, 0.6, 0.9]), (14, [0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95]))
+runs = [l03_runs.run_at(server, fraction, RUN_S) for fraction in fractions]
+facts = [df.attrs for df in runs]
+rhos = [fact["rho"] for fact in facts]
 table(
-    [
-        {
-            "asked for": f"{fraction:.0%}",
-            "texts, asked for": f"{df.attrs['asked']:.0f} ± {df.attrs['asked'] ** 0.5:.0f}",
-            "texts that came": len(df),
-            "S before, ms": f"{1000 / df.attrs['capacity']:.1f}",
-            "S in the run, ms": f"{df.attrs['S'] * 1000:.1f}",
-            "utilisation ρ = λS": f"{df.attrs['rho']:.0%}",
-        }
-        for fraction, df in zip(fractions, runs)
-    ]
+    "asked for | texts, asked for | texts that came | S before, ms | S in the run, ms | utilisation ρ = λS",
+    *zip(
+        [f"{fraction:.0%}" for fraction in fractions],
+        [f"{one['asked']:.0f} ± {one['asked'] ** 0.5:.0f}" for one in facts],
+        [len(df) for df in runs],
+        [f"{1000 / one['capacity']:.1f}" for one in facts],
+        [f"{one['S'] * 1000:.1f}" for one in facts],
+        [f"{rho:.0%}" for rho in rhos],
+    ),
 )
 
 # %% [markdown]
@@ -238,11 +187,8 @@ table(
 # *Pauses:* a call after a pause does not take as long as one right behind another.
 
 # %%
-mixed = []
-for df in runs:
-    fresh = df.queue_ms < 1  # the model was free when they came
-    mixed.append((df.model_ms[fresh].mean(), df.model_ms[~fresh].mean()))
-pause = np.nanmedian([fresh_ms / behind_ms for fresh_ms, behind_ms in mixed])
+waits = [df.queue_ms.mean() / 1000 / df.attrs["S"] for df in runs]  # in calls
+pause = l03_runs.pause_factor(runs)
 tell(
     f"Here a call after a pause takes {pause:.2f} times as long as one right behind another (the median of the runs). So"
     f" “capacity” is a statement about a server that never rests. Near the top, where the cliff is, ρ = λS moves with S:"
@@ -268,15 +214,8 @@ def waits_of(arrive_s, call_s):
     return np.array(waits)
 
 
-def short_runs(rho):
-    """Mean waits, in calls, of many simulated runs as long as ours. All calls take the same time."""
-    n, rng = max(1, int(rho * RUN_S / typical_s)), np.random.default_rng(0)
-    return [waits_of(rng.exponential(1 / rho, n).cumsum(), np.ones(n)).mean() for _ in range(quick(20, 60))]
-
-
-typical_s = np.median([df.attrs["S"] for df in runs])
-grid = np.array([0.05, 0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.999])
-least, most = np.array([np.quantile(short_runs(rho), (0.05, 0.95)) for rho in grid]).T
+grid = [0.05, 0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.999]
+least, most = l03_runs.band(waits_of, grid, texts=RUN_S / np.median([df.attrs["S"] for df in runs]))
 
 # %%
 top = 1.15 * max(*waits, guess_wait, 12)
@@ -300,22 +239,12 @@ with picture("The same cliff over HTTP", "utilisation ρ", "mean wait, calls", y
 
 # %%
 played = [waits_of(df.sent_s, df.call_s).mean() / df.attrs["S"] for df in runs]
-
-
-def in_calls(wait):
-    return f"{wait:.1f}" if wait < 1e3 else "without end"
-
-
 table(
-    [
-        {
-            "utilisation ρ": f"{rho:.0%}",
-            "M/D/1": in_calls(md1_wait(rho)),
-            "own arrivals and calls (simulated)": in_calls(own),
-            "measured": in_calls(wait),
-        }
+    "utilisation ρ | M/D/1 | own arrivals and calls (simulated) | measured",
+    *(
+        (f"{rho:.0%}", *map(l03_runs.in_calls, (md1_wait(rho), own, wait)))
         for rho, own, wait in zip(rhos, played, waits)
-    ]
+    ),
 )
 busiest = int(np.argmax(rhos))
 said(
@@ -328,28 +257,19 @@ said(
 # %% [markdown]
 # That is what a formula can do near the cliff. It tells you that there is one, and about where. It does not tell you
 # the height at which you will hit it.
-
-# %% [markdown]
+#
 # ## What the client adds
 #
 # The formula speaks of the queue. A client also waits for HTTP, on both sides, and for its own turn on its core.
 
 # %%
-parts = [
-    {
-        "utilisation ρ": f"{df.attrs['rho']:.0%}",
-        "sent late by the client": (df.sent_s - df.due_s).mean() * 1000,
-        "queue": df.queue_ms.mean(),
-        "model": df.model_ms.mean(),
-        "HTTP, both sides": (
-            df.latency_ms - (df.sent_s - df.due_s) * 1000 - df.queue_ms - df.model_ms
-        ).mean(),
-        "all, ms": df.latency_ms.mean(),
-    }
-    for df in (runs[0], runs[busiest])
-]
-table([{key: one if isinstance(one, str) else f"{one:.1f}" for key, one in row.items()} for row in parts])
-shares = [1 - (row["queue"] + row["model"]) / row["all, ms"] for row in parts]
+both = [l03_runs.parts_ms(df) for df in (runs[0], runs[busiest])]
+rows = zip((rhos[0], rhos[busiest]), both)
+table(
+    "utilisation ρ | sent late by the client | queue | model | HTTP, both sides | all, ms",
+    *((f"{rho:.0%}", *(f"{ms:.1f}" for ms in row.values())) for rho, row in rows),
+)
+shares = [1 - (row["queue"] + row["model"]) / row["all, ms"] for row in both]
 said(
     shares[1] < shares[0],
     f"Where hardly anybody waits, HTTP and the client are {shares[0]:.0%} of the time, and no formula for queues knows of them. In"
@@ -370,15 +290,11 @@ p99s = [((df.queue_ms + df.model_ms) / 1000 / df.attrs["S"]).quantile(0.99) for 
 
 # %%
 table(
-    [
-        {
-            "bearable wait, calls": w,
-            "utilisation, calls random": f"{w / (1 + w):.0%}",
-            "utilisation, calls alike": f"{2 * w / (1 + 2 * w):.0%}",
-            "a hiccup of 1 s then hurts, s more": f"{w:.1f} to {2 * w:.1f}",
-        }
+    "bearable wait, calls | utilisation, calls random | utilisation, calls alike | a hiccup of 1 s then hurts, s more",
+    *(
+        (w, f"{w / (1 + w):.0%}", f"{2 * w / (1 + 2 * w):.0%}", f"{w:.1f} to {2 * w:.1f}")
         for w in (0.5, 1, 2, 5, 10)
-    ]
+    ),
 )
 bearable = np.interp(2, np.maximum.accumulate(waits), rhos)
 tell(
@@ -392,7 +308,7 @@ claim(
     "95 % utilisation is well-used hardware",
     who="this server's loop for an hour on a virtual clock, calls alike; and one instance behind HTTP, strangers with short texts",
     number=f"at 95 % a text waits {hours[0.95].mean():.1f} calls on average, and one in a hundred needs {clean_p99[0.95]:.0f} calls to its"
-    f" answer, at 50 % {hours[0.5].mean():.1f} and {clean_p99[0.5]:.1f} (simulated); measured at {rhos[busiest]:.0%} {in_calls(waits[busiest])} and"
+    f" answer, at 50 % {hours[0.5].mean():.1f} and {clean_p99[0.5]:.1f} (simulated); measured at {rhos[busiest]:.0%} {l03_runs.in_calls(waits[busiest])} and"
     f" {p99s[busiest]:.0f}; by the formula a hiccup of 1 s hurts for 19 s more at 95 %",
     verdict="fails where somebody waits for the answer: by the formulas two calls of waiting allow 67 to 80 %",
 )
@@ -415,31 +331,14 @@ guess_waiting = ...  # texts in the queue
 # looked at it.
 
 # %%
-import threading
-import time
-
-seen, done = [], threading.Event()
-
-
-def look():
-    """Note the length of the queue ten times per second: more often would cost the server time, and lengthen it."""
-    while not done.wait(0.1):
-        seen.append(get(server, "health").json["queue_depth"])
-
-
-per_s, between_s = saturate(quick(0.5, 1.5))
-threading.Thread(target=look, daemon=True).start()
-before, began = counters(server), time.perf_counter()
-df = strangers(0.8 * per_s, between_s, seed=1)
-seconds, after, looked = time.perf_counter() - began, counters(server), float(np.mean(seen))
-done.set()
-
-# %%
-waited_s = after["model_queue_wait_seconds_sum"] - before["model_queue_wait_seconds_sum"]
-little, rho = waited_s / seconds, df.attrs["rho"]
+per_s, between_s = l03_runs.saturate(server, quick(0.5, 1.5))
+with l03_runs.Looks(server) as looks:
+    df = l03_runs.strangers(server, 0.8 * per_s, between_s, RUN_S, seed=1)
+looked, little, rho = float(np.mean(looks.seen)), looks.little, df.attrs["rho"]
 compare("texts in the queue", guess=guess_waiting, formula=little, measured=looked)
 tell(
-    f"The mean is of {len(seen)} looks. M/D/1 at the run's utilisation of {rho:.0%} says {in_calls(rho * md1_wait(rho))}."
+    f"The mean is of {len(looks.seen)} looks. M/D/1 at the run's utilisation of {rho:.0%} says"
+    f" {l03_runs.in_calls(rho * md1_wait(rho))}."
 )
 
 # %% [markdown]
@@ -450,8 +349,7 @@ tell(
 #
 # *Where Little's law fails:* it counts the waits of texts that have been served. When the queue is much longer at the end than
 # at the start, many still wait and are not counted.
-
-# %% [markdown]
+#
 # ## Closed and open loops
 #
 # Most load tests have $N$ users. Each waits for an answer before asking again. That is a
@@ -476,8 +374,6 @@ users = 10
 closed = load(server, "closed", users=users, duration_s=seconds, limit_s=60)
 mu = generator.throughput_per_s(closed)  # the capacity, measured anew
 opened = load(server, "open", rate_per_s=1.5 * mu, duration_s=seconds, limit_s=60)
-
-# %%
 with picture("A closed loop hides overload", "time of arrival, s", "time to the answer, s") as ax:
     line(ax, [0, seconds], [users / mu] * 2, "N · S", linestyle="--")
     line(ax, [0, seconds], [0, seconds / 2], "t / 2")
@@ -503,8 +399,7 @@ tell(
 # *Where the prediction fails:* it takes the capacity of some seconds before. The line climbs by $\rho - 1$ seconds
 # a second: by what comes too much. That is a small number, so when the server is a few per cent slower than before, it grows
 # by many per cent.
-
-# %% [markdown]
+#
 # ## Coordinated omission, with your own eyes
 #
 # The same mistake hides hiccups. We stop the server's process for one second, in the middle of a run, and let it go again.
@@ -520,57 +415,28 @@ guess_after_s = ...  # seconds
 # comes in that second or while the backlog melts. It melts for $\frac{\rho}{1-\rho}$ seconds more. That is one second at
 # $\rho = 0.5$.
 
-
 # %%
-import signal
-
 HICCUP_RUN_S = quick(3, 8)
-
-
-def with_hiccup(scenario, **options):
-    """A run in whose middle the server stands still for a second."""
-    process = server.process
-
-    def hiccup():
-        while counters(server).get("model_queue_wait_seconds_count", 0) < started + 10:
-            time.sleep(0.02)
-        time.sleep(1)
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(1)
-        process.send_signal(signal.SIGCONT)
-
-    started = counters(server)["model_queue_wait_seconds_count"]
-    thread = threading.Thread(target=hiccup)
-    thread.start()
-    df = load(server, scenario, duration_s=HICCUP_RUN_S, limit_s=60, **options)
-    thread.join()
-    return df
-
-
-mu, between_s = saturate(quick(0.5, 1.5))
-one = with_hiccup("closed", users=1)
-many = with_hiccup("open", rate_per_s=0.5 * mu)
-
-# %%
-slow_ms = 10 / mu * 1000
+mu, between_s = l03_runs.saturate(server, quick(0.5, 1.5))
+one = l03_runs.with_hiccup(server, "closed", users=1, duration_s=HICCUP_RUN_S)
+many = l03_runs.with_hiccup(server, "open", rate_per_s=0.5 * mu, duration_s=HICCUP_RUN_S)
 stopped_s = float(many.loc[many.latency_ms.idxmax(), "due_s"])
 # The median: one call was in the model while the process stood still.
 rho = len(many) / HICCUP_RUN_S * (many.model_ms.median() / 1000 + between_s)
 hurt_s = 1 + rho / (1 - rho) if rho < 1 else float("inf")
+slow_ms = 10 / mu * 1000
 came = many[(many.due_s >= stopped_s) & (many.due_s < stopped_s + hurt_s * (1 - slow_ms / 1000))]
-table(
-    [
-        {
-            "load test": name,
-            "asked": len(df),
-            f"slower than ten calls ({slow_ms:.0f} ms)": int((df.latency_ms > slow_ms).sum()),
-            "predicted": predicted,
-            "p99, ms": f"{df.latency_ms.quantile(0.99):.0f}",
-        }
-        for name, df, predicted in (("one user, closed", one, 1), ("strangers, open", many, len(came)))
-    ]
-)
 hurt = many[many.due_s.between(stopped_s, stopped_s + hurt_s)]
+
+# %%
+rows = ("one user, closed", one, 1), ("strangers, open", many, len(came))
+table(
+    f"load test | asked | slower than ten calls ({slow_ms:.0f} ms) | predicted | p99, ms",
+    *(
+        (name, len(df), sum(df.latency_ms > slow_ms), predicted, round(df.latency_ms.quantile(0.99)))
+        for name, df, predicted in rows
+    ),
+)
 tell(
     f"The strangers' ρ was {rho:.0%} in this run, so the hiccup should hurt for {hurt_s:.1f} s. {len(hurt)} came in that time."
     f" The last of them wait for less than ten calls and don't count: {len(came)} are left."
@@ -617,7 +483,6 @@ def mean_time_s(rate_per_s, call_s): ...
 
 checks.exercise_3_1(mean_time_s)
 
-
 # %% [markdown]
 # **★★** From two readings of `/metrics`, `seconds` apart, tell the mean number of *busy* models (the utilisation) and the
 # mean number of those *waiting*. Names: `model_call_seconds_sum`, `model_queue_wait_seconds_sum`.
@@ -628,7 +493,6 @@ def busy_and_waiting(before, after, seconds): ...
 
 
 checks.exercise_3_2(busy_and_waiting)
-
 
 # %% [markdown]
 # **★★★** Turn M/D/1 around: what is the highest arrival rate at which the mean time stays within `limit_s`?
@@ -683,8 +547,7 @@ labs.lab_3(rate_for)
 # 9. Else the time that the client itself was late is lost.
 # 10. The p99 leaves the ground first.
 # </details>
-
-# %% [markdown]
+#
 # ## How far off were you?
 
 # %%

@@ -11,20 +11,17 @@
 
 # %%
 # "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
-from lesson import BLUE, GREEN, GREY, ORANGE, RED, SERVER_CORES, bars, capacity, claim, compare, counters
-from lesson import dots, guessed, holds, line, load, picture, quick, said, score, serve_all, simulate, stop
-from lesson import table, tell, way
+from lesson import BLUE, GREEN, GREY, ORANGE, RED, SERVER_CORES, bars, claim, compare, dots, guessed, holds
+from lesson import line, load, picture, quick, said, score, serve_all, stop, table, tell
 
 import checks
+from support import l04_measure
+from support.l04_measure import named, saturate
 
 # %% [markdown]
 # Until now the loop took one text from the queue and called the model. With `BATCH_SIZE=32` it takes up to 32 that wait
 # there, and makes one call for all of them.
-
-# %%
-way(changed=["loop"])
-
-# %% [markdown]
+#
 # ## What does a call cost?
 #
 # **Guess.** The server answers texts one by one, as fast as it can. Then it may take up to 32 in a call. How many times as
@@ -41,43 +38,29 @@ guess_gain = ...  # times
 
 # %%
 from loadtests.plan import planner
-from workers.settings import Settings
 
 MOST = quick(8, 32)  # texts in a call, where texts are long
-settings = {name: Settings(TORCH_THREADS=1, FAST=fast) for name, fast in (("stock", False), ("fast", True))}
-timings, lengths = {}, {}
-with planner.measuring_on(SERVER_CORES) as measure:
-    for name, each in settings.items():
-        sizes = quick((1, 4, 32), planner.SIZES)
-        timings[name] = measure(each, kinds=["short"], sizes=sizes, budget_s=quick(0.5, 5))
-        # For the end of the lesson: texts of several lengths.
-        lengths[name] = measure(each, sizes=(1, MOST), budget_s=quick(0.5, 12))
+timings, lengths = l04_measure.calls(MOST)
 laws = {name: planner.fit(df) for name, df in timings.items()}
+gain_32 = {name: 32 * law.seconds(1) / law.seconds(32) for name, law in laws.items()}
+limits = {name: f"{gain_32[name]:.1f} × | {law.most_gained:.1f} ×" for name, law in laws.items()}
 table(
-    [
-        {
-            "model": name,
-            "a, ms": f"{law.a_s * 1000:.1f}",
-            "b, ms": f"{law.b_s * 1000:.1f}",
-            "gain with 32, by the law": f"{32 * law.seconds(1) / law.seconds(32):.1f} ×",
-            "with endless batches, (a + b) / b": f"{law.most_gained:.1f} ×",
-        }
+    "model | a, ms | b, ms | gain with 32, by the law | with endless batches, (a + b) / b",
+    *(
+        (name, f"{law.a_s * 1000:.1f}", f"{law.b_s * 1000:.1f}", *limits[name].split(" | "))
         for name, law in laws.items()
-    ]
+    ),
 )
 
 # %%
 import numpy as np
 
-colors = {"stock": BLUE, "fast": ORANGE}
-n = np.array([1, 32])
-with picture(
-    "Time grows by straight lines", "texts in the call", "time of the call, ms", ylim=(0, None)
-) as ax:
-    for name, df in timings.items():
+n, title = np.array([1, 32]), "Time grows by straight lines"
+with picture(title, "texts in the call", "time of the call, ms", ylim=(0, None)) as ax:
+    for (name, df), color in zip(timings.items(), (BLUE, ORANGE)):
         mean = df.groupby("texts").seconds.mean() * 1000
-        line(ax, n, laws[name].seconds(n) * 1000, f"{name}: a + b n", colors[name])
-        dots(ax, mean.index, mean, None, colors[name])
+        line(ax, n, laws[name].seconds(n) * 1000, f"{name}: a + b n", color)
+        dots(ax, mean.index, mean, None, color)
 
 # %% [markdown]
 # Lines are the law, dots are measured. *Where the law fails:* a batch that outgrows the processor's caches can lie
@@ -90,103 +73,46 @@ with picture(
 # is the sum of the two laws.
 
 # %%
-law = laws["fast"]
-INSTANT = {"MODEL": "loadtests.bench.apps:Instant"}
-singly, batched, waiting, static, empty_1, empty_32 = serve_all(
-    {},
-    {"BATCH_SIZE": 32},
-    {"BATCH_SIZE": 32, "FIXED_DELAY_MS": 10},
-    {"BATCH_SIZE": 8, "FIXED_DELAY_MS": 600_000, "DEADLINE_S": 600, "QUEUE_TARGET_S": 0},
-    INSTANT,
-    INSTANT | {"BATCH_SIZE": 32},
-    cores=SERVER_CORES,
-)
-
-
-def saturate(server):
-    """At saturation: texts a second, the model's ms for a text, texts in a call."""
-    before = counters(server)
-    per_s = capacity(server, quick(1, 5), users=64)
-    after = counters(server)
-    counted = ("model_call_seconds_sum", "model_queue_wait_seconds_count", "model_call_seconds_count")
-    model_s, texts, calls = (after[name] - before[name] for name in counted)
-    return per_s, model_s / texts * 1000, texts / calls
-
-
-def server_law():
-    """The a' and b' of the server itself: ms of a call, and of each text in it."""
-    (one_s, _, _), (many_s, _, n) = ((1 / per_s, 0, n) for per_s, _, n in map(saturate, (empty_1, empty_32)))
-    b_s = max(0.0, (n * many_s - one_s) / max(1.0, n - 1))
-    return planner.CostLaw(max(0.0, one_s - b_s), b_s)
-
-
-around = server_law()
-stop(empty_1, empty_32)
+batches = {"BATCH_SIZE": 32}
+options = ({}, batches, batches | {"FIXED_DELAY_MS": 10}, l04_measure.FIXED)
+singly, batched, waiting, static = serve_all(*options, cores=SERVER_CORES)
+law, around = laws["fast"], l04_measure.server_law()
 found = {1: saturate(singly), 32: saturate(batched)}
 per_s = {n: found[n][0] for n in found}
-foreseen = {n: n / (law.seconds(n) + around.seconds(n)) for n in found}
+predicted = {n: n / (law.seconds(n) + around.seconds(n)) for n in found}
 gain = per_s[32] / per_s[1]
-tell(
-    f"The server itself takes {around.a_s * 1000:.2f} ms for a call and {around.b_s * 1000:.2f} ms for each text in it."
-)
-
+a_ms, b_ms = around.a_s * 1000, around.b_s * 1000
+tell(f"The server itself takes {a_ms:.2f} ms for a call and {b_ms:.2f} ms for each text in it.")
 
 # %%
-def named(ax, foreseen, seen, y):
-    """Name the prediction above its mark and the measurement below its own."""
-    ax.annotate("predicted", (foreseen, y), (0, 17), textcoords="offset points", ha="center")
-    ax.annotate("measured", (seen, y), (0, -29), textcoords="offset points", ha="center", color=BLUE)
-
-
-with picture(
-    f"A batch of 32 gives {gain:.1f} times the texts/s", "texts a second", "", xlim=(0, 10.5 * per_s[1])
-) as ax:
+title = f"A batch of 32 gives {gain:.1f} times the texts/s"
+with picture(title, "texts a second", "", xlim=(0, 10.5 * per_s[1])) as ax:
     ax.axvline(10 * per_s[1], color=RED, linestyle=":")
     ax.text(10 * per_s[1], 0.5, "ten times ", color=RED, ha="right", va="center")
-    bars(ax, [foreseen[1], foreseen[32]], [0, 1], None)
+    bars(ax, [predicted[1], predicted[32]], [0, 1], None)
     dots(ax, [per_s[1], per_s[32]], [0, 1], None)
-    named(ax, foreseen[32], per_s[32], 1)
+    named(ax, predicted[32], per_s[32], 1)
     guessed(ax, guess_gain * per_s[1], 1.7)
     ax.set_ylim(-0.6, 2)
     ax.set_yticks([0, 1], ["one by one", "up to 32"])
-compare("times the texts/s in batches", guess=guess_gain, formula=foreseen[32] / foreseen[1], measured=gain)
-tell(
-    f"Predicted: {foreseen[1]:.0f} and {foreseen[32]:.0f} texts/s, a gain of {foreseen[32] / foreseen[1]:.1f}. Measured:"
-    f" {per_s[1]:.0f} and {per_s[32]:.0f}, a gain of {gain:.1f}."
-)
-
-# %% [markdown]
-# Is the gain above or below what was predicted? The law knows only the bare model. A server does more for each text. The
-# server's own counters tell where its time went.
+rates = f"{predicted[1]:.0f} and {predicted[32]:.0f} texts/s predicted, {per_s[1]:.0f} and {per_s[32]:.0f} measured"
+tell(f"One by one and in batches: {rates}.")
+compare("times the texts/s in batches", guess=guess_gain, formula=predicted[32] / predicted[1], measured=gain)
 
 # %%
 bare = timings["fast"].groupby("texts").seconds.mean() * 1000
-rows = {
+both = {  # one by one, up to 32
     "the law, a + b n": (law.seconds(1) * 1000, law.seconds(32) / 32 * 1000),
     "the bare model, measured": (bare[1], bare[32] / 32),
     "the model, inside the busy server": (found[1][1], found[32][1]),
     "all of the server": (1000 / per_s[1], 1000 / per_s[32]),
 }
-table(
-    [
-        {
-            "ms a text": name,
-            "one by one": f"{one:.2f}",
-            "up to 32": f"{many:.2f}",
-            "gain": f"{one / many:.1f} ×",
-        }
-        for name, (one, many) in rows.items()
-    ]
-)
-outside = [max(0, rows["all of the server"][i] - found[n][1]) for i, n in enumerate((1, 32))]
-tell(
-    f"The calls of the second server held {found[32][2]:.0f} texts on average. Outside of the model a text cost"
-    f" {outside[0]:.2f} ms one by one, and {outside[1]:.2f} ms in batches. "
-    + (
-        "So the server adds its time to each call, not to each text."
-        if outside[1] < outside[0] / 2
-        else "So a batch saves little of what the server adds."
-    )
+rows = ((name, f"{a:.2f}", f"{b:.2f}", f"{a / b:.1f} ×") for name, (a, b) in both.items())
+table("ms a text | one by one | up to 32 | gain", *rows)
+a, b = (max(0, both["all of the server"][i] - found[n][1]) for i, n in enumerate((1, 32)))
+tell(f"Outside of the model a text cost {a:.2f} ms one by one, and {b:.2f} ms in batches.")
+said(
+    b < a / 2, "So the server adds its time to each call, not to each text.", "A batch saves little of that."
 )
 
 # %% [markdown]
@@ -212,6 +138,8 @@ claim(
     number=f"{per_s[1]:.0f} requests/s one by one, {per_s[32]:.0f} in batches of up to 32",
     verdict="fails here" if gain < 8 else "holds here",
 )
+
+# %%
 claim(
     "Batching lifts GPU utilisation from 20 % to 80 %",
     who="nobody: no GPU is at hand",
@@ -237,53 +165,20 @@ guess_times = ...  # times as long
 # first.
 
 # %%
-import time
-
-import torch
-
-torch.set_num_threads(1)
-
-
-def shortest_s(call):
-    """The shortest of some calls: what the processor can do when nobody disturbs it."""
-    took = []
-    for _ in range(quick(3, 5)):
-        began = time.perf_counter()
-        call()
-        took.append(time.perf_counter() - began)
-    return min(took)
-
-
-@torch.inference_mode()
-def measure_layer():
-    """The layer's time by its number of rows, ms."""
-    weights = torch.rand(side, side)
-    rows = {n: torch.rand(n, side) for n in row_counts}
-    return {n: shortest_s(lambda n=n: rows[n] @ weights.T) * 1000 for n in row_counts}
-
-
 from support.speeds import speeds
 
 side, row_counts = 8192, quick([1, 12, 32, 384], [1, 2, 4, 8, 12, 16, 32, 64, 128, 384])
 limits = speeds(quick(0.2, 1.0), mb=268)  # lesson 10 measures them in the same way
 bytes_s, operations_s = limits["bytes"], limits["float32"]
-layer_ms = measure_layer()
+layer_ms = l04_measure.layer_ms(side, row_counts)
 roof_ms = {n: max(4 * side**2 / bytes_s, 2 * n * side**2 / operations_s) * 1000 for n in row_counts}
-
-# %%
-with picture(
-    "32 rows cost less than 32 times one row", "rows (tokens) in the call", "time of the call, ms"
-) as ax:
+title = "32 rows cost less than 32 times one row"
+with picture(title, "rows (tokens) in the call", "time of the call, ms") as ax:
     line(ax, row_counts, list(roof_ms.values()))
     dots(ax, row_counts, list(layer_ms.values()))
     guessed(ax, 32, guess_times * layer_ms[1])
     ax.set(xscale="log", yscale="log")
     ax.set_xticks([1, 12, 32, 384], [1, 12, 32, 384])
-    heights = [
-        ms for ms in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if layer_ms[1] / 2 < ms < layer_ms[384]
-    ]
-    ax.set_yticks(heights, heights)
-    ax.minorticks_off()
 
 # %%
 by_token, by_text = 32 * layer_ms[1] / layer_ms[32], 32 * layer_ms[12] / layer_ms[384]
@@ -294,30 +189,22 @@ tell(
     f" one (predicted {32 * roof_ms[1] / roof_ms[32]:.1f}), and {by_text:.1f} times where each brings 12 (predicted"
     f" {32 * roof_ms[12] / roof_ms[384]:.1f})."
 )
-table(
-    [
-        {
-            "rows": n,
-            "of the memory's speed": f"{4 * side**2 / bytes_s / layer_ms[n] * 1000:.0%}",
-            "of the computing speed": f"{2 * n * side**2 / operations_s / layer_ms[n] * 1000:.0%}",
-        }
-        for n in (1, 12, 32, 384)
-    ]
-)
-compare(
-    "32 rows, times one row",
-    guess=guess_times,
-    formula=roof_ms[32] / roof_ms[1],
-    measured=layer_ms[32] / layer_ms[1],
-)
+
+memory, computing = 400 * side**2 / bytes_s, 200 * side**2 / operations_s  # per cent of a second, for a row
+rows = ((n, memory / layer_ms[n] * 1000, n * computing / layer_ms[n] * 1000) for n in (1, 12, 32, 384))
+columns = "rows | of the memory's speed | of the computing speed"
+table(columns, *((n, f"{a:.0f}%", f"{b:.0f}%") for n, a, b in rows))
+
+# %%
+times, formula = layer_ms[32] / layer_ms[1], roof_ms[32] / roof_ms[1]
+compare("32 rows, times one row", guess=guess_times, formula=formula, measured=times)
+holds_here, otherwise = "holds for such a layer", "depends on the tokens that each brings to a call"
 claim(
     "Batching is essential for very large models",
     who="one layer of such a model, 268 MB of float32 weights, one core; not a whole model",
     number=f"a batch of 32 gives {by_token:.1f} times the tokens/s when each brings one token, as when a model writes;"
     f" {by_text:.1f} times when each brings 12",
-    verdict="holds for such a layer"
-    if min(by_token, by_text) > 3
-    else "depends on the tokens that each brings to a call",
+    verdict=holds_here if min(by_token, by_text) > 3 else otherwise,
 )
 
 # %% [markdown]
@@ -366,64 +253,44 @@ guess_added_ms = ...  # ms
 # the batch: it adds little. And in the middle? Here the planner runs *the real loop* on a virtual clock with your model's
 # law, several times for each point. That is what “simulated” means in these lessons. The high load is nine tenths of what
 # batches of 32 can do in the simulation.
-
-# %%
-delays_ms = [0, 2, 5, 10, 20]
-loads = {"low": 0.2 * per_s[1], "middle": 0.7 * per_s[1], "high": 0.9 * foreseen[32]}
-
-
-def median_ms(delay_ms, rate):
-    """The simulated median: the middle one of some runs, and half of how far these are apart."""
-    options = {"batch_size": 32, "delay_ms": delay_ms, "rate_per_s": rate, "duration_s": quick(5, 25)}
-    medians = sorted(simulate(law, seed=seed, **options).latency_ms.median() for seed in range(3))
-    return medians[1], (medians[2] - medians[0]) / 2
-
-
-planned = {name: [median_ms(delay_ms, rate) for delay_ms in delays_ms] for name, rate in loads.items()}
-table(
-    [
-        {"simulated median, ms": f"{name}, {loads[name]:.0f}/s"}
-        | {f"delay {w} ms": f"{ms:.1f} ± {apart:.1f}" for w, (ms, apart) in zip(delays_ms, points)}
-        for name, points in planned.items()
-    ]
-)
-
-# %% [markdown]
-# Now we measure, at low and middle load: without batches, with batches, and with batches and a fixed delay of 10 ms. The three
+#
+# Then we measure, at low and middle load: without batches, with batches, and with batches and a fixed delay of 10 ms. The three
 # servers take turns, and each turn brings the same people at the same moments. So the machine's moods and the luck of the
 # draw meet all three alike.
 
 # %%
-import pandas as pd
-
-servers = {"no batching": singly, "no delay": batched, "delay 10 ms": waiting}
-parts = {(name, at): [] for at in ("low", "middle") for name in servers}
-for turn in range(quick(1, 3)):
-    for name, at in parts:
-        df = load(
-            servers[name], "open", rate_per_s=loads[at], duration_s=quick(1.5, 5), limit_s=20, seed=turn
-        )
-        parts[name, at].append(df[df.outcome == "200"])
-measured = {key: pd.concat(turns) for key, turns in parts.items()}
-p50 = {key: df.latency_ms.quantile(0.5) for key, df in measured.items()}
-p95 = {key: df.latency_ms.quantile(0.95) for key, df in measured.items()}
+delays_ms = [0, 2, 5, 10, 20]
+loads = {"low": 0.2 * per_s[1], "middle": 0.7 * per_s[1], "high": 0.9 * predicted[32]}
+planned = {
+    name: [l04_measure.simulated_ms(law, delay_ms, rate) for delay_ms in delays_ms]
+    for name, rate in loads.items()
+}
+table(
+    " | ".join(["simulated median, ms", *(f"delay {w} ms" for w in delays_ms)]),
+    *(
+        (f"{name}, {loads[name]:.0f}/s", *(f"{ms:.1f} ± {apart:.1f}" for ms, apart in points))
+        for name, points in planned.items()
+    ),
+)
 
 # %%
+servers = {"no batching": singly, "no delay": batched, "delay 10 ms": waiting}
+measured = l04_measure.in_turns(servers, {at: loads[at] for at in ("low", "middle")})
+p50, p95 = ({key: df.latency_ms.quantile(q) for key, df in measured.items()} for q in (0.5, 0.95))
+added = {at: p50["delay 10 ms", at] - p50["no delay", at] for at in ("low", "middle")}
 with picture("At low load all of a delay is added", "fixed delay, ms", "added to the median time, ms") as ax:
     line(ax, [0, 20], [0, 20], "all of it", GREY, linestyle=":")
     for (name, points), color in zip(planned.items(), (BLUE, ORANGE, GREEN)):
         line(ax, delays_ms, [ms - points[0][0] for ms, _ in points], name, color)
-    for at, color in (("low", BLUE), ("middle", ORANGE)):
-        dots(ax, [10], [p50["delay 10 ms", at] - p50["no delay", at]], None, color)
+    dots(ax, [10, 10], list(added.values()), None, "black")
     guessed(ax, 10, guess_added_ms, None)
+
+# %%
 best_high = min(range(len(delays_ms)), key=lambda i: planned["high"][i][0])
-added = {at: p50["delay 10 ms", at] - p50["no delay", at] for at in ("low", "middle")}
+simulated = {at: f"{planned[at][3][0] - planned[at][0][0]:.1f} ms" for at in added}
 tell(
     "Lines are simulated, dots measured, the star is your guess. A delay of 10 ms adds "
-    + "; ".join(
-        f"{planned[at][3][0] - planned[at][0][0]:.1f} ms at {at} load (measured {ms:.1f})"
-        for at, ms in added.items()
-    )
+    + "; ".join(f"{simulated[at]} at {at} load (measured {ms:.1f})" for at, ms in added.items())
     + f". At high load {delays_ms[best_high]} ms is the best of these delays: {planned['high'][best_high][0]:.1f} ms against"
     f" {planned['high'][0][0]:.1f} ms without (runs of the same setting are up to {2 * planned['high'][best_high][1]:.1f} ms apart)."
 )
@@ -443,19 +310,17 @@ tell(
 
 # %%
 costs = {at: p95["no delay", at] - p95["no batching", at] for at in ("low", "middle")}
-added_p95_ms = p95["delay 10 ms", "low"] - p95["no delay", "low"]
 shared = (measured["no delay", "low"].batch_size > 1).mean()
 tell(
-    f"At low load {shared:.0%} of the texts shared a call. Batching changed the p95 by {costs['low']:+.1f} ms. At middle load it"
-    f" changed it by {costs['middle']:+.1f} ms. The fixed delay added {added_p95_ms:.1f} ms more at low load."
+    f"At low load {shared:.0%} of the texts shared a call. Batching changed the p95 by {costs['low']:+.1f} ms, at middle load by {costs['middle']:+.1f} ms."
 )
+low, middle = (", ".join(f"{p95[name, at]:.0f}" for name in servers) for at in costs)
+fails = "fails here: without a fixed delay batches change the p95 by less than 3 ms at low load, and shorten it at middle load"
 claim(
     "Asynchronous batching costs 10 ms at p95",
     who="this server, the same arrivals without batches, with batches, and with a fixed delay of 10 ms",
-    number=f"p95 at low load {p95['no batching', 'low']:.0f}, {p95['no delay', 'low']:.0f} and"
-    f" {p95['delay 10 ms', 'low']:.0f} ms; at middle load {p95['no batching', 'middle']:.0f},"
-    f" {p95['no delay', 'middle']:.0f} and {p95['delay 10 ms', 'middle']:.0f} ms",
-    verdict="fails here: without a fixed delay batches change the p95 by less than 3 ms at low load, and shorten it at middle load"
+    number=f"p95 at low load {low} ms; at middle load {middle} ms",
+    verdict=fails
     if costs["low"] < 3 and costs["middle"] < 0
     else "depends on the load; the machine's noise is as large",
 )
@@ -466,15 +331,7 @@ claim(
 # Eight users ask again 1 to 3 ms after each answer, as a script or a load test does. And a call costs
 # about the same for 1 text as for 8: $a$ = 50 ms, $b$ = 0.2 ms. We run the real loop on the virtual clock. `l04_greedy.Greedy` is that
 # loop with one method replaced, so that it never holds a batch.
-
-# %%
-from support.l04_greedy import Greedy, ModelLoop, watch
-
-flat = CostLaw(a_s=0.05, b_s=0.0002)
-greedy = watch(Greedy, flat, users=8)
-tell(f"Ten calls of the greedy loop, texts in each: **{', '.join(map(str, greedy.sizes[10:20]))}**.")
-
-# %% [markdown]
+#
 # When the answers go out, all users of that batch come back within milliseconds. The first to arrive finds the model idle and
 # starts a call alone. The others wait for all of it. So two calls answer 8 texts.
 #
@@ -488,6 +345,12 @@ tell(f"Ten calls of the greedy loop, texts in each: **{', '.join(map(str, greedy
 # Holding pays while $t < a$. If the formula is below one, the loop should stay greedy.
 
 # %%
+from support import l04_greedy
+from support.l04_greedy import Greedy, ModelLoop, watch
+
+flat = CostLaw(a_s=0.05, b_s=0.0002)
+greedy = watch(Greedy, flat, users=8)
+tell(f"Ten calls of the greedy loop, texts in each: **{', '.join(map(str, greedy.sizes[10:20]))}**.")
 guess_back = ...  # times the texts per second
 
 # %%
@@ -495,34 +358,17 @@ held, rows = {}, []
 for a_ms, b_ms in ((50, 0.2), (10, 1), (2, 5)):
     one = CostLaw(a_ms / 1000, b_ms / 1000)
     before, held[a_ms] = watch(Greedy, one, users=8), watch(ModelLoop, one, users=8)
-    gained = held[a_ms].per_s / before.per_s
+    formula = max(1, (2 * a_ms + 8 * b_ms) / (a_ms + 8 * b_ms + 3))
+    per_s_each = (f"{before.per_s:.0f}", f"{held[a_ms].per_s:.0f}")
     rows.append(
-        {
-            "a + b n, ms": f"{a_ms} + {b_ms} n",
-            "gain by the formula": f"{max(1, (2 * a_ms + 8 * b_ms) / (a_ms + 8 * b_ms + 3)):.2f} ×",
-            "texts/s, greedy": f"{before.per_s:.0f}",
-            "texts/s, anticipation": f"{held[a_ms].per_s:.0f}",
-            "gain": f"{gained:.2f} ×",
-        }
+        (f"{a_ms} + {b_ms} n", f"{formula:.2f} ×", *per_s_each, f"{held[a_ms].per_s / before.per_s:.2f} ×")
     )
-table(rows)
+table("a + b n, ms | gain by the formula | texts/s, greedy | texts/s, anticipation | gain", *rows)
 
 # %%
-with picture("A short hold makes one call of two", "ms", "", xlim=(0, 420), ylim=(-0.6, 1.6)) as ax:
-    for y, (calls, color) in enumerate(((held[50].calls, BLUE), (greedy.calls, ORANGE))):
-        began = calls[10][0]
-        for at, took, n in calls[10:20]:
-            x = (at - began) * 1000
-            ax.barh(y, took * 1000, 0.5, x, color=color, edgecolor="white", clip_on=True)
-            ax.text(x + took * 500, y, n, color="white", ha="center", va="center", clip_on=True)
-    ax.set_yticks([0, 1], ["antici-\npation", "greedy"])
-back = held[50].per_s / greedy.per_s
-compare(
-    "times the texts/s with a hold",
-    guess=guess_back,
-    formula=(2 * 50 + 8 * 0.2) / (50 + 8 * 0.2 + 3),
-    measured=back,
-)
+l04_greedy.draw({"antici-\npation": held[50].calls, "greedy": greedy.calls})
+back, formula = held[50].per_s / greedy.per_s, (2 * 50 + 8 * 0.2) / (50 + 8 * 0.2 + 3)
+compare("times the texts/s with a hold", guess=guess_back, formula=formula, measured=back)
 tell(
     f"Numbers are texts in the call. It is {back:.2f} times the texts/s, and the mean latency falls from"
     f" {greedy.mean_ms:.0f} to {held[50].mean_ms:.0f} ms."
@@ -541,20 +387,12 @@ from functools import partial
 from loadtests.plan.fixed_delay import FixedDelay
 
 loops = {"greedy": Greedy, "delay 10 ms": partial(FixedDelay, delay_s=0.01), "anticipation": ModelLoop}
-crowds = {
-    "8 users, back in 1 to 3 ms": {"users": 8},
-    "8 users, back in up to 400 ms": {"users": 8, "think_s": (0, 0.4)},
-    "strangers, 60/s": {"rate_per_s": 60},
-}
+names = "8 users, back in 1 to 3 ms", "8 users, back in up to 400 ms", "strangers, 60/s"
+crowds = dict(zip(names, ({"users": 8}, {"users": 8, "think_s": (0, 0.4)}, {"rate_per_s": 60})))
 seen = {(who, name): watch(loop, flat, **kw) for who, kw in crowds.items() for name, loop in loops.items()}
 short = {name: watch(loop, CostLaw(0.002, 0.005), users=8).mean_ms for name, loop in loops.items()}
-table(
-    [
-        {"texts/s, mean ms, share held": who}
-        | {n: f"{o.per_s:.0f}, {o.mean_ms:.0f}, {o.held:.0%}" for n in loops for o in [seen[who, n]]}
-        for who in crowds
-    ]
-)
+columns = " | ".join(["texts/s, mean ms, share held", *loops])
+table(columns, *((who, *(seen[who, name] for name in loops)) for who in crowds))
 
 # %%
 at_once, _, strangers = crowds
@@ -592,33 +430,25 @@ static_s = quick(3, min(25, max(8, 100 / rate)))  # long enough for a dozen batc
 patience_s = quick(2, max(4, 4 * predicted_ms / 1000))
 asked = load(static, "open", rate_per_s=rate, duration_s=static_s, limit_s=patience_s, timeout_s=patience_s)
 full = asked[asked.outcome == "200"]
-undelayed_ms = measured["no delay", "low"].latency_ms.mean()
-with picture(
-    "Collecting exactly 8 keeps people waiting", "mean time to the answer, ms", "", xlim=(0, None)
-) as ax:
+full_ms, undelayed_ms = full.latency_ms.mean(), measured["no delay", "low"].latency_ms.mean()
+title = "Collecting exactly 8 keeps people waiting"
+with picture(title, "mean time to the answer, ms", "", xlim=(0, None), ylim=(-0.6, 1.5)) as ax:
     bars(ax, [predicted_ms], [0], None)
-    dots(ax, [full.latency_ms.mean(), undelayed_ms], [0, 1], None)
-    named(ax, predicted_ms, full.latency_ms.mean(), 0)
+    dots(ax, [full_ms, undelayed_ms], [0, 1], None)
+    named(ax, predicted_ms, full_ms, 0)
     guessed(ax, guess_static_ms, 0.4)
-    ax.set_ylim(-0.6, 1.5)
     ax.set_yticks([0, 1], ["exactly 8", "up to 32,\nno delay"])
-compare(
-    "the mean with exactly 8, ms",
-    guess=guess_static_ms,
-    formula=predicted_ms,
-    measured=full.latency_ms.mean(),
-)
-tell(
-    f"Predicted {predicted_ms:.0f} ms, measured {full.latency_ms.mean():.0f} ms; without waiting {undelayed_ms:.0f} ms. And"
-    f" {len(asked) - len(full)} of {len(asked)} texts got no answer, because their batch did not become full before they left."
-)
 
 # %%
+compare("the mean with exactly 8, ms", guess=guess_static_ms, formula=predicted_ms, measured=full_ms)
+lost = f"{len(asked) - len(full)} of {len(asked)} texts"
+tell(
+    f"Without waiting it is {undelayed_ms:.0f} ms. And {lost} got no answer, because their batch did not become full before they left."
+)
 claim(
     "A static batch hurts at low load",
     who=f"this server, batches of exactly 8 at {rate:.0f} texts/s",
-    number=f"mean {full.latency_ms.mean():.0f} ms against {undelayed_ms:.0f} ms without waiting; {len(asked) - len(full)} of"
-    f" {len(asked)} texts were never answered",
+    number=f"mean {full_ms:.0f} ms against {undelayed_ms:.0f} ms without waiting; {lost} were never answered",
     verdict="holds",
 )
 
@@ -646,40 +476,24 @@ guess_mixed = ...  # times
 # The fast path lays the texts end to end and pads nothing. (Models that can't be computed so are sorted by length and padded a
 # little.) So its denominator is $(1-m)\,s_n + m\,l_n$. All of these can be measured with texts that are *not* mixed.
 
-
 # %%
-def ms_a_text(name):
-    """By kind and number of texts in the call. Of the mean: a median would forget the one long text in ten."""
-    df = lengths[name]
-    return (df.groupby(["kind", "texts"]).seconds.mean() / df.groupby(["kind", "texts"]).texts.mean()) * 1000
-
-
-costs_ms = {name: ms_a_text(name) for name in lengths}
-alone = lengths["stock"].query("kind == 'mixed' and texts == 1")
-m = (alone.size_tokens > 60).mean()
+ms = {name: l04_measure.ms_a_text(df) for name, df in lengths.items()}
+m = l04_measure.share_of_long(lengths["stock"])
 p = (1 - m) ** MOST
 
 
-def foretold(name):
+def gain_of_mixed(name):
     """The gain of full batches of mixed texts, from texts that are not mixed."""
-    ms = costs_ms[name]
-    short, long = ms["short"], ms["long"]
+    short, long = ms[name]["short"], ms[name]["long"]
     of_short = p if name == "stock" else 1 - m
     in_batch = of_short * short[MOST] + (1 - of_short) * long[MOST]
     return ((1 - m) * short[1] + m * long[1]) / in_batch
 
 
-gains = {
-    (name, kind): costs_ms[name][kind][1] / costs_ms[name][kind][MOST]
-    for name in ("fast", "stock")
-    for kind in ("mixed", "short")
-}
-expected = [
-    foretold(name) if kind == "mixed" else MOST * laws[name].seconds(1) / laws[name].seconds(MOST)
-    for name, kind in gains
-]
-
 # %%
+gains = l04_measure.gains(ms, MOST)
+of_short = {name: MOST * law.seconds(1) / law.seconds(MOST) for name, law in laws.items()}
+expected = [gain_of_mixed(name) if kind == "mixed" else of_short[name] for name, kind in gains]
 title = "Padding takes back what a batch gave"
 with picture(title, f"texts/s in batches of {MOST}, times those one by one", "", xlim=(0, None)) as ax:
     ax.axvline(1, color=RED, linestyle=":")
@@ -689,20 +503,17 @@ with picture(title, f"texts/s in batches of {MOST}, times those one by one", "",
     guessed(ax, guess_mixed, 2)
     ax.set_ylim(-0.6, 4)
     ax.set_yticks(range(4), [f"{name}, {kind}" for name, kind in gains])
+
+# %%
+padded, formula = gains["stock", "mixed"], gain_of_mixed("stock")
 said(
-    gains["stock", "mixed"] < 1,
-    f"In the stock pipeline batching mixed texts makes them slower than one by one: {gains['stock', 'mixed']:.2f} times.",
-    f"In the stock pipeline batching mixed texts still gains a little: {gains['stock', 'mixed']:.2f} times.",
+    padded < 1,
+    f"In the stock pipeline batching mixed texts makes them slower than one by one: {padded:.2f} times.",
+    f"In the stock pipeline batching mixed texts still gains a little: {padded:.2f} times.",
 )
-compare(
-    "the stock pipeline's gain, mixed texts",
-    guess=guess_mixed,
-    formula=foretold("stock"),
-    measured=gains["stock", "mixed"],
-)
-tell(
-    f"{m:.0%} of the texts are long, so {p:.0%} of the batches should hold none. Stock, mixed: {foretold('stock'):.2f} predicted, {gains['stock', 'mixed']:.2f} measured."
-)
+compare("the stock pipeline's gain, mixed texts", guess=guess_mixed, formula=formula, measured=padded)
+tell(f"{m:.0%} of the texts are long, so {p:.0%} of the batches should hold none.")
+stop()
 
 # %% [markdown]
 # The red line is “no gain”. The fast path gains less with mixed texts than with short ones, too, because a long text gains little in
@@ -710,9 +521,6 @@ tell(
 #
 # *Where the prediction fails:* a batch of long texts takes seconds, so there are few of them in this measurement, and one slow
 # moment of the machine moves the dot.
-
-# %%
-stop()
 
 # %% [markdown]
 # ## Exercises
@@ -726,7 +534,6 @@ most_gained = ...
 
 checks.exercise_4_1(most_gained)
 
-
 # %% [markdown]
 # **★★** Larger batches are slower calls. Which is the smallest batch that reaches a `share` of the highest possible rate
 # $1/b$? (A whole number.)
@@ -737,7 +544,6 @@ def smallest_batch(a_s, b_s, share): ...
 
 
 checks.exercise_4_2(smallest_batch)
-
 
 # %% [markdown]
 # **★★★** A fixed delay of $w$ at $\lambda$ texts a second, and a model that takes no time. The first text waits $w$; those that
@@ -792,26 +598,21 @@ labs.lab_4(predicted_gain)
 # 9. It leaves out the client and most of HTTP. It is made for differences.
 # 10. One sentence has no padding to show.
 # </details>
-
-# %% [markdown]
-# ## How far off were you?
+#
+# ## How far off were you? And what must hold
 
 # %%
 score()
 
-# %% [markdown]
-# ## What must hold
-
-# %%
 assert planned["low"][0][0] < planned["low"][-1][0], "a fixed delay costs time where nobody comes"
 assert set(greedy.sizes[10:20]) == {1, 7}, "greedy batching splits the users in two"
 assert back > 1.7, "a hold gives nearly twice as much where a call is flat"
 assert seen[strangers, "anticipation"].held < 0.1, "for strangers hardly anything is held"
 holds(gain > 1, "batches help this model")
 holds(added["low"] > 3, "a fixed delay costs strangers time")
-holds(0.5 < full.latency_ms.mean() / predicted_ms < 2, "the static batch waits for its last")
-holds(full.latency_ms.mean() > 3 * undelayed_ms, "and that is long")
-holds(0.5 < gains["stock", "mixed"] / foretold("stock") < 2, "one long text makes all of them long")
+holds(0.5 < full_ms / predicted_ms < 2, "the static batch waits for its last")
+holds(full_ms > 3 * undelayed_ms, "and that is long")
+holds(0.5 < gains["stock", "mixed"] / gain_of_mixed("stock") < 2, "one long text makes all of them long")
 holds(gains["stock", "mixed"] < gains["stock", "short"], "padding takes back what the batch gave")
 holds(gains["fast", "mixed"] > gains["stock", "mixed"], "no padding saves it")
 

@@ -12,18 +12,16 @@
 
 # %%
 # "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
-from lesson import BLUE, GREY, ORANGE, RED, SERVER_CORES, TEXT, ask_together, bars, capacity, claim, compare
-from lesson import dots, get, guessed, holds, line, load, name_lines, picture, quick, said, score, serve_all
-from lesson import simulate, stop, table, tell, way
-
-import time
+from lesson import BLUE, GREY, ORANGE, SERVER_CORES, bars, capacity, claim, compare, dots, guessed, holds
+from lesson import line, load, picture, quick, said, score, serve_all, simulate, stop, table, tell
 
 import numpy as np
-import psutil
 
 import checks
 from loadtests.load import generator
 from loadtests.plan import planner
+from support import l05_overload, l05_poison
+from support.l05_rules import LIMIT_S, MU, SECONDS, goodput, median_s, overload
 
 # %% [markdown]
 # ## Goodput
@@ -33,38 +31,14 @@ from loadtests.plan import planner
 # limit is $l$ = 2 s. Our model takes $S$ = 20 ms a text, so it does $\mu$ = 50 texts a second.
 #
 # On its way a request passes two places that can reject:
-
-# %%
-way(
-    ("clients", "door", "queue", "loop", "thread", "model"),
-    changed=("door", "loop"),
-    title="The door says 503 before the queue, the loop 504 after it",
-)
-
-# %% [markdown]
+#
 # - The **door** looks at the queue before it reads a single byte of the text. It rejects with a *503*: not now.
 # - The **loop** looks once more, when it takes a batch. It rejects with a *504*: you have waited in vain.
 #
 # Which rules should they follow? We try them on the planner first. It runs this project's own loop on a virtual clock:
-# a minute passes in a second, and the model takes 20 ms exactly. We call that a **simulation**. Below, the real server
+# a minute passes in a second, and the model takes 20 ms exactly (`overload`, in `support/l05_rules.py`). We call that a **simulation**. Below, the real server
 # has its turn.
-
-# %%
-LIMIT_S, LAW = 2.0, planner.CostLaw(a_s=0.0, b_s=0.02)
-MU, SECONDS = 50, quick(15, 60)
-
-
-def overload(rho, **rules):
-    """What clients see, in a simulation, when `rho` times the capacity comes."""
-    open_door = {"max_queue": 10**9, "deadline_s": 1e6, "queue_target_s": 0, "overhead_s": 0}
-    return simulate(LAW, rate_per_s=rho * MU, duration_s=SECONDS, **(open_door | rules))
-
-
-def goodput(df):
-    return generator.summary(df, LIMIT_S)["goodput_per_s"]
-
-
-# %% [markdown]
+#
 # ## A queue of 256
 #
 # The simplest rule: at most 256 may wait. It is a common default, and it sounds careful. Texts come at twice the
@@ -89,18 +63,10 @@ bounds = quick([2, 99, 105, 256, 10**6], [1, 2, 5, 10, 25, 50, 80, 99, 105, 128,
 runs = {n: overload(2, max_queue=n) for n in bounds}
 in_time_of = {n: int(generator.good(df, LIMIT_S).sum()) for n, df in runs.items()}
 goodputs = {n: goodput(df) for n, df in runs.items()}
-
-# %%
-with picture(
-    "A queue's bound is a time, not a number",
-    "bound, in seconds of work (bound ÷ 50)",
-    "right answers in time, per s",
-    ylim=(0, 58),
-) as ax:
-    ax.set_xscale("log")
-    finite = [n for n in bounds if n < 10**6]
-    x = np.geomspace(finite[0] / MU, finite[-1] / MU, 400)
-    lost = LIMIT_S / (2 - 1) / (SECONDS - LIMIT_S) * MU
+finite = [n for n in bounds if n < 10**6]
+x, lost = np.geomspace(finite[0] / MU, finite[-1] / MU, 400), LIMIT_S / (2 - 1) / (SECONDS - LIMIT_S) * MU
+title, seconds_of_work = "A queue's bound is a time, not a number", "bound, in seconds of work (bound ÷ 50)"
+with picture(title, seconds_of_work, "right answers in time, per s", ylim=(0, 58), xscale="log") as ax:
     line(ax, x, np.where(x * MU + 1 <= LIMIT_S * MU, MU, lost), "predicted")
     dots(ax, [n / MU for n in finite], [goodputs[n] for n in finite], "simulated")
     guessed(ax, 256 / MU, guess_goodput)
@@ -127,8 +93,7 @@ tell(
 #
 # *Where the formula fails:* at the left end. With one place in the queue the model sometimes finds nobody when it
 # becomes free. But a few places are enough. A queue is there to bridge gaps, and gaps are short.
-
-# %% [markdown]
+#
 # ## When do you hear of it?
 #
 # Three better rules look at time instead of number:
@@ -157,78 +122,42 @@ guess_no_s = ...  # seconds to a rejection, with "deadline"
 # - *Queue target*: `QUEUE_TARGET_S` is 0.5 s, then the text's own 20 ms.
 
 # %%
-from unittest import mock
-
-from workers.loop import ModelLoop
-
-
-class Blindfolded(ModelLoop):
-    """The same loop, but its door lets everybody in."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.admission.rejection = lambda *asked: None
-
-
 rules = {
     "no rule": {},
     "bound of 256": {"max_queue": 256},
-    "deadline": {"deadline_s": LIMIT_S},
+    "deadline": {"deadline_s": LIMIT_S, "door": False},
     "predicted wait": {"deadline_s": LIMIT_S},
     "queue target": {"deadline_s": LIMIT_S, "queue_target_s": 0.5},
 }
-by_rule = {}
-for name, settings in rules.items():
-    with mock.patch.object(planner, "ModelLoop", Blindfolded if name == "deadline" else ModelLoop):
-        by_rule[name] = overload(2, **settings)
+by_rule = {name: overload(2, **settings) for name, settings in rules.items()}
 expected_yes_s = {"deadline": 2.0, "predicted wait": 2 / 1.1, "queue target": 0.52}
 
+# %%
+yes_s = {name: median_s(df, "200") for name, df in by_rule.items()}
+no_504_s = median_s(by_rule["deadline"], "504")
+rejected = {"no rule": "nobody hears one", "deadline": f"{no_504_s:.2f} s"}
+counts = {name: df.outcome.value_counts() for name, df in by_rule.items()}
+columns = "rule | right answers in time, per s | a yes after, s | 503s | 504s | a rejection after"
+rows = [(name, f"{goodput(df):.1f}", f"{yes_s[name]:.2f}") for name, df in by_rule.items()]
+codes = [
+    (counts[name].get("503", 0), counts[name].get("504", 0), rejected.get(name, "at once")) for name in rules
+]
+table(columns, *(row + code for row, code in zip(rows, codes)))
 
 # %%
-def median_s(df, chosen):
-    """The median time to the reply, in the second half of the run."""
-    late = df[chosen & (df.due_s > SECONDS / 2)]
-    return late.latency_ms.median() / 1000
-
-
-yes_s = {name: median_s(df, df.outcome == "200") for name, df in by_rule.items()}
-no_504_s = median_s(by_rule["deadline"], by_rule["deadline"].outcome == "504")
-table(
-    {
-        "rule": name,
-        "right answers in time, per s": f"{goodput(df):.1f}",
-        "a yes after, s": f"{yes_s[name]:.2f}",
-        "503s": int((df.outcome == "503").sum()),
-        "504s": int((df.outcome == "504").sum()),
-        "a rejection after": "nobody hears one"
-        if (df.outcome == "200").all()
-        else f"{no_504_s:.2f} s"
-        if name == "deadline"
-        else "at once",
-    }
-    for name, df in by_rule.items()
-)
-
-# %%
+names = list(expected_yes_s)
 with picture(
     "Whoever is let in waits as long as the rule allows", "s until an answer", "", xlim=(0, 2.3)
 ) as ax:
-    names = list(expected_yes_s)
     bars(ax, list(expected_yes_s.values()), range(3))
     dots(ax, [yes_s[name] for name in names], range(3), "simulated")
     guessed(ax, guess_yes_s, 1)
     ax.set_yticks(range(3), names)
     ax.set_ylim(-0.6, 2.6)
-
-# %%
-compare(
-    "s to an answer, predicted wait", guess=guess_yes_s, formula=2 / 1.1, measured=yes_s["predicted wait"]
-)
+measured, kept = yes_s["predicted wait"], ", ".join(f"{goodput(by_rule[name]):.1f}" for name in names)
+compare("s to an answer, predicted wait", guess=guess_yes_s, formula=2 / 1.1, measured=measured)
 compare("s to a rejection, deadline", guess=guess_no_s, formula=LIMIT_S, measured=no_504_s)
-tell(
-    f"A deadline alone rejects after {no_504_s:.2f} s; you guessed {guess_no_s:g}. All three rules keep the goodput:"
-    f" {', '.join(f'{goodput(by_rule[name]):.1f}' for name in names)} a second."
-)
+tell(f"All three rules keep the goodput: {kept} a second.")
 
 # %% [markdown]
 # All three serve equally many. They differ in what the others hear, and when:
@@ -239,8 +168,7 @@ tell(
 #
 # So reject early what you can predict. The 504 is for what nobody could predict: a call that took longer than usual, a client
 # that became impatient.
-
-# %% [markdown]
+#
 # ## A burst is no overload
 #
 # Why does the queue target count only "while there is always a queue"? Because a short queue limit alone hurts bursts.
@@ -263,25 +191,21 @@ guess_share = ...  # of the texts, with a bound of 25; all is 1
 
 # %%
 bursts = [second for second in range(0, quick(10, 40), 5) for _ in range(60)]
-after_burst = {
-    name: overload(0, arrivals_s=bursts, **settings)
-    for name, settings in {"bound of 25": {"max_queue": 25}, "queue target": rules["queue target"]}.items()
-}
+tested = {"bound of 25": {"max_queue": 25}, "queue target": rules["queue target"]}
+after_burst = {name: overload(0, arrivals_s=bursts, **settings) for name, settings in tested.items()}
 share = {name: float(generator.good(df, LIMIT_S).mean()) for name, df in after_burst.items()}
-compare(
-    "share answered with a bound of 25", guess=guess_share, formula=26 / 60, measured=share["bound of 25"]
-)
+bound_25 = share["bound of 25"]
+compare("share answered with a bound of 25", guess=guess_share, formula=26 / 60, measured=bound_25)
 tell(
-    f"Of a burst of 60, the bound of 25 lets {share['bound of 25']:.0%} be answered in time (predicted: {25 / 60:.0%} and"
-    f" a little; you guessed {guess_share:.0%}). The queue target: {share['queue target']:.0%}."
+    f"Of a burst of 60, the bound of 25 lets {bound_25:.0%} be answered in time (predicted: {25 / 60:.0%} and a little). The queue"
+    f" target: {share['queue target']:.0%}."
 )
 
 # %% [markdown]
 # This idea is called *CoDel*, for "controlled delay". It was made for the buffers of routers ([Nichols and Jacobson,
 # 2012](https://doi.org/10.1145/2208917.2209336)): a good queue absorbs a burst and drains. A bad queue only stands
 # there, and makes everybody late.
-
-# %% [markdown]
+#
 # ## Measured
 #
 # Now the real server, over HTTP, at twice its capacity. So that its speed is known, its model does not compute: it
@@ -298,66 +222,28 @@ tell(
 guess_patient = ...  # right answers within 2 s, per second
 
 # %%
-SLEEPS = {"MODEL": "loadtests.bench.apps:Sleeps"}
+sleeps = {"MODEL": "loadtests.bench.apps:Sleeps"}
 patient, careful, blocked, stuck = serve_all(
-    SLEEPS | {"MAX_QUEUE": 10**6, "DEADLINE_S": 600, "QUEUE_TARGET_S": 0},
-    SLEEPS | {"DEADLINE_S": LIMIT_S},
-    SLEEPS | {"DEADLINE_S": LIMIT_S, "OFFLOAD": "inline"},
+    sleeps | {"MAX_QUEUE": 10**6, "DEADLINE_S": 600, "QUEUE_TARGET_S": 0},
+    sleeps | {"DEADLINE_S": LIMIT_S},
+    sleeps | {"DEADLINE_S": LIMIT_S, "OFFLOAD": "inline"},
     {"MODEL": "loadtests.bench.apps:Stuck", "MAX_QUEUE": 1, "DEADLINE_S": 1000},
     cores=SERVER_CORES,
 )
-mu = capacity(careful, quick(1.5, 4), users=8)
-seconds = quick(3, 15)
+mu, seconds = capacity(careful, quick(1.5, 4), users=8), quick(3, 15)
 twice = {"rate_per_s": 2 * mu, "duration_s": seconds, "limit_s": LIMIT_S, "health_per_s": 10}
 real = {"patient": load(patient, "open", **twice), "careful": load(careful, "open", **twice)}
 model = {name: df[df.kind == "model"] for name, df in real.items()}
 real_goodput = {name: goodput(df) for name, df in real.items()}
-expected_patient = mu * min(1, LIMIT_S / (seconds - LIMIT_S))
-tell(
-    f"The capacity is {mu:.0f} texts/s: calls of 20 ms, and what HTTP adds. Patient: {expected_patient:.0f}/s predicted, as above,"
-    f" {real_goodput['patient']:.0f}/s measured, {guess_patient:g}/s guessed. Careful: {mu:.0f}/s predicted,"
-    f" {real_goodput['careful']:.0f}/s measured."
-)
 
 # %%
-compare(
-    "the patient server's goodput",
-    guess=guess_patient,
-    formula=expected_patient,
-    measured=real_goodput["patient"],
+formula, measured = mu * min(1, LIMIT_S / (seconds - LIMIT_S)), real_goodput["patient"]
+tell(
+    f"The capacity is {mu:.0f} texts/s: calls of 20 ms, and what HTTP adds. Patient: {formula:.0f}/s predicted, as above, {measured:.0f}/s"
+    f" measured. Careful: {mu:.0f}/s predicted, {real_goodput['careful']:.0f}/s measured."
 )
-
-import matplotlib.pyplot as plt
-
-STEP_S = quick(0.5, 1.0)
-
-
-def steps(ax, times_s, edges, label, color):
-    """How many a second, from edge to edge."""
-    per_s = np.histogram(times_s, edges)[0] / STEP_S
-    thin = 1 if color == GREY else 2
-    ax.step(edges, [*per_s, per_s[-1]], color=color, label=label, where="post", linewidth=thin)
-
-
-figure, axes = plt.subplots(2, 1, sharex=True, figsize=(6.4, 5.4))
-for ax, name in zip(axes, model):
-    df, edges = model[name], np.arange(0, seconds + STEP_S, STEP_S)
-    good_ones = generator.good(df, LIMIT_S)
-    steps(ax, df.due_s, edges, "come", GREY)
-    steps(ax, df.due_s[good_ones], edges, "in time", BLUE)
-    if name == "careful":
-        steps(ax, df.due_s[df.outcome == "503"], edges, "refused at once", ORANGE)
-    else:
-        steps(ax, df.due_s[~good_ones], edges, "too late, or gone", RED)
-axes[0].axvline(LIMIT_S / (2 - 1), color="black", linestyle=":")
-axes[0].text(LIMIT_S + 0.3, mu, "predicted: the good time ends here", va="center", fontsize=11)
-guessed(axes[0], seconds, guess_patient)
-axes[0].set(title="Patient: first everybody, then nobody", ylabel="texts/s", ylim=(0, None))
-axes[1].set(title="Careful: half of them, all the time", ylabel="texts/s", ylim=(0, None))
-axes[1].set_xlabel("time of arrival, s")
-for ax in axes:
-    name_lines(ax)
-plt.show()
+compare("the patient server's goodput", guess=guess_patient, formula=formula, measured=measured)
+l05_overload.draw_arrivals(model, mu, seconds, guess_patient)
 
 # %% [markdown]
 # The patient server helps those who come in the first seconds, and then nobody. Its clients hang up after 4 s. That
@@ -369,19 +255,10 @@ plt.show()
 # %%
 answered = model["careful"][model["careful"].outcome == "200"]
 shown_s = min(seconds, 6)  # nothing changes afterwards
-same = simulate(
-    planner.CostLaw(0.0, 1 / mu),
-    overhead_s=0,
-    rate_per_s=2 * mu,
-    duration_s=seconds,
-    deadline_s=LIMIT_S,
-)
-with picture(
-    "A burst is let in, a queue that stays is not",
-    "time of arrival, s",
-    "time to the answer, s",
-    ylim=(0, 2.1),
-) as ax:
+options = {"rate_per_s": 2 * mu, "duration_s": seconds, "deadline_s": LIMIT_S, "overhead_s": 0}
+same = simulate(planner.CostLaw(0.0, 1 / mu), **options)
+title = "A burst is let in, a queue that stays is not"
+with picture(title, "time of arrival, s", "time to the answer, s", ylim=(0, 2.1)) as ax:
     line(ax, [0, 1], [1 / mu, 1], "_")
     line(ax, [1.5, shown_s], [0.5 + 1 / mu] * 2, "predicted")
     yes = same[(same.outcome == "200") & (same.due_s < shown_s)]
@@ -418,41 +295,21 @@ guess_no_us = ...  # microseconds of the server's core, for one 503
 # $\lambda c$ of a core. The *stuck* server does nothing but reject, and Linux counts the processor time of each
 # process.
 
-
 # %%
-def noes_at(rate_per_s, duration_s):
-    """How many noes a second it says, what share of a core they take, and how often it wakes up for each."""
-    event_loop = psutil.Process(stuck.process.pid)  # whose first thread is the loop's
-    before_s, before = stuck.cpu_s(), event_loop.num_ctx_switches().voluntary
-    df = load(stuck, "open", rate_per_s=rate_per_s, duration_s=duration_s, timeout_s=0.5)
-    rejected, wakings = int((df.outcome == "503").sum()), event_loop.num_ctx_switches().voluntary - before
-    return rejected / duration_s, (stuck.cpu_s() - before_s) / duration_s, wakings / rejected
-
-
 load(stuck, "open", rate_per_s=100, duration_s=0.5, timeout_s=0.5)  # one is in the model; and to warm up
-noes = [noes_at(rate, quick(1, 5)) for rate in quick((200, 800), (200, 400, 800))]
-no_us = noes[0][1] / noes[0][0] * 1e6
-
-# %%
-with picture(
-    "A rejection is cheap, and cheaper in a crowd",
-    "rejections per second",
-    "share of a core, %",
-    ylim=(0, None),
-) as ax:
-    most = noes[-1][0]
+rates = quick((200, 800), (200, 400, 800))
+noes = [l05_overload.rejections_at(stuck, rate, quick(1, 5)) for rate in rates]
+no_us, most = noes[0][1] / noes[0][0] * 1e6, noes[-1][0]
+title = "A rejection is cheap, and cheaper in a crowd"
+with picture(title, "rejections per second", "share of a core, %", ylim=(0, None)) as ax:
     line(ax, [0, most], [0, most * no_us / 1e4])
     dots(ax, [rate for rate, *_ in noes], [100 * share for _, share, _ in noes])
     guessed(ax, noes[0][0], noes[0][0] * guess_no_us / 1e4)
 
 # %%
 table(
-    {
-        "rejections per second": f"{rate:.0f}",
-        "µs of the core for each": f"{share / rate * 1e6:.0f}",
-        "the event loop wakes up for each": f"{wakings:.1f} times",
-    }
-    for rate, share, wakings in noes
+    "rejections per second | µs of the core for each | the event loop wakes up for each",
+    *((f"{rate:.0f}", f"{share / rate * 1e6:.0f}", f"{wakings:.1f} times") for rate, share, wakings in noes),
 )
 last_us = noes[-1][1] / noes[-1][0] * 1e6
 tell(
@@ -463,23 +320,14 @@ tell(
 # %% [markdown]
 # *Where the formula fails:* a rejection gets cheaper in a crowd. The event loop wakes up less often for each of them, because several wait
 # when it looks: see the last column.
-
-# %% [markdown]
+#
 # ## To reject you must be awake
 #
 # "A model may block the event loop, as long as it takes less than a second." Ours takes 20 ms. The *blocked* server has
 # the same rules as the careful one. But the model sits on the event loop, where the door does its work, too:
-
-# %%
-way(
-    ("clients", "kernel", "door", "queue", "loop with\nmodel"),
-    changed=("kernel", "loop with\nmodel"),
-    title="OFFLOAD=inline: new clients wait in the kernel",
-)
-
-# %% [markdown]
+#
 # Twice the capacity again, now from strangers. Each comes with a connection of its own, and leaves after some seconds
-# (`PATIENCE_S`, below). Ten times a second somebody else asks for `/health`. **Your guess:** what share of the
+# (`PATIENCE_S`). Ten times a second somebody else asks for `/health`. **Your guess:** what share of the
 # strangers gets a quick rejection, a 503? A good server would reject about half of them.
 
 # %%
@@ -492,70 +340,39 @@ guess_refused = ...  # of all strangers
 # comes at $t$ waits $(\rho-1)\,t$. Whoever asks for `/health` stands in the same line.
 
 # %%
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-PATIENCE_S, stranger_s = quick(2.5, 4.0), quick(2, 6)
-
-
-def in_the_kernel(server):
-    """How many connections wait there to be accepted; Linux tells it of every listening socket."""
-    port = f":{int(server.url.rstrip('/').split(':')[2]):04X}"
-    sockets = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()]
-    return sum(int(row[4].split(":")[1], 16) for row in sockets if row[1].endswith(port) and row[3] == "0A")
-
-
-def strangers(server):
-    """What strangers get at twice the capacity; of each check of /health its wait, and who waited in the kernel."""
-
-    def check(i):
-        time.sleep(i / 10)
-        waiting = in_the_kernel(server)
-        return get(server, "health", PATIENCE_S).ms / 1000, waiting
-
-    with ThreadPoolExecutor(10 * stranger_s) as pool:
-        probes = [pool.submit(check, i) for i in range(10 * stranger_s)]
-        replies = ask_together(server, [TEXT] * int(2 * mu * stranger_s), PATIENCE_S, 1 / (2 * mu))
-        waits_s, waiting = zip(*(probe.result() for probe in probes))
-    return {"replies": replies, "health_s": waits_s, "waiting": max(waiting)}
-
-
-met = {"careful": strangers(careful), "blocked": strangers(blocked)}
-
-# %%
-with picture(
-    "On a blocked loop /health waits with all others",
-    "time, s",
-    "wait for /health, s",
-    ylim=(-0.1, PATIENCE_S + 0.3),
-) as ax:
-    t = np.arange(10 * stranger_s) / 10
-    line(ax, t, np.minimum((2 - 1) * t, PATIENCE_S))  # /health costs no time of the model
+met = {
+    name: l05_overload.strangers(server, 2 * mu)
+    for name, server in (("careful", careful), ("blocked", blocked))
+}
+patience_s, stranger_s = l05_overload.PATIENCE_S, l05_overload.STRANGER_S
+title, t = "On a blocked loop /health waits with all others", np.arange(10 * stranger_s) / 10
+with picture(title, "time, s", "wait for /health, s", ylim=(-0.1, patience_s + 0.3)) as ax:
+    line(ax, t, np.minimum((2 - 1) * t, patience_s))  # /health costs no time of the model
     for name, color in (("blocked", ORANGE), ("careful", BLUE)):
-        dots(ax, t, met[name]["health_s"], name, color, markersize=4)
-
+        dots(ax, t, met[name].health_s, name, color, markersize=4)
 
 # %%
-def share_of(name, status):
-    """What share of the strangers got this status."""
-    return np.mean([reply.status == status for reply in met[name]["replies"]])
-
-
-most_waiting = int(stranger_s * (2 * mu + 10) / 2)  # the other half was served; who has left stays in line
-table(
-    {
-        "server": name,
-        "answered": f"{share_of(name, 200):.0%}",
-        "of these within 2 s": f"{np.mean([r.ms < 2000 for r in found['replies'] if r.status == 200]):.0%}",
-        "refused at once": f"{share_of(name, 503):.0%}",
-        "left without a word": f"{share_of(name, 0):.0%}",
-        "/health, median s": f"{np.median(found['health_s']):.3f}",
-        "most in the kernel's line, predicted": most_waiting if name == "blocked" else 0,
-        "measured": found["waiting"],
-    }
-    for name, found in met.items()
+most_waiting = int(
+    stranger_s * (2 * mu + 10) / 2
+)  # the other half was served; a client that has left stays in line
+waits_s = {name: float(np.median(one.health_s)) for name, one in met.items()}
+columns = "server | answered | of these within 2 s | refused at once | left without a word | most in the kernel's line"
+rows = ((name, one.share(200), one.in_time, one.share(503), one.share(0)) for name, one in met.items())
+table(columns, *((name, *(f"{share:.0%}" for share in row), met[name].waiting) for name, *row in rows))
+tell(
+    f"Predicted for the kernel's line of the blocked server: {most_waiting}. You guessed that {guess_refused:.0%} are refused."
 )
-tell(f"You guessed that {guess_refused:.0%} are refused.")
+
+# %%
+blocks, awake = met["blocked"], met["careful"]
+claim(
+    "Blocking the event loop matters only above 1 s an inference",
+    who=f"two servers around a model that sleeps 20 ms a call; strangers at twice the capacity of {mu:.0f}/s, for {stranger_s} s",
+    number=f"the model on the event loop: {blocks.share(503):.0%} are refused, {blocks.share(0):.0%} leave after {patience_s:g} s,"
+    f" /health takes {waits_s['blocked']:.1f} s (median); in a thread: {awake.share(503):.0%}, {awake.share(0):.0%} and"
+    f" {waits_s['careful'] * 1000:.0f} ms",
+    verdict="fails: under load many short calls block as one long call does",
+)
 
 # %% [markdown]
 # The last column is the proof. There is the queue that no rule of ours can see.
@@ -563,18 +380,7 @@ tell(f"You guessed that {guess_refused:.0%} are refused.")
 # The blocked server may answer more of them than the careful one, because it rejects nobody; but many of these answers come too
 # late. *Where the formula fails:* it is for new connections. Over connections that stay open the door would find a queue (not
 # measured here).
-
-# %%
-claim(
-    "Blocking the event loop matters only above 1 s an inference",
-    who=f"two servers around a model that sleeps 20 ms a call; strangers at twice the capacity of {mu:.0f}/s, for {stranger_s} s",
-    number=f"the model on the event loop: {share_of('blocked', 503):.0%} are refused, {share_of('blocked', 0):.0%} leave after {PATIENCE_S:g} s,"
-    f" /health takes {np.median(met['blocked']['health_s']):.1f} s (median); in a thread: {share_of('careful', 503):.0%},"
-    f" {share_of('careful', 0):.0%} and {np.median(met['careful']['health_s']) * 1000:.0f} ms",
-    verdict="fails: under load many short calls block as one long call does",
-)
-
-# %% [markdown]
+#
 # ## Clients that ask again
 #
 # Rejected clients come back. A client here asks five times at most. Some wait as `Retry-After` says, a second or more.
@@ -595,55 +401,26 @@ guess_answered = ...  # of the clients
 
 # %%
 crowd_s = quick(2, 15)
-storms = {
-    honour: load(
-        careful,
-        "retry",
-        honour=honour,
-        rate_per_s=1.7 * mu,
-        duration_s=crowd_s,
-        limit_s=LIMIT_S,
-        timeout_s=8.0,
-    )
-    for honour in (1, 0)
-}
-expected_answered = {1: min(1, (crowd_s + 4) / (1.7 * crowd_s)), 0: (crowd_s + 0.5) / (1.7 * crowd_s)}
+options = {"rate_per_s": 1.7 * mu, "duration_s": crowd_s, "limit_s": LIMIT_S, "timeout_s": 8.0}
+storms = {honour: load(careful, "retry", honour=honour, **options) for honour in (1, 0)}
+formula = {1: min(1, (crowd_s + 4) / (1.7 * crowd_s)), 0: (crowd_s + 0.5) / (1.7 * crowd_s)}
 clients = {honour: int((df.attempt == 0).sum()) for honour, df in storms.items()}
-answered_share = {
-    honour: float((df.outcome == "200").sum()) / clients[honour] for honour, df in storms.items()
-}
-table(
-    {
-        "who is refused": {1: "waits as told", 0: "asks again after 50 ms"}[honour],
-        "requests a client": f"{len(df) / clients[honour]:.1f}",
-        "answered, predicted": f"{expected_answered[honour]:.0%}",
-        "answered": f"{answered_share[honour]:.0%}",
-        "guessed": f"{guess_answered:.0%}" if honour else None,
-    }
-    for honour, df in storms.items()
-)
-
-# %%
-with picture("Rejected clients ask again", "time, s", "requests per second", ylim=(0, None)) as ax:
-    edges = np.arange(0, max(df.sent_s.max() for df in storms.values()) + STEP_S, STEP_S)
-    steps(ax, storms[1].sent_s, edges, "waits as told", BLUE)
-    steps(ax, storms[0].sent_s, edges, "after 50 ms", ORANGE)
-    steps(ax, storms[0][storms[0].attempt == 0].sent_s, edges, "new clients only", GREY)
-
-# %%
 per_client = {honour: len(df) / clients[honour] for honour, df in storms.items()}
-compare(
-    "share of the clients answered",
-    guess=guess_answered,
-    formula=expected_answered[1],
-    measured=answered_share[1],
-)
+share_of = {honour: float((df.outcome == "200").sum()) / clients[honour] for honour, df in storms.items()}
+names = {1: "waits as told", 0: "asks again after 50 ms"}
+rows = ((names[i], f"{per_client[i]:.1f}", f"{formula[i]:.0%}", f"{share_of[i]:.0%}") for i in storms)
+table("a rejected client | requests a client | answered, predicted | answered", *rows)
+l05_overload.draw_retries(storms)
+
+# %%
+measured, impatient = share_of[1], share_of[0]
+compare("share of the clients answered", guess=guess_answered, formula=formula[1], measured=measured)
 said(
-    answered_share[1] > answered_share[0] and abs(per_client[0] - per_client[1]) < 1,
+    measured > impatient and abs(per_client[0] - per_client[1]) < 1,
     f"Both ask about as often: {per_client[1]:.1f} and {per_client[0]:.1f} requests per client. But those that wait come back, in part,"
-    f" when the overload is over, and the server has time for them: {answered_share[1]:.0%} of them are answered, and"
-    f" {answered_share[0]:.0%} of the impatient.",
-    f"Answered: {answered_share[1]:.0%} of those that wait, {answered_share[0]:.0%} of the impatient.",
+    f" when the overload is over, and the server has time for them: {measured:.0%} of them are answered, and {impatient:.0%} of the"
+    " impatient.",
+    f"Answered: {measured:.0%} of those that wait, {impatient:.0%} of the impatient.",
 )
 
 # %% [markdown]
@@ -653,36 +430,14 @@ said(
 #
 # Five retries end by themselves, and a rejection is cheap. So this crowd is no danger. A storm is a crowd whose retries never end: it can
 # keep a fleet down when its cause is gone. [Lesson 15](15_a_fleet.ipynb) makes one, and cures it in three ways.
-
-# %%
-stop()
-
-# %% [markdown]
+#
 # ## The poison input
 #
 # One text makes the model raise. It shares a batch with seven innocent ones. Who pays? A text without `[MASK]` would do
-# it, but the task checks every text before the queue:
-
-# %%
-from dataclasses import replace
-
-from workers import errors, tasks
-from workers.settings import Settings
-
-settings = replace(Settings(), TORCH_THREADS=1, BATCH_SIZE=8, FAST=False)
-task = tasks.make(settings)
-good = task.check(TEXT, {}).content
-try:
-    task.check("no mask here", {})
-    refused_with = ""
-except errors.Unprocessable as error:
-    refused_with = str(error)
-tell(f"The client gets a 422 at once: “{refused_with}”.")
-
-# %% [markdown]
-# So we carry it past that check, into the real loop. The model is the embedded one, in Transformers' own pipeline
-# (`FAST=False`). If a batch raises, the loop runs each of its texts alone, once. **Your guesses:** how many calls of the
-# model are that in all? And how many times as long does the batch take as one without the bad text?
+# it, but the task checks every text before the queue, and such a client gets a 422 at once. So we carry the text past that check,
+# into the real loop. The model is the bundled one, in Transformers' own pipeline (`FAST=False`). If a batch raises, the loop runs
+# each of its texts alone, once. **Your guesses:** how many calls of the model are that in all? And how many times as long does the
+# batch take as one without the bad text?
 
 # %%
 guess_calls = ...  # calls of the model
@@ -693,51 +448,29 @@ guess_times = ...  # times as long
 # n$. So the time grows from $a + 8b$ to $(a + 8b) + 8\,(a + b)$.
 
 # %%
-from support import l05_poison
-from workers.errors import ModelFailed
-
-watched = l05_poison.Watched(settings)
-await watched.place.start()
-bad = good._replace(inputs="no mask here")
-rounds = [
-    (await watched.batch_of([good] * 8), await watched.batch_of([good] * 3 + [bad] + [good] * 4))
-    for _ in range(quick(2, 6))
-]
-fates, poisoned_calls = rounds[-1][1]
-clean_ms = float(np.median([sum(ms for _, ms in clean[1]) for clean, _ in rounds]))
-poisoned_ms = float(np.median([sum(ms for _, ms in poisoned[1]) for _, poisoned in rounds]))
-failed_ms = float(np.median([poisoned[1][0][1] for _, poisoned in rounds]))
-alone_ms = float(
-    np.median([ms for _, poisoned in rounds for i, (_, ms) in enumerate(poisoned[1]) if i not in (0, 4)])
+stop()
+refused_with = l05_poison.rejected_because("no mask here")
+batch = await l05_poison.poison(quick(2, 6))
+times, formula = batch.poisoned_ms / batch.clean_ms, (batch.clean_ms + 8 * batch.alone_ms) / batch.clean_ms
+table(
+    " | guessed | predicted | measured",
+    ("calls of the model", guess_calls, 9, len(batch.calls)),
+    ("times as long", guess_times, f"{formula:.1f}", f"{times:.1f}"),
+    ("the call with all 8, that failed, ms", "-", f"{batch.clean_ms:.0f}", f"{batch.failed_ms:.0f}"),
+    ("a call with one, ms", "-", "-", f"{batch.alone_ms:.0f}"),
 )
-watched.place.stop()
+fate = ["an error" if isinstance(fate, Exception) else "an answer" for fate in batch.fates]
+tell(f"The eight get: {', '.join(fate)}. Before the queue the client would get: “{refused_with}”.")
+assert refused_with and fate.count("an error") == 1 and [n for n, _ in batch.calls] == [8] + [1] * 8
 
 # %%
-expected_times = (clean_ms + 8 * alone_ms) / clean_ms
-table(
-    [
-        {
-            "": "calls of the model",
-            "guessed": str(guess_calls),
-            "predicted": "9",
-            "measured": str(len(poisoned_calls)),
-        },
-        {
-            "": "times as long",
-            "guessed": str(guess_times),
-            "predicted": f"{expected_times:.1f}",
-            "measured": f"{poisoned_ms / clean_ms:.1f}",
-        },
-        {
-            "": "the call with all 8, that failed, ms",
-            "predicted": f"{clean_ms:.0f}",
-            "measured": f"{failed_ms:.0f}",
-        },
-        {"": "a call with one, ms", "measured": f"{alone_ms:.0f}"},
-    ]
+claim(
+    "One bad input fails the whole batch",
+    who="the server's loop around the bundled model, 8 texts, one of which raises",
+    number=f"{fate.count('an answer')} answers, {fate.count('an error')} error, {len(batch.calls)} calls of the model,"
+    f" {times:.1f} times the time",
+    verdict="fails here: the others run again, alone, once; they pay with time",
 )
-fate = ["an error" if isinstance(fate, Exception) else "an answer" for fate in fates]
-tell(f"The eight get: {', '.join(fate)}.")
 
 # %% [markdown]
 # Only the culprit loses its answer. But all lose time. *Where the formula fails:* the call that failed did not take as
@@ -746,17 +479,7 @@ tell(f"The eight get: {', '.join(fate)}.")
 #
 # An attacker who sends such a text into every batch takes the batching away from everybody. So the check before the
 # queue matters more than the cure behind it.
-
-# %%
-claim(
-    "One bad input fails the whole batch",
-    who="the server's loop around the embedded model, 8 texts, one of which raises",
-    number=f"{fate.count('an answer')} answers, {fate.count('an error')} error, {len(poisoned_calls)} calls of the model,"
-    f" {poisoned_ms / clean_ms:.1f} times the time",
-    verdict="fails here: the others run again, alone, once; they pay with time",
-)
-
-# %% [markdown]
+#
 # ## Quarantine: three deaths open the switch
 #
 # Some inputs do worse than raise: they end the process. Then a new process must load, and meanwhile nobody is answered.
@@ -776,41 +499,22 @@ guess_deaths = ...
 # as long as the process needs to load; then a 422 at once.
 
 # %%
-from lesson import ask, counters, serve
 from workers.isolation.quarantine import DEATHS
 
-failing = serve(MODEL="notebooks.support.l11_fails:Fails", OFFLOAD="process")
-seen = []
-for _ in range(8):
-    reply = ask(failing, "die, please")
-    began = time.monotonic()
-    failing.wait_until_ready()
-    seen.append((reply.status, 1000 * (time.monotonic() - began), ask(failing, "an innocent text").status))
-deaths = int(counters(failing)["model_process_restarts_total"])
-
-# %%
+seen, deaths = l05_poison.killings(8)
 stop()
 compare("deaths of the process", guess=guess_deaths, formula=DEATHS, measured=deaths)
 down_ms = seen[0][1]  # the first death tells what each costs
 with picture("Three deaths open the breaker", "attempt", "time until it is ready again, ms") as ax:
-    attempts = range(1, len(seen) + 1)
     line(ax, [1, DEATHS, DEATHS + 1, len(seen)], [down_ms, down_ms, 0, 0])
-    dots(ax, attempts, [ms for _, ms, _ in seen])
+    dots(ax, range(1, len(seen) + 1), [ms for _, ms, _ in seen])
     guessed(ax, guess_deaths, down_ms, "your guess: the last death")
-table(
-    {
-        "attempt": i,
-        "the killer's status": status,
-        "ready again after, ms": f"{ms:.0f}",
-        "an innocent text": innocent,
-    }
-    for i, (status, ms, innocent) in enumerate(seen, 1)
-)
+columns = "attempt | the killer's status | ready again after, ms | an innocent text"
+table(columns, *((i, status, f"{ms:.0f}", innocent) for i, (status, ms, innocent) in enumerate(seen, 1)))
 
 # %% [markdown]
 # (How long it is until the process is ready again is seen by asking every 50 ms, so it comes in steps of that.)
-
-# %% [markdown]
+#
 # ## Exercises
 #
 # Fill in and run. The checker tells you what it thinks; it never stops the notebook. Solutions are in
@@ -823,7 +527,6 @@ largest_bound = ...
 
 checks.exercise_5_1(largest_bound)
 
-
 # %% [markdown]
 # **★★** Write goodput from the rows of a load test: right answers ("200") within `limit_s`, per second. `df` is a pandas
 # table with a row for each request. Two of its columns are `outcome` and `latency_ms`.
@@ -834,7 +537,6 @@ def my_goodput(df, limit_s, duration_s): ...
 
 
 checks.exercise_5_2(my_goodput)
-
 
 # %% [markdown]
 # **★★★** An unbounded queue, empty at first, is offered `rho` times its capacity `mu` for `t` seconds (`rho` > 1), then
@@ -889,39 +591,25 @@ labs.lab_5(settings_5)
 # 9. To find the culprit; the others get their answers and pay with time.
 # 10. One death can be an accident; three of the same input in a row are not.
 # </details>
-
-# %% [markdown]
-# ## How far off were you?
+#
+# ## How far off were you? And what must hold
 
 # %%
 score()
-
-# %% [markdown]
-# ## What must hold
-
-# %%
 assert in_time_of[256] == in_time_of[10**6] < 0.5 * in_time_of[99], "a bound is a time"
-for name in expected_yes_s:
-    assert goodput(by_rule[name]) > 0.9 * MU, "a rule of time keeps the goodput"
-    assert abs(yes_s[name] - expected_yes_s[name]) < 0.1 * expected_yes_s[name], (
-        "who is let in waits as the rule allows"
-    )
+assert min(goodput(by_rule[name]) for name in expected_yes_s) > 0.9 * MU, "a rule of time keeps the goodput"
+assert all(abs(yes_s[name] / wait_s - 1) < 0.1 for name, wait_s in expected_yes_s.items()), (
+    "and sets the wait"
+)
 assert goodput(by_rule["bound of 256"]) < 0.5 * MU and no_504_s > 1.8
-assert share["queue target"] == 1 and share["bound of 25"] < 0.5, "a burst is no overload"
-assert refused_with, "a bad text is stopped before the queue"
-assert sum(isinstance(fate, ModelFailed) for fate in fates) == 1
-assert [n for n, _ in poisoned_calls] == [8] + [1] * 8
+assert share["queue target"] == 1 and bound_25 < 0.5, "a burst is no overload"
 assert [status for status, *_ in seen] == [500] * DEATHS + [422] * (len(seen) - DEATHS) and deaths == DEATHS
 assert {innocent for *_, innocent in seen} == {200}, "innocent texts are answered"
 holds(real_goodput["careful"] > 1.5 * real_goodput["patient"], "so it is on the real server")
-holds(no_ms < 0.2 * yes_ms, "a 503 comes at once")
-holds(share_of("careful", 503) > 0.2 > share_of("blocked", 503), "a blocked loop rejects nobody")
-holds(
-    np.median(met["blocked"]["health_s"]) > 10 * np.median(met["careful"]["health_s"]),
-    "and its /health waits",
-)
-holds(no_us < 5000, "a rejection is cheap")
-holds(answered_share[1] > answered_share[0], "who waits as told gets an answer more often")
+holds(no_ms < 0.2 * yes_ms and no_us < 5000, "a 503 comes at once and is cheap")
+holds(awake.share(503) > 0.2 > blocks.share(503), "a blocked loop rejects nobody")
+holds(waits_s["blocked"] > 10 * waits_s["careful"], "and its /health waits")
+holds(share_of[1] > share_of[0], "a client that waits as told gets an answer more often")
 
 # %% [markdown]
 # ## Take away

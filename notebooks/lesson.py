@@ -481,8 +481,13 @@ def way(*rows: Sequence[str], changed: Collection[str] = (), title: str = "") ->
     plt.show()
 
 
-def table(rows: pd.DataFrame | Sequence[dict[str, Any]]) -> None:
-    """Show rows as a table; its columns' names say what they are, and in which unit."""
+def table(rows: pd.DataFrame | Sequence[dict[str, Any]] | str, *values: Sequence[Any]) -> None:
+    """Show rows as a table; its columns' names say what they are, and in which unit.
+
+    Either a frame or dicts, or the columns' names ("text | formula, ms | measured, ms"), then the values of each row.
+    """
+    if isinstance(rows, str):
+        rows = pd.DataFrame([*values], columns=rows.split(" | "))
     frame = pd.DataFrame(rows).astype(object)
     text = planner.markdown(frame.where(frame.notna(), "-").astype(str).to_dict("records"))
     display(Markdown(whose(text)))

@@ -1,4 +1,4 @@
-"""A crowd at a server's door: when each gets its answer, how many still stand outside, how long a stranger waits.
+"""A crowd at a server: when each gets its answer, how many connections are not accepted yet, how long a stranger waits.
 
 Outside: Linux holds the connections that a program has not accepted yet, and counts them in /proc/net/tcp.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from http.client import HTTPConnection
 from pathlib import Path
 
+from loadtests.modes import Server
+
 
 @dataclass(frozen=True)
 class Crowd:
@@ -19,6 +21,11 @@ class Crowd:
     outside: list[tuple[float, int]]
     open_404_ms: float
     new_404_ms: float
+
+    @property
+    def listed(self) -> str:
+        """The times of the answers, for a sentence."""
+        return ", ".join(f"{ms:.0f}" for ms in self.answers_ms)
 
 
 def outside(port: int) -> int:
@@ -30,12 +37,13 @@ def outside(port: int) -> int:
     return 0
 
 
-def crowd_at(port: int, text: str, people: int, *, inside: bool, after_s: float) -> Crowd:
+def crowd_at(server: Server, text: str, people: int, *, inside: bool, after_s: float) -> Crowd:
     """`people` POST `text` at the same moment; `after_s` later two others GET a page that does not exist.
 
     The people's connections are new, or `inside`: opened, and accepted, before. Of the other two one has an open
     connection, one opens a new one.
     """
+    port = int(server.url.rstrip("/").rsplit(":", 1)[1])
 
     def ask(connection: HTTPConnection, method: str, path: str, body: bytes | None, since: float) -> float:
         connection.request(method, path, body)

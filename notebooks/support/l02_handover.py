@@ -7,11 +7,15 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from workers.isolation.process import packed, unpacked
+from workers import offload, tasks
+from workers.isolation.process import Process, packed, unpacked
+from workers.metrics import Metrics
+from workers.settings import Settings
 
 PARROT = """
 import socket, sys
@@ -66,3 +70,13 @@ async def by_socket(texts: list[str], times: int) -> float:
     await writer.wait_closed()
     await child.wait()
     return found
+
+
+def places() -> dict[str, offload.Inline | offload.Thread | Process]:
+    """This server's three places, each for a model that returns at once."""
+    load_model = partial(tasks.load_alone, Settings(MODEL="loadtests.bench.apps:Instant"))
+    return {
+        "inline": offload.Inline(load_model),
+        "thread": offload.Thread(load_model),
+        "process": Process(load_model, 60.0, Metrics()),
+    }

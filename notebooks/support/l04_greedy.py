@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from lesson import apart
+from lesson import BLUE, ORANGE, apart, picture
 
 from loadtests.plan.planner import CostLaw, VirtualClock
 from workers.loop import ModelLoop
@@ -31,6 +31,10 @@ class Seen:
     @property
     def sizes(self) -> list[int]:
         return [size for _, _, size in self.calls]
+
+    def __str__(self) -> str:
+        """For a table: texts per second, mean ms, share held."""
+        return f"{self.per_s:.0f}, {self.mean_ms:.0f}, {self.held:.0%}"
 
 
 def watch(
@@ -85,3 +89,15 @@ def watch(
     seen.mean_ms = 1000 * sum(latency_s for latency_s, _ in answers) / len(answers)
     seen.held = sum(held for _, held in answers) / len(answers)
     return seen
+
+
+def draw(calls_of: dict[str, list[tuple[float, float, int]]]) -> None:
+    """Ten calls of each loop as bars on a line of time, with the number of texts in each."""
+    with picture("A short hold makes one call of two", "ms", "", xlim=(0, 420), ylim=(-0.6, 1.6)) as ax:
+        for y, (calls, color) in enumerate(zip(calls_of.values(), (BLUE, ORANGE))):
+            began = calls[10][0]
+            for at, took, n in calls[10:20]:
+                x = (at - began) * 1000
+                ax.barh(y, took * 1000, 0.5, x, color=color, edgecolor="white", clip_on=True)
+                ax.text(x + took * 500, y, str(n), color="white", ha="center", va="center", clip_on=True)
+        ax.set_yticks(range(len(calls_of)), list(calls_of))
