@@ -13,36 +13,22 @@
 
 # %%
 # "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
-from lesson import BLUE, CORES, GREY, ORANGE, PURPLE, SERVER_CORES, TEXT, ask, ask_together, bars, claim
-from lesson import compare, dots, guessed, holds, line, load, picture, quick, said, score, serve, serve_all
-from lesson import stop, table, tell, way, whose
+from lesson import BLUE, CORES, GREY, ORANGE, PURPLE, bars, claim, compare, dots, guessed, holds
+from lesson import line, picture, quick, said, score, table, tell, whose
 
 import math
-import time
-from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
 
 import checks
 from loadtests.load import generator
-from loadtests.modes import MODES, Mode
+from loadtests.modes import Mode
+from support import l06_crowd, l06_requests, l06_workers
 
 # %% [markdown]
 # ## Four kinds of workers
 #
-# Behind all of them are the same queue, the same loop, the same model. They differ in who waits for the model
-# meanwhile:
-
-# %%
-way(
-    ("clients", "kernel's\nbacklog", "sync\nworker", "queue", "loop", "model"),
-    ("clients", "8 threads", "queue", "loop", "model"),
-    ("clients", "event\nloop", "queue", "loop", "model"),
-    changed=("sync\nworker", "8 threads", "event\nloop"),
-    title="Who waits for the model: a process, a thread, or nobody",
-)
-
-# %% [markdown]
+# Behind all of them are the same queue, the same loop, the same model. They differ in who waits for the model meanwhile: a process,
+# a thread, or nobody.
+#
 # | worker | who waits for an answer | in one batch, at most |
 # |---|---|---|
 # | `sync` | the whole process; others wait in the kernel, where no queue of ours sees them | 1 |
@@ -67,11 +53,6 @@ way(
 # %%
 guess_threads = ...  # texts per second, by gthread with 8 threads
 
-# %%
-from gunicorn.workers import SUPPORTED_WORKERS
-
-tell(f"The kinds of workers that Gunicorn knows by name: {', '.join(SUPPORTED_WORKERS)}.")
-
 # %% [markdown]
 # **Prediction.** A text is in the server because somebody waits for its answer. If only $k$ can wait at the same time,
 # at most $k$ texts share a call: that is $k$ texts in 0.1 s, if all of them come back at once and the loop holds the batch until
@@ -85,75 +66,52 @@ tell(f"The kinds of workers that Gunicorn knows by name: {', '.join(SUPPORTED_WO
 USERS, CALL_S = 32, 0.1
 SLEEPS = {"MODEL": "loadtests.bench.apps:Sleeps", "SLEEP_S": CALL_S, "BATCH_SIZE": USERS}
 can_wait = quick({}, {"sync": 1}) | {"gthread": 8, "asgi": USERS, "uvicorn": USERS}
-kinds = {
-    name: serve(Mode(name, f"gunicorn -c workers/gunicorn/{name}.conf.py --workers 1"), wait=False, **SLEEPS)
-    for name in can_wait
-}
 can_wait["greedy"] = USERS  # uvicorn again, with a loop that holds no batch
-kinds["greedy"] = serve("thread", wait=False, FIXED_DELAY_MS=0, **SLEEPS)
-for server in kinds.values():
-    server.wait_until_ready()
-runs = {
-    name: load(server, "closed", users=USERS, duration_s=quick(1.2, 4), limit_s=20)
-    for name, server in kinds.items()
-}
-stop(*kinds.values())
-by_kind = {
-    name: (generator.throughput_per_s(df, quick(0.4, 0.8)), int(df.batch_size.max()))
-    for name, df in runs.items()
-}
-mean_batch = {name: df.batch_size.count() / (1 / df.batch_size).sum() for name, df in runs.items()}
+runs = l06_workers.each_kind(can_wait, USERS, SLEEPS)
+largest = {name: int(df.batch_size.max()) for name, df in runs.items()}
+per_s = {name: generator.throughput_per_s(df, quick(0.4, 0.8)) for name, df in runs.items()}
+mean_batch = {name: l06_workers.mean_batch(df) for name, df in runs.items()}
 in_call = {name: k / 2 if name == "greedy" else k for name, k in can_wait.items()}  # predicted
 expected = {name: n / CALL_S for name, n in in_call.items()}
 
 # %%
-with picture(
-    "Speed grows with the number of those who can wait",
-    "texts per second",
-    "",
-    xlim=(0, 1.15 * USERS / CALL_S),
-) as ax:
-    rows = range(len(by_kind))
+from gunicorn.workers import SUPPORTED_WORKERS
+
+tell(f"The kinds of workers that Gunicorn knows by name: {', '.join(SUPPORTED_WORKERS)}.")
+title, limits = "Speed grows with the number of those who can wait", (0, 1.15 * USERS / CALL_S)
+with picture(title, "texts per second", "", xlim=limits, ylim=(-0.6, len(runs) - 0.4)) as ax:
+    rows = range(len(runs))
     bars(ax, list(expected.values()), rows)
-    dots(ax, [per_s for per_s, _ in by_kind.values()], rows)
-    guessed(ax, guess_threads, list(by_kind).index("gthread"))
-    ax.set_yticks(rows, by_kind)
-    ax.set_ylim(-0.6, len(by_kind) - 0.4)
+    dots(ax, list(per_s.values()), rows)
+    guessed(ax, guess_threads, list(runs).index("gthread"))
+    ax.set_yticks(rows, runs)
 
 # %%
-table(
-    {
-        "worker": name,
-        "can wait": can_wait[name],
-        "largest batch, predicted": can_wait[name] - (name == "greedy"),
-        "measured": batch,
-        "mean, predicted": f"{in_call[name]:g}",
-        "mean, measured": f"{mean_batch[name]:.1f}",
-        "calls/s": f"{per_s / mean_batch[name]:.1f}",
-        "texts/s, predicted": f"{expected[name]:.0f}",
-        "texts/s, measured": f"{per_s:.0f}",
-    }
-    for name, (per_s, batch) in by_kind.items()
+columns = "worker | can wait | largest batch | mean batch, predicted | and measured | texts/s, predicted | and measured"
+rows = (
+    (name, can_wait[name], largest[name], f"{in_call[name]:g}", f"{mean_batch[name]:.1f}") for name in runs
 )
-compare(
-    "texts/s with 8 threads", guess=guess_threads, formula=expected["gthread"], measured=by_kind["gthread"][0]
-)
+table(columns, *((*row, f"{expected[row[0]]:.0f}", f"{per_s[row[0]]:.0f}") for row in rows))
+formula, measured = expected["gthread"], per_s["gthread"]
+compare("texts/s with 8 threads", guess=guess_threads, formula=formula, measured=measured)
 said(
     mean_batch["uvicorn"] < 0.9 * USERS,
     f"Behind uvicorn's worker the batches held {mean_batch['uvicorn']:.0f} of {USERS} texts: some clients came back after the hold had ended.",
 )
+
+# %%
 claim(
     "Gunicorn supports only gevent for async",
     who=f"one worker of each kind, a model that sleeps {CALL_S} s a call, {USERS} clients, no gevent in the server",
-    number=f"Gunicorn's own `asgi` worker answers {by_kind['asgi'][0]:.0f} texts/s in batches of up to {by_kind['asgi'][1]}, uvicorn's"
-    f" worker {by_kind['uvicorn'][0]:.0f} in up to {by_kind['uvicorn'][1]}",
+    number=f"Gunicorn's own `asgi` worker answers {per_s['asgi']:.0f} texts/s in batches of up to {largest['asgi']}, uvicorn's"
+    f" worker {per_s['uvicorn']:.0f} in up to {largest['uvicorn']}",
     verdict='fails: `worker_class = "asgi"`, or uvicorn\'s worker',
 )
 claim(
     "You need as many threads as the batch size",
     who=f"one worker of each kind, a model that sleeps {CALL_S} s a call, {USERS} clients, BATCH_SIZE={USERS}",
-    number=f"gthread with 8 threads: batches of up to {by_kind['gthread'][1]}, {by_kind['gthread'][0]:.0f} texts/s; one event loop: up"
-    f" to {by_kind['uvicorn'][1]}, {by_kind['uvicorn'][0]:.0f} texts/s",
+    number=f"gthread with 8 threads: batches of up to {largest['gthread']}, {per_s['gthread']:.0f} texts/s; one event loop: up"
+    f" to {largest['uvicorn']}, {per_s['uvicorn']:.0f} texts/s",
     verdict="holds for gthread; fails for asyncio, where a waiting client needs no thread",
 )
 
@@ -163,8 +121,7 @@ claim(
 # *Where the formula fails:* it assumes that all clients come back together. The loop needs some calls to learn that they do. A
 # client that comes back after the hold has ended misses the batch and waits for the next one. The greedy server's clients come back
 # just as fast, but the first of them starts a call that the others miss.
-
-# %% [markdown]
+#
 # ## "Then take 1,024 threads"
 #
 # So more threads, larger batches. 1,024 of them? People say that this is far too many. **Your guess:** how many MB of
@@ -176,98 +133,43 @@ guess_thread_mb = ...  # MB for each waiting thread
 # %% [markdown]
 # **Prediction.** Reserved is not used. So start 200 threads here that only wait, and see how much memory this
 # notebook's own process gains. 1,000 threads take five times that.
-
-# %%
-import threading
-
-import psutil
-
-
-def rss_mb():
-    return psutil.Process().memory_info().rss / 1e6
-
-
-before_mb, enough = rss_mb(), threading.Event()
-for _ in range(200):
-    threading.Thread(target=enough.wait).start()
-thread_mb = (rss_mb() - before_mb) / 200
-enough.set()
-tell(f"A waiting thread took {thread_mb * 1000:.0f} kB here. 1,000 of them: {thread_mb * 1000:.0f} MB.")
-
-# %% [markdown]
-# Now 1,000 clients, all waiting at the same time, behind `gthread` with 1,024 threads and behind one event loop. The
+#
+# Then 1,000 clients, all waiting at the same time, behind `gthread` with 1,024 threads and behind one event loop. The
 # model sleeps 0.1 s a call and takes 64 texts at once. So it does 640 a second, if the server can keep up. Meanwhile
 # somebody asks for `/health`.
 
 # %%
-from support import l06_crowd
-
+thread_mb = l06_crowd.waiting_thread_mb()
+tell(f"A waiting thread took {thread_mb * 1000:.0f} kB here. 1,000 of them: {thread_mb * 1000:.0f} MB.")
 CROWD = 1000
 patient = {"BATCH_SIZE": 64, "MAX_QUEUE": 4000, "QUEUE_TARGET_S": 0, "DEADLINE_S": 30}
-threads_1024 = Mode(
-    "1,024 threads",
-    "gunicorn -c workers/gunicorn/gthread.conf.py --threads 1024 --worker-connections 4000",
-)
+command = "gunicorn -c workers/gunicorn/gthread.conf.py --threads 1024 --worker-connections 4000"
+threads_1024 = Mode("1,024 threads", command)
 event_loop = Mode("an event loop", "gunicorn -c workers/gunicorn/uvicorn.conf.py --workers 1")
 crowds = [l06_crowd.measure(mode, CROWD, **(SLEEPS | patient)) for mode in (threads_1024, event_loop)]
 with_threads, with_loop = crowds
-
-
-def digits(value):
-    """A number, with a few digits."""
-    if not isinstance(value, float):
-        return value
-    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
-
-
-table({key: digits(value) for key, value in row.items()} for row in crowds)
-for row in crowds:
-    reached = row["answers/s"] / (64 / CALL_S)
-    missing = CROWD - row["clients connected when counting began"]
-    if reached < 0.85:
-        tell(
-            f"**{row['who waits']}:** {reached:.0%} of what the model can do. "
-            + (
-                f"{missing} of {CROWD} clients were not connected yet, so this run says little: repeat it on a quieter machine."
-                if missing > 0.1 * CROWD
-                else "All clients were there, but their requests came too late for full batches: see the batch column."
-            )
-        )
+l06_crowd.show(crowds, CROWD, 64 / CALL_S)
 
 # %%
-with picture(
-    "Waiting takes little memory, even in threads",
-    "clients who wait",
-    "MB more than without them",
-    xlim=(0, 1100),
-    ylim=(0, None),
-) as ax:
+more, title = "MB more than before the crowd", "Waiting takes little memory, even in threads"
+axes = {"xlim": (0, 1100), "ylim": (0, None)}
+with picture(title, "clients who wait", "MB more than without them", **axes) as ax:
     line(ax, [0, CROWD], [0, CROWD * thread_mb], "predicted, threads")
-    dots(ax, [CROWD], [with_threads["MB more than before the crowd"]], "1,024 threads", ORANGE)
-    dots(ax, [CROWD], [with_loop["MB more than before the crowd"]], "an event loop")
+    dots(ax, [CROWD], [with_threads[more]], "1,024 threads", ORANGE)
+    dots(ax, [CROWD], [with_loop[more]], "an event loop")
     guessed(ax, 50, 50 * guess_thread_mb, "your guess, for 50")
+formula, measured = CROWD * thread_mb, with_threads[more]
+compare("MB for 1,000 waiting threads", guess=CROWD * guess_thread_mb, formula=formula, measured=measured)
 
 # %%
-compare(
-    "MB for 1,000 waiting threads",
-    guess=CROWD * guess_thread_mb,
-    formula=CROWD * thread_mb,
-    measured=with_threads["MB more than before the crowd"],
-)
+health = "/health, median ms"
 claim(
     "1,024 threads are too many",
     who=f"one gthread worker with 1,024 threads, {CROWD:,} clients at the same time, a model that sleeps {CALL_S} s a call of 64",
-    number=f"{with_threads['answers/s']:.0f} answers/s, /health after {with_threads['/health, median ms']:.0f} ms (median),"
-    f" {with_threads['MB more than before the crowd']:.0f} MB for the waiting; an event loop: {with_loop['answers/s']:.0f}/s,"
-    f" {with_loop['/health, median ms']:.0f} ms, {with_loop['MB more than before the crowd']:.0f} MB",
-    verdict="fails for memory; "
-    + (
-        "untested for speed: not all of the clients were there"
-        if min(row["clients connected when counting began"] for row in crowds) < 0.9 * CROWD
-        else "holds for speed: they hold each other up"
-        if with_threads["answers/s"] < 0.8 * with_loop["answers/s"]
-        else "fails for speed, too: they wait. But an event loop needs none of them"
-    ),
+    number=f"{with_threads['answers/s']:.0f} answers/s, /health after {with_threads[health]:.0f} ms (median),"
+    f" {with_threads[more]:.0f} MB for the waiting; an event loop: {with_loop['answers/s']:.0f}/s,"
+    f" {with_loop[health]:.0f} ms, {with_loop[more]:.0f} MB",
+    verdict=f"fails for memory; {l06_crowd.speed_verdict(crowds, CROWD)}",
 )
 
 # %% [markdown]
@@ -277,8 +179,7 @@ claim(
 #
 # *Where the formula fails:* a request is more than its thread. Its buffers, its text and its place in the queue take
 # memory, too. The event loop's dot shows how much: it has the requests without the threads.
-
-# %% [markdown]
+#
 # ## "A model server serialises: one execution at a time"
 #
 # 16 clients ask in the same moment. The model takes 0.1 s a call. **Your guess:** after how many seconds has the last
@@ -294,36 +195,18 @@ guess_last_s = ...  # seconds
 
 # %%
 choices = {"default": (1, 1), "2 copies": (2, 1), "4 copies": (4, 1), "batches of 8": (1, 8)}
-servers = serve_all(
-    *(SLEEPS | {"INSTANCES": k, "BATCH_SIZE": most} for k, most in choices.values()), cores=SERVER_CORES
-)
-last_s, most_at_once = {}, {}
-for name, server in zip(choices, servers):
-    ask(server)
-    replies = ask_together(server, [TEXT] * 16)
-    assert {reply.status for reply in replies} == {200}
-    last_s[name] = max(reply.ms for reply in replies) / 1000
-stop()
+last_s = l06_workers.last_of_16(choices, SLEEPS)
 rounds = {name: math.ceil(16 / (k * most)) + (most > 1) for name, (k, most) in choices.items()}
-
-# %%
-with picture(
-    "One copy, one call at a time", "s until the last of 16 has its answer", "", xlim=(0, 1.9)
-) as ax:
+title, axis = "One copy, one call at a time", "s until the last of 16 has its answer"
+with picture(title, axis, "", xlim=(0, 1.9), ylim=(-0.6, 3.6)) as ax:
     bars(ax, [CALL_S * n for n in rounds.values()], range(4), "_")
     ax.text(CALL_S * rounds["2 copies"], 1.35, "predicted", ha="center")
     dots(ax, list(last_s.values()), range(4))
     guessed(ax, guess_last_s, 0)
     ax.set_yticks(range(4), choices)
-    ax.set_ylim(-0.6, 3.6)
 
 # %%
-compare(
-    "s until the last of 16 has its answer",
-    guess=guess_last_s,
-    formula=16 * CALL_S,
-    measured=last_s["default"],
-)
+compare(axis, guess=guess_last_s, formula=16 * CALL_S, measured=last_s["default"])
 claim(
     "A model server serialises by default, one execution at a time",
     who=f"this server around a model that sleeps {CALL_S} s a call, 16 clients in the same moment",
@@ -334,12 +217,11 @@ claim(
 # %% [markdown]
 # That it serialises is no flaw. A model that computes uses its core fully, so a second call beside it would only slow
 # down the first. More copies pay where there are more cores or devices for them.
-
-# %% [markdown]
+#
 # ## "Use (2 × cores) + 1 workers"
 #
 # Gunicorn's documentation says so ("How Many Workers?", chapter Design), for apps that wait for something else
-# half of the time. Now it is the embedded model again, and 32 clients. One `sync` worker for each core answers some
+# half of the time. Now it is the bundled model again, and 32 clients. One `sync` worker for each core answers some
 # texts per second. **Your guess:** how many times as many do (2 × cores) + 1 of them answer?
 
 # %%
@@ -353,54 +235,28 @@ guess_more = ...  # times the texts/s
 # compared with like: `sync` workers run one text at a time, the event loops all run batches.
 
 # %%
-from support import l06_workers
-
 cores = len(CORES)
-rule = quick(cores + 1, 2 * cores + 1)
-which_model = quick(SLEEPS, {})
-if which_model:
-    tell("The quick form has no time to load the embedded model so often. It takes the one that sleeps.")
-
-
-def start(kind, k, batch_size):
-    """This many workers of a kind, on all cores."""
-    mode = Mode(f"{kind} × {k}", f"gunicorn -c workers/gunicorn/{kind}.conf.py --workers {k}")
-    return serve(mode, cores=None, **(which_model | {"BATCH_SIZE": batch_size}))
-
-
+rule, which_model = quick(cores + 1, 2 * cores + 1), quick(SLEEPS, {})
+said(
+    which_model,
+    "The quick form has no time to load the bundled model so often. It takes the one that sleeps.",
+)
 numbers = sorted({1, cores, rule})
-found = {}
-for kind, k, batch_size in [("sync", k, 1) for k in numbers[1:]] + [("uvicorn", k, 32) for k in numbers]:
-    server = start(kind, k, batch_size)
-    found[kind, k] = l06_workers.saturate(server, USERS)
-    if (kind, k) == ("uvicorn", cores):
-        shares = l06_workers.dealt(server, USERS)
-    stop(server)
-names = {
-    ("sync", cores): f"sync × {cores}",
-    ("uvicorn", 1): "event loop",
-    ("uvicorn", cores): f"event loop × {cores}",
-}
-if quick(False, True):
-    for name, label in (("gthread-1x8", "gthread, 8 threads"), ("instances-2", "event loop, 2 copies")):
-        server = serve(MODES[name], cores=None, BATCH_SIZE=32)
-        found[name], names[name] = l06_workers.saturate(server, USERS), label
-        stop(server)
+plan = [("sync", k, 1) for k in numbers[1:]] + [("uvicorn", k, 32) for k in numbers]
+found, shares = l06_workers.by_workers(plan, USERS, which_model)
+names = {("sync", cores): f"sync × {cores}", ("uvicorn", 1): "event loop"}
+names |= {("uvicorn", cores): f"event loop × {cores}"}
+names |= quick({}, {"gthread-1x8": "gthread, 8 threads", "instances-2": "event loop, 2 copies"})
 
 # %%
-memory = [found["sync", k]["MB"] / found["sync", cores]["MB"] for k in numbers[1:]]
-sync_speed = [found["sync", k]["per_s"] / found["sync", cores]["per_s"] for k in numbers[1:]]
-loop_speed = [found["uvicorn", k]["per_s"] / found["uvicorn", cores]["per_s"] for k in numbers]
+sync, many, loops = found["sync", cores], found["sync", rule], {k: found["uvicorn", k] for k in numbers}
+memory = [found["sync", k]["MB"] / sync["MB"] for k in numbers[1:]]
+sync_speed = [found["sync", k]["per_s"] / sync["per_s"] for k in numbers[1:]]
+loop_speed = [loops[k]["per_s"] / loops[cores]["per_s"] for k in numbers]
 highest = max(*memory, *sync_speed, *loop_speed, rule / cores, guess_more)
-
-with picture(
-    "(2 × cores) + 1: more memory, not more speed",
-    "workers",
-    f"times what {cores} workers have",
-    xticks=numbers,
-    xlim=(0.8, rule + 0.2),
-    ylim=(0, 1.2 * highest),
-) as ax:
+axes = {"xticks": numbers, "xlim": (0.8, rule + 0.2), "ylim": (0, 1.2 * highest)}
+title = "(2 × cores) + 1: more memory, not more speed"
+with picture(title, "workers", f"times what {cores} workers have", **axes) as ax:
     line(ax, numbers, [k / cores for k in numbers], "memory", GREY, linestyle="--")
     dots(ax, numbers[1:], memory, "_", GREY)
     line(ax, numbers, [min(k, cores) / cores for k in numbers], "texts/s, predicted")
@@ -409,45 +265,37 @@ with picture(
     guessed(ax, rule, guess_more)
 
 # %%
-table(
-    {
-        "workers": f"{key[0]} × {key[1]}" if isinstance(key, tuple) else names[key],
-        "batches of up to": 1 if key[0] == "sync" else 8 if key == "gthread-1x8" else 32,
-        "texts in a call, mean": f"{row['batch']:.1f}",
-        "texts/s": f"{row['per_s']:.0f}",
-        "memory, MB": f"{row['MB']:.0f}",
-        "of which each process, MB": " + ".join(row["each"]),
-    }
-    for key, row in found.items()
+columns = "workers | texts in a call, mean | texts/s | memory, MB | of which each process, MB"
+called = {key: f"{key[0]} × {key[1]}" if isinstance(key, tuple) else names[key] for key in found}
+rows = (
+    (f"{row['batch']:.1f}", f"{row['per_s']:.0f}", f"{row['MB']:.0f}", " + ".join(row["each"]))
+    for row in found.values()
 )
-table(
-    {"32 connections at once, try": i, **{f"worker {n}": count for n, count in enumerate(each, 1)}}
-    for i, each in enumerate(shares, 1)
-)
+table(columns, *((called[key], *row) for key, row in zip(found, rows)))
+dealt = " | ".join(["32 connections at once, try", *(f"worker {n}" for n in range(1, len(shares[0]) + 1))])
+table(dealt, *((i, *each) for i, each in enumerate(shares, 1)))
 
 # %%
+slower = loops[rule]["per_s"] < 0.9 * loops[cores]["per_s"]
 said(
-    found["uvicorn", rule]["per_s"] < 0.9 * found["uvicorn", cores]["per_s"],
-    f"{rule} event loops are slower than {cores}: their batches hold {found['uvicorn', rule]['batch']:.0f} texts in place of"
-    f" {found['uvicorn', cores]['batch']:.0f}, because each has a queue of its own, and {rule} models take turns on {cores} cores.",
+    slower,
+    f"{rule} event loops are slower than {cores}: their batches hold {loops[rule]['batch']:.0f} texts in place of"
+    f" {loops[cores]['batch']:.0f}, because each has a queue of its own, and {rule} models take turns on {cores} cores.",
 )
-compare(
-    "times the texts/s with the rule, sync",
-    guess=guess_more,
-    formula=1,
-    measured=found["sync", rule]["per_s"] / found["sync", cores]["per_s"],
-)
-sync, many, loops = found["sync", cores], found["sync", rule], {k: found["uvicorn", k] for k in numbers}
+
+faster = many["per_s"] / sync["per_s"]
+compare("times the texts/s with the rule, sync", guess=guess_more, formula=1, measured=faster)
+
+# %%
+fails = "fails for a model: it computes, it does not wait"
 claim(
     "Use (2 × cores) + 1 workers",
-    who=f"{'a model that sleeps' if which_model else 'the embedded model'} on {cores} cores, shared with {USERS} clients; {rule} workers against {cores}",
-    number=f"sync, one text a call: {many['per_s'] / sync['per_s']:.2f} times the texts/s for {many['MB'] / sync['MB']:.1f} times the"
+    who=f"{'a model that sleeps' if which_model else 'the bundled model'} on {cores} cores, shared with {USERS} clients; {rule} workers against {cores}",
+    number=f"sync, one text a call: {faster:.2f} times the texts/s for {many['MB'] / sync['MB']:.1f} times the"
     f" memory; event loops with batches: {loops[rule]['per_s'] / loops[cores]['per_s']:.2f} times for"
     f" {loops[rule]['MB'] / loops[cores]['MB']:.1f} times; {cores} loops against one:"
     f" {loops[cores]['per_s'] / loops[1]['per_s']:.2f} times",
-    verdict="fails for a model: it computes, it does not wait"
-    if many["per_s"] < 1.4 * sync["per_s"]
-    else "untested: other programs took the cores in this run",
+    verdict=fails if faster < 1.4 else "untested: other programs took the cores in this run",
 )
 
 # %% [markdown]
@@ -457,8 +305,7 @@ claim(
 #   each core is smaller than predicted.
 # - Workers share no queue. A connection belongs to the one that accepted it first, whatever waits there. If the kernel
 #   tossed a coin for each, 16 of 32 would fall to either worker, give or take 3. The second table shows what it did.
-
-# %% [markdown]
+#
 # ## Memory against speed
 #
 # **Your guess:** how many MB do two workers with the model take?
@@ -470,37 +317,25 @@ guess_two_mb = ...  # MB
 # **Prediction:** twice what one takes. (In the picture, up and to the left is better.)
 
 # %%
-one_mb = found["uvicorn", 1]["MB"]
-top = 1.25 * max(found[key]["per_s"] for key in names)
-with picture(
-    "Batches give speed, copies cost memory", "memory, MB", "texts/s, 32 users", xlim=(0, None), ylim=(0, top)
-) as ax:
+one_mb, top = loops[1]["MB"], 1.25 * max(found[key]["per_s"] for key in names)
+title, axes = "Batches give speed, copies cost memory", {"xlim": (0, None), "ylim": (0, top)}
+with picture(title, "memory, MB", "texts/s, 32 users", **axes) as ax:
     for copies, name in ((1, " one"), (2, " twice one")):
         ax.axvline(copies * one_mb, color="black", linestyle=":")
         ax.text(copies * one_mb, 2, name, fontsize=11)
     for key, name in names.items():
         dots(ax, found[key]["MB"], found[key]["per_s"], name, ORANGE if key[0] == "sync" else BLUE)
-    guessed(ax, guess_two_mb, found["uvicorn", cores]["per_s"] / 2)
+    guessed(ax, guess_two_mb, loops[cores]["per_s"] / 2)
+compare("MB of two workers", guess=guess_two_mb, formula=2 * one_mb, measured=loops[cores]["MB"])
+separate = found.get("instances-2", {"MB": 0})["MB"] / one_mb
+said(separate, f"One web process with two copies in processes of their own: {separate:.2f} times.")
 
-# %%
-two = found["uvicorn", cores]["MB"] / one_mb
-compare("MB of two workers", guess=guess_two_mb, formula=2 * one_mb, measured=found["uvicorn", cores]["MB"])
-tell(
-    f"{cores} event loops take {two:.2f} times the memory of one; {cores} sync workers {sync['MB'] / one_mb:.2f} times; you"
-    f" guessed {guess_two_mb / one_mb:.2f} times."
-    + (
-        f" One web process with two copies in processes of their own: {found['instances-2']['MB'] / one_mb:.2f} times."
-        if "instances-2" in found
-        else ""
-    )
-)
 
 # %% [markdown]
 # *Where the formula fails:* hardly. Workers share the pages of the libraries' files, and shared pages are counted once.
 # So two take a little less than twice. Two copies in processes of their own have a third process beside them, the one
 # that speaks HTTP. It doesn't load torch, so it is small: see the last column of the table above.
-
-# %% [markdown]
+#
 # ## Threads × threads
 #
 # Torch computes with several threads of its own, by default one for each core, in *each* process. They work in step:
@@ -518,74 +353,35 @@ guess_beside = ...  # times as fast
 # fast as one.
 
 # %%
-from loadtests.bench import threads
-
 scenes = {"nothing else": [], "one core busy": [1.0]}
 hows = {"1": "1 thread", str(cores): f"{cores} threads"}
 hows |= quick({}, {str(2 * cores): f"{2 * cores} threads", "ours": "as the server chooses"})
-by_scene, core_ms = {}, {}
-with threads.answering() as rate:
-    (process,) = psutil.Process().children()[-1:]  # which calls the model
-
-    def measure(how):
-        """Texts per second, and how many ms of processor time each takes."""
-        before_s, began = sum(process.cpu_times()[:2]), time.perf_counter()
-        per_s = rate(how, 32, quick(0.3, 0.6))
-        took_s = sum(process.cpu_times()[:2]) - before_s
-        return per_s, took_s / (time.perf_counter() - began) / per_s * 1000
-
-    for scene, neighbours in scenes.items():
-        with threads.beside(neighbours):
-            turns = [{how: measure(how) for how in hows} for _ in range(quick(1, 3))]
-        for how in hows:
-            by_scene.setdefault(scene, {})[how] = float(np.median([turn[how][0] for turn in turns]))
-            core_ms[scene, how] = float(np.median([turn[how][1] for turn in turns]))
+speeds = l06_workers.by_threads(scenes, hows)
+rows = ((scene, hows[how], f"{per_s:.0f}", f"{ms:.1f}") for (scene, how), (per_s, ms) in speeds.items())
+table("beside it | torch threads | texts/s | processor time of a text, ms", *rows)
 
 # %%
-table(
-    {
-        "beside it": scene,
-        "torch threads": name,
-        "texts/s": f"{by_scene[scene][how]:.0f}",
-        "processor time of a text, ms": f"{core_ms[scene, how]:.1f}",
-    }
-    for scene in scenes
-    for how, name in hows.items()
-)
-four = str(2 * cores)
+all_of_them, four = str(cores), str(2 * cores)
+(one_per_s, one_ms), (all_per_s, all_ms) = (speeds["one core busy", how] for how in ("1", all_of_them))
 said(
-    four in by_scene["one core busy"]
-    and by_scene["one core busy"].get(four, 0) > 1.1 * by_scene["one core busy"][str(cores)],
+    speeds.get(("one core busy", four), (0, 0))[0] > 1.1 * all_per_s,
     f"Beside a busy core {four} threads are faster than {cores}: the kernel deals its time by the head, so {four} threads beside one neighbour"
     f" get {four} fifths of all cores where {cores} get two thirds. That takes from the neighbour, and works until it does the same.",
 )
-times = {scene: rates[str(cores)] / rates["1"] for scene, rates in by_scene.items()}
-table(
-    [
-        {
-            "": "beside nothing",
-            "guessed": None,
-            "predicted": f"{cores} times",
-            "measured": f"{times['nothing else']:.2f} times",
-        },
-        {
-            "": "beside one busy core",
-            "guessed": f"{guess_beside:.2f} times",
-            "predicted": f"{cores / 2:.2f} times",
-            "measured": f"{times['one core busy']:.2f} times",
-        },
-    ]
+
+tell(
+    f"Beside a busy core a text takes {one_ms:.1f} ms of processor time with one thread, {all_ms:.1f} ms with {cores}."
+    f" {'So they spin: what is added is waiting.' if all_ms > 1.3 * one_ms else 'So they mostly sleep.'}"
 )
-compare(
-    "two threads beside a busy core, times one",
-    guess=guess_beside,
-    formula=cores / 2,
-    measured=times["one core busy"],
-)
+
+# %%
+alone = speeds["nothing else", all_of_them][0] / speeds["nothing else", "1"][0]
+beside, what = all_per_s / one_per_s, "two threads beside a busy core, times one"
+compare(what, guess=guess_beside, formula=cores / 2, measured=beside)
 claim(
     "More torch threads are faster",
-    who=f"the embedded model in batches of 32, called in a loop, {cores} cores",
-    number=f"{cores} threads against one: {times['nothing else']:.2f} times the texts/s on an idle machine, {times['one core busy']:.2f} times"
+    who=f"the bundled model in batches of 32, called in a loop, {cores} cores",
+    number=f"{cores} threads against one: {alone:.2f} times the texts/s on an idle machine, {beside:.2f} times"
     " while another program keeps one core busy",
     verdict="depends on whether the cores are free: workers × torch threads must not exceed the free cores",
 )
@@ -594,16 +390,8 @@ claim(
 # *Where the formula fails:* "half of a core" is not half of every moment. The kernel gives the core to one of them for
 # some milliseconds, then to the other. An operation of the model is much shorter. So all threads stand still until the
 # one without a core gets it back. Do they sleep meanwhile, or do they spin, which is to look again and again? A spinning
-# thread keeps its core busy. So the processor time of a text tells:
-
-# %%
-one_ms, all_ms = core_ms["one core busy", "1"], core_ms["one core busy", str(cores)]
-tell(
-    f"Beside a busy core a text takes {one_ms:.1f} ms of processor time with one thread, {all_ms:.1f} ms with {cores}."
-    f" {'So they spin: what is added is waiting.' if all_ms > 1.3 * one_ms else 'So they mostly sleep.'}"
-)
-
-# %% [markdown]
+# thread keeps its core busy. So the processor time of a text tells, above.
+#
 # ## A timeout that kills healthy workers
 #
 # Gunicorn kills a worker that has given no sign of life, no *heartbeat*, for `timeout` seconds. On an event loop the
@@ -618,23 +406,12 @@ guess_status = ...
 # started the worker, kills it after 2 to 4 s, in the middle of the call.
 
 # %%
-short = Mode("timeout-2", "gunicorn -c workers/gunicorn/uvicorn.conf.py --workers 1 --timeout 2")
-places = ("thread", "inline")
 slow = SLEEPS | {"SLEEP_S": 5, "BATCH_SIZE": 1}
-in_place = dict(zip(places, serve_all(*(slow | {"OFFLOAD": place} for place in places), mode=short)))
-with ThreadPoolExecutor() as pool:
-    replies = dict(zip(places, pool.map(lambda server: ask(server, patience_s=12), in_place.values())))
-killed = {place: "WORKER TIMEOUT" in server.log() for place, server in in_place.items()}
-stop()
-table(
-    {
-        "the model is": {"thread": "in a thread", "inline": "on the event loop"}[place],
-        "status": reply.status or "none: the connection was closed",
-        "after, s": f"{reply.ms / 1000:.1f}",
-        "Gunicorn killed the worker": "yes" if killed[place] else "no",
-    }
-    for place, reply in replies.items()
-)
+replies, killed = l06_workers.ask_slow(("thread", "inline"), slow)
+where = {"thread": "in a thread", "inline": "on the event loop"}
+statuses = {place: reply.status or "none: the connection was closed" for place, reply in replies.items()}
+rows = ((where[one], statuses[one], f"{reply.ms / 1000:.1f}", killed[one]) for one, reply in replies.items())
+table("the model is | status | after, s | Gunicorn killed the worker", *rows)
 tell(f"You guessed {guess_status} for the second.")
 
 # %% [markdown]
@@ -643,8 +420,7 @@ tell(f"You guessed {guess_status} for the second.")
 #
 # The rule of `workers/gunicorn/common.py`: the timeout is longer than any healthy silence, and the model never sits on the
 # loop.
-
-# %% [markdown]
+#
 # ## "100,000 requests per second per core"
 #
 # Such figures are on the front pages of web frameworks. Take a bare Starlette handler. It reads the body and returns
@@ -659,47 +435,12 @@ guess_bare, guess_instant = ..., ...  # requests per second
 # microseconds. A core can't answer more than one second ÷ that.
 
 # %%
-from loadtests.bench import overhead, apps
-
-body = TEXT.encode()
-scope = {"type": "http", "method": "POST", "path": "/", "root_path": "", "query_string": b"", "headers": []}
-
-
-async def call_it(times):
-    """Seconds that a call of the bare app takes."""
-
-    async def receive():
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def send(message):
-        pass
-
-    began = time.perf_counter()
-    for _ in range(times):
-        await apps.bare(dict(scope), receive, send)
-    return (time.perf_counter() - began) / times
-
-
-app_us = min([await call_it(500) for _ in range(quick(3, 10))]) * 1e6
-
-
-def requests_per_s(name, app, **env):
-    """Of 32 connections that ask without a pause; the server on one core, they on another."""
-
-    def work():
-        with overhead.serving(name, 32, app, **env) as rate:
-            rate(0.3)
-            return float(np.median([rate(quick(0.5, 1.5)) for _ in range(quick(1, 3))]))
-
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
-
-
+app_us = min([await l06_requests.call_s(500) for _ in range(quick(3, 10))]) * 1e6
 instant = {"MODEL": "loadtests.bench.apps:Instant"}
 rates = {
-    "bare Starlette": requests_per_s("bare", "loadtests.bench.apps:bare"),
-    "this server, batches of 32": requests_per_s("batch", "server:app", BATCH_SIZE="32", **instant),
-    "this server, one by one": requests_per_s("single", "server:app", BATCH_SIZE="1", **instant),
+    "bare Starlette": l06_requests.per_s("bare", "loadtests.bench.apps:bare"),
+    "this server, batches of 32": l06_requests.per_s("batch", "server:app", BATCH_SIZE="32", **instant),
+    "this server, one by one": l06_requests.per_s("single", "server:app", BATCH_SIZE="1", **instant),
 }
 
 # %%
@@ -732,17 +473,15 @@ claim(
 # *Where the formula fails:* the bar is what Starlette alone would allow. HTTP comes on top: reading from the socket,
 # taking the headers apart, writing the reply. For each request that is at least two calls into the kernel.
 #
-# And does it matter? The embedded model does some hundred texts a second on this core. The server around it could do
+# And does it matter? The bundled model does some hundred texts a second on this core. The server around it could do
 # some thousands. Look for speed where the time goes.
-
-# %% [markdown]
+#
 # ## The answer
 #
 # One worker, an event loop, the model in a thread, batches if they pay (lesson 4): that is `gunicorn.conf.py`. Another core? Give
 # torch another thread first, if the core is free. It costs no memory. More copies only where memory and a core or a GPU
 # are to spare, and then `INSTANCES`, on the *same* queue.
-
-# %% [markdown]
+#
 # ## Exercises
 #
 # Fill in and run. The checker tells you what it thinks; it never stops the notebook. Solutions are in
@@ -755,7 +494,6 @@ number_of_workers = ...
 
 checks.exercise_6_1(number_of_workers)
 
-
 # %% [markdown]
 # **★★** `workers` processes share `cores` cores. How many torch threads may each have? All together must not be more than
 # the cores. But each process needs at least one.
@@ -766,7 +504,6 @@ def torch_threads(workers, cores): ...
 
 
 checks.exercise_6_2(torch_threads)
-
 
 # %% [markdown]
 # **★★★** Two workers with a queue each, and a balancer that deals in turn; or one queue for both. A text takes 10 ms,
@@ -825,36 +562,24 @@ labs.lab_6(threads)
 # 9. Else healthy workers are killed in the middle of large batches.
 # 10. The model takes hundreds of times as long as the framework.
 # </details>
-
-# %% [markdown]
-# ## How far off were you?
+#
+# ## How far off were you? And what must hold
 
 # %%
 score()
-
-# %% [markdown]
-# ## What must hold
-
-# %%
-assert by_kind["gthread"][1] <= 8, "threads bound the batch"
+assert largest["gthread"] <= 8, "threads bound the batch"
 assert replies["inline"].status == 0 and killed["inline"], "a blocked loop is taken for a dead worker"
-holds(min(by_kind["asgi"][1], by_kind["uvicorn"][1]) > 8, "an event loop doesn't")
-holds(
-    by_kind["uvicorn"][0] > 1.5 * by_kind["gthread"][0], "speed grows with the number of those who can wait"
-)
-holds(by_kind["uvicorn"][0] > 1.4 * by_kind["greedy"][0], "clients that come back fill a batch that is held")
+holds(min(largest["asgi"], largest["uvicorn"]) > 8, "an event loop doesn't")
+holds(per_s["uvicorn"] > max(1.5 * per_s["gthread"], 1.4 * per_s["greedy"]), "all who can wait fill a batch")
 holds(with_threads["threads"] > 500 > with_loop["threads"], "each waiting client had its thread")
-holds(with_threads["MB more than before the crowd"] < 300, "and it took little memory")
+holds(with_threads[more] < 300, "and it took little memory")
 holds(last_s["default"] > 1.6 * last_s["2 copies"], "one call at a time, unless there are copies")
 holds(last_s["default"] > 3 * last_s["batches of 8"], "or batches")
-holds(many["MB"] > 1.5 * sync["MB"], "copies cost memory")
-holds(many["per_s"] < 1.4 * sync["per_s"], "more workers than cores don't help")
+holds(many["MB"] > 1.5 * sync["MB"] and faster < 1.4, "copies cost memory; more than cores don't help")
 holds(loops[rule]["per_s"] < 1.4 * loops[cores]["per_s"], "with batches neither")
 holds(loops[1]["per_s"] > sync["per_s"], "one copy with batches beats a copy for each core without")
-holds(times["one core busy"] < times["nothing else"] or cores == 1, "threads need free cores")
-holds(
-    replies["thread"].status == 200 and not killed["thread"], "a model in a thread leaves the heartbeat alone"
-)
+holds(beside < alone or cores == 1, "threads need free cores")
+holds(replies["thread"].status == 200 and not killed["thread"], "a model in a thread lets the heart beat")
 holds(single_per_s < bare_per_s < 1e6 / app_us, "HTTP costs more than the framework")
 
 # %% [markdown]

@@ -104,9 +104,7 @@ def share_of_long(df: pd.DataFrame) -> float:
     return float((alone.size_tokens > 60).mean())
 
 
-def gains(
-    laws: Mapping[str, planner.CostLaw], ms: Mapping[str, pd.Series], most: int
-) -> dict[tuple[str, str], float]:
+def gains(ms: Mapping[str, pd.Series], most: int) -> dict[tuple[str, str], float]:
     """The measured gain of batches of `most`, for the fast path and the stock pipeline, mixed and short texts."""
     kinds: Sequence[tuple[str, str]] = [
         (name, kind) for name in ("fast", "stock") for kind in ("mixed", "short")

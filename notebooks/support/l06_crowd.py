@@ -3,19 +3,32 @@
 import asyncio
 import math
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import uvloop
-from lesson import CLIENT_CORES, TEXT, counters, quick, serve, stop
+from lesson import CLIENT_CORES, TEXT, counters, quick, serve, stop, table, tell
 
 from loadtests.load.raw_client import Crowd
 from loadtests.modes import Mode, Server
 
 WARM_S = quick(1.0, 2.0)
+
+
+def waiting_thread_mb(count: int = 200) -> float:
+    """What this process gains in memory for each thread that only waits, in MB."""
+    process, enough = psutil.Process(), threading.Event()
+    before = process.memory_info().rss
+    for _ in range(count):
+        threading.Thread(target=enough.wait).start()
+    after = process.memory_info().rss
+    enough.set()
+    return (after - before) / count / 1e6
 
 
 def crowd_at(server: Server, clients: int, seconds: float) -> tuple[Any, int]:
@@ -75,3 +88,37 @@ def measure(mode: Mode, clients: int, **settings: Any) -> dict[str, Any]:
     }
     stop(server)
     return row
+
+
+def show(rows: list[dict[str, Any]], clients: int, most_per_s: float) -> None:
+    """Rows as a table, and for each that stays far below what the model can do, why."""
+    table([{key: digits(value) for key, value in row.items()} for row in rows])
+    for row in rows:
+        reached, missing = (
+            row["answers/s"] / most_per_s,
+            clients - row["clients connected when counting began"],
+        )
+        absent = f"{missing} of {clients} clients were not connected yet, so this run says little: repeat it on a quieter machine."
+        late = (
+            "All clients were there, but their requests came too late for full batches: see the batch column."
+        )
+        if reached < 0.85:
+            why = absent if missing > 0.1 * clients else late
+            tell(f"**{row['who waits']}:** {reached:.0%} of what the model can do. {why}")
+
+
+def digits(value: Any) -> Any:
+    """A number, with a few digits."""
+    if not isinstance(value, float):
+        return value
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def speed_verdict(rows: list[dict[str, Any]], clients: int) -> str:
+    """What the two runs, with threads and with an event loop, say of the threads' speed."""
+    with_threads, with_loop = (row["answers/s"] for row in rows)
+    if min(row["clients connected when counting began"] for row in rows) < 0.9 * clients:
+        return "untested for speed: not all of the clients were there"
+    if with_threads < 0.8 * with_loop:
+        return "holds for speed: they hold each other up"
+    return "fails for speed, too: they wait. But an event loop needs none of them"
