@@ -12,23 +12,19 @@
 
 # %%
 # "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
-from lesson import BLUE, CLIENT_CORES, GREY, ORANGE, PURPLE, RED, SKY, ask, bars, claim, compare, counters
-from lesson import dots, guessed, holds, line, picture, quick, said, score, serve, serve_all, stop, table
-from lesson import tell, way, whose
+from lesson import BLUE, GREY, ORANGE, bars, claim, compare, dots, guessed, holds, line
+from lesson import picture, quick, said, score, serve, serve_all, stop, table, tell
 
 import inspect
-import json
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 import checks
+from support import l07_language, l07_measure, l07_parts
 
 torch.set_num_threads(1)
-folder = tempfile.TemporaryDirectory()
 
 # %% [markdown]
 # ## From a module to a service
@@ -37,11 +33,10 @@ folder = tempfile.TemporaryDirectory()
 # The rest of it, its sentences and its training are in `notebooks/support/l07_language.py`. It learns thirty sentences.
 
 # %%
-from support import l07_language
-
 print(inspect.getsource(l07_language.Net.forward))
 torch.manual_seed(0)
 net = l07_language.train(l07_language.Net())
+folder = tempfile.TemporaryDirectory()
 weights = str(Path(folder.name) / "language.pt")
 torch.save(net.state_dict(), weights)
 
@@ -65,34 +60,21 @@ print(inspect.getsource(l07_language.Language.__call__))
 print(inspect.getsource(l07_language.Language.check))
 
 # %% [markdown]
-# Only the last box of the way is yours. Queue, batches, deadlines, refusals and metrics are there already.
-
-# %%
-way(("clients", "server.py", "queue", "loop", "thread", "Language"), changed={"Language"})
-
-# %% [markdown]
-# `MODEL=module:Class` names the class. `LANGUAGE_WEIGHTS` is our own setting: the class reads it.
+# Only the last box of the way is yours. Queue, batches, deadlines, rejections and metrics are there already. `MODEL=module:Class` names
+# the class. `LANGUAGE_WEIGHTS` is our own setting: the class reads it.
 
 # %%
 own = {"MODEL": "notebooks.support.l07_language:Language", "LANGUAGE_WEIGHTS": weights, "BATCH_SIZE": 32}
 language = serve(**own)
-
-
-def post(server, inputs, path="", **parameters):
-    """POST some JSON."""
-    body = json.dumps({"input" if path else "inputs": inputs, **parameters})
-    return ask(server, body, path=path, Content_Type="application/json")
-
-
 asked = ["Je voudrais une tasse de café.", "Good evening, how are you?", "Ich möchte bitte Kaffee.", 5]
-replies = [post(language, inputs) for inputs in asked]
-table([{"sent": sent, "status": reply.status, "reply": reply.body} for sent, reply in zip(asked, replies)])
+replies = [l07_measure.post(language, inputs) for inputs in asked]
+table("sent | status | reply", *((sent, reply.status, reply.body) for sent, reply in zip(asked, replies)))
 
 # %% [markdown]
 # The 5 never reached the model, nor the queue. It got the sentence of `check`.
 #
 # One thing is easy to forget. The texts of a batch are filled up with zeros, to be equally long. An answer must not depend on that:
-# who comes together with a long text wants the same answer as alone. In the module `real` takes care of it. Try it, with it and
+# a text must get the same answer beside a long one as alone. In the module `real` takes care of it. Try it, with it and
 # without. (*Raw scores* are what the module returns. The class makes shares of them, which add up to 1.)
 
 
@@ -101,18 +83,16 @@ table([{"sent": sent, "status": reply.status, "reply": reply.body} for sent, rep
 def furthest_apart(forget):
     """How far a short text's raw scores alone are from those beside a long one, at most."""
     short, long = l07_language.numbers(asked[0]), l07_language.numbers(asked[1] * 8)
-    both = pad_sequence([short, long], batch_first=True)
+    both = torch.nn.utils.rnn.pad_sequence([short, long], batch_first=True)
     if forget:  # the zeros become letters: blanks
         both = both.clamp(min=1)
     return float((net(both)[0] - net(short[None])[0]).abs().max())
 
 
 careful, careless = furthest_apart(forget=False), furthest_apart(forget=True)
-alone = net(l07_language.numbers(asked[0])[None])[0].tolist()
-tell(
-    f"Alone the text has the raw scores {', '.join(f'{logit:.1f}' for logit in alone)}. Beside a long text they move by"
-    f" {careful:.5f} at most; where the zeros count as letters, by {careless:.1f}."
-)
+alone = ", ".join(f"{score:.1f}" for score in net(l07_language.numbers(asked[0])[None])[0].tolist())
+moved = f"by {careful:.5f} at most; where the zeros count as letters, by {careless:.1f}"
+tell(f"Alone the text has the raw scores {alone}. Beside a long text they move {moved}.")
 
 # %% [markdown]
 # ## Another task by one setting
@@ -120,35 +100,18 @@ tell(
 # Models of Transformers need no class. `TASK` names what the model does, as Transformers calls it. Such a model has two parts.
 # The *encoder* reads the text, in many layers. The *head* comes last, and makes the task's answer of what was read.
 #
-# To show that without a download we take the encoder of the embedded model, put other heads on it, and save them in a temporary
+# To show that without a download we take the encoder of the bundled model, put other heads on it, and save them in a temporary
 # folder. The heads' weights are random. So their answers mean nothing, but their form, their size and their time are real.
 
 # %%
-from loadtests.load.texts import corpus
-from support import l07_parts
-
-SERVED = {
-    "a vector a text": "feature-extraction",
-    "a vector a token": "feature-extraction",
-    **quick({}, {task: task for task in ("text-classification", "token-classification")}),
-}
+SERVED = {"a vector a text": "feature-extraction", "a vector a token": "feature-extraction"}
+SERVED |= quick({}, {task: task for task in ("text-classification", "token-classification")})
 folders = {task: l07_parts.make(folder.name, task) for task in l07_parts.KINDS}
-started = serve_all(
-    *({"MODEL": folders[name], "TASK": task, "BATCH_SIZE": 32} for name, task in SERVED.items())
-)
-servers = dict(zip(SERVED, started))
-embedded = {name: post(server, "We met in Paris.") for name, server in servers.items()}
-table(
-    [
-        {
-            "what": name,
-            "TASK": SERVED[name],
-            "reply begins": reply.body[:60].replace("|", ""),
-            "bytes": len(reply.body),
-        }
-        for name, reply in embedded.items()
-    ]
-)
+settings = ({"MODEL": folders[name], "TASK": task, "BATCH_SIZE": 32} for name, task in SERVED.items())
+servers = dict(zip(SERVED, serve_all(*settings)))
+embedded = {name: l07_measure.post(server, "We met in Paris.") for name, server in servers.items()}
+rows = ((name, SERVED[name], one.body[:60].replace("|", ""), len(one.body)) for name, one in embedded.items())
+table("what | TASK | reply begins | bytes", *rows)
 
 # %% [markdown]
 # The vectors have the same `TASK`. A folder with a `modules.json`, as sentence-transformers writes it, makes one vector of a
@@ -176,60 +139,29 @@ guess_head = ...  # % of the call's time
 # The other heads are a few numbers wide: their share is next to nothing.
 
 # %%
+from loadtests.load.texts import corpus
+
 h, words, layers = 384, 30522, 6
-head_cost = {
-    "fill-mask": h * h + words * h,
-    "text-classification": h * 2,
-    "token-classification": h * 3,
-    "a vector a text": 0,
-    "a vector a token": 0,
-}
-predicted_head = {task: cost / (cost + layers * 12 * h * h) for task, cost in head_cost.items()}
+head = h * h + words * h
+predicted_head = head / (head + layers * 12 * h * h)
 sentences = [one.text for one in corpus("short")[:32]]
-timed = {task: l07_parts.time_parts(folders[task], task, sentences, quick(1, 7)) for task in l07_parts.KINDS}
+timed = {task: l07_parts.time_parts(folders[task], task, sentences, quick(1, 7)) for task in folders}
 ms = {task: found for task, (found, _, _) in timed.items()}
-total = {task: sum(found.values()) for task, found in ms.items()}
-share = {task: {part: found[part] / total[task] for part in l07_parts.PARTS} for task, found in ms.items()}
-table(
-    [
-        {"32 texts, ms": task, **{part: f"{found[part]:.2f}" for part in l07_parts.PARTS}}
-        for task, found in ms.items()
-    ]
-)
+share = {task: {part: one / sum(found.values()) for part, one in found.items()} for task, found in ms.items()}
+columns = " | ".join(["32 texts, ms", *l07_parts.PARTS])
+table(columns, *((task, *(f"{found[part]:.2f}" for part in l07_parts.PARTS)) for task, found in ms.items()))
 
 # %%
-rows = list(l07_parts.KINDS)[::-1]
-with picture("Almost all is the encoder, but for fill-mask's head", "% of the call", "") as ax:
-    left = [0.0] * len(rows)
-    shown = {"tokenise, pad": GREY, "forward": SKY, "head": ORANGE, "answer": RED, "serialise": BLUE}
-    for name, color in shown.items():
-        widths = [100 * sum(share[task][part] for part in name.split(", ")) for task in rows]
-        ax.barh(rows, widths, left=left, color=color, height=0.5)
-        left = [a + b for a, b in zip(left, widths)]
-    top = len(rows) - 0.05
-    for x, (name, color) in zip((0, 32, 51, 63, 82), shown.items()):
-        ax.text(x, top, name, color=color, fontsize=12, weight="bold")
-    foretold = 100 * (1 - predicted_head["fill-mask"])
-    bars(ax, [foretold], [len(rows) - 1], None)
-    guessed(ax, [100 - guess_head], [len(rows) - 1], None)
-    # The one above and the other below: they may be close.
-    ax.text(foretold, len(rows) - 0.5, "predicted", ha="center", va="center", fontsize=12)
-    ax.text(
-        100 - guess_head,
-        len(rows) - 1.5,
-        whose("your guess"),
-        color=PURPLE,
-        ha="center",
-        va="center",
-        fontsize=12,
-    )
-    ax.set(xlim=(0, 100), ylim=(-0.5, len(rows) + 0.3))
-
-# %%
+l07_parts.draw(share, 100 * predicted_head, guess_head)
 measured_head = share["fill-mask"]["head"]
+compare(
+    "the head's share of fill-mask, %",
+    guess=guess_head,
+    formula=100 * predicted_head,
+    measured=100 * measured_head,
+)
 tell(
-    f"The head of fill-mask: you said {guess_head} %, the formula says {predicted_head['fill-mask']:.0%}, measured"
-    f" {measured_head:.0%}. (The marks in the picture: where the head begins.) Padding itself"
+    "The marks in the picture: where the head begins. Padding itself"
     f" takes hardly any time, but {timed['fill-mask'][2]:.0%} of what the encoder computed was padding, and that time hides in “forward”."
 )
 
@@ -258,70 +190,29 @@ import numpy as np
 from workers.web.replies import rendered
 
 vector = np.random.default_rng(0).normal(size=384).astype("float32")
-began = time.perf_counter()
-for _ in range(500):
-    rendered(vector)
-vector_ms = (time.perf_counter() - began) * 1000 / 500
-lengths = quick((32, 256), (8, 32, 64, 128, 256, 500))
-
-
-def of_length(tokens):
-    """A text of so many tokens, the two at its ends included."""
-    return "the " * (tokens - 3) + "end"
-
-
-def times(reply):
-    """What the server says of its own time, ms: in the queue, in the model."""
-    entries = dict(entry.strip().split(";dur=") for entry in reply.headers["server-timing"].split(",")[:2])
-    return float(entries["queue"]), float(entries["model"])
-
-
-def reply_of(tokens):
-    """Bytes; the model's ms; the ms that are neither queue nor model; the ms in which a client reads the JSON."""
-    found = []
-    for _ in range(quick(2, 9)):
-        reply = post(servers["a vector a token"], of_length(tokens))
-        began = time.perf_counter()
-        numbers = reply.json
-        read_ms = (time.perf_counter() - began) * 1000
-        assert len(numbers[0]) == tokens
-        found.append((len(reply.body), times(reply)[1], reply.ms - sum(times(reply)), read_ms))
-    return [sorted(column)[len(column) // 2] for column in zip(*found)]
-
-
-replies_of = {tokens: reply_of(tokens) for tokens in lengths}
+vector_ms = l07_measure.seconds(lambda: rendered(vector), 500) * 1000
+lengths, by_token = quick((32, 256), (8, 32, 64, 128, 256, 500)), servers["a vector a token"]
+replies_of = {tokens: l07_measure.reply_of(by_token, tokens) for tokens in lengths}
 
 # %%
-with picture(
-    "A vector a token makes megabytes of a page",
-    "tokens of the text",
-    "size of the reply, KB",
-    ylim=(0, 6 * lengths[-1]),
-) as ax:
+title, axis = "A vector a token makes megabytes of a page", "size of the reply, KB"
+with picture(title, "tokens of the text", axis, ylim=(0, 6 * lengths[-1])) as ax:
     line(ax, [0, lengths[-1]], [0, lengths[-1] * 384 * 12 / 1000], "predicted: 12 bytes a number")
     dots(ax, lengths, [size / 1000 for size, *_ in replies_of.values()])
     guessed(ax, [256], [guess_kb])
 
 # %%
-table(
-    [
-        {
-            "tokens": tokens,
-            "reply, KB": f"{size / 1000:.0f}",
-            "model, ms": f"{model_ms:.1f}",
-            "writing the JSON, ms (predicted)": f"{tokens * vector_ms:.1f}",
-            "all but queue and model, ms": f"{rest_ms:.1f}",
-            "the client reads the JSON, ms": f"{read_ms:.1f}",
-        }
-        for tokens, (size, model_ms, rest_ms, read_ms) in replies_of.items()
-    ]
-)
-one_vector = post(servers["a vector a text"], of_length(256))
-base64_form = post(servers["a vector a text"], of_length(256), path="v1/embeddings", encoding_format="base64")
+columns = "tokens | reply, KB | model, ms | all but queue and model, ms | the client reads the JSON, ms"
+rows = ((tokens, size / 1000, *times_ms) for tokens, (size, *times_ms) in replies_of.items())
+table(columns, *((tokens, f"{kb:.0f}", *(f"{ms:.1f}" for ms in times_ms)) for tokens, kb, *times_ms in rows))
+text, server = l07_measure.of_length(256), servers["a vector a text"]
+one_vector = l07_measure.post(server, text)
+base64_form = l07_measure.post(server, text, path="v1/embeddings", encoding_format="base64")
+formula, measured = 256 * 384 * 12 / 1000, replies_of[256][0] / 1000
+compare("KB for 256 tokens", guess=guess_kb, formula=formula, measured=measured)
 tell(
-    f"A text of 256 tokens: you said {guess_kb} KB, the formula {256 * 384 * 12 / 1000:.0f}, measured"
-    f" {replies_of[256][0] / 1000:.0f}. One vector for the whole text has {len(one_vector.body) / 1000:.1f} KB; in base64, as"
-    f" OpenAI's client asks for it, {len(base64_form.body) / 1000:.1f} KB with all that stands around it."
+    f"Writing its JSON should take {256 * vector_ms:.1f} ms. One vector for the whole text has {len(one_vector.body) / 1000:.1f} KB; in"
+    f" base64, as OpenAI's client asks for it, {len(base64_form.body) / 1000:.1f} KB with all that stands around it."
 )
 
 # %% [markdown]
@@ -351,36 +242,11 @@ guess_gain = ...  # times
 
 # %%
 plain = [text.replace("[MASK]", "it") for text in sentences]
-
-
-def ms_a_call(server, n):
-    """The median over some rounds of the model's ms for a list of n texts."""
-    found = []
-    for _ in range(quick(2, 9)):
-        calls = [times(post(server, plain[i : i + n]))[1] for i in range(0, 32, n)]
-        found.append(sum(calls) / len(calls))
-    return sorted(found)[len(found) // 2]
-
-
-laws = {}
-for name, server in {"language": language, **servers}.items():
-    ms_a_call(server, 32)  # warms up
-    one, eight, full = (ms_a_call(server, n) for n in (1, 8, 32))
-    b = max((eight - one) / 7, 1e-6)
-    a = one - b
-    laws[name] = {"a": a, "b": b, "predicted": 32 * one / (a + 32 * b), "measured": 32 * one / full}
-table(
-    [
-        {
-            "model": name,
-            "a, ms": f"{law['a']:.2f}",
-            "b, ms": f"{law['b']:.2f}",
-            "gain of 32, predicted": f"{law['predicted']:.1f}",
-            "measured": f"{law['measured']:.1f}",
-        }
-        for name, law in laws.items()
-    ]
-)
+asked_of = {"language": language, **servers}
+laws = {name: l07_measure.batch_law(server, plain) for name, server in asked_of.items()}
+columns = "model | a, ms | b, ms | gain of 32, predicted | measured"
+rows = ((name, *law.values()) for name, law in laws.items())
+table(columns, *((name, f"{a:.2f}", f"{b:.2f}", f"{p:.1f}", f"{m:.1f}") for name, a, b, p, m in rows))
 
 # %%
 rows = list(laws)[::-1]
@@ -397,18 +263,12 @@ with picture("What a batch of 32 gains differs by model", "times the texts/s of 
     ax.set(ylim=(-0.8, len(rows)), xlim=(0, None))
 
 # %%
-compare(
-    "the language model's gain of 32",
-    guess=guess_gain,
-    formula=laws["language"]["predicted"],
-    measured=laws["language"]["measured"],
-)
+law, what = laws["language"], "the language model's gain of 32"
+compare(what, guess=guess_gain, formula=law["predicted"], measured=law["measured"])
 least, most = (f(law["measured"] for law in laws.values()) for f in (min, max))
 furthest = max(laws, key=lambda name: abs(laws[name]["measured"] / laws[name]["predicted"] - 1))
 tell(
-    f"The gains go from {least:.1f} to {most:.1f} times."
-    f" The language model: you said {guess_gain:.1f} times, the formula {laws['language']['predicted']:.1f}, measured"
-    f" {laws['language']['measured']:.1f}. The formula is furthest off for *{furthest}*:"
+    f"The gains go from {least:.1f} to {most:.1f} times. The formula is furthest off for *{furthest}*:"
     f" {laws[furthest]['predicted']:.1f} predicted, {laws[furthest]['measured']:.1f} measured."
 )
 
@@ -421,36 +281,14 @@ tell(
 # product out of the encoder's layers, and what it costs for each token.
 
 # %%
-from support import l07_measure
-
 product = torch.nn.Linear(h, 4 * h)
-letters = [l07_language.numbers(text) for text in plain]
-
-
-@torch.inference_mode()
-def prices_in(n):
-    """Seconds a letter and a token, n texts in a call."""
-    batches = [pad_sequence(letters[i : i + n], batch_first=True) for i in range(0, 32, n)]
-    letter_s = l07_measure.seconds(lambda: [net(batch) for batch in batches]) / sum(map(len, letters))
-    tokens = torch.rand(11 * n, h)
-    return letter_s, l07_measure.seconds(lambda: product(tokens), 99) / len(tokens)
-
-
-prices = [(n, *prices_in(n)) for n in (1, 8, 32)]
+prices = [(n, *l07_measure.prices_in(net, product, plain, n)) for n in (1, 8, 32)]
 said(
     prices[2][2] < 0.9 * prices[1][2],
     "A token of the encoder is still cheaper beyond eight texts, so the encoder gains more than the line says.",
 )
-table(
-    [
-        {
-            "texts in the call": n,
-            "language model, µs a letter": f"{letter_s * 1e6:.1f}",
-            "one product of a layer, µs a token": f"{token_s * 1e6:.2f}",
-        }
-        for n, letter_s, token_s in prices
-    ]
-)
+columns = "texts in the call | language model, µs a letter | one product of a layer, µs a token"
+table(columns, *((n, f"{letter_s * 1e6:.1f}", f"{token_s * 1e6:.2f}") for n, letter_s, token_s in prices))
 
 # %% [markdown]
 # A piece has no fixed price. A product of few rows leaves most of the core idle, so a token is cheaper in a batch. And the language
@@ -462,16 +300,7 @@ table(
 # "Use processes when Python pre- and post-processing is heavy." Our class cleans each text in Python, a letter at a time. Then
 # torch computes. Python's lock, the GIL, lets one thread at a time run Python; torch lets go of it while it computes (lesson 2).
 # So what happens to two copies of the model, in two threads of one process, or in two processes?
-
-# %%
-way(
-    ("clients", "server.py", "queue", "loop", "thread", "Language"),
-    ("clients", "server.py", "queue", "loop", "process", "Language"),
-    changed={"thread", "process"},
-    title="Each copy in a thread, or in a process of its own",
-)
-
-# %% [markdown]
+#
 # The parameter `rounds` lets us turn the knob: the text is cleaned so many times. Take so many that Python is six tenths of a
 # call's time, and torch four. There are two cores. How many times the answers of one copy do two copies give, in two threads?
 
@@ -513,24 +342,17 @@ places = {
     "two threads, turns of 0.2 ms": {"INSTANCES": 2, "SWITCH_S": 0.0002},
 }
 stop(*servers.values(), language)
-started = serve_all(*(own | {"BATCH_SIZE": 1} | settings for settings in places.values()))
-copies = dict(zip(places, started))
+copies = dict(zip(places, serve_all(*(own | {"BATCH_SIZE": 1} | settings for settings in places.values()))))
 memory_mb = {place: server.memory_mb() for place, server in copies.items()}
-shares = quick((0.6,), (0.1, 0.35, 0.6, 0.8))
 
 
+# %%
 def at(place, share):
     """Answers/s, ms for /health, and ms of a call of the model, where Python is this share of a call."""
-    server, body = copies[place], json.dumps({"inputs": text, "rounds": rounds_for(share)})
-    before = counters(server)
-    per_s, health_ms = l07_measure.under_load(server, body, CLIENT_CORES, duration_s=quick(1.6, 5))
-    after = counters(server)
-    calls_s, calls = (
-        after[f"model_call_seconds_{of}"] - before[f"model_call_seconds_{of}"] for of in ("sum", "count")
-    )
-    return per_s, health_ms, 1000 * calls_s / calls
+    return l07_measure.of_calls(copies[place], text, rounds_for(share))
 
 
+shares = quick((0.6,), (0.1, 0.35, 0.6, 0.8))
 # Each place in turn, so that a slow moment of the machine meets all of them.
 answered = {(place, share): at(place, share) for share in shares for place in list(places)[:4]}
 gain = {
@@ -540,38 +362,31 @@ gain = {
 }
 
 # %%
-with picture(
-    "The more Python, the less a second thread adds",
-    "Python's share of a call, %",
-    "times the answers of one copy",
-    ylim=(0, max(2.5, 1.1 * max(gain.values()))),
-) as ax:
-    fine = [i / 100 for i in range(5, 86)]
-    ax.plot([100 * s for s in fine], [2 for _ in fine], color=ORANGE, linewidth=1.5)
-    ax.plot([100 * s for s in fine], [min(2, 1 / s) for s in fine], color=BLUE, linewidth=1.5)
-    ax.plot([100 * s for s in fine], [2 / (1 + s) for s in fine], color=GREY, linestyle="--", linewidth=1.5)
+fine, top = [i / 100 for i in range(5, 86)], max(2.5, 1.1 * max(gain.values()))
+title, axis = "The more Python, the less a second thread adds", "Python's share of a call, %"
+formulas = (
+    (lambda s: 2, ORANGE, "-"),
+    (lambda s: min(2, 1 / s), BLUE, "-"),
+    (lambda s: 2 / (1 + s), GREY, "--"),
+)
+with picture(title, axis, "times the answers of one copy", ylim=(0, top)) as ax:
+    for formula, color, style in formulas:
+        ax.plot([100 * s for s in fine], [formula(s) for s in fine], style, color=color, linewidth=1.5)
     for kind, plural, color in (("process", "two processes", ORANGE), ("thread", "two threads", BLUE)):
         dots(ax, [100 * s for s in shares], [gain[kind, s] for s in shares], plural, color)
     guessed(ax, [60], [guess_two_threads])
     ax.text(6, 0.15, "lines: formulas (dashed: see below) · dots: measured", color=GREY, fontsize=12)
 
 # %%
+columns = "Python's share | copies | answers/s | /health, median ms | a call of the model, ms | memory, MB"
+rows = ((f"{share:.0%}", place, *one, memory_mb[place]) for (place, share), one in answered.items())
 table(
-    [
-        {
-            "Python's share": f"{share:.0%}",
-            "copies": place,
-            "answers/s": f"{answered[place, share][0]:.0f}",
-            "/health, median ms": f"{answered[place, share][1]:.1f}",
-            "a call of the model, ms": f"{answered[place, share][2]:.1f}",
-            "memory, MB": f"{memory_mb[place]:.0f}",
-        }
-        for place, share in answered
-    ]
+    columns,
+    *((s, place, f"{per_s:.0f}", f"{a:.1f}", f"{b:.1f}", f"{mb:.0f}") for s, place, per_s, a, b, mb in rows),
 )
 tell(
-    f"Python six tenths: two threads give {gain['thread', 0.6]:.2f} times the answers of one. You said {guess_two_threads}, the"
-    f" formula {1 / 0.6:.2f}. Two processes give {gain['process', 0.6]:.2f} times those of one; the formula says 2. In each of them a call"
+    f"Python six tenths: two threads give {gain['thread', 0.6]:.2f} times the answers of one. The formula says"
+    f" {1 / 0.6:.2f}. Two processes give {gain['process', 0.6]:.2f} times those of one; the formula says 2. In each of them a call"
     f" takes {answered['two processes', 0.6][2]:.1f} ms, in a single one {answered['one process', 0.6][2]:.1f}."
 )
 
@@ -592,29 +407,21 @@ tell(
 # switch for that.
 
 # %%
-compare(
-    "two threads, Python six tenths", guess=guess_two_threads, formula=2 / 1.6, measured=gain["thread", 0.6]
-)
-hasty = at("two threads, turns of 0.2 ms", 0.6)
-python_s = rounds_for(0.6) * round_s
+hasty, python_s = at("two threads, turns of 0.2 ms", 0.6), rounds_for(0.6) * round_s
 alone_ms, in_step_ms = 1000 * (python_s + torch_s), 1000 * (2 * python_s + torch_s)
-step = {share: 2 / (1 + share) for share in shares}
-table(
-    [
-        {
-            "Python's share": f"{share:.0%}",
-            "two threads, in perfect turns": f"{min(2, 1 / share):.2f}",
-            "in step": f"{step[share]:.2f}",
-            "measured": f"{gain['thread', share]:.2f}",
-        }
-        for share in shares
-    ]
-)
+step, measured = {share: 2 / (1 + share) for share in shares}, gain["thread", 0.6]
+compare("two threads, Python six tenths", guess=guess_two_threads, formula=step[0.6], measured=measured)
+columns = "Python's share | two threads, in perfect turns | in step | measured"
+rows = ((f"{s:.0%}", min(2, 1 / s), step[s], gain["thread", s]) for s in shares)
+table(columns, *((s, *(f"{times:.2f}" for times in row)) for s, *row in rows))
+
+# %%
+one_thread, two_threads = answered["one thread", 0.6], answered["two threads", 0.6]
 tell(
-    f"Python six tenths, a call of the model: alone {alone_ms:.1f} ms predicted, {answered['one thread', 0.6][2]:.1f} measured; one"
-    f" of two threads {in_step_ms:.1f} ms predicted, {answered['two threads', 0.6][2]:.1f} measured. With turns of 0.2 ms two threads"
-    f" answer {hasty[0]:.0f} texts/s in place of {answered['two threads', 0.6][0]:.0f}, and `/health` waits for {hasty[1]:.1f} ms in"
-    f" place of {answered['two threads', 0.6][1]:.1f}."
+    f"Python six tenths, a call of the model: alone {alone_ms:.1f} ms predicted, {one_thread[2]:.1f} measured; one"
+    f" of two threads {in_step_ms:.1f} ms predicted, {two_threads[2]:.1f} measured. With turns of 0.2 ms two threads"
+    f" answer {hasty[0]:.0f} texts/s in place of {two_threads[0]:.0f}, and `/health` waits for {hasty[1]:.1f} ms in"
+    f" place of {two_threads[1]:.1f}."
 )
 
 # %%
@@ -660,7 +467,6 @@ class Words: ...
 
 
 checks.exercise_7_2(Words)
-
 
 # %% [markdown]
 # **★★★** Python takes the `share` of a call's time. How many times the answers of one copy do `copies` of them give on `cores`
@@ -715,39 +521,25 @@ labs.lab_7(share_of_python)
 # 9. The loop waits for the lock for one turn at most.
 # 10. For several copies with much Python, if you have the memory.
 # </details>
-
-# %% [markdown]
-# ## How far off were you?
+#
+# ## How far off were you? And what must hold
 
 # %%
 score()
-
-# %% [markdown]
-# ## What must hold
-
-# %%
 assert careful < 1e-3 < careless, "padding must not change an answer"
-statuses = [reply.status for reply in replies]
-assert statuses == [200, 200, 200, 422], "check refuses before the queue"
-assert len(embedded["a vector a text"].json) == 384
-for tokens, (size, *_) in replies_of.items():
-    assert 0.8 < size / (tokens * 384 * 12) < 1.2, "the reply's size follows the formula"
-assert len(base64_form.body) < 0.8 * len(one_vector.body)
-holds(
-    abs(measured_head - predicted_head["fill-mask"]) < 0.2,
-    "fill-mask's head is about as large as its encoder",
-)
-holds(
-    max(share[task]["head"] for task in share if task != "fill-mask") < 0.05,
-    "other heads are next to nothing",
-)
+assert [reply.status for reply in replies] == [200, 200, 200, 422], "check rejects before the queue"
+assert len(embedded["a vector a text"].json) == 384 and len(base64_form.body) < 0.8 * len(one_vector.body)
+sizes = [size / (tokens * 384 * 12) for tokens, (size, *_) in replies_of.items()]
+assert 0.8 < min(sizes) <= max(sizes) < 1.2, "the reply's size follows the formula"
+holds(abs(measured_head - predicted_head) < 0.2, "fill-mask's head is about as large as its encoder")
+holds(max(share[task]["head"] for task in list(share)[1:]) < 0.05, "other heads are next to nothing")
 holds(all(law["measured"] > 1 for law in laws.values()), "a batch gains for every task")
 holds(prices[2][2] < prices[0][2], "in a large batch a token's product is cheaper")
 holds(processes[0] > 1.1 * threads[0], "two processes beat two threads where Python is heavy")
 holds(abs(apart[0] / single[0] - 1) < 0.25, "one process answers what one thread does")
 holds(gain["thread", 0.6] < 1 / 0.6, "two threads don't reach perfect turns")
 holds(abs(gain["thread", 0.6] / step[0.6] - 1) < 0.2, "two threads fall into step")
-holds(hasty[1] < threads[1] > processes[1], "/health waits for the lock, and less where turns are shorter")
+holds(hasty[1] < threads[1] > processes[1], "/health waits for the lock, less where turns are short")
 
 # %% [markdown]
 # ## Take away

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from lesson import BLUE, GREY, ORANGE, PURPLE, RED, SKY, bars, guessed, picture, whose
 
 from workers.settings import EMBEDDED
 from workers.web.replies import rendered
@@ -114,3 +115,24 @@ def time_parts(path, task, texts, times):
             body = rendered(said)
     padding = 1 - float(batch["attention_mask"].float().mean())
     return {part: sorted(took[part][1:])[times // 2] for part in PARTS}, len(body), padding
+
+
+def draw(share, predicted, guess):
+    """A bar for each task, of the parts' shares of a call; where the head of fill-mask begins, as predicted and as guessed."""
+    rows = list(KINDS)[::-1]
+    with picture("Almost all is the encoder, but for fill-mask's head", "% of the call", "") as ax:
+        left = [0.0] * len(rows)
+        shown = {"tokenise, pad": GREY, "forward": SKY, "head": ORANGE, "answer": RED, "serialise": BLUE}
+        for name, color in shown.items():
+            widths = [100 * sum(share[task][part] for part in name.split(", ")) for task in rows]
+            ax.barh(rows, widths, left=left, color=color, height=0.5)
+            left = [a + b for a, b in zip(left, widths)]
+        for x, (name, color) in zip((0, 32, 51, 63, 82), shown.items()):
+            ax.text(x, len(rows) - 0.05, name, color=color, fontsize=12, weight="bold")
+        bars(ax, [100 - predicted], [len(rows) - 1], None)
+        guessed(ax, [100 - guess], [len(rows) - 1], None)
+        # The one above and the other below: they may be close.
+        middle = {"ha": "center", "va": "center", "fontsize": 12}
+        ax.text(100 - predicted, len(rows) - 0.5, "predicted", **middle)
+        ax.text(100 - guess, len(rows) - 1.5, whose("your guess"), color=PURPLE, **middle)
+        ax.set(xlim=(0, 100), ylim=(-0.5, len(rows) + 0.3))
