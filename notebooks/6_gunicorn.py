@@ -87,7 +87,7 @@ with picture(title, "texts per second", "", xlim=limits, ylim=(-0.6, len(runs) -
     ax.set_yticks(rows, runs)
 
 # %%
-columns = "worker | can wait | largest batch | mean batch, predicted | and measured | texts/s, predicted | and measured"
+columns = "worker | can wait | largest batch | mean, predicted | mean | texts/s, predicted | texts/s"
 rows = (
     (name, can_wait[name], largest[name], f"{in_call[name]:g}", f"{mean_batch[name]:.1f}") for name in runs
 )
@@ -329,7 +329,6 @@ with picture(title, "memory, MB", "texts/s, 32 users", **axes) as ax:
 compare("MB of two workers", guess=guess_two_mb, formula=2 * one_mb, measured=loops[cores]["MB"])
 separate = found.get("instances-2", {"MB": 0})["MB"] / one_mb
 said(separate, f"One web process with two copies in processes of their own: {separate:.2f} times.")
-
 
 # %% [markdown]
 # *Where the formula fails:* hardly. Workers share the pages of the libraries' files, and shared pages are counted once.
