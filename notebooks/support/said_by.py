@@ -27,6 +27,20 @@ TAIL = "[The tail at scale](https://doi.org/10.1145/2408776.2408794)"
 RETRIES = "Marc Brooker, [Fixing retries](https://brooker.co.za/blog/2022/02/28/retries.html)"
 METASTABLE = "Marc Brooker, [Metastability](https://brooker.co.za/blog/2021/05/24/metastable.html)"
 TWO_CHOICES = "Marc Brooker, [two random choices](https://brooker.co.za/blog/2012/01/17/two-random.html)"
+RAY = "Ray Serve, [dynamic request batching](https://docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html)"
+MODAL = "Modal, [dynamic batching](https://modal.com/docs/guide/dynamic-batching)"
+BATCHING = (
+    "[Static, dynamic and continuous batching]"
+    "(https://machinelearningmastery.com/static-vs-dynamic-vs-continuous-batching-in-llm-inference/)"
+)
+LITSERVE = "LitServe, [parallelism types](https://lightning.ai/docs/litserve/how-tos/parallelism-types)"
+UTILIZATION = (
+    "Marc Brooker, [Latency sneaks up on you](https://brooker.co.za/blog/2021/08/05/utilization.html)"
+)
+NVML = "NVIDIA, [NVML](https://docs.nvidia.com/deploy/nvml-api/structnvmlUtilization__t.html)"
+MICROSOFT = (
+    "Microsoft, [gRPC and HTTP APIs compared](https://learn.microsoft.com/aspnet/core/grpc/comparison)"
+)
 KUBERNETES = (
     "Kubernetes, [autoscaling](https://kubernetes.io/docs/tasks/run-application/horizontal-pod-autoscale/)"
 )
@@ -80,6 +94,39 @@ SAID_BY = {
     "An overload ends when its cause does": against(METASTABLE),
     "Two random choices are as good as a look at all": f"{TWO_CHOICES}, where the view is old",
     "Scale on CPU utilisation": KUBERNETES,
+    "Loading lazily at the first request is fine": "Cloud Run, [lazy globals](https://cloud.google.com/run/docs/samples/cloudrun-tips-global-lazy),"
+    " of what is not commonly needed",
+    "95 % utilisation is well-used hardware": against(UTILIZATION),
+    "Our load test shows a steady latency, so the server copes": against(
+        "Gil Tene, [wrk2](https://github.com/giltene/wrk2), on coordinated omission"
+    ),
+    "Batching lifts GPU utilisation from 20 % to 80 %": f"{BATCHING}, without the figures",
+    "Batching is essential for very large models": f"{RAY}, of models that are expensive to use",
+    "A static batch hurts at low load": MODAL,
+    "1,024 threads are too many": "Cruxible, [the C10k problem](https://www.cruxible.dev/learn/conc7-c10k-problem), of ten thousand",
+    "More torch threads are faster": against(
+        "KServe, [issue 1031](https://github.com/kserve/kserve/issues/1031)"
+    ),
+    "100,000 requests per second per core": "Japronto, [measured by a user](https://gist.github.com/imbolc/fa4109b241d081cd952d7af5d01de267):"
+    " 117,000",
+    "Use processes when Python pre- and post-processing is heavy": f"{LITSERVE}, for work that is bound by the processor",
+    "round robin is good enough": "Oracle, [load balancing policies]"
+    "(https://docs.oracle.com/en-us/iaas/compute-cloud-at-customer/topics/lbaas/load-balancing-policies.htm), where requests are alike",
+    "several streams make one GPU faster": f"{TRITON}, of several instances",
+    "instances lift a GPU from 20 % to 80 %": f"{TRITON}, without the figures",
+    "the driver's utilisation says how full a GPU is": against(f"{NVML}: the time in which any kernel ran"),
+    "gRPC's payloads are 30–50 % smaller": f"{MICROSOFT}, without the figures",
+    "gRPC is 3–5 × faster than REST": "[REST vs gRPC](https://github.com/MedhaRudra/REST-vs-gRPC): 6 × for one small call",
+    "A cold start takes 5–10 s": "Bringmark, [cold starts]"
+    "(https://bringmark.com/faqs/what-is-a-cold-start-in-serverless-inference-and-why-does-it-impact-real-time-performance):"
+    " 2 to 10 s",
+    "Memory for the KV cache bounds the batch": "[PagedAttention](https://arxiv.org/abs/2309.06180)",
+    "The same prompt gives the same text": against(
+        "Thinking Machines, [Defeating nondeterminism]"
+        "(https://thinkingmachines.ai/blog/defeating-nondeterminism-in-llm-inference/)"
+    ),
+    "Keep every server below 70 %": "[Latency and throughput](https://senior-stack.uz/Roadmap/Programming-Languages/quality-engineering/"
+    "performance/03-latency-and-throughput/senior/)",
 }
 
 
