@@ -40,7 +40,7 @@ def draw_arrivals(runs: Mapping[str, pd.DataFrame], mu: float, seconds: float, g
         if ax is patient:
             steps(ax, df.due_s[~in_time], edges, "too late, or gone", RED)
         else:
-            steps(ax, df.due_s[df.outcome == "503"], edges, "refused at once", ORANGE)
+            steps(ax, df.due_s[df.outcome == "503"], edges, "rejected at once", ORANGE)
         ax.set(ylabel="texts/s", ylim=(0, None))
     patient.axvline(LIMIT_S / (2 - 1), color="black", linestyle=":")
     patient.text(LIMIT_S + 0.3, mu, "predicted: the good time ends here", va="center", fontsize=11)
