@@ -324,7 +324,7 @@ tell(
 # ## To reject you must be awake
 #
 # "A model may block the event loop, as long as it takes less than a second." Ours takes 20 ms. The *blocked* server has
-# the same rules as the careful one. But the model sits on the event loop, where the door does its work, too:
+# the same rules as the careful one. But the model sits on the event loop, where the door does its work, too.
 #
 # Twice the capacity again, now from strangers. Each comes with a connection of its own, and leaves after some seconds
 # (`PATIENCE_S`). Ten times a second somebody else asks for `/health`. **Your guess:** what share of the
@@ -356,11 +356,11 @@ most_waiting = int(
     stranger_s * (2 * mu + 10) / 2
 )  # the other half was served; a client that has left stays in line
 waits_s = {name: float(np.median(one.health_s)) for name, one in met.items()}
-columns = "server | answered | of these within 2 s | refused at once | left without a word | most in the kernel's line"
+columns = "server | answered | of these within 2 s | rejected at once | left without a word | most in the kernel's line"
 rows = ((name, one.share(200), one.in_time, one.share(503), one.share(0)) for name, one in met.items())
 table(columns, *((name, *(f"{share:.0%}" for share in row), met[name].waiting) for name, *row in rows))
 tell(
-    f"Predicted for the kernel's line of the blocked server: {most_waiting}. You guessed that {guess_refused:.0%} are refused."
+    f"Predicted for the kernel's line of the blocked server: {most_waiting}. You guessed that {guess_refused:.0%} are rejected."
 )
 
 # %%
@@ -368,7 +368,7 @@ blocks, awake = met["blocked"], met["careful"]
 claim(
     "Blocking the event loop matters only above 1 s an inference",
     who=f"two servers around a model that sleeps 20 ms a call; strangers at twice the capacity of {mu:.0f}/s, for {stranger_s} s",
-    number=f"the model on the event loop: {blocks.share(503):.0%} are refused, {blocks.share(0):.0%} leave after {patience_s:g} s,"
+    number=f"the model on the event loop: {blocks.share(503):.0%} are rejected, {blocks.share(0):.0%} leave after {patience_s:g} s,"
     f" /health takes {waits_s['blocked']:.1f} s (median); in a thread: {awake.share(503):.0%}, {awake.share(0):.0%} and"
     f" {waits_s['careful'] * 1000:.0f} ms",
     verdict="fails: under load many short calls block as one long call does",

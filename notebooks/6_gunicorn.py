@@ -87,10 +87,8 @@ with picture(title, "texts per second", "", xlim=limits, ylim=(-0.6, len(runs) -
     ax.set_yticks(rows, runs)
 
 # %%
-columns = "worker | can wait | largest batch | mean, predicted | mean | texts/s, predicted | texts/s"
-rows = (
-    (name, can_wait[name], largest[name], f"{in_call[name]:g}", f"{mean_batch[name]:.1f}") for name in runs
-)
+columns = "worker | largest batch | mean, predicted | mean | texts/s, predicted | texts/s"
+rows = ((name, largest[name], f"{in_call[name]:g}", f"{mean_batch[name]:.1f}") for name in runs)
 table(columns, *((*row, f"{expected[row[0]]:.0f}", f"{per_s[row[0]]:.0f}") for row in rows))
 formula, measured = expected["gthread"], per_s["gthread"]
 compare("texts/s with 8 threads", guess=guess_threads, formula=formula, measured=measured)

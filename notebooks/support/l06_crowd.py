@@ -91,17 +91,19 @@ def measure(mode: Mode, clients: int, **settings: Any) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]], clients: int, most_per_s: float) -> None:
-    """Rows as a table, and for each that stays far below what the model can do, why."""
-    table([{key: digits(value) for key, value in row.items()} for row in rows])
+    """The rows as the columns of a table, and for each that stays far below what the model can do, why."""
+    names, *lines = zip(*(row.values() for row in rows))
+    table(
+        " | ".join(["who waits", *names]),
+        *((what, *map(digits, line)) for what, line in zip(list(rows[0])[1:], lines)),
+    )
     for row in rows:
         reached, missing = (
             row["answers/s"] / most_per_s,
             clients - row["clients connected when counting began"],
         )
         absent = f"{missing} of {clients} clients were not connected yet, so this run says little: repeat it on a quieter machine."
-        late = (
-            "All clients were there, but their requests came too late for full batches: see the batch column."
-        )
+        late = "All clients were there, but their requests came too late for full batches: see the texts in a batch."
         if reached < 0.85:
             why = absent if missing > 0.1 * clients else late
             tell(f"**{row['who waits']}:** {reached:.0%} of what the model can do. {why}")
