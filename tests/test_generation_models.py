@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.small_language_models import FAMILIES, VOCABULARY, make_model
+from workers import resources
 from workers.generation.memory import PAGE, regions, settle
-from workers.generation.model import TokenModel, make
+from workers.generation.model import TokenModel, make, room
 from workers.generation.scheduler import Scheduler, Sequence
 from workers.generation.step_cost import StepCost
 from workers.generation.steps import Limits, Options
@@ -230,6 +231,14 @@ def test_model_that_has_no_room_for_one_sequence_says_what_to_change() -> None:
 
     with pytest.raises(ValueError, match="raise KV_CACHE_MB or lower CONTEXT_TOKENS"):
         limits_of(make_model("llama"), 1024, 1000, 64)
+
+
+def test_kv_cache_takes_what_a_gpu_has_free_beside_the_weights_or_a_part_of_the_containers_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**10))
+    monkeypatch.setattr(resources, "limit_bytes", lambda: 4 * 10**9)
+    assert [room(torch.device(name)) for name in ("cuda:0", "cpu")] == [8 * 10**8, 5 * 10**8]
 
 
 @pytest.mark.slow

@@ -161,6 +161,7 @@ def test_a_class_sees_that_its_client_has_left_and_its_progress_is_shown(tmp_pat
         path.touch()
         assert post(server, str(path)).json == "done"
         assert (tmp_path / "go.end").read_text() == "done" and get(server, "/live").json["progress"] == []
+        assert "Traceback" not in server.log()
 
 
 def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> Iterator[Any]:

@@ -162,7 +162,8 @@ class Settings:
     CONTEXT_TOKENS: int = at_least(16, 1024)
     # sequences that run at once; or fewer, where the KV cache has room for fewer
     MAX_SEQUENCES: int = at_least(1, 64)
-    # for keys and values, taken at the start; 0: an eighth of the memory that the container may use
+    # for keys and values, taken at the start; 0: an eighth of the memory that the container may use, or 0.8 of what a GPU has
+    # free beside the weights
     KV_CACHE_MB: int = at_least(0, 0)
     # per step, prompts and next tokens together; 0: as many as let nobody's next token wait for three steps
     STEP_TOKENS: int = at_least(0, 0)

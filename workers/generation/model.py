@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from workers import resources
 from workers.generation.llama import Llama, UnsupportedModel
 from workers.generation.memory import settle
 from workers.generation.sampling import choose
@@ -15,6 +16,10 @@ from workers.generation.stock import StockForward
 
 # How far another way's logits may be from the stock way's, in their standard deviations.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+# Of what the KV cache may take where nobody says how much: of the memory that this container may use, where the weights are
+# too, and of what the weights leave free on a GPU; the rest is for a step's own tensors.
+HOST_SHARE, GPU_SHARE = 1 / 8, 0.8
 
 log = logging.getLogger("uvicorn.error")
 
@@ -68,6 +73,14 @@ def limits_of(model: Any, capacity: int, cache_bytes: int, most_slots: int) -> L
             f"({each / 1e6:.0f} MB); raise KV_CACHE_MB or lower CONTEXT_TOKENS"
         )
     return Limits(min(most_slots, cache_bytes // each), capacity)
+
+
+def room(device: torch.device) -> int:
+    """Return how many bytes the KV cache may take on the device of a loaded model."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * GPU_SHARE)
+    return int(resources.limit_bytes() * HOST_SHARE)
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
@@ -133,9 +146,12 @@ def packed_stock(model: Any, limits: Limits, pack: Callable[[Any], None]) -> For
 def load(
     read: Read, capacity: int, cache_bytes: int, most_slots: int, pack: Callable[[Any], None] | None
 ) -> TokenModel:
-    """Return the model that `read` reads, with as many slots as there is room for; its description says what it became."""
+    """Return the model that `read` reads, with as many slots as there is room for; its description says what it became.
+
+    `cache_bytes` is how much the KV cache may take; 0: what its device has room for.
+    """
     model = read()
-    limits = limits_of(model, capacity, cache_bytes, most_slots)
+    limits = limits_of(model, capacity, cache_bytes or room(model.device), most_slots)
     size_mb = sum(weights.numel() * weights.element_size() for weights in model.parameters()) / 1e6
     what = f"{type(model).__name__}: {size_mb:.0f} MB, {model.dtype}, {model.device}"
     tokens = limits.slots * limits.capacity

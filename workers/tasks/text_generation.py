@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-from workers import resources
 from workers.errors import Malformed, Unprocessable
 from workers.generation.grammar import GrammarError, Grammars, Matcher
 from workers.generation.steps import Options, Token
@@ -34,7 +33,6 @@ from workers.tasks.pipeline import load_model
 
 ROLES = ("system", "user", "assistant")  # any other could bring special tokens into the prompt
 MOST_STOPS, MOST_BIASES, MOST_LOGPROBS = 16, 300, 20
-CACHE_SHARE = 8  # one part in so many of the memory that this container may use
 # What the `text-generation` client sends beside the rest, and asks for nothing by.
 ASKS_NOTHING = {"watermark": False, "decoder_input_details": False, "best_of": 1}
 # Recurrent models have no keys and values that could be in slots.
@@ -329,7 +327,7 @@ class Task(TextTask):
         return load(
             lambda: load_model(settings, instance, "AutoModelForCausalLM").model,
             self.capacity,
-            settings.KV_CACHE_MB * 10**6 or resources.limit_bytes() // CACHE_SHARE,
+            settings.KV_CACHE_MB * 10**6,
             settings.MAX_SEQUENCES,
             pack,
         )

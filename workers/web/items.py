@@ -69,10 +69,11 @@ class ItemStream(Response):
             while not lines and not self.ended:
                 lines = await self.lines()  # until something is there, an error has its own status
             await parts.begin()
-            await parts.put(lines)
-            while not self.ended:
-                await parts.put(await self.lines(after_start=True))
-            await parts.end()
+            with contextlib.suppress(ClientDisconnect):  # nobody reads the rest
+                await parts.put(lines)
+                while not self.ended:
+                    await parts.put(await self.lines(after_start=True))
+                await parts.end()
         except TimeoutError:
             pass  # it has stopped reading: without an end of the reply the server closes the connection
         finally:
