@@ -36,8 +36,8 @@ from support.l05_rules import LIMIT_S, MU, SECONDS, goodput, median_s, overload
 # - The **loop** looks once more, when it takes a batch. It rejects with a *504*: you have waited in vain.
 #
 # Which rules should they follow? We try them on the planner first. It runs this project's own loop on a virtual clock:
-# a minute passes in a second, and the model takes 20 ms exactly (`overload`, in `support/l05_rules.py`). We call that a **simulation**. Below, the real server
-# has its turn.
+# a minute passes in a second, and the model takes 20 ms exactly (`overload`, in `support/l05_rules.py`). We call that a
+# **simulation**. Below, the real server has its turn.
 #
 # ## A queue of 256
 #

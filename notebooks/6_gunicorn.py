@@ -362,7 +362,7 @@ all_of_them, four = str(cores), str(2 * cores)
 (one_per_s, one_ms), (all_per_s, all_ms) = (speeds["one core busy", how] for how in ("1", all_of_them))
 said(
     speeds.get(("one core busy", four), (0, 0))[0] > 1.1 * all_per_s,
-    f"Beside a busy core {four} threads are faster than {cores}: the kernel deals its time by the head, so {four} threads beside one neighbour"
+    f"Beside a busy core {four} threads are faster than {cores}: the kernel shares its time per thread, so {four} threads beside one neighbour"
     f" get {four} fifths of all cores where {cores} get two thirds. That takes from the neighbour, and works until it does the same.",
 )
 

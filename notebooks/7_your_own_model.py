@@ -60,7 +60,7 @@ print(inspect.getsource(l07_language.Language.__call__))
 print(inspect.getsource(l07_language.Language.check))
 
 # %% [markdown]
-# Only the last box of the way is yours. Queue, batches, deadlines, rejections and metrics are there already. `MODEL=module:Class` names
+# Only the model is yours. Queue, batches, deadlines, rejections and metrics are there already. `MODEL=module:Class` names
 # the class. `LANGUAGE_WEIGHTS` is our own setting: the class reads it.
 
 # %%
