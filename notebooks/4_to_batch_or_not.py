@@ -79,7 +79,8 @@ singly, batched, waiting, static = serve_all(*options, cores=SERVER_CORES)
 law, around = laws["fast"], l04_measure.server_law()
 found = {1: saturate(singly), 32: saturate(batched)}
 per_s = {n: found[n][0] for n in found}
-predicted = {n: n / (law.seconds(n) + around.seconds(n)) for n in found}
+both = planner.CostLaw(law.a_s + around.a_s, law.b_s + around.b_s)
+predicted = {n: n / both.seconds(n) for n in found}
 gain = per_s[32] / per_s[1]
 a_ms, b_ms = around.a_s * 1000, around.b_s * 1000
 tell(f"The server itself takes {a_ms:.2f} ms for a call and {b_ms:.2f} ms for each text in it.")
@@ -250,9 +251,9 @@ guess_added_ms = ...  # ms
 
 # %% [markdown]
 # **Prediction.** At low load nobody else comes: a delay of $w$ adds $w$ to everybody's time. At high load the queue fills
-# the batch: it adds little. And in the middle? Here the planner runs *the real loop* on a virtual clock with your model's
-# law, several times for each point. That is what “simulated” means in these lessons. The high load is nine tenths of what
-# batches of 32 can do in the simulation.
+# the batch: it adds little. And in the middle? Here the planner runs *the real loop* on a virtual clock with the sum of
+# the two laws, several times for each point. That is what “simulated” means in these lessons. The high load is nine tenths of what
+# batches of 32 can do by that law.
 #
 # Then we measure, at low and middle load: without batches, with batches, and with batches and a fixed delay of 10 ms. The three
 # servers take turns, and each turn brings the same people at the same moments. So the machine's moods and the luck of the
@@ -262,7 +263,7 @@ guess_added_ms = ...  # ms
 delays_ms = [0, 2, 5, 10, 20]
 loads = {"low": 0.2 * per_s[1], "middle": 0.7 * per_s[1], "high": 0.9 * predicted[32]}
 planned = {
-    name: [l04_measure.simulated_ms(law, delay_ms, rate) for delay_ms in delays_ms]
+    name: [l04_measure.simulated_ms(both, delay_ms, rate) for delay_ms in delays_ms]
     for name, rate in loads.items()
 }
 table(

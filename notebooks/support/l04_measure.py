@@ -73,8 +73,8 @@ def layer_ms(side: int, row_counts: Collection[int]) -> dict[int, float]:
 
 
 def simulated_ms(law: planner.CostLaw, delay_ms: float, rate: float) -> tuple[float, float]:
-    """The simulated median: the middle one of three runs, and half of how far these are apart."""
-    options: dict[str, Any] = {"batch_size": 32, "delay_ms": delay_ms, "rate_per_s": rate}
+    """The simulated median by the law of the model and the server: the middle one of three runs, and half of how far these are apart."""
+    options: dict[str, Any] = {"batch_size": 32, "delay_ms": delay_ms, "rate_per_s": rate, "overhead_s": 0}
     options["duration_s"] = quick(5, 25)
     medians = sorted(simulate(law, seed=seed, **options).latency_ms.median() for seed in range(3))
     return medians[1], (medians[2] - medians[0]) / 2
