@@ -79,8 +79,8 @@ singly, batched, waiting, static = serve_all(*options, cores=SERVER_CORES)
 law, around = laws["fast"], l04_measure.server_law()
 found = {1: saturate(singly), 32: saturate(batched)}
 per_s = {n: found[n][0] for n in found}
-both = planner.CostLaw(law.a_s + around.a_s, law.b_s + around.b_s)
-predicted = {n: n / both.seconds(n) for n in found}
+summed = planner.CostLaw(law.a_s + around.a_s, law.b_s + around.b_s)
+predicted = {n: n / summed.seconds(n) for n in found}
 gain = per_s[32] / per_s[1]
 a_ms, b_ms = around.a_s * 1000, around.b_s * 1000
 tell(f"The server itself takes {a_ms:.2f} ms for a call and {b_ms:.2f} ms for each text in it.")
@@ -263,7 +263,7 @@ guess_added_ms = ...  # ms
 delays_ms = [0, 2, 5, 10, 20]
 loads = {"low": 0.2 * per_s[1], "middle": 0.7 * per_s[1], "high": 0.9 * predicted[32]}
 planned = {
-    name: [l04_measure.simulated_ms(both, delay_ms, rate) for delay_ms in delays_ms]
+    name: [l04_measure.simulated_ms(summed, delay_ms, rate) for delay_ms in delays_ms]
     for name, rate in loads.items()
 }
 table(
