@@ -298,7 +298,7 @@ tell(
 
 # %% [markdown]
 # Strangers at low load lose all of a fixed delay. The busier the server, the less of it is added, because others come anyway.
-# At high load a short one can even save a little, because fuller batches keep the queue shorter.
+# At high load it changes hardly anything: the queue fills the batches anyway.
 #
 # The picture compares differences, and for these a simulation is made. How long an answer takes it can't say: it leaves out the
 # client and most of HTTP, and its law comes from calls without a pause between them, while in a server caches can be cold.
