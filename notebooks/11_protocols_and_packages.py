@@ -5,18 +5,17 @@
 #
 # **Question: how do you choose without believing anybody?**
 #
-# Afterwards you can say for your own model what another protocol would bring, which server fits your needs, and what your image and
-# your cold start consist of.
+# Afterwards you can say for your own model what another protocol would bring, which server fits your needs, and what your
+# image consists of.
 #
 # It takes about 2 minutes (the quick form under one), two cores and 4 GB of memory. [What all lessons need](README.md).
 
 # %%
 # "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
-from lesson import BLUE, CLIENT_CORES, GREY, ORANGE, SERVER_CORES, TEXT, ask, bars, claim, compare
+from lesson import BLUE, CLIENT_CORES, GREY, SERVER_CORES, TEXT, ask, bars, claim, compare
 from lesson import dots, guessed, holds, line, picture, quick, score, serve, serve_all, serve_recipe
-from lesson import stop, table, tell, way, whose
+from lesson import stop, table, tell, way
 
-import statistics
 
 import numpy as np
 
@@ -51,7 +50,6 @@ guess = ...  # times
 # asked by clients of one family, Triton's.
 
 # %%
-import time
 
 from loadtests.modes import free_port
 from support import l11_grpc_and_http
@@ -66,14 +64,11 @@ instant, failing = serve_all(
 servers = {INSTANT: instant, OURS: ours}
 
 
+# %%
 def visits(model, *kinds, rounds, **options):
     """The medians of some rounds in which all kinds take turns, so that a slow moment meets all of them."""
-    found = {kind: [] for kind in kinds}
-    for _ in range(rounds):
-        for kind in kinds:
-            options |= {"model": model, "cpu": max(CLIENT_CORES), "duration_s": quick(0.3, 1.0)}
-            found[kind].append(l11_grpc_and_http.visit(servers[model], kind, **options))
-    return {kind: {key: statistics.median(v[key] for v in vs) for key in vs[0]} for kind, vs in found.items()}
+    options |= {"model": model, "cpu": max(CLIENT_CORES), "duration_s": quick(0.3, 1.0)}
+    return l11_grpc_and_http.in_turn(servers[model], kinds, rounds, **options)
 
 
 alone = {model: visits(model, "HTTP", "gRPC", rounds=quick(1, 5)) for model in servers}
@@ -139,6 +134,8 @@ crowd = {
     name: visits(INSTANT, kind, rounds=quick(1, 3), way=how, in_flight=32)[kind]
     for name, (kind, how) in many.items()
 }
+
+# %%
 for name, found in crowd.items():
     sides_ms = found["server_ms"], found["client_ms"]
     found["predicted"] = 1000 / (sum(sides_ms) if name == "HTTP, lists" else max(sides_ms))
@@ -207,25 +204,16 @@ inside = len(TEXT) + len(ask(instant).body)  # the text and its answer themselve
 vector = np.random.default_rng(0).normal(0, 0.05, 384).astype(np.float32)
 as_json, as_bytes = len(orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY)), vector.nbytes
 smaller, smaller_vector = 1 - wire["gRPC"] / wire["HTTP"], 1 - as_bytes / as_json
+
+# %%
+COLUMNS = "what", "HTTP, bytes", "gRPC, bytes", "smaller by", "predicted", "your guess"
+rows = (
+    ("a call with a short text, and its answer", wire["HTTP"], wire["gRPC"], smaller, "0%", "-"),
+    ("384 numbers, as JSON and as bytes", as_json, as_bytes, smaller_vector, "67%", f"{guess_smaller}%"),
+)
 table(
-    [
-        {
-            "what": "a call with a short text, and its answer",
-            "HTTP, bytes": f"{wire['HTTP']:.0f}",
-            "gRPC, bytes": f"{wire['gRPC']:.0f}",
-            "smaller by": f"{smaller:.0%}",
-            "predicted": "0%",
-            "your guess": "-",
-        },
-        {
-            "what": "384 numbers, as JSON and as bytes",
-            "HTTP, bytes": f"{as_json}",
-            "gRPC, bytes": f"{as_bytes}",
-            "smaller by": f"{smaller_vector:.0%}",
-            "predicted": f"{1 - 4 / 12:.0%}",
-            "your guess": f"{guess_smaller}%",
-        },
-    ]
+    dict(zip(COLUMNS, (what, f"{http:.0f}", f"{grpc:.0f}", f"{less:.0%}", *rest)))
+    for what, http, grpc, less, *rest in rows
 )
 tell(
     f"The text and its answer are {inside} bytes of it in both. Around them HTTP needs {wire['HTTP'] - inside:.0f} bytes and gRPC"
@@ -247,8 +235,7 @@ claim(
 #
 # **So:** take gRPC if your callers have it already, or if they need a stream. Don't take it for speed: here even the stream carries
 # fewer texts than separate HTTP calls. Send several texts in a call.
-
-# %% [markdown]
+#
 # ## What an error may reveal
 #
 # A program that fails knows much about itself. How much of that should a client see? Many tutorials end with debugging
@@ -299,6 +286,7 @@ request_id = refused.headers["x-request-id"]
 secret = "licence.key"
 
 
+# %%
 def described(who, reply):
     return {
         "reply": who,
@@ -310,13 +298,9 @@ def described(who, reply):
     }
 
 
-table(
-    [
-        described("debugging on: text too long", revealed),
-        described("this server: text too long", sentence),
-        described("this server: the model has a bug", refused),
-    ]
-)
+ours_long, ours_bug = "this server: text too long", "this server: the model has a bug"
+replies = {"debugging on: text too long": revealed, ours_long: sentence, ours_bug: refused}
+table(described(who, reply) for who, reply in replies.items())
 
 # %%
 tell(
@@ -330,8 +314,6 @@ claim(
     f" {len(sentence.body)} bytes that does",
     verdict="depends on the error: a sentence about the input helps, a traceback helps the attacker; it belongs in the log",
 )
-
-# %%
 stop()
 
 # %% [markdown]
@@ -389,19 +371,8 @@ from support import l11_sizes
 packages = l11_sizes.packages()
 compilers_mb = l11_sizes.compilers_mb()
 DEBIAN_MB, BUILT_MB = 230, 1450  # of an image that we built with buildah, see docs/deployments.md
-layers = {
-    "torch": packages["torch"],
-    "transformers": packages["transformers"],
-    "other packages": sum(packages.values()) - packages["torch"] - packages["transformers"],
-    "Debian, Python": DEBIAN_MB,
-    "model": l11_sizes.folder_mb("models/minilm-mlm"),
-    "code": l11_sizes.folder_mb("server.py", "gunicorn.conf.py", "workers"),
-}
-left_out = {
-    "pip": l11_sizes.packages(["pip"])["pip"],
-    "pip's cache": l11_sizes.packed_share() * sum(packages.values()),
-    "compilers": compilers_mb or 0.0,
-}
+layers = l11_sizes.layers(packages) | {"Debian, Python": DEBIAN_MB}
+left_out = l11_sizes.left_out(packages) | {"compilers": compilers_mb or 0.0}
 image_mb, single_mb = sum(layers.values()), sum(layers.values()) + sum(left_out.values())
 saved = 1 - image_mb / single_mb
 
@@ -434,69 +405,6 @@ claim(
     f" {wanted_mb:,.0f} MB",
     verdict="fails here: what is big is needed at run time; to shrink it, leave torch out (lesson 10)",
 )
-
-# %% [markdown]
-# ## A cold start, part by part
-#
-# You start a replica now. When does it answer? Its process has much to do before.
-#
-# **Guess:** how many seconds from the command to the first answer, for our model?
-
-# %%
-guess_start_s = ...
-
-# %% [markdown]
-# **Prediction.** The sum of the parts: the interpreter, the imports, the weights, a first call. They are timed one after the
-# other in a new process. Then the server itself is started and timed.
-
-# %%
-from support import l11_cold_start
-
-
-def seconds_to_ready():
-    began = time.monotonic()
-    server = serve()
-    took_s = time.monotonic() - began
-    stop(server)
-    return took_s
-
-
-tries = [(l11_cold_start.parts(SERVER_CORES), seconds_to_ready()) for _ in range(quick(1, 2))]
-parts = {name: statistics.median(one[name] for one, _ in tries) for name in tries[0][0]}
-start_s = statistics.median(ready_s for _, ready_s in tries)
-sum_s = sum(parts.values())
-importing_s = sum(seconds for name, seconds in parts.items() if name.startswith("import"))
-
-# %%
-with picture("Most of a cold start is importing", "time since the command, s", "") as ax:
-    rows, ends = range(len(parts), 0, -1), np.cumsum(list(parts.values()))
-    starts = ends - list(parts.values())
-    colors = [ORANGE if name.startswith("import") else BLUE for name in parts]
-    ax.barh(rows, parts.values(), left=starts, color=colors)
-    bars(ax, [sum_s], [0], "")
-    dots(ax, [start_s], [-1], "")
-    guessed(ax, [guess_start_s], [-2], "")
-    ax.set_yticks([*rows, 0, -1, -2], [*parts, "predicted: the sum", "measured: ready", whose("your guess")])
-    ax.set_ylim(-2.7, len(parts) + 0.6)
-
-# %%
-tell(
-    f"The parts take {sum_s:.1f} s together, the server took {start_s:.1f} s; your guess was {guess_start_s:g} s. Imports are"
-    f" {importing_s / sum_s:.0%} of it (orange), the weights {parts['load the weights'] / sum_s:.0%}."
-)
-compare("seconds to ready", guess=guess_start_s, formula=sum_s, measured=start_s)
-claim(
-    "A cold start takes 5–10 s",
-    who="this server with the embedded model, on one core, its files already in memory, from the command to ready",
-    number=f"{start_s:.1f} s, of which imports {importing_s:.1f} s and weights {parts['load the weights']:.1f} s",
-    verdict="depends on the libraries more than on a small model; with gigabytes of weights, or files not yet read from disk, it is longer"
-    " (a cold disk is untested)",
-)
-
-# %% [markdown]
-# *Where the formula fails:* each part was timed with nothing beside it. The server loads in a thread, while its loop answers
-# `/ready` already, so it may take longer than the sum. What follows from the picture: smaller weights hardly help a small model.
-# Fewer imports do. (All files were in memory already: what a cold disk adds is not measured here.)
 
 # %% [markdown]
 # ## Exercises
@@ -559,9 +467,9 @@ labs.lab_11(texts_per_list)
 # 5. Why an id in the reply?
 # 6. Why start from limits and not from points?
 # 7. Why doesn't a second stage shrink this image much?
-# 8. Why is most of a cold start importing?
-# 9. Why was the model that returns at once measured, too?
-# 10. Why is a cold start on a cold disk longer than what was measured here?
+# 8. Why was the model that returns at once measured, too?
+# 9. Why does gRPC gain less, the longer the model takes?
+# 10. Why does a client get a sentence for its own mistake, and an id for the server's?
 #
 # <details><summary>Answers</summary>
 #
@@ -572,9 +480,9 @@ labs.lab_11(texts_per_list)
 # 5. The client can quote it, and you find the traceback in the log.
 # 6. A limit is something you know; points are somebody's opinion.
 # 7. What is big is needed at run time.
-# 8. Libraries are read and run before a single weight is loaded.
-# 9. It shows what everything but the model takes, over either protocol.
-# 10. Here the files of all libraries were in memory already.
+# 8. It shows what everything but the model takes, over either protocol.
+# 9. The model's time is the same behind both.
+# 10. It can mend the one; the other is for who reads the log.
 # </details>
 
 # %% [markdown]
@@ -596,7 +504,6 @@ assert as_bytes < as_json and wire["gRPC"] < wire["HTTP"]
 assert packages["torch"] > 0.4 * image_mb and saved < 0.84
 holds(0.7 < gain[OURS] < 1.4, "for a model of milliseconds the protocol hardly matters")
 holds(lists > 2 * http and stream > 1.1 * grpc, "many texts a call save calls")
-holds(importing_s > 0.5 * sum_s, "most of a cold start is importing")
 
 # %% [markdown]
 # ## Take away

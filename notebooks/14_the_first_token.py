@@ -62,21 +62,17 @@ eight = [Reader(0.0, 10, 40) for _ in range(8)]
 
 def scene(rule):
     """Eight readers, and two long prompts that come after a second."""
-    return simulate(
-        LAW, [Reader(0.0, 10, 40) for _ in range(8)] + [Reader(1.0, 400, 10) for _ in range(2)], **rule
-    )
+    readers = [Reader(0.0, 10, 40) for _ in range(8)]
+    return simulate(LAW, readers + [Reader(1.0, 400, 10) for _ in range(2)], **rule)
 
 
+# %%
 scenes = {name: scene(rule) for name, rule in RULES.items()}
 one_long = simulate(LAW, [*eight, Reader(1.0, 400, 10)], step_tokens=WHOLE)
 gaps = {name: max(max(reader.gaps_s) for reader in run.readers[:8]) for name, run in scenes.items()}
 usual = float(np.median(one_long.readers[0].gaps_s))
-compare(
-    "the gap, times a usual one",
-    guess=guess_stall,
-    formula=536 / 56,
-    measured=max(one_long.readers[0].gaps_s) / usual,
-)
+longest = max(one_long.readers[0].gaps_s)
+compare("the gap, times a usual one", guess=guess_stall, formula=536 / 56, measured=longest / usual)
 
 # %%
 draw_gaps(**{name.replace(" ", "_"): run for name, run in scenes.items()})
@@ -132,12 +128,8 @@ def with_chunks(k):
 
 by_chunk = {k: with_chunks(k) for k in chunks}
 a, b, c, _ = LAW
-compare(
-    "the gap with chunks of 64, ms",
-    guess=guess_gap_ms,
-    formula=1000 * (a + 8 * c + 64 * b),
-    measured=1000 * by_chunk[64][0],
-)
+formula, found_ms = 1000 * (a + 8 * c + 64 * b), 1000 * by_chunk[64][0]
+compare("the gap with chunks of 64, ms", guess=guess_gap_ms, formula=formula, measured=found_ms)
 
 # %%
 with picture(
@@ -179,6 +171,8 @@ for k, (plain_ms, gap_ms, ttft_ms) in found.items():
         }
     )
 table(rows)
+
+# %%
 smallest, largest = min(found), max(found)
 claim(
     "Chunked prefill costs throughput",
@@ -307,12 +301,8 @@ def leaving(notices):
 
 careless, careful = leaving(notices=False), leaving(notices=True)
 written = careless.unread + sum(len(reader.token_s) for reader in careless.readers)
-compare(
-    "share written for nobody",
-    guess=guess_unread,
-    formula=0.3 * np.exp(-10 / 60),
-    measured=careless.unread / written,
-)
+share, formula = careless.unread / written, 0.3 * np.exp(-10 / 60)
+compare("share written for nobody", guess=guess_unread, formula=formula, measured=share)
 tell(
     f"A server that notices writes {careful.unread} tokens for nobody: it ends the sequence, and its slot is free in the next step."
 )
@@ -344,11 +334,11 @@ beside = [
     for options in (Options(), drawn)
 ]
 same = [x == y for x, y in zip(alone, beside)]
+
+# %%
 table(
-    [
-        {"tokens are chosen": how, "the same in a batch": "yes" if one else "no"}
-        for how, one in zip(("the likeliest", "by lot, seed 5"), same)
-    ]
+    {"tokens are chosen": how, "the same in a batch": "yes" if one else "no"}
+    for how, one in zip(("the likeliest", "by lot, seed 5"), same)
 )
 compare("the same, of 2", guess=guess_same, formula=2, measured=sum(same))
 claim(

@@ -56,17 +56,10 @@ rates = [50, 200, 1000, 5000]
 needed = [replicas_for(Fleet(UNEVEN, deadline_s=0.5), rate, 0.001) for rate in rates]
 work = np.array(rates) * 0.02
 staffed = np.ceil(work + np.sqrt(work))
+COLUMNS = "texts/s", "at least", "R + √R", "simulated", "busy"
 table(
-    [
-        {
-            "texts/s": rate,
-            "at least": f"{r:.0f}",
-            "R + √R": f"{n:.0f}",
-            "simulated": found,
-            "busy": f"{r / found:.0%}",
-        }
-        for rate, r, n, found in zip(rates, work, staffed, needed)
-    ]
+    dict(zip(COLUMNS, (rate, f"{r:.0f}", f"{n:.0f}", found, f"{r / found:.0%}")))
+    for rate, r, n, found in zip(rates, work, staffed, needed)
 )
 compare("replicas for 5,000 texts/s", guess=guess_replicas, formula=staffed[-1], measured=needed[-1])
 
@@ -119,20 +112,16 @@ def p99_ms(policy, load):
 
 
 p99s = {policy: [p99_ms(policy, load) for load in loads] for policy in fleet.POLICIES}
-at = loads.index(0.8)
-times = {policy: p99s[policy][at] / p99s["shared queue"][at] for policy in p99s}
-compare(
-    "round robin's p99, times a shared queue's",
-    guess=guess_round_robin,
-    formula=3.4,
-    measured=times["round robin"],
-)
+at_80 = {policy: ms[loads.index(0.8)] for policy, ms in p99s.items()}
+times = {policy: ms / at_80["shared queue"] for policy, ms in at_80.items()}
+robin = times["round robin"]
+compare("round robin's p99, times a shared queue's", guess=guess_round_robin, formula=3.4, measured=robin)
 
 # %%
 with picture("Least connections is close to one shared queue", "load, %", "p99, ms", ylim=(0, None)) as ax:
     for policy, ms in p99s.items():
         ax.plot([100 * load for load in loads], ms, "o-", color=COLOR[policy], label=policy)
-    guessed(ax, 80, guess_round_robin * p99s["shared queue"][at])
+    guessed(ax, 80, guess_round_robin * at_80["shared queue"])
     ax.set_xlim(right=100)
 
 # %% [markdown]
@@ -163,17 +152,15 @@ with picture("An old view makes a herd of the clever", "age of the view, ms", "p
     for policy, ms in stale.items():
         ax.plot([1000 * age for age in ages_s], ms, "o-", color=COLOR[policy], label=policy)
     guessed(ax, 100, guess_stale_ms)
+look, two = stale["least connections"], stale["two choices"]
 said(
-    stale["two choices"][0] > stale["least connections"][0]
-    and stale["two choices"][old] < stale["least connections"][old],
-    f"With a fresh view the look at all is better: {stale['least connections'][0]:.0f} ms for {stale['two choices'][0]:.0f}. With one of 0.1 s"
-    f" it is worse: {stale['least connections'][old]:.0f} for {stale['two choices'][old]:.0f}.",
+    look[0] < two[0] and two[old] < look[old],
+    f"With a fresh view the look at all is better: {look[0]:.0f} ms for {two[0]:.0f}. With one of 0.1 s it is worse: {look[old]:.0f} for {two[old]:.0f}.",
 )
 claim(
     "Two random choices are as good as a look at all",
     who="20 simulated replicas at 80 %, uneven texts, p99",
-    number=f"fresh view: {stale['two choices'][0]:.0f} against {stale['least connections'][0]:.0f} ms; a view of up to 0.1 s ago:"
-    f" {stale['two choices'][old]:.0f} against {stale['least connections'][old]:.0f} ms",
+    number=f"fresh view: {two[0]:.0f} against {look[0]:.0f} ms; a view of up to 0.1 s ago: {two[old]:.0f} against {look[old]:.0f} ms",
     verdict="depends on the view: worse where it is fresh, far better where it is old",
 )
 
@@ -196,9 +183,7 @@ times_ms = l15_fleet.answer_times_ms()
 slow_ms = np.quantile(times_ms, 0.99)
 parts = [1, 2, 5, 10, 20, 50, 100]
 share = [float((l15_fleet.fan_out(times_ms, n) > slow_ms).mean()) for n in parts]
-with picture(
-    "The p99 of a part is the median of a page", "parts of a page", "slow pages, %", ylim=(0, 100)
-) as ax:
+with picture("A part's p99 is a page's median", "parts of a page", "slow pages, %", ylim=(0, 100)) as ax:
     line(ax, parts, [100 * (1 - 0.99**n) for n in parts], "1 - 0.99ⁿ")
     dots(ax, parts, [100 * one for one in share], "simulated")
     guessed(ax, 100, 100 * guess_slow_pages)
@@ -271,10 +256,8 @@ CURES = {
 after = {name: l15_fleet.storm(retries, seconds=seconds) for name, retries in CURES.items()}
 late = {name: float(answers[15:].mean()) for name, answers in after.items()}
 table(
-    [
-        {"clients ask again": name, "answered after the rush, of the capacity": f"{one:.0%}"}
-        for name, one in late.items()
-    ]
+    {"clients ask again": name, "answered after the rush, of the capacity": f"{one:.0%}"}
+    for name, one in late.items()
 )
 
 # %%
@@ -283,9 +266,7 @@ shown = {
     "… within a budget of 10 %": BLUE,
     "three times, after 0.1 s": "#009E73",
 }
-with picture(
-    "The cause is gone, the storm stays", "time, s", "answers, % of the capacity", ylim=(0, 110)
-) as ax:
+with picture("The cause is gone, the storm stays", "time, s", "answers, % of capacity", ylim=(0, 110)) as ax:
     ax.axvspan(10, 13, color="#EEEEEE")
     ax.text(11.5, 104, "rush", ha="center", fontsize=12)
     for name, color in shown.items():
@@ -293,10 +274,7 @@ with picture(
     line(ax, [13, seconds], [85, 85], "_", linestyle=":")
     guessed(ax, 13 + guess_calm_s, 85, None)
 stays = late["until answered, after 0.1 s"]
-said(
-    stays < 0.7,
-    f"{seconds - 13} s after the rush it is still there: {stays:.0%} of the capacity are answered where 85 % are asked for.",
-)
+said(stays < 0.7, f"{seconds - 13} s later it is still there: {stays:.0%} answered, of 85 % that are asked.")
 
 # %%
 claim(
@@ -336,15 +314,12 @@ guess_busy = ...  # %
 # for five in place of four, then again, step by step. What counts is what came: arrivals per second times $S$, rejected ones included.
 
 # %%
-levels = [0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.1, 1.5, 2.0]
-dashboard = {load: l15_fleet.signals(load) for load in levels}
+dashboard = {load: l15_fleet.signals(load) for load in (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.1, 1.5, 2.0)}
 table(
-    [
-        {"load": f"{load:.0%}", "busy": f"{s['busy']:.0%}"}
-        | {name: f"{s[name]:.1f}" for name in ("inside, per replica", "wait, ms")}
-        | {"rejected": f"{s['rejected']:.0%}", "wanted, by arrivals": math.ceil(4 * load / 0.8)}
-        for load, s in dashboard.items()
-    ]
+    {"load": f"{load:.0%}", "busy": f"{s['busy']:.0%}"}
+    | {name: f"{s[name]:.1f}" for name in ("inside, per replica", "wait, ms")}
+    | {"rejected": f"{s['rejected']:.0%}", "wanted, by arrivals": math.ceil(4 * load / 0.8)}
+    for load, s in dashboard.items()
 )
 compare("busy at twice the load, %", guess=guess_busy, formula=100, measured=100 * dashboard[2.0]["busy"])
 claim(

@@ -56,7 +56,7 @@ table(columns, (f"{call_s * 1000:.0f}", f"{load_s * 1000:.0f}", f"{load_s / call
 claim(
     "Loading lazily at the first request is fine",
     who="this model in the stock pipeline, libraries already imported",
-    number=f"loading takes {load_s * 1000:.0f} ms, as long as {load_s / call_s:.0f} calls; with the libraries, lesson 11: seconds",
+    number=f"loading takes {load_s * 1000:.0f} ms, as long as {load_s / call_s:.0f} calls; with the libraries, lesson 12: seconds",
     verdict="fails: the first client waits for it; load before you say that you are ready",
 )
 

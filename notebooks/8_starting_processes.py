@@ -57,6 +57,7 @@ def seconds_of(code):
     return min(took)
 
 
+# %%
 python_s = seconds_of("import multiprocessing.spawn")
 torch_s = seconds_of("import torch") - python_s
 METHODS = ("fork", "forkserver", "spawn")
@@ -116,15 +117,16 @@ kinds = {  # name: method, what the parent did, what is preloaded
     "forkserver, the preload computes": ("forkserver", "nothing", (COMPUTES,)),
 }
 left_out = quick({"forkserver, no preload", "forkserver, the preload computes"}, set())
+names = [name for name in kinds if name not in left_out]
 
 
+# %%
 def start(name):
     """Two processes, one after the other, each computing once with torch; the second one counts."""
     method, parent, preload = kinds[name]
     return measure_afresh(method, parent, child="computes with torch", preload=preload, patience_s=patience_s)
 
 
-names = [name for name in kinds if name not in left_out]
 with ThreadPoolExecutor(quick(2, 1)) as pool:
     starts = dict(zip(names, pool.map(start, names)))
 
@@ -134,24 +136,20 @@ bare_s = {method: bare[method]["the next process, s"] for method in METHODS}
 predicted_s = {
     name: bare_s[kinds[name][0]] + torch_s * (name == "spawn" or "no preload" in name) for name in answered
 }
+took_s = [starts[name]["the next process, s"] for name in answered]
+right = max(took_s[-1], predicted_s["spawn"])
 
-
-def names_beside(ax, x, y):
-    """Write what the marks are to the right of them, where no mark is hidden."""
-    for name, color in (("measured", BLUE), ("predicted", "black")):
-        ax.plot([x], [y], label=name, color=color, alpha=0)
-
-
+# %%
 with picture(
     "What is in memory already is free", "seconds to the first product", "", xlim=(0.001, 100)
 ) as ax:
     ax.set_xscale("log")
     rows = range(len(answered))
-    took_s = [starts[name]["the next process, s"] for name in answered]
     bars(ax, list(predicted_s.values()), rows, None)
     dots(ax, took_s, rows, None)
     guessed(ax, guess_preloaded_s, answered.index("forkserver, torch preloaded"))
-    names_beside(ax, max(took_s[-1], predicted_s["spawn"]), rows[-1])
+    for name, color in (("measured", BLUE), ("predicted", "black")):  # written where no mark is hidden
+        ax.plot([right], [rows[-1]], label=name, color=color, alpha=0)
     ax.set_xticks([0.001, 0.01, 0.1, 1, 10], ["0.001", "0.01", "0.1", "1", "10"])
     ax.set_yticks(rows, [name.replace(", ", ",\n") for name in answered])
     ax.set_ylim(-0.6, len(answered) - 0.4)
@@ -222,6 +220,8 @@ except RuntimeError as error:
     said.append(str(error))
 print(*said, sep="; ")
 """
+
+# %%
 order = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=100)
 after_import, chosen_later, again = order.stdout.strip().split("; ")
 tell(
@@ -258,17 +258,7 @@ guess_stuck = ...  # of 100 forks
 # is the share of the time for which the lock is held. With spawn and forkserver it is none: they don't copy this process.
 
 # %%
-import json
-
-from loadtests.modes import ROOT
-
-
-def stuck(method, share, number):
-    """Start processes while a thread holds a lock for this share of the time; who can't take it gives up after half a second."""
-    command = [sys.executable, "-m", "notebooks.support.l08_locks", method, str(share), str(number)]
-    found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100, cwd=ROOT)
-    return json.loads(found.stdout)
-
+from notebooks.support.l08_locks import stuck
 
 shares = quick([0.3], [0.05, 0.3, 0.6, 0.8])
 with ThreadPoolExecutor(4) as pool:  # they sleep for most of the time
@@ -276,22 +266,12 @@ with ThreadPoolExecutor(4) as pool:  # they sleep for most of the time
 others = {method: stuck(method, 0.8, quick(4, 20)) for method in ("forkserver", "spawn")}
 
 # %%
-with picture(
-    "A fork hangs as often as the lock is held",
-    "share of the time for which a thread holds the lock, %",
-    "children that hang, %",
-    xlim=(0, 100),
-    ylim=(-4, 104),
-) as ax:
+HELD, HANG = "share of the time for which a thread holds the lock, %", "children that hang, %"
+with picture("A fork hangs as often as the lock is held", HELD, HANG, xlim=(0, 100), ylim=(-4, 104)) as ax:
     line(ax, [0, 100], [0, 100])
-    dots(ax, [100 * f["share"] for f in forked], [100 * f["stuck"] / f["started"] for f in forked], None)
-    dots(
-        ax,
-        [100 * f["share"] for f in others.values()],
-        [100 * f["stuck"] / f["started"] for f in others.values()],
-        None,
-        GREEN,
-    )
+    for found, color in ((forked, BLUE), (others.values(), GREEN)):
+        hang = [100 * f["stuck"] / f["started"] for f in found]
+        dots(ax, [100 * f["share"] for f in found], hang, None, color)
     ax.plot([55], [42], label="fork", color=BLUE, alpha=0)
     ax.plot([60], [12], label="spawn, forkserver", color=GREEN, alpha=0)
     guessed(ax, 30, guess_stuck)
@@ -329,6 +309,8 @@ model = {
     method: measure_afresh(method, "nothing", child=child, preload=preload)
     for method in ("spawn", "forkserver")
 }
+
+# %%
 HELPER = "the helper's memory with its share, MB"
 table(
     {

@@ -15,13 +15,9 @@
 from lesson import BLUE, GREY, ORANGE, RED, bars, claim, compare, counters, dots, guessed, holds
 from lesson import line, picture, quick, score, serve_all, stop, table, tell, way
 
-import json
-import subprocess
-import sys
+import math
 import time
-from concurrent.futures import ThreadPoolExecutor
 
-from loadtests.modes import ROOT
 
 import checks
 
@@ -121,11 +117,14 @@ guess_wrong = ...  # a share
 # answers are wrong: of three answers, two.
 
 # %%
+many = {"calls": quick(30, 100), "patience_s": 1.0}
 mixed, kept = (
-    sum(service.trials(10, kind, random_s, calls=quick(30, 100), patience_s=1.0), start=service.Fate())
+    service.total(service.trials(10, kind, random_s, **many))
     for kind in (service.TakesWhatComes, service.Repaired)
 )
-lossy = sum(uneven, start=service.Fate())
+lossy = service.total(uneven)
+
+# %%
 ROWS = {"throws others' replies away": lossy, "takes whatever comes": mixed, "one queue, repaired": kept}
 table(
     {
@@ -167,31 +166,8 @@ guess_after_bad = ...  # of 20
 # handed to its caller and the queue is shared: 20.
 
 # %%
-import threading
-
-
-def fails_or_naps(text):
-    """A model that can't take one text."""
-    if text[1] < 0:
-        raise ValueError("a bad text")
-    return service.nap(text)
-
-
-def answered_after_a_bad_text(kind):
-    """How many of 20 texts, one after the other, are answered after a bad one."""
-    devices = kind(2, fails_or_naps)
-    service.call(devices, "somebody", [-1], 0.5) if kind is service.Broken else None
-    fates = [service.call(devices, f"caller {i}", [0.001], 0.5) for i in range(20)]
-    devices.stop()
-    return sum(fate.right for fate in fates)
-
-
-quiet, threading.excepthook = (
-    threading.excepthook,
-    lambda about: None,
-)  # the dead thread's traceback, not shown
-after_bad = {kind.__name__: answered_after_a_bad_text(kind) for kind in (service.Broken, service.Repaired)}
-threading.excepthook = quiet
+kinds = (service.Broken, service.Repaired)
+after_bad = {kind.__name__: service.answered_after_a_bad_text(kind) for kind in kinds}
 tell(
     f"Answered of 20: {after_bad['Broken']} by the broken service (your guess: {guess_after_bad}),"
     f" {after_bad['Repaired']} by the repaired one."
@@ -224,8 +200,6 @@ guess_wait = ...  # times the mean time of a text
 # "least loaded", which sends each text to the device with the fewest, there is no simple formula.
 
 # %%
-import math
-
 from support import l09_queues as queues
 
 S, RHO, DEVICES = 0.02, 0.8, 2
@@ -235,13 +209,9 @@ UNEVENNESS = {"alike": 0.0, "uneven": 10.9 / 1.9**2 - 1}  # (0.9 · 1² + 0.1 ·
 
 
 def formula(policy, kind):
-    """The mean wait, in units of S; None where there is no simple formula."""
-    irregular, crowd = {
-        "at random": (1, own),
-        "round robin": (1 / DEVICES, own),
-        "least loaded": (math.nan, own),
-        "one shared queue": (1, shared),
-    }[policy]
+    """The mean wait, in units of S; NaN where there is no simple formula."""
+    irregular = {"round robin": 1 / DEVICES, "least loaded": math.nan}.get(policy, 1)
+    crowd = shared if policy == "one shared queue" else own
     return (irregular + UNEVENNESS[kind]) / 2 * crowd
 
 
@@ -275,24 +245,13 @@ for kind, texts in (("alike", queues.alike), ("uneven", queues.uneven)):
     fleets = [queues.Fleet(urls, policy) for policy, urls in pairs.items()]
     took = dict(zip(pairs, queues.replay(fleets, arrivals, takes)))
     for policy in POLICIES:
-        waits.append(
-            {
-                "texts": kind,
-                "policy": policy,
-                "formula": formula(policy, kind),
-                "simulated": mean(queues.waits_s(arrivals, takes, DEVICES, policy)) / S,
-                "measured": mean(t - s for t, s in zip(took[policy], takes)) / S if policy in took else None,
-            }
-        )
+        row = {"texts": kind, "policy": policy, "formula": formula(policy, kind)}
+        row["simulated"] = mean(queues.waits_s(arrivals, takes, DEVICES, policy)) / S
+        waited = [t - s for t, s in zip(took.get(policy, ()), takes)]
+        waits.append(row | {"measured": mean(waited) / S if waited else None})
 
 
 # %%
-def rightmost(place, kind):
-    """The rightmost mark of a row of the picture."""
-    row = next(row for row in waits if row["texts"] == kind and row["policy"] == POLICIES[place])
-    return max(value for value in row.values() if isinstance(value, float) and not math.isnan(value))
-
-
 with picture(
     "Round robin is blind to uneven texts", "mean wait, in texts of 20 ms", "", xlim=(0, None)
 ) as ax:
@@ -302,9 +261,7 @@ with picture(
         bars(ax, [row["formula"] for row in some], places, None)
         ax.plot([row["simulated"] for row in some], places, "D", color=GREY, fillstyle="none")
         dots(ax, [row["measured"] for row in some], places, None, color)
-        ax.plot([rightmost(3, kind)], [3 + above], label=f"texts {kind}", color=color, alpha=0)
-    ax.plot([rightmost(1, "alike")], [1.2], label="formula: bar", color="black", alpha=0)
-    ax.plot([rightmost(2, "alike")], [2.2], label="simulated: hollow", color=GREY, alpha=0)
+    queues.names_beside(ax, waits, POLICIES)
     guessed(ax, guess_wait, 0.8, "guess")
     ax.set_yticks(range(1, 4), POLICIES[1:])
     ax.set_ylim(0.4, 3.6)
@@ -318,16 +275,12 @@ def ratio(kind, policy, column="measured"):
     return found[kind, policy][column] / found[kind, "one shared queue"][column]
 
 
-compare(
-    "round robin, uneven texts, in S",
-    guess=guess_wait,
-    formula=formula("round robin", "uneven"),
-    measured=found["uneven", "round robin"]["measured"],
-)
+robin = found["uneven", "round robin"]
+compare("round robin, uneven, in S", guess=guess_wait, formula=robin["formula"], measured=robin["measured"])
 tell(
-    f"Round robin waits {ratio('alike', 'round robin'):.1f} times as long as one shared queue with texts alike, and"
-    f" {ratio('uneven', 'round robin'):.1f} times with uneven ones. Least loaded: {ratio('alike', 'least loaded'):.1f} and"
-    f" {ratio('uneven', 'least loaded'):.1f} times."
+    f"Round robin waits {ratio('alike', 'round robin'):.1f} times as long as one shared queue with texts alike,"
+    f" {ratio('uneven', 'round robin'):.1f} times with uneven ones; least loaded {ratio('alike', 'least loaded'):.1f}"
+    f" and {ratio('uneven', 'least loaded'):.1f} times."
 )
 
 # %% [markdown]
@@ -356,6 +309,8 @@ for n in (1, 2, 4, 8):
 table(
     {name: value if name == "devices" else f"{value:.1f} × S" for name, value in row.items()} for row in rows
 )
+
+# %%
 claim(
     "round robin is good enough",
     who="mean wait at utilisation 0.8, two servers with round robin against one with two copies on one queue",
@@ -453,13 +408,7 @@ def busy_with(k):
         time.sleep(0.008)
         device.run(0.002)
 
-    copies = service.Repaired(k, run)
-    with ThreadPoolExecutor(2 * k) as callers:  # so that there is always a text that waits
-        began = time.perf_counter()
-        list(callers.map(copies.predict, range(k * quick(50, 200))))
-        took_s = time.perf_counter() - began
-    copies.stop()
-    return 100 * device.busy_s / took_s
+    return 100 * device.busy_s / service.crowded(service.Repaired(k, run), k, quick(50, 200))
 
 
 busy = [busy_with(k) for k in instances]
@@ -489,33 +438,16 @@ tell("Busy: " + ", ".join(f"{share:.0f} % with {k}" for k, share in zip(instance
 # `support/l09_gpu.py`, a few lines each.
 
 # %%
-import torch
-
 from support import l09_gpu
 
-HAS_GPU = torch.cuda.is_available()
-if HAS_GPU:
-    command = [sys.executable, "-m", "notebooks.support.l09_gpu"]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200, cwd=ROOT).stdout
-    advice = json.loads(output.splitlines()[-1])
+advice = l09_gpu.measured()
+if advice:
     table(advice)
 else:
     tell("No GPU here, so nothing is measured. The ledger says what each claim would take.")
     table({"untested here": text, "it takes": takes} for text, takes in l09_gpu.CLAIMS)
-
-# %%
-for row, (text, takes) in enumerate(l09_gpu.CLAIMS):
-    if HAS_GPU:
-        what, first, second = advice[row].values()
-        who, number, verdict = (
-            f"{torch.cuda.get_device_name()}: {what}",
-            f"{first}; {second}",
-            "depends: see the number",
-        )
-    else:
-        who = "needs a GPU; `notebooks/support/l09_gpu.py` measures it"
-        number, verdict = f"it takes {takes}", "untested: no GPU"
-    claim(text, who=who, number=number, verdict=verdict, shown=HAS_GPU)
+for entry in l09_gpu.verdicts(advice):
+    claim(**entry, shown=bool(advice))
 
 # %% [markdown]
 # ## Exercises

@@ -92,6 +92,11 @@ class Fate:
         return Fate(self.right + other.right, self.wrong + other.wrong, self.lost + other.lost)
 
 
+def total(fates):
+    """All of them together."""
+    return sum(fates, start=Fate())
+
+
 def nap(text):
     """Stand in for a model: a text is (its name, the seconds that it takes)."""
     name, seconds = text
@@ -130,3 +135,31 @@ def trials(number, kind, draw, calls, **options):
     lists = [[[draw() for _ in range(calls)] for _ in range(2)] for _ in range(number)]
     with ThreadPoolExecutor(10) as pool:
         return list(pool.map(lambda seconds: trial(kind, seconds, **options), lists))
+
+
+def fails_or_naps(text):
+    """A model that can't take one text."""
+    if text[1] < 0:
+        raise ValueError("a bad text")
+    return nap(text)
+
+
+def answered_after_a_bad_text(kind):
+    """How many of 20 texts, one after the other, are answered after a bad one. The dead thread's traceback is not shown."""
+    shows, threading.excepthook = threading.excepthook, lambda about: None
+    devices = kind(2, fails_or_naps)
+    call(devices, "somebody", [-1], 0.5) if kind is Broken else None
+    fates = [call(devices, f"caller {i}", [0.001], 0.5) for i in range(20)]
+    devices.stop()
+    threading.excepthook = shows
+    return sum(fate.right for fate in fates)
+
+
+def crowded(service, instances, texts):
+    """Seconds that so many texts for each instance take, of which there is always one that waits; then stop it."""
+    with ThreadPoolExecutor(2 * instances) as callers:
+        began = time.perf_counter()
+        list(callers.map(service.predict, range(instances * texts)))
+        took_s = time.perf_counter() - began
+    service.stop()
+    return took_s

@@ -3,9 +3,14 @@
 Each function returns (what is counted, without the advice, with it). `device` is a GPU's, such as "cuda:0".
 """
 
+import json
 import multiprocessing
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -189,7 +194,34 @@ def compare(device="cuda:0"):
     return rows
 
 
-if __name__ == "__main__":
-    import json
+def measured() -> list[dict[str, Any]]:
+    """What `main` finds, in a process of its own; nothing where there is no GPU."""
+    if not torch.cuda.is_available():
+        return []
+    command = [sys.executable, "-m", "notebooks.support.l09_gpu"]
+    root = Path(__file__).resolve().parents[2]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, timeout=200, cwd=root)
+    rows: list[dict[str, Any]] = json.loads(found.stdout.splitlines()[-1])
+    return rows
 
+
+def verdicts(advice: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The claims, for the ledger."""
+    if not advice:
+        who = "needs a GPU; `notebooks/support/l09_gpu.py` measures it"
+        return [
+            {"text": text, "who": who, "number": f"it takes {takes}", "verdict": "untested: no GPU"}
+            for text, takes in CLAIMS
+        ]
+    entries = []
+    for (text, _), row in zip(CLAIMS, advice, strict=True):
+        what, first, second = row.values()
+        who = f"{torch.cuda.get_device_name()}: {what}"
+        entries.append(
+            {"text": text, "who": who, "number": f"{first}; {second}", "verdict": "depends: see the number"}
+        )
+    return entries
+
+
+if __name__ == "__main__":
     print(json.dumps(compare()))

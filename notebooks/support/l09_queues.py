@@ -4,6 +4,7 @@ MODEL=notebooks.support.l09_queues:Nap serves the model.
 """
 
 import asyncio
+import math
 import os
 import random
 import time
@@ -155,3 +156,19 @@ class Lane:
             began = time.perf_counter()
             time.sleep(seconds)
             self.busy_s += time.perf_counter() - began
+
+
+def names_beside(ax, waits, policies):
+    """Write beside the marks what they are: each at the right of a row's last mark, where none is hidden."""
+
+    def rightmost(place, kind):
+        row = next(row for row in waits if (row["texts"], row["policy"]) == (kind, policies[place]))
+        return max(value for value in row.values() if isinstance(value, float) and not math.isnan(value))
+
+    for place, kind, above, label, color in (
+        (3, "alike", 0.2, "texts alike", "#0072B2"),
+        (3, "uneven", -0.2, "texts uneven", "#E69F00"),
+        (1, "alike", 0.2, "formula: bar", "black"),
+        (2, "alike", 0.2, "simulated: hollow", "#777777"),
+    ):
+        ax.plot([rightmost(place, kind)], [place + above], label=label, color=color, alpha=0)

@@ -6,8 +6,9 @@ visit(server, "gRPC", duration_s=1.0, cpu=1, model="minilm-mlm")["per_s"]
 import asyncio
 import http.client
 import json
+import statistics
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import uvloop
@@ -109,3 +110,15 @@ def bytes_of(server: Server, kind: str, cpu: int) -> float:
     """Bytes of a call of the instant model, both ways."""
     address = grpc_calls.addresses(server)[kind]
     return apart(lambda: uvloop.run(grpc_calls.count_bytes(kind, address)), {cpu})
+
+
+def in_turn(server: Server, kinds: Sequence[str], rounds: int, **options: Any) -> dict[str, dict[str, float]]:
+    """`visit` all kinds in turn, again and again: the median of each figure, by kind."""
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind in kinds:
+            found[kind].append(visit(server, kind, **options))
+    return {
+        kind: {key: statistics.median(one[key] for one in some) for key in some[0]}
+        for kind, some in found.items()
+    }

@@ -60,3 +60,20 @@ def packed_share(samples: int = 12, sample_bytes: int = 1_000_000) -> float:
             file.seek(i * step)
             packed += len(zlib.compress(file.read(sample_bytes), 6))
     return packed / samples / sample_bytes
+
+
+def layers(installed: dict[str, float]) -> dict[str, float]:
+    """MB of the image's parts that this project puts there."""
+    torch, transformers = installed["torch"], installed["transformers"]
+    return {
+        "torch": torch,
+        "transformers": transformers,
+        "other packages": sum(installed.values()) - torch - transformers,
+        "model": folder_mb("models/minilm-mlm"),
+        "code": folder_mb("server.py", "gunicorn.conf.py", "workers"),
+    }
+
+
+def left_out(installed: dict[str, float]) -> dict[str, float]:
+    """MB that a first stage has and the second hasn't."""
+    return {"pip": packages(["pip"])["pip"], "pip's cache": packed_share() * sum(installed.values())}

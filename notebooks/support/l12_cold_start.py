@@ -19,7 +19,7 @@ TAKEN: dict[str, float] = {}
 def parts(cpus: set[int], patience_s: float = 60.0) -> dict[str, float]:
     """The seconds of each part."""
     process = subprocess.run(
-        [sys.executable, "-m", "notebooks.support.l11_cold_start", str(time.monotonic())],
+        [sys.executable, "-m", "notebooks.support.l12_cold_start", str(time.monotonic())],
         cwd=ROOT,
         env={**os.environ, "TORCH_THREADS": "1"},
         capture_output=True,
