@@ -60,15 +60,7 @@ def test_stored_notebook_has_the_cells_of_its_script_and_outputs(script: Path) -
 
 
 # Lines; 15 elsewhere.
-LONGEST = {
-    8: 26,
-    9: 29,
-    10: 30,
-    11: 31,
-    12: 27,
-    14: 23,
-    15: 19,
-}
+LONGEST = {10: 30}
 
 
 @pytest.mark.parametrize("script", run.LESSONS, ids=name)
