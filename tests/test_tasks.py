@@ -27,6 +27,7 @@ from workers.tasks import pipeline
 from workers.tasks.common import encoder, packed
 from workers.tasks.common.media import open_image
 from workers.tasks.common.packed import PackedLinear, PaddingFree
+from workers.tasks.common.probe import differ
 from workers.tasks.common.tokens import SlowTokens
 from workers.web.replies import rendered
 
@@ -273,6 +274,7 @@ def test_states_are_those_of_the_plain_forward_at_the_positions_kept(family: str
 
 def test_texts_of_several_lengths_share_one_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16, where memory wants few lengths; in float32 it can be told whether it is exact."""
+    monkeypatch.setattr(packed, "EXACT", 0)
     monkeypatch.setattr(PaddingFree, "attended", lambda self, length: packed.round_up(-(-length // 16) * 16))
     for family in ("bert", "roberta", "mpnet"):
         model = make_model(family, "MaskedLM").base_model
@@ -280,6 +282,16 @@ def test_texts_of_several_lengths_share_one_attention(monkeypatch: pytest.Monkey
         encode = encoder.Encoder(model, PROBE)
         assert str(encode.strategy) == FAST
         torch.testing.assert_close(encode(PROBE), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", [name for name in STRATEGIES if STRATEGIES[name] == FAST])
+def test_texts_longer_and_shorter_than_the_exact_ones_share_a_pass_in_bfloat16(family: str) -> None:
+    model = make_model(family, "MaskedLM").base_model.bfloat16()
+    rows = [*PROBE, [2, *range(5, 5 + packed.EXACT), 3], [2, *range(5, 10 + packed.EXACT), 3]]
+    expected = torch.cat(states_of(model, rows))
+    encode = encoder.Encoder(model, PROBE, longest=100)
+    assert str(encode.strategy) == FAST
+    assert not differ(encode(rows), expected)
 
 
 def test_bfloat16_gives_the_scores_of_float32_but_for_rounding(folder: Any) -> None:
@@ -400,8 +412,8 @@ def test_layers_are_given_few_row_counts_so_that_memory_stays_flat(
         for _ in range(100):
             encode.logits([[2] * draw.choice([3, 9, 20, 100]) for _ in range(draw.randint(1, 32))])
     assert counts == set(map(packed.round_up, counts))
-    assert len(counts) <= 16 + (512 - 64) // 32, (
-        "none but multiples of 4 up to 64, of 32 up to a pass's tokens"
+    assert len(counts) <= 9 + 12 + (512 - 64) // 32, (
+        "none but 1, multiples of 2 up to 16, of 4 up to 64, of 32 up to a pass's tokens"
     )
 
 

@@ -23,6 +23,7 @@ from workers.context import RequestContext, context_of
 from workers.errors import LOADING, CannotLoad, ModelFailed, Rejected
 from workers.generation.token_loop import TokenLoop
 from workers.isolation import make_instances, make_quarantine
+from workers.isolation.auto import measured
 from workers.jobs import Answer
 from workers.loop import ModelLoop
 from workers.metrics import Metrics
@@ -111,8 +112,7 @@ class Service:
         # garbage, and looking would take a tenth of the loading.
         gc.set_threshold(10_000)
         began = time.monotonic()
-        make = partial(tasks.make, self.settings)
-        self._task = task = await in_thread(lambda: attempt_load(make))
+        self._task = task = await in_thread(partial(attempt_load, partial(tasks.make, self.settings)))
         self.in_flight.expect(task.media)
         self.checks.most_bytes = self.in_flight.most_bytes
         if isinstance(self.loop, TokenLoop):
@@ -120,6 +120,7 @@ class Service:
                 self.loop, cast(Any, task), self.settings.BODY_TIMEOUT_S
             )
             await in_thread(lambda: attempt_load(generation.task.read_chat_template))
+        self.settings = await in_thread(partial(attempt_load, partial(measured, self.settings, task)))
         self.instances = make_instances(self.settings, self.metrics, task)
         self.descriptions = await asyncio.gather(*(instance.start() for instance in self.instances))
         for description in self.descriptions:

@@ -172,8 +172,8 @@ class Settings:
 
     # process survives a crash or a hang; inline blocks the event loop, for comparison; dirty: see gunicorn/dirty.conf.py
     OFFLOAD: str = one_of("thread", "inline", "process", "dirty")
-    # instances of the model on one queue
-    INSTANCES: int = at_least(1, 1)
+    # instances of the model on one queue; 0: as many threads as answer most, measured at the start
+    INSTANCES: int = at_least(0, 1)
     # threads per instance; 0: cores / instances, fewer while others use the cores
     TORCH_THREADS: int = at_least(0, 0)
     # worker processes; uvicorn reads it too, Gunicorn's configs set it
@@ -278,4 +278,5 @@ class Settings:
     @property
     def threads_per_instance(self) -> int:
         """Return the torch threads per instance: never more in total than there are cores, unless TORCH_THREADS says so."""
-        return self.TORCH_THREADS or max(1, usable_cores() // (self.INSTANCES * self.WEB_CONCURRENCY))
+        instances = max(1, self.INSTANCES)
+        return self.TORCH_THREADS or max(1, usable_cores() // (instances * self.WEB_CONCURRENCY))

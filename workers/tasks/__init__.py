@@ -158,7 +158,8 @@ def load(task: Task, settings: Settings, instance: int = 0, *, beside: int = 0) 
 
     `beside`: how many other instances in this process share its cores.
     """
-    model = load_or_share(task, settings, instance) if beside else task.load(instance)
+    share = beside or getattr(task, "shared", None)
+    model = load_or_share(task, settings, instance) if share else task.load(instance)
     for batch in warm_up_batches(
         task, min(settings.BATCH_SIZE, getattr(model.description, "max_batch", MOST))
     ):
@@ -198,10 +199,26 @@ def load_or_share(task: Task, settings: Settings, instance: int) -> Model:
             shared.instances += 1
             return shared
         model = task.load(instance)
-        is_on_cpu = getattr(model.description, "device", "") in ("", "cpu")
-        if is_on_cpu and getattr(model, "shareable", False):
+        if may_be_shared(model):
             model = task.shared = Shared(model)
         return model
+
+
+def load_to_share(task: Task) -> Model | None:
+    """Load the model that the instances made afterwards share. None where threads can't: then its own loads it anew."""
+    model = task.load(0)
+    if not may_be_shared(model):
+        getattr(model, "close", lambda: None)()
+        return None
+    task.shared = Shared(model)
+    task.shared.instances = 0
+    return model
+
+
+def may_be_shared(model: Model) -> bool:
+    """Return whether threads may call the model at once: it says so, and is on the CPU."""
+    is_on_cpu = getattr(model.description, "device", "") in ("", "cpu")
+    return is_on_cpu and getattr(model, "shareable", False)
 
 
 def load_alone(settings: Settings, instance: int = 0) -> Model:

@@ -224,13 +224,15 @@ class Encoder:
     def _take(self, strategy: Strategy, linears: list[tuple[nn.Module, str, nn.Linear]]) -> None:
         """Make the model ready for a strategy."""
         for parent, name, linear in linears:
-            if strategy.prepacked != isinstance(getattr(parent, name), PackedLinear):
-                setattr(parent, name, PackedLinear(linear) if strategy.prepacked else linear)
+            setattr(parent, name, linear)
+        packed_layers = PaddingFree(self.base) if strategy.batching == "padding-free" else None
+        for parent, name, linear in linears if strategy.prepacked else ():
+            if getattr(parent, name) is linear:
+                setattr(parent, name, PackedLinear(linear))
         self.strategy = strategy
         self.head_alone: Any = head_alone(self.model) if self.has_head else None
-        self.forward: Pass = self._whole if strategy.whole and self.has_head else self._base
-        if strategy.batching == "padding-free":
-            self.forward = PaddingFree(self.base)
+        stock = self._whole if strategy.whole and self.has_head else self._base
+        self.forward: Pass = packed_layers or stock
 
     def _on(self, probe: Probe) -> Tensor:
         return (self.logits if self.has_head else self)(probe.rows, probe.keep, probe.types)

@@ -2,9 +2,12 @@
 
 oneDNN compiles code for every number of rows, and keeps it: 290 KB and more each; for attention in bfloat16 for every
 length, 700 KB. So both are rounded up, to a few numbers: memory stays flat.
+
+One short text is bound by reading the weights and by the number of operations, not by arithmetic: query, key and value
+are one product, and nothing is copied that needn't be (`python -m loadtests.bench`, one text at a time).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, chain, groupby
 from typing import Any, NamedTuple
 
@@ -41,19 +44,34 @@ def row_buckets(most: int) -> list[int]:
 
 
 def round_up(rows: int) -> int:
-    """Round up a row count or a length: to a multiple of 4 up to 64, of 32 up to 512, then to 8 steps per doubling."""
-    step = 4 if rows <= 64 else max(32, 1 << (rows - 1).bit_length() - 4)
+    """Round up a row count or a length: to a multiple of 2 up to 16 (1 stays 1), of 4 up to 64, of 32 up to 512, then to
+    8 steps per doubling.
+    """
+    if rows <= 1:
+        return rows
+    step = 2 if rows <= 16 else 4 if rows <= 64 else max(32, 1 << (rows - 1).bit_length() - 4)
     return -(-rows // step) * step
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]
-    """Hold a Linear's weights in oneDNN's own layout, for CPU inference, by the ops that inductor uses."""
+    """Hold a Linear's weights in oneDNN's own layout, for CPU inference, by the ops that inductor uses.
 
-    def __init__(self, linear: nn.Linear) -> None:
+    Of several Linears: those of one product, whose outputs stand side by side.
+    """
+
+    def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.packed, self.bias = nn.Parameter(packed, requires_grad=False), linear.bias
-        self.n_in, self.n_out = linear.in_features, linear.out_features
+        weight, self.bias = linears[0].weight.detach(), linears[0].bias
+        if len(linears) > 1:
+            weight = torch.cat([linear.weight.detach() for linear in linears])
+            self.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), False)
+        self.packed = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight), requires_grad=False)
+        self.n_out, self.n_in = weight.shape
+        # Looked up once: for a short text that counts.
+        self.weights = self.packed, self.bias
+        self.product, self.product_sum = (
+            getattr(torch.ops.mkldnn._linear_pointwise, kind) for kind in ("default", "binary")
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[:-1].numel()
@@ -64,11 +82,11 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
 
     def linear_activation(self, x: Tensor, activation: str = "none", algorithm: str = "none") -> Tensor:
         """Return the activation of the product, in one go."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, activation, [], algorithm)
+        return self.product(x, *self.weights, activation, [], algorithm)
 
     def linear_add(self, x: Tensor, other: Tensor) -> Tensor:
         """Return the product plus `other`, in one go."""
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, "add")
+        return self.product_sum(x, other, *self.weights, "add")
 
 
 # The first layer's attention, and the parts of a layer: query, key, value, out, its norm, up, down, its norm.
@@ -108,10 +126,15 @@ class Group(NamedTuple):
     bias: Tensor | None = None
 
 
+# Texts of up to so many tokens attend in float32 at their own length, whatever the dtype: as fast, and nothing to compile.
+EXACT = 64
+
+
 class PaddingFree:
     """The forward pass of BERT, and of the models built like it, over packed sequences: nothing is padded.
 
-    Raises UnsupportedArchitecture for any other. Its Linears must be prepacked.
+    Making it prepacks the Linears of the layers, in the model itself: query holds key and value, too. Raises
+    UnsupportedArchitecture, and changes nothing, for any other model.
     """
 
     def __init__(self, base: Any) -> None:
@@ -121,10 +144,11 @@ class PaddingFree:
         if layout is None or activation not in ACTIVATIONS:
             raise UnsupportedArchitecture
         layers = modules[layout.partition(".0")[0]]
-        self.layers = [[layer.get_submodule(name) for name in LAYOUTS[layout].split()] for layer in layers]
+        self.layers = [prepack(layer, LAYOUTS[layout].split()) for layer in layers]
         self.heads, self.activation = base.config.num_attention_heads, ACTIVATIONS[activation]
         self.bias = getattr(modules.get("encoder"), "compute_position_bias", None)
-        self.project = modules.get("embeddings_project")
+        project = modules.get("embeddings_project")
+        self.project = PackedLinear(project) if project else None
         self.words, self.norm = modules["embeddings.word_embeddings"].weight, modules["embeddings.LayerNorm"]
         positions, types = (
             modules["embeddings.position_embeddings"],
@@ -166,15 +190,14 @@ class PaddingFree:
         So oneDNN compiles their kernels now, not while a request waits. Raises ArithmeticError where one of them gives
         other results than the largest.
         """
-        width = self.layers[0][0].bias.shape[0]
-        x = torch.randn(round_up(most), width, generator=torch.Generator().manual_seed(0)).to(
-            self.words.dtype
-        )
+        x = torch.randn(
+            round_up(most), self.layers[0][0].n_in, generator=torch.Generator().manual_seed(0)
+        ).to(self.words.dtype)
         expected = self.layer(x, self.layers[0], [Group(slice(len(x)), len(x), 1)])  # texts of one token
         for rows in row_buckets(most):
             check_equal(self.layer(x[:rows], self.layers[0], [Group(slice(rows), rows, 1)]), expected[:rows])
             if self.attended(rows) == rows:
-                self.attend(x[:rows], x[:rows], x[:rows], [Group(slice(rows), 1, rows)])
+                self.attend(x[:rows].repeat(1, 3), [Group(slice(rows), 1, rows)])
 
     def position_ids(self, row: Sequence[int]) -> Sequence[int]:
         """Return the rows of a text's tokens in the table of positions."""
@@ -187,10 +210,8 @@ class PaddingFree:
 
     def layer(self, x: Tensor, layer: list[Any], groups: list[Group], wanted: Tensor | None = None) -> Tensor:
         """Run one layer; after its attention for the wanted rows only."""
-        query, key, value, out, norm, up, down, last_norm = layer
-        seen = self.attend(
-            query.linear_activation(x), key.linear_activation(x), value.linear_activation(x), groups
-        )
+        joined, out, norm, up, down, last_norm = layer
+        seen = self.attend(joined.linear_activation(x), groups)
         if wanted is not None:
             x, seen = x[wanted], seen[wanted]
         x = norm(out.linear_add(seen, x))
@@ -198,7 +219,8 @@ class PaddingFree:
 
     def attended(self, length: int) -> int:
         """Return the length that a text's attention is computed at."""
-        return length if self.words.dtype == torch.float32 else round_up(-(-length // 16) * 16)
+        exact = self.words.dtype == torch.float32 or length <= EXACT
+        return length if exact else round_up(-(-length // 16) * 16)
 
     def group(self, x: Tensor, starts: list[int], texts: list[int]) -> Group:
         """Return neighbouring texts whose attention has the same length as a group."""
@@ -208,7 +230,8 @@ class PaddingFree:
         rows = slice(first, starts[texts[-1] + 1])
         bias = self.bias(x.new_empty(1, length)) if self.bias else None
         if lengths[0] == length:
-            return Group(rows, count, length, bias=bias)
+            in_float32 = bias is not None and length <= EXACT
+            return Group(rows, count, length, bias=bias.float() if in_float32 else bias)
         positions, sizes = torch.arange(length), torch.tensor(lengths)[:, None]
         is_real = positions < sizes
         padded = torch.tensor([starts[text] for text in texts])[:, None] + positions.minimum(sizes - 1)
@@ -216,21 +239,35 @@ class PaddingFree:
         bias = hidden if bias is None else hidden + bias
         return Group(rows, count, length, padded.flatten(), is_real.flatten().nonzero().flatten(), bias)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, groups: list[Group]) -> Tensor:
-        """Return the attention of each text within itself: [tokens, hidden]."""
-        seen = torch.zeros_like(query)
+    def attend(self, joined: Tensor, groups: list[Group]) -> Tensor:
+        """Return the attention of each text within itself: [rows, hidden]; `joined`: query, key and value, [rows, 3 * hidden]."""
+        parts = []
         for rows, texts, length, padded, real, bias in groups:
-            q, k, v = (
-                t[rows if padded is None else padded].view(texts, length, self.heads, -1).transpose(1, 2)
-                for t in (query, key, value)
-            )
-            found = (
-                F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-                .transpose(1, 2)
-                .reshape(-1, seen.shape[1])
-            )
-            seen[rows] = found if real is None else found[real]
-        return seen
+            part = joined[rows if padded is None else padded]
+            part = part.float() if length <= EXACT else part
+            query, key, value = part.view(texts, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            found = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+            found = found.transpose(1, 2).reshape(texts * length, -1)
+            parts.append(found if real is None else found[real])
+        if more := len(joined) - groups[-1].rows.stop:
+            parts.append(parts[0].new_zeros(more, parts[0].shape[1]))
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(joined.dtype)
+
+
+def prepack(layer: nn.Module, names: Sequence[str]) -> list[Any]:
+    """Prepack the Linears of a layer, query, key and value as one; return its parts: joined, out, norm, up, down, norm."""
+    query, key, value, *others = map(layer.get_submodule, names)
+    parts = [PackedLinear(query, key, value)]
+    parts += [PackedLinear(part) if type(part) is nn.Linear else part for part in others]
+    for name, part in zip(names, [parts[0], nn.Identity(), nn.Identity(), *parts[1:]]):
+        layer.set_submodule(name, part)
+    return [norm_alone(part) if type(part) is nn.LayerNorm else part for part in parts]
+
+
+def norm_alone(norm: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    """Return a LayerNorm without what a module costs."""
+    shape, weight, bias, eps = norm.normalized_shape, norm.weight, norm.bias, norm.eps
+    return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
 
 
 def packable(model: Any) -> list[tuple[nn.Module, str, nn.Linear]]:
