@@ -230,8 +230,8 @@ class PaddingFree:
         rows = slice(first, starts[texts[-1] + 1])
         bias = self.bias(x.new_empty(1, length)) if self.bias else None
         if lengths[0] == length:
-            in_float32 = bias is not None and length <= EXACT
-            return Group(rows, count, length, bias=bias.float() if in_float32 else bias)
+            bias = bias.float() if bias is not None and length <= EXACT else bias
+            return Group(rows, count, length, bias=bias)
         positions, sizes = torch.arange(length), torch.tensor(lengths)[:, None]
         is_real = positions < sizes
         padded = torch.tensor([starts[text] for text in texts])[:, None] + positions.minimum(sizes - 1)
