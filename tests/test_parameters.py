@@ -357,7 +357,7 @@ def test_parameter_changes_the_answer_to_that_of_the_plain_pipeline(name: str, t
             task.check(row.inputs, {key: value for key, value in row.needed.items() if key != needed})
 
 
-def tested() -> dict[str, set[str]]:
+def parameters_with_a_case() -> dict[str, set[str]]:
     """The parameters of each row that a case has, here and in the tests of images, sounds, tables and generated text."""
     found = {name: set[str]().union(row.needed, *row.cases) for name, row in ROWS.items()}
     found["text-generation"] = set[str]().union(*GENERATION)
@@ -373,4 +373,4 @@ def tested() -> dict[str, set[str]]:
 def test_each_parameter_of_the_docs_is_compared_with_the_plain_pipeline(
     row: str, rules: dict[str, Any]
 ) -> None:
-    assert tested().get(row.replace("`", ""), set()) == rules.keys()
+    assert parameters_with_a_case().get(row.replace("`", ""), set()) == rules.keys()

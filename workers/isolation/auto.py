@@ -68,7 +68,7 @@ def best(rates: list[float]) -> int:
 
 
 def rates_per_s(call: Callable[[], Any], choices: list[Settings]) -> list[float]:
-    """Return the calls a second of each choice: of TURNS turns, one choice after the other, the best; what else runs only slows."""
+    """Return the calls per second of each choice: the best of TURNS, in which all take turns; what else runs only slows."""
     found = [0.0] * len(choices)
     for _ in range(TURNS):
         for i, one in enumerate(choices):
@@ -77,7 +77,7 @@ def rates_per_s(call: Callable[[], Any], choices: list[Settings]) -> list[float]
 
 
 def rate_per_s(call: Callable[[], Any], instances: int, threads: int) -> float:
-    """Return the calls a second that so many threads make together, each with so many of torch's threads."""
+    """Return the calls per second that so many threads make together, each with so many of torch's threads."""
     ready = threading.Barrier(instances)
 
     def calls(_: int) -> tuple[int, float, float]:

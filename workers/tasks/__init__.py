@@ -205,7 +205,7 @@ def load_or_share(task: Task, settings: Settings, instance: int) -> Model:
 
 
 def load_to_share(task: Task) -> Model | None:
-    """Load the model that the instances made afterwards share. None where threads can't: then its own loads it anew."""
+    """Load the model that the instances made afterwards share. None where threads can't: then the instance loads its own."""
     model = task.load(0)
     if not may_be_shared(model):
         getattr(model, "close", lambda: None)()
