@@ -14,22 +14,19 @@
 
 # %%
 # "No module named 'lesson'"? Open this notebook where it lies, in the project's notebooks/, or by `make learn`.
-from lesson import BLUE, GREEN, GREY, ORANGE, PURPLE, SERVER_CORES, claim, compare, dots, guessed, holds
-from lesson import line, picture, quick, said, score, table, tell, way, whose
+from lesson import BLUE, GREEN, GREY, ORANGE, SERVER_CORES, claim, compare, dots, guessed, holds
+from lesson import line, picture, quick, said, score, table, tell
 
 import math
 
 import checks
 from support import l10_runtimes
+from support.l10_runtimes import LEAN, rows
 
 # %% [markdown]
 # The runtime is the last box on the way of a request. All else stays as it was. So this lesson needs no server: it asks the
 # model itself.
-
-# %%
-way(changed={"model"})
-
-# %% [markdown]
+#
 # ## How fast could it be at all?
 #
 # A model is mostly products of matrices. A core can do only so many multiplications and additions a second, whatever
@@ -74,17 +71,18 @@ short = l10_runtimes.texts(32)
 tokens = l10_runtimes.lengths(short)
 mean = sum(tokens) / len(tokens)
 weights_mb = 4 * (L * (4 * h * h + 2 * h * i) + h * h + h * V) / 1e6  # the embeddings are only looked up
-table(
-    [
-        {
-            "numbers": dtype,
-            "operations a second, billions": f"{limits[dtype] / 1e9:.0f}",
-            "short texts/s at most, head at each token": f"{limits[dtype] / operations(mean, mean):.0f}",
-            "head at the mask only": f"{limits[dtype] / operations(mean, 1):.0f}",
-        }
-        for dtype in ("float32", "bfloat16")
-    ]
-)
+
+
+def limits_of(dtype):
+    """Operations a second, and texts a second with the head at each token and at the mask only."""
+    speed = limits[dtype]
+    return speed / 1e9, speed / operations(mean, mean), speed / operations(mean, 1)
+
+
+columns = "numbers | operations a second, billions | short texts/s at most, head at each token | head at the mask only"
+table(columns, *((dtype, *map("{:.0f}".format, limits_of(dtype))) for dtype in ("float32", "bfloat16")))
+
+# %%
 read_s = weights_mb * 1e6 / limits["bytes"]
 tell(
     f"The short texts have {mean:.1f} tokens on average. The core reads {limits['bytes'] / 1e9:.0f} GB a second, and a call"
@@ -166,17 +164,15 @@ def times(name, base="PyTorch"):
     return [per_s[name, "short", n] / per_s[base, "short", n] for n in sizes]
 
 
+# %%
 curve = [n / 10 for n in range(10, 321)]
+RUNTIMES = {"OpenVINO": ORANGE, "torch.compile": GREEN, "ONNX Runtime": BLUE}  # the last on top
 with picture(
     "A lean runtime helps small calls", "texts a call", "times PyTorch's texts/s", ylim=(0, None)
 ) as ax:
     ax.set_xscale("log")
     line(ax, curve, [(a_s + b_s * n) / (b_s * n) for n in curve])
-    for name, color in (
-        ("OpenVINO", ORANGE),
-        ("torch.compile", GREEN),
-        ("ONNX Runtime", BLUE),
-    ):  # the last on top
+    for name, color in RUNTIMES.items():
         if name in running:
             dots(ax, sizes, times(name), name, color)
     guessed(ax, [1], [guess_times])
@@ -186,22 +182,19 @@ with picture(
 
 # %%
 onnx = times("ONNX Runtime")
+told, measured = (", ".join(f"{one:.1f}" for one in some) for some in (predicted, onnx))
 tell(
-    f"a = {a_s * 1000:.1f} ms, b = {b_s * 1000:.1f} ms. Predicted for 1, 8 and 32 texts a call:"
-    f" {', '.join(f'{p:.1f}' for p in predicted)} times; ONNX Runtime measured: {', '.join(f'{m:.1f}' for m in onnx)}."
+    f"a = {a_s * 1000:.1f} ms, b = {b_s * 1000:.1f} ms. Predicted for 1, 8 and 32 texts a call: {told} times; ONNX Runtime"
+    f" measured: {measured}."
 )
+call_ms = 1000 / per_s["ONNX Runtime", "short", 1]
+least_ms = 1000 * operations(mean, mean) / limits["float32"]
+better = (a_s + b_s) / (b_s + read_s)
 tell(
-    f"ONNX Runtime's own call for one text takes {1000 / per_s['ONNX Runtime', 'short', 1]:.1f} ms. Reading the weights"
-    f" takes about {read_s * 1000:.1f} ms and computing at least"
-    f" {operations(mean, mean) / limits['float32'] * 1000:.1f} ms. Both can happen at the same time. So the better prediction for one"
-    f" text is {(a_s + b_s) / (b_s + read_s):.1f} times."
+    f"ONNX Runtime's own call for one text takes {call_ms:.1f} ms. Reading the weights takes about {read_s * 1000:.1f} ms and"
+    f" computing at least {least_ms:.1f} ms. Both can happen at the same time. So the better prediction for one text is {better:.1f} times."
 )
-compare(
-    "ONNX Runtime for one text, times PyTorch",
-    guess=guess_times,
-    formula=(a_s + b_s) / (b_s + read_s),
-    measured=onnx[0],
-)
+compare("ONNX Runtime for one text, times PyTorch", guess=guess_times, formula=better, measured=onnx[0])
 
 # %% [markdown]
 # *Where the formula fails:* for one text the fixed part $a$ is not only Python. The weights must be read even for a single
@@ -215,28 +208,8 @@ compare(
 # reaches: the [utilisation](glossary.md) of its arithmetic.
 # The limit counts what that runtime computes: the fast path runs the head at the mask, most others at every token.
 
-# %%
-MARKS = {"limit": ("|", "black", 15), "predicted": ("|", "black", 15), "your guess": ("*", PURPLE, 13)}
-
-
-def rows(ax, names, series):
-    """A row for each name; which mark is what stands below."""
-    colors = iter((ORANGE, BLUE) if len(series.keys() - MARKS.keys()) > 1 else (BLUE,))
-    drawn = []
-    for what, values in series.items():
-        mark, color, size = MARKS.get(what) or ("o", next(colors), 7)
-        style = {"color": color, "markersize": size, "markeredgewidth": 3 if mark == "|" else 1}
-        drawn += ax.plot(values, range(len(names)), mark, label="_", **style)
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(-0.6, len(names) - 0.4)
-    ax.figure.set_size_inches(7.2, 0.33 * len(names) + 1.9)
-    ax.figure.legend(drawn, list(map(whose, series)), loc="outside lower center", ncols=4, handletextpad=0.2)
-
 
 # %%
-LEAN = {"ONNX Runtime, mask", "fast path", "fast path, bfloat16"}
-
-
 def limit(name, n=mean):
     """Texts/s that the core can do at most, for what this runtime computes; int8 has no limit measured here."""
     dtype = "bfloat16" if "bfloat16" in name else "float32"
@@ -244,30 +217,22 @@ def limit(name, n=mean):
 
 
 order = sorted(running, key=lambda name: per_s[name, "short", 32])
+by_size = {f"{n} a call": [per_s[name, "short", n] for name in order] for n in (1, 32)}
+series = by_size | {"limit": list(map(limit, order))}
+series["your guess"] = [guess_per_s if name == "PyTorch" else math.nan for name in order]
 with picture("No runtime reaches the core's limit", "short texts a second", "", xscale="log") as ax:
-    rows(
-        ax,
-        order,
-        {
-            "one a call": [per_s[name, "short", 1] for name in order],
-            "32 a call": [per_s[name, "short", 32] for name in order],
-            "limit": [limit(name) for name in order],
-            "your guess": [guess_per_s if name == "PyTorch" else math.nan for name in order],
-        },
-    )
+    rows(ax, order, series)
+
 
 # %%
-table(
-    [
-        {
-            "runtime": name,
-            "texts/s, 32 a call": f"{per_s[name, 'short', 32]:.0f}",
-            "limit, texts/s": f"{limit(name):.0f}" if limit(name) > 0 else "-",
-            "share of the limit": f"{per_s[name, 'short', 32] / limit(name):.0%}" if limit(name) > 0 else "-",
-        }
-        for name in reversed(order)
-    ]
-)
+def of_limit(name):
+    """As the table shows it."""
+    speed, most = per_s[name, "short", 32], limit(name)
+    known = (f"{most:.0f}", f"{speed / most:.0%}") if most > 0 else ("-", "-")
+    return name, f"{speed:.0f}", *known
+
+
+table("runtime | texts/s, 32 a call | limit, texts/s | share of the limit", *map(of_limit, reversed(order)))
 
 # %% [markdown]
 # *Where this limit fails:* it counts products only. Between them a model adds, normalises and takes exponentials, and these
@@ -292,72 +257,48 @@ guess_less = ...  # times ONNX Runtime's texts a second
 
 
 # %%
-def work(texts, size, lean):
-    """Operations for all texts, `size` a call: each call padded to its longest, or lean."""
-    n = l10_runtimes.lengths(texts)
-    if lean:
-        return sum(operations(one, 1) for one in n)
-    calls = [n[k : k + size] for k in range(0, len(n), size)]
-    return sum(len(call) * operations(max(call), max(call)) for call in calls)
-
-
 size = quick(8, 32)
 lines = {kind: l10_runtimes.texts(32, kind) for kind in ("short", "mixed")}
-predicted_less = {k: work(asked, size, False) / work(asked, size, True) for k, asked in lines.items()}
+
+
+def work(asked, lean):
+    """Operations for all texts, `size` a call: each call padded to its longest, or lean."""
+    return l10_runtimes.work(operations, l10_runtimes.lengths(asked), size, lean)
+
+
+predicted_less = {k: work(asked, False) / work(asked, True) for k, asked in lines.items()}
 measured_less = {k: per_s["fast path", k, size] / per_s["ONNX Runtime", k, size] for k in lines}
-table(
-    [
-        {
-            "texts": k,
-            "predicted, times": f"{predicted_less[k]:.1f}",
-            "measured, times": f"{measured_less[k]:.1f}",
-        }
-        for k in lines
-    ]
-)
+both = zip(lines, map("{:.1f}".format, predicted_less.values()), map("{:.1f}".format, measured_less.values()))
+table("texts | predicted, times | measured, times", *both)
 speeds("mixed")
 
 # %%
 with picture(
     "Computing less beats computing faster", "times ONNX Runtime's texts/s", "", xlim=(0, None)
 ) as ax:
-    guesses = [guess_less if kind == "mixed" else math.nan for kind in lines]
-    series = {
-        "predicted": predicted_less.values(),
-        "fast path": measured_less.values(),
-        "your guess": guesses,
-    }
-    rows(ax, list(lines), {what: list(values) for what, values in series.items()})
+    series = {"predicted": [*predicted_less.values()], "fast path": [*measured_less.values()]}
+    series["your guess"] = [guess_less if kind == "mixed" else math.nan for kind in lines]
+    rows(ax, list(lines), series)
     ax.axvline(1, color=GREY, linewidth=1)
 
 # %%
+both = ("ONNX Runtime", "fast path")
 speed_of = {
-    (name, k): work(lines[k], size, name in LEAN) * per_s[name, k, size] / 32 / 1e9
-    for name in ("ONNX Runtime", "fast path")
-    for k in lines
+    (one, k): work(lines[k], one in LEAN) * per_s[one, k, size] / 32 / 1e9 for one in both for k in lines
 }
-tell(
-    "Billions of operations a second, short and mixed: "
-    + "; ".join(
-        f"{name} {speed_of[name, 'short']:.0f} and {speed_of[name, 'mixed']:.0f}"
-        for name in ("ONNX Runtime", "fast path")
-    )
-    + f", of {limits['float32'] / 1e9:.0f} at most."
+speed = "; ".join(f"{one} {speed_of[one, 'short']:.0f} and {speed_of[one, 'mixed']:.0f}" for one in both)
+tell(f"Billions of operations a second, short and mixed: {speed}, of {limits['float32'] / 1e9:.0f} at most.")
+padded, lean = ({k: speed_of[one, k] for k in lines} for one in both)
+said(
+    padded["mixed"] < padded["short"],
+    "Padded, ONNX Runtime's operations take longer: so the ratio is larger.",
 )
 said(
-    speed_of["ONNX Runtime", "mixed"] < speed_of["ONNX Runtime", "short"],
-    "In the padded batch ONNX Runtime's operations take longer: that makes the ratio larger than predicted.",
+    lean["mixed"] > lean["short"],
+    "With mixed lengths the fast path's go quicker: so the ratio is larger, too.",
 )
-said(
-    speed_of["fast path", "mixed"] > speed_of["fast path", "short"],
-    "With mixed lengths the fast path's operations go quicker: that makes the ratio larger than predicted, too.",
-)
-compare(
-    "the fast path, mixed texts, times ONNX Runtime",
-    guess=guess_less,
-    formula=predicted_less["mixed"],
-    measured=measured_less["mixed"],
-)
+told, found = (one["mixed"] for one in (predicted_less, measured_less))
+compare("the fast path, mixed texts, times ONNX", guess=guess_less, formula=told, measured=found)
 
 # %% [markdown]
 # *Where the formula fails:* it assumes that both do as many operations per second.
@@ -414,8 +355,6 @@ with picture("bfloat16 and int8 move the scores", "largest difference of a score
     guesses = [guess_gap if "bfloat16" in name else math.nan for name in others]
     measured = [alike[name]["score"] for name in others]
     rows(ax, others, {"predicted": expected_gap, "measured": measured, "your guess": guesses})
-
-# %%
 if worst := max([found["score"] for name, found in alike.items() if "bfloat16" in name], default=0):
     more = "More: the formula rounds once, at the end. The model rounds after every step."
     tell(
@@ -459,29 +398,18 @@ guess_mb = ...  # MB
 
 # %%
 longest = max(l10_runtimes.lengths(lines["mixed"]))
-held, peaks = {name: process.first for name, process in running.items()}, {}
-installed = {}
-for name, process in running.items():
-    peaks[name], installed[name] = process.ask("peak"), process.ask("installed")
-    process.stop()
+held, peaks, installed = l10_runtimes.memory(running)
 
 
 def scores_mb(name):
     return 0 if name in LEAN else size * longest * V * (2 if name == "PyTorch, bfloat16" else 4) / 1e6
 
 
+predicted_mb = {name: held[name] + scores_mb(name) for name in running}
+mb = [(f"{one[name]:.0f}" for one in (held, predicted_mb, peaks, installed)) for name in running]
 table(
-    [
-        {
-            "runtime": name,
-            "start to first answer, s": f"{process.start_s:.1f}",
-            "memory then, MB": f"{held[name]:.0f}",
-            "at most, predicted, MB": f"{held[name] + scores_mb(name):.0f}",
-            "at most, measured, MB": f"{peaks[name]:.0f}",
-            "installed, MB": f"{installed[name]:.0f}",
-        }
-        for name, process in running.items()
-    ]
+    "runtime | start to first answer, s | memory then, MB | at most, predicted, MB | at most, measured, MB | installed, MB",
+    *((name, f"{process.start_s:.1f}", *each) for (name, process), each in zip(running.items(), mb)),
 )
 
 # %%
@@ -498,24 +426,18 @@ if "ONNX Runtime" in running:
 # %%
 order = sorted(peaks, key=peaks.__getitem__)
 with picture("A padded batch takes the memory", "memory of the process, MB", "", xlim=(0, None)) as ax:
-    rows(
-        ax,
-        order,
-        {
-            "first answer": [held[name] for name in order],
-            "at most": [peaks[name] for name in order],
-            "predicted": [held[name] + scores_mb(name) for name in order],
-            "your guess": [guess_mb if name == "ONNX Runtime" else math.nan for name in order],
-        },
-    )
+    series = {
+        "first answer": held,
+        "at most": peaks,
+        "predicted": predicted_mb,
+        "your guess": {"ONNX Runtime": guess_mb},
+    }
+    rows(ax, order, {what: [mb.get(name, math.nan) for name in order] for what, mb in series.items()})
 
 # %%
 copies = {name: (peaks[name] - held[name]) / scores_mb(name) for name in order if scores_mb(name)}
-tell(
-    "How many times the scores came on top: "
-    + ", ".join(f"{name} {times_over:.1f}" for name, times_over in copies.items())
-    + "."
-)
+each = ", ".join(f"{name} {times_over:.1f}" for name, times_over in copies.items())
+tell(f"How many times the scores came on top: {each}.")
 if "ONNX Runtime, mask" in peaks and "ONNX Runtime" in peaks:
     saved_mb = peaks["ONNX Runtime"] - peaks["ONNX Runtime, mask"]
     tell(
@@ -523,12 +445,8 @@ if "ONNX Runtime, mask" in peaks and "ONNX Runtime" in peaks:
         f" {saved_mb / scores_mb('ONNX Runtime'):.1f} copies of them, where the formula counts one."
     )
 if "ONNX Runtime" in peaks:
-    compare(
-        "ONNX Runtime's memory at most, MB",
-        guess=guess_mb,
-        formula=held["ONNX Runtime"] + scores_mb("ONNX Runtime"),
-        measured=peaks["ONNX Runtime"],
-    )
+    told_mb, found_mb = predicted_mb["ONNX Runtime"], peaks["ONNX Runtime"]
+    compare("ONNX Runtime's memory at most, MB", guess=guess_mb, formula=told_mb, measured=found_mb)
 
 # %% [markdown]
 # Memory here is all of the process's pages (RSS), as if it were alone on the machine. *Where the formula fails:* it counts the
@@ -556,36 +474,12 @@ else:
 # ## The claims
 
 # %%
+gain = {"short": onnx, "fast path": measured_less["mixed"], "size": size}
 if "ONNX Runtime" in running:
-    gains = [*onnx, per_s["ONNX Runtime", "mixed", size] / per_s["PyTorch", "mixed", size]]
-    faster = (
-        f"{onnx[0]:.1f}, {onnx[1]:.1f} and {onnx[2]:.1f} times for 1, 8 and 32 short texts a call, {gains[-1]:.1f} times for"
-        f" {size} of mixed lengths; the fast path, which is PyTorch too, is {measured_less['mixed']:.1f} times as fast as"
-        " ONNX Runtime there, which pads and runs its head at each token"
-    )
-    depends = "depends on the batch: it saves the fixed part of a call" if gains[0] > 1.3 else "fails"
-    sizes_mb, held_mb = ([mb[name] for name in ("ONNX Runtime", "PyTorch")] for mb in (installed, held))
-    smaller = (
-        f"{sizes_mb[0]:.0f} MB against {sizes_mb[1]:.0f}; in memory after the first answer {held_mb[0]:.0f} MB against"
-        f" {held_mb[1]:.0f}"
-    )
-    ratio = f"fails for the figures; {sizes_mb[1] / sizes_mb[0]:.0f} times smaller all the same"
-    verdicts = "holds" if min(gains) >= 2 else depends, "holds" if sizes_mb[0] <= 50 else ratio
-else:
-    faster = smaller = "it takes `pip install onnxruntime onnx onnxscript`"
-    verdicts = ("untested: ONNX Runtime is not installed",) * 2
-claim(
-    "ONNX Runtime is 2–3 × faster",
-    who="ONNX Runtime against PyTorch, both float32, the same model and texts, one core, without HTTP",
-    number=faster,
-    verdict=verdicts[0],
-)
-claim(
-    "10–50 MB instead of 500",
-    who="what pip installs for ONNX Runtime and a tokenizer, against PyTorch (as it is installed here) and Transformers",
-    number=smaller,
-    verdict=verdicts[1],
-)
+    gain["mixed"] = per_s["ONNX Runtime", "mixed", size] / per_s["PyTorch", "mixed", size]
+said_often = "ONNX Runtime is 2–3 × faster", "10–50 MB instead of 500"
+for text, entry in zip(said_often, l10_runtimes.verdicts(gain, installed, held)):
+    claim(text, **entry)
 
 # %% [markdown]
 # ## Exercises

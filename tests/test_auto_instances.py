@@ -102,7 +102,9 @@ def test_model_that_threads_cannot_share_has_one_instance_which_loads_it(
     "more",
     [{"OFFLOAD": "process"}, {"OFFLOAD": "inline"}, {"WEB_CONCURRENCY": CORES}, {"TASK": "text-generation"}],
 )
-def test_only_one_instance_is_possible_so_nothing_is_loaded_to_measure(more: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_instance_is_possible_so_nothing_is_loaded_to_measure(
+    more: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = task_of(Beside, monkeypatch)
     model = {"MODEL": AUTO.MODEL} if "TASK" not in more else {"MODEL": "a-hub/id"}
     assert auto.measured(replace(AUTO, **model, **more), task).INSTANCES == 1

@@ -59,16 +59,12 @@ def test_stored_notebook_has_the_cells_of_its_script_and_outputs(script: Path) -
     assert str(ROOT) not in str(stored)
 
 
-# Lines; 15 elsewhere.
-LONGEST = {10: 30}
-
-
 @pytest.mark.parametrize("script", run.LESSONS, ids=name)
-def test_cells_are_short_or_at_least_no_longer_than_they_were(script: Path) -> None:
-    lines = [len(cell.source.splitlines()) for cell in run.read(script).cells if cell.cell_type == "code"]
-    assert max(lines) <= LONGEST.get(int(script.stem.split("_")[0]), 15), (
-        "move machinery to notebooks/support"
-    )
+def test_lesson_has_at_most_60_cells_and_a_cell_15_lines(script: Path) -> None:
+    cells = run.read(script).cells
+    assert len(cells) <= 60
+    longest = max(len(cell.source.splitlines()) for cell in cells if cell.cell_type == "code")
+    assert longest <= 15, "move machinery to notebooks/support"
 
 
 @pytest.mark.parametrize("script", run.LESSONS, ids=name)

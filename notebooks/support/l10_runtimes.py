@@ -253,6 +253,83 @@ def installed_mb(names: Sequence[str], alone: bool = False) -> float:
     return listed_mb(package for name, package in required(names).items() if not alone or name in names)
 
 
+# --- what the lesson shows --------------------------------------------------------------------------------------------
+
+LEAN = {
+    "ONNX Runtime, mask",
+    "fast path",
+    "fast path, bfloat16",
+}  # the head at the mask only, no padding computed
+MARKS = {"limit": ("|", "black", 15), "predicted": ("|", "black", 15), "your guess": ("*", "#CC79A7", 13)}
+
+
+def rows(ax: Any, names: Sequence[str], series: dict[str, Sequence[float]]) -> None:
+    """A row for each name; which mark is what stands below."""
+    from lesson import BLUE, ORANGE, whose
+
+    colors = iter((ORANGE, BLUE) if len(series.keys() - MARKS.keys()) > 1 else (BLUE,))
+    drawn = []
+    for what, values in series.items():
+        mark, color, size = MARKS.get(what) or ("o", next(colors), 7)
+        style = {"color": color, "markersize": size, "markeredgewidth": 3 if mark == "|" else 1}
+        drawn += ax.plot(values, range(len(names)), mark, label="_", **style)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(-0.6, len(names) - 0.4)
+    ax.figure.set_size_inches(7.2, 0.33 * len(names) + 1.9)
+    ax.figure.legend(drawn, list(map(whose, series)), loc="outside lower center", ncols=4, handletextpad=0.2)
+
+
+def work(operations: Callable[[int, int], int], n: Sequence[int], size: int, lean: bool) -> int:
+    """Operations for texts of n tokens, `size` a call: each call padded to its longest, or lean."""
+    if lean:
+        return sum(operations(one, 1) for one in n)
+    calls = [n[k : k + size] for k in range(0, len(n), size)]
+    return sum(len(call) * operations(max(call), max(call)) for call in calls)
+
+
+def memory(running: dict[str, Any]) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """MB after the first answer, at most, and on disk, by runtime; then stop them."""
+    held, peaks, installed = {name: process.first for name, process in running.items()}, {}, {}
+    for name, process in running.items():
+        peaks[name], installed[name] = process.ask("peak"), process.ask("installed")
+        process.stop()
+    return held, peaks, installed
+
+
+def verdicts(
+    gain: dict[str, Any], installed: dict[str, float], held: dict[str, float]
+) -> list[dict[str, str]]:
+    """The lesson's two claims, for the ledger."""
+    faster = smaller = "it takes `pip install onnxruntime onnx onnxscript`"
+    verdict = ["untested: ONNX Runtime is not installed"] * 2
+    if "mixed" in gain:
+        short, mixed = gain["short"], gain["mixed"]
+        faster = (
+            f"{short[0]:.1f}, {short[1]:.1f} and {short[2]:.1f} times for 1, 8 and 32 short texts a call, {mixed:.1f} times for"
+            f" {gain['size']} of mixed lengths; the fast path, which is PyTorch too, is {gain['fast path']:.1f} times as fast as"
+            " ONNX Runtime there, which pads and runs its head at each token"
+        )
+        depends = "depends on the batch: it saves the fixed part of a call" if short[0] > 1.3 else "fails"
+        (mine, its), (mine_held, its_held) = (
+            [mb[name] for name in ("ONNX Runtime", "PyTorch")] for mb in (installed, held)
+        )
+        smaller = f"{mine:.0f} MB against {its:.0f}; in memory after the first answer {mine_held:.0f} MB against {its_held:.0f}"
+        ratio = f"fails for the figures; {its / mine:.0f} times smaller all the same"
+        verdict = ["holds" if min(*short, mixed) >= 2 else depends, "holds" if mine <= 50 else ratio]
+    return [
+        {
+            "who": "ONNX Runtime against PyTorch, both float32, the same model and texts, one core, without HTTP",
+            "number": faster,
+            "verdict": verdict[0],
+        },
+        {
+            "who": "what pip installs for ONNX Runtime and a tokenizer, against PyTorch (as it is installed here) and Transformers",
+            "number": smaller,
+            "verdict": verdict[1],
+        },
+    ]
+
+
 # --- in the process ---------------------------------------------------------------------------------------------------
 
 
