@@ -396,10 +396,8 @@ guess_four = ...  # a share of the time
 # **Prediction.** One instance: 2 of 10 ms, 20 %. With $k$ instances that don't get into each other's way: $k \cdot 20\,\%$, and
 # never more than 100 %.
 
+
 # %%
-instances = quick([1, 4], [1, 2, 4, 6, 8])
-
-
 def busy_with(k):
     """For what share of the time the device is busy when k instances feed it, in %."""
     device = queues.Lane()
@@ -408,9 +406,11 @@ def busy_with(k):
         time.sleep(0.008)
         device.run(0.002)
 
-    return 100 * device.busy_s / service.crowded(service.Repaired(k, run), k, quick(50, 200))
+    took_s = service.crowded(service.Repaired(k, run), k, quick(50, 200))
+    return 100 * device.busy_s / took_s
 
 
+instances = quick([1, 4], [1, 2, 4, 6, 8])
 busy = [busy_with(k) for k in instances]
 
 # %%
