@@ -409,7 +409,7 @@ if HAPROXY:
 #
 # 1. Two replicas answer twice as much, and the balancer costs next to nothing.
 # 2. A lost replica and a new one cost one cold start. Keep one to spare; reject at once until then.
-# 3. An autoscaler costs more: Ray's second replica came after **12 s**, and a cold start of its model takes about a second.
+# 3. An autoscaler costs more: Ray's second replica came after **11 s**, and a cold start of its model takes about a second.
 #
 # Next: [Lesson 13](13_token_by_token.ipynb), for models that write. All the claims and their verdicts are in the [ledger](claims.md); the words are in
 # the [glossary](glossary.md). To put your own model behind all this, go back to the [README](../README.md#deployments).

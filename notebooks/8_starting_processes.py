@@ -61,7 +61,7 @@ def seconds_of(code):
 python_s = seconds_of("import multiprocessing.spawn")
 torch_s = seconds_of("import torch") - python_s
 METHODS = ("fork", "forkserver", "spawn")
-model_s = seconds_of("import torch, transformers.pipelines") - python_s
+model_s = seconds_of("import torch, transformers") - python_s
 bare = {method: measure_afresh(method, child="answers at once", preload=()) for method in METHODS}
 
 # %%
@@ -340,6 +340,8 @@ tell(
 )
 
 # %% [markdown]
+# Transformers imports most of itself only when a pipeline is made, after the fork: to preload its name saves little of that.
+#
 # So forkserver wins this table. Why does the server not use it?
 #
 # - It saves at the *next* start, not at the first. A server starts its copies once, and again when one has crashed.

@@ -98,6 +98,26 @@ def test_model_that_threads_cannot_share_has_one_instance_which_loads_it(
     assert (Alone.made, Alone.closed) == (2, 1)
 
 
+def test_model_without_an_example_has_one_instance(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Silent:
+        shareable = True
+
+        def __call__(self, inputs: list[Any]) -> list[Any]:
+            return inputs
+
+    caplog.set_level(logging.INFO)
+    module = ModuleType("somebodys")
+    module.Model = Silent  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "somebodys", module)
+    task = tasks.make(AUTO)
+    settings = auto.measured(AUTO, task)
+    assert settings.INSTANCES == 1
+    assert "no example to measure with" in caplog.text
+    assert tasks.load(task, settings)([1, 2]) == [1, 2]
+
+
 @pytest.mark.parametrize(
     "more",
     [{"OFFLOAD": "process"}, {"OFFLOAD": "inline"}, {"WEB_CONCURRENCY": CORES}, {"TASK": "text-generation"}],

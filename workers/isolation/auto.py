@@ -38,7 +38,10 @@ def measured(settings: Settings, task: tasks.Task) -> Settings:
         log.info("INSTANCES=0 counts as 1: threads can't share this model")
         return choices[0]
     most = min(settings.BATCH_SIZE, getattr(model.description, "max_batch", MOST))
-    batch = [query.content for query in max(tasks.warm_up_batches(task, most), key=len)]
+    if not (batches := tasks.warm_up_batches(task, most)):
+        log.info("INSTANCES=0 counts as 1: the model has no example to measure with")
+        return choices[0]
+    batch = [query.content for query in max(batches, key=len)]
     rates = rates_per_s(lambda: model(batch), choices)
     chosen = choices[best(rates)]
     log.info(
