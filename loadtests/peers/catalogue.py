@@ -84,16 +84,9 @@ def ours(name: str, kinds: tuple[str, ...] = ("float32", "instant", "tricks"), *
     return Peer(f"{OURS}, {name}", command, {**BASE, **env}, form="ours", kinds=kinds)
 
 
-def asgi(
-    name: str,
-    app: str,
-    needs: str,
-    *code: str,
-    kinds: tuple[str, ...] = Peer.kinds,
-    env: dict[str, str] | None = None,
-) -> Peer:
+def asgi(name: str, app: str, needs: str, *code: str, kinds: tuple[str, ...] = Peer.kinds) -> Peer:
     command = f"python -m uvicorn loadtests.peers.{app}:app --no-access-log --port {{port}}"
-    return Peer(name, command, env or {}, needs=needs, code=code or (app,), kinds=kinds)
+    return Peer(name, command, needs=needs, code=code or (app,), kinds=kinds)
 
 
 MOSEC = "python -m loadtests.peers.mosec --capacity 64 --timeout 30000 --address 127.0.0.1 --port {port}"
@@ -147,7 +140,6 @@ PEERS = {
             kinds=BATCHING,
         ),
         asgi("onnx-runtime", "onnx", "onnx", "onnx", "fastapi_batch", kinds=("float32",)),
-        asgi("onnx-runtime, head at the mask", "onnx", "onnx", "onnx", "fastapi_batch", kinds=("float32",), env={"PEER_HEAD": "mask"}),
         Peer("multi-model-server", "python -m loadtests.peers.multi_model_server {port}", needs="multi_model_server",
              form="torchserve", code=("multi_model_server",)),
         ours("batch 1"),
