@@ -265,7 +265,7 @@ MARKS = {"limit": ("|", "black", 15), "predicted": ("|", "black", 15), "your gue
 
 def rows(ax: Any, names: Sequence[str], series: dict[str, Sequence[float]]) -> None:
     """A row for each name; which mark is what stands below."""
-    from lesson import BLUE, ORANGE, whose
+    from lesson import BLUE, ORANGE, whose  # type: ignore[import-not-found]  # beside the lessons
 
     colors = iter((ORANGE, BLUE) if len(series.keys() - MARKS.keys()) > 1 else (BLUE,))
     drawn = []
