@@ -15,7 +15,7 @@ from typing import Any
 
 from workers import tasks
 from workers.resources import usable_cores
-from workers.settings import MOST, Settings
+from workers.settings import Settings
 
 log = logging.getLogger("uvicorn.error")
 
@@ -37,8 +37,7 @@ def measured(settings: Settings, task: tasks.Task) -> Settings:
     if not (model := tasks.load_to_share(task)):
         log.info("INSTANCES=0 counts as 1: threads can't share this model")
         return choices[0]
-    most = min(settings.BATCH_SIZE, getattr(model.description, "max_batch", MOST))
-    if not (batches := tasks.warm_up_batches(task, most)):
+    if not (batches := tasks.batches_of(model, task, settings)):
         log.info("INSTANCES=0 counts as 1: the model has no example to measure with")
         return choices[0]
     batch = [query.content for query in max(batches, key=len)]

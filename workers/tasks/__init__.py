@@ -160,9 +160,7 @@ def load(task: Task, settings: Settings, instance: int = 0, *, beside: int = 0) 
     """
     share = beside or getattr(task, "shared", None)
     model = load_or_share(task, settings, instance) if share else task.load(instance)
-    for batch in warm_up_batches(
-        task, min(settings.BATCH_SIZE, getattr(model.description, "max_batch", MOST))
-    ):
+    for batch in batches_of(model, task, settings):
         answers = model([query.content for query in batch])
         if len(answers) != len(batch):
             raise ValueError(f"it gives {len(answers)} answers to {len(batch)} inputs")
@@ -224,6 +222,12 @@ def may_be_shared(model: Model) -> bool:
 def load_alone(settings: Settings, instance: int = 0) -> Model:
     """Make the task and load an instance: for a process of its own, where there is no task yet."""
     return load(make(settings), settings, instance)
+
+
+def batches_of(model: Model, task: Task, settings: Settings) -> list[list[Query]]:
+    """Batches to warm a loaded model up with, none larger than it gains from."""
+    most = getattr(model.description, "max_batch", MOST)
+    return warm_up_batches(task, min(settings.BATCH_SIZE, most))
 
 
 def warm_up_batches(task: Task, batch_size: int) -> list[list[Query]]:

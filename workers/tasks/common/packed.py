@@ -4,7 +4,7 @@ oneDNN compiles code for every number of rows, and keeps it: 290 KB and more eac
 length, 700 KB. So both are rounded up, to a few numbers: memory stays flat.
 
 One short text is bound by reading the weights and by the number of operations, not by arithmetic: query, key and value
-are one product, and nothing is copied that needn't be (`python -m loadtests.bench`, one text at a time).
+are one product, and nothing is copied that needn't be (lesson 10 has figures).
 """
 
 from collections.abc import Callable, Sequence
@@ -147,8 +147,10 @@ class PaddingFree:
         self.layers = [prepack(layer, LAYOUTS[layout].split()) for layer in layers]
         self.heads, self.activation = base.config.num_attention_heads, ACTIVATIONS[activation]
         self.bias = getattr(modules.get("encoder"), "compute_position_bias", None)
-        project = modules.get("embeddings_project")
-        self.project = PackedLinear(project) if project else None
+        self.project = None
+        if project := modules.get("embeddings_project"):
+            self.project = PackedLinear(project)
+            base.set_submodule("embeddings_project", self.project)
         self.words, self.norm = modules["embeddings.word_embeddings"].weight, modules["embeddings.LayerNorm"]
         positions, types = (
             modules["embeddings.position_embeddings"],
